@@ -1,0 +1,148 @@
+"""Matrix products: plain, batched, one weight a segment, and fp8 with dequantisation scales.
+
+16-bit and fp8 operands are upcast to float32 and multiplied by BLAS; scales apply before the product is rounded.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from fi_cupy.reference._common import BFLOAT16, Array, compute_dtype, is_fp8, round_to, upcast
+
+
+def _out_dtype(a: Array, out_dtype: DTypeLike | None) -> np.dtype:
+    if out_dtype is not None:
+        return np.dtype(out_dtype)
+    return BFLOAT16 if is_fp8(a.dtype) else a.dtype
+
+
+def mm(a: Array, b: Array, bias: Array | None = None, out_dtype: DTypeLike | None = None) -> Array:
+    """``a @ b + bias``, rounded once.
+
+    Parameters
+    ----------
+    a : [m, k]
+    b : [k, n]
+        Any strides; FlashInfer's column-major `b` is the transposed view of an ``[n, k]`` array.
+    bias : [n], optional
+    out_dtype : optional
+        Default: dtype of `a`, bf16 if that is fp8.
+
+    Returns
+    -------
+    Array
+        ``[m, n]``.
+
+    Source: flashinfer.gemm.mm_bf16.
+    """
+    ct = compute_dtype(a, b, bias)
+    out = upcast(a, ct) @ upcast(b, ct)
+    if bias is not None:
+        out = out + upcast(bias, ct)
+    return round_to(out, _out_dtype(a, out_dtype))
+
+
+def bmm(a: Array, b: Array, out_dtype: DTypeLike | None = None) -> Array:
+    """Batched product ``[batch, m, k] @ [batch, k, n]``; see `mm`.
+
+    Source: flashinfer.gemm.bmm_bf16.
+    """
+    ct = compute_dtype(a, b)
+    return round_to(upcast(a, ct) @ upcast(b, ct), _out_dtype(a, out_dtype))
+
+
+def bmm_fp8(a: Array, b: Array, a_scale: ArrayLike, b_scale: ArrayLike, out_dtype: DTypeLike | None = None) -> Array:
+    """``a @ b * a_scale * b_scale`` with one dequantisation *multiplier* an operand.
+
+    Parameters
+    ----------
+    a : fp8 [batch, m, k]
+    b : fp8 [batch, k, n]
+    a_scale, b_scale : float or one-element array
+    out_dtype : default bf16
+
+    Source: flashinfer.gemm.bmm_fp8.
+    """
+    ct = compute_dtype(a, b)
+    scale = float(np.asarray(a_scale).reshape(-1)[0]) * float(np.asarray(b_scale).reshape(-1)[0])
+    return round_to((upcast(a, ct) @ upcast(b, ct)) * scale, _out_dtype(a, out_dtype))
+
+
+def segment_gemm(
+    x: Array,
+    weights: Array,
+    seg_indptr: Array,
+    weight_indices: Array | None = None,
+    weight_column_major: bool = False,
+    out_dtype: DTypeLike | None = None,
+) -> Array:
+    """Multiply every segment of rows with its own weight (LoRA, MoE experts).
+
+    Parameters
+    ----------
+    x : [total_rows, d_in]
+    weights : [num_weights, d_in, d_out], or [num_weights, d_out, d_in] if `weight_column_major`
+    seg_indptr : int [segments + 1]
+    weight_indices : int [segments], optional
+        Which weight a segment uses; None: segment i uses weight i.
+    weight_column_major : bool
+    out_dtype : default dtype of `x`, bf16 if that is fp8
+
+    Returns
+    -------
+    Array
+        ``[total_rows, d_out]``; rows outside every segment are zero.
+
+    Source: flashinfer.gemm.SegmentGEMMWrapper.
+    """
+    ct = compute_dtype(x, weights)
+    d_out = weights.shape[1] if weight_column_major else weights.shape[2]
+    out = np.zeros((x.shape[0], d_out), dtype=ct)
+    for i in range(len(seg_indptr) - 1):
+        start, stop = int(seg_indptr[i]), int(seg_indptr[i + 1])
+        if start == stop:
+            continue
+        w = weights[i if weight_indices is None else int(weight_indices[i])]
+        out[start:stop] = upcast(x[start:stop], ct) @ upcast(w.T if weight_column_major else w, ct)
+    return round_to(out, _out_dtype(x, out_dtype))
+
+
+def gemm_fp8_nt_groupwise(
+    a: Array,
+    b: Array,
+    a_scale: Array,
+    b_scale: Array,
+    scale_major_mode: str = "MN",
+    scale_granularity_mnk: tuple[int, int, int] = (1, 128, 128),
+    out_dtype: DTypeLike | None = None,
+) -> Array:
+    """``dequant(a) @ dequant(b).T`` with a scale for every block of `scale_granularity_mnk` = (gm, gn, gk).
+
+    Parameters
+    ----------
+    a : fp8 [m, k]
+    b : fp8 [n, k]
+    a_scale : float32 [k / gk, m / gm] for "MN" (m may be padded), [m / gm, k / gk] for "K"
+    b_scale : float32 [k / gk, n / gn] for "MN", [n / gn, k / gk] for "K"
+    scale_major_mode : "MN" or "K"
+    scale_granularity_mnk : (gm, gn, gk)
+    out_dtype : default bf16
+
+    Returns
+    -------
+    Array
+        ``[m, n]``.
+
+    Source: DeepSeek-V3 report, section 3.3; flashinfer.gemm.gemm_fp8_nt_groupwise.
+    """
+    ct = compute_dtype(a, b, a_scale, b_scale)
+    gm, gn, gk = scale_granularity_mnk
+    if scale_major_mode == "MN":
+        a_scale, b_scale = a_scale.T, b_scale.T
+
+    def dequantise(x: Array, scale: Array, block: int) -> Array:
+        rows, cols = np.arange(x.shape[0]) // block, np.arange(x.shape[1]) // gk
+        return upcast(x, ct) * upcast(scale, ct)[rows[:, None], cols]
+
+    return round_to(dequantise(a, a_scale, gm) @ dequantise(b, b_scale, gn).T, _out_dtype(a, out_dtype))
