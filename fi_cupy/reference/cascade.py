@@ -1,7 +1,7 @@
 """Merging attention over disjoint sets of keys through their base-2 log-sum-exp.
 
-``w_i = 2^(s_i - max s)``, ``v = sum w_i v_i / sum w_i``, ``s = max s + log2 sum w_i``. A state with s = -inf has seen no
-key: it weighs nothing, and merging only such states gives 0 and -inf.
+``w_i = 2^(s_i - max s)``, ``v = sum w_i v_i / sum w_i``, ``s = max s + log2 sum w_i``. A state with s = -inf has seen
+no key: it weighs nothing, and merging only such states gives 0 and -inf.
 """
 
 from __future__ import annotations

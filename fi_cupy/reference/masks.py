@@ -12,9 +12,9 @@ def positional_mask(
 ) -> Array | None:
     """Causal and sliding-window visibility of the listed indices, broadcast together; None if all is visible.
 
-    Causal is aligned at the bottom right, ``kv_idx + qo_len <= kv_len + qo_idx``: the last query sees every key. The
-    window keeps `window_left` keys to the left and the query's own, ``kv_idx + qo_len + window_left >= kv_len + qo_idx``,
-    also without causal; a negative value switches it off.
+    Causal is aligned at the bottom right, ``kv_idx + qo_len <= kv_len + qo_idx``: the last query sees every key.
+    The window keeps `window_left` keys to the left and the query's own, also without causal,
+    ``kv_idx + qo_len + window_left >= kv_len + qo_idx``; a negative value switches it off.
     """
     own = qo_idx + (kv_len - qo_len)
     keep = None
