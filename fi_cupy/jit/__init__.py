@@ -1,0 +1,1 @@
+"""From kernel specification to a launch: render, compile, cache, load."""

@@ -1,0 +1,99 @@
+// Vec<T, N>: N elements moved as one access of up to 16 bytes, and their conversion to and from fp32.
+#pragma once
+#include "common/base.cuh"
+
+namespace fi {
+
+FI_DEVICE float to_float(float x) { return x; }
+FI_DEVICE float to_float(__half x) { return __half2float(x); }
+FI_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+FI_DEVICE float to_float(__nv_fp8_e4m3 x) { return float(x); }
+FI_DEVICE float to_float(__nv_fp8_e5m2 x) { return float(x); }
+
+template <typename T>
+FI_DEVICE T from_float(float x);
+template <>
+FI_DEVICE float from_float<float>(float x) {
+  return x;
+}
+template <>
+FI_DEVICE __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+FI_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+// fp8: round to nearest even, saturating to the largest finite value.
+template <>
+FI_DEVICE __nv_fp8_e4m3 from_float<__nv_fp8_e4m3>(float x) {
+  return __nv_fp8_e4m3(x);
+}
+template <>
+FI_DEVICE __nv_fp8_e5m2 from_float<__nv_fp8_e5m2>(float x) {
+  return __nv_fp8_e5m2(x);
+}
+
+template <typename T>
+struct Limits;
+template <>
+struct Limits<__nv_fp8_e4m3> {
+  static constexpr float max = 448.f;
+};
+template <>
+struct Limits<__nv_fp8_e5m2> {
+  static constexpr float max = 57344.f;
+};
+
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Vec {
+  static_assert(sizeof(T) * N <= 16, "one access is at most 16 bytes");
+  T data[N];
+
+  FI_DEVICE static Vec load(const void* p) { return *static_cast<const Vec*>(p); }
+  FI_DEVICE void store(void* p) const { *static_cast<Vec*>(p) = *this; }
+  FI_DEVICE T& operator[](int i) { return data[i]; }
+  FI_DEVICE const T& operator[](int i) const { return data[i]; }
+
+  FI_DEVICE void to_floats(float (&out)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] = to_float(data[i]);
+  }
+  FI_DEVICE static Vec from_floats(const float (&in)[N]) {
+    Vec v;
+#pragma unroll
+    for (int i = 0; i < N; ++i) v.data[i] = from_float<T>(in[i]);
+    return v;
+  }
+};
+
+// N aligned elements as fp32, in accesses of up to 16 bytes.
+template <typename T, int N>
+FI_DEVICE void load_floats(const T* p, float (&out)[N]) {
+  constexpr int kPart = min_of<int>(N, 16 / sizeof(T));
+#pragma unroll
+  for (int i = 0; i < N; i += kPart) {
+    const auto part = Vec<T, kPart>::load(p + i);
+#pragma unroll
+    for (int j = 0; j < kPart; ++j) out[i + j] = to_float(part[j]);
+  }
+}
+
+// Read once, never again: past L1.
+template <typename V>
+FI_DEVICE V load_streaming(const void* p) {
+  static_assert(sizeof(V) == 16 || sizeof(V) == 8 || sizeof(V) == 4 || sizeof(V) == 2);
+  V v;
+  if constexpr (sizeof(V) == 16) {
+    uint4 r;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+                 : "l"(p));
+    v = *reinterpret_cast<V*>(&r);
+  } else {
+    v = *static_cast<const V*>(p);
+  }
+  return v;
+}
+
+}  // namespace fi

@@ -1,0 +1,136 @@
+// RMSNorm and LayerNorm over rows of `hidden` elements, with residual addition and fp8 output as options.
+//   y = x / sqrt(mean(x^2) + eps) * (weight + weight_bias)          (weight_bias 1 for Gemma)
+// One CTA computes one row; grid = (inner rows, outer rows): a row starts at outer * stride_outer + inner * stride_inner.
+// Registers hold the row between the two passes, so each element is read once: kVecs vectors of kVec elements a thread;
+// rows longer than threads * kVecs * kVec are read a second time (from L2).
+// Shared memory: one float a warp. Bytes moved: rows * hidden * (read + write), plus as much again for the residual.
+// Architecture: any.
+#pragma once
+#include "common/math.cuh"
+#include "common/reduce.cuh"
+#include "common/vec.cuh"
+#include "ptx/pdl.cuh"
+
+namespace fi {
+
+struct NormParams {
+  const void* input;  // in place for the fused residual form
+  void* output;
+  void* residual;
+  const void* weight;
+  const void* bias;         // layernorm's beta, or null
+  const float* scale;       // quantising: one float on the device, or null to use scale_value
+  int64_t in_stride_outer, in_stride_inner;    // elements
+  int64_t out_stride_outer, out_stride_inner;  // elements
+  int64_t res_stride_outer, res_stride_inner;  // elements
+  uint32_t hidden;
+  float eps;
+  float weight_bias;
+  float scale_value;
+};
+
+// Config: T (input), W (weight), O (output), kVec, kVecs, kThreads, kResidual, kLayerNorm, kQuantize
+template <class Config>
+FI_DEVICE void norm(const NormParams& params) {
+  using T = typename Config::T;
+  using W = typename Config::W;
+  using O = typename Config::O;
+  constexpr int kVec = Config::kVec, kVecs = Config::kVecs, kThreads = Config::kThreads;
+  constexpr int kStep = kThreads * kVec;
+  __shared__ float scratch[2][32];
+
+  ptx::grid_launch_dependents();
+  ptx::grid_wait();
+
+  const T* x = static_cast<const T*>(params.input) + blockIdx.y * params.in_stride_outer + blockIdx.x * params.in_stride_inner;
+  O* y = static_cast<O*>(params.output) + blockIdx.y * params.out_stride_outer + blockIdx.x * params.out_stride_inner;
+  T* residual = nullptr;
+  if constexpr (Config::kResidual)
+    residual = static_cast<T*>(params.residual) + blockIdx.y * params.res_stride_outer + blockIdx.x * params.res_stride_inner;
+  const uint32_t hidden = params.hidden;
+  const uint32_t first = threadIdx.x * kVec;
+
+  float values[kVecs][kVec];
+  float sum = 0.f, squares = 0.f;
+  auto accumulate = [&](const float(&v)[kVec]) {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      squares = fmaf(v[j], v[j], squares);
+      if constexpr (Config::kLayerNorm) sum += v[j];
+    }
+  };
+  // x (+ residual, which is written back) in fp32.
+  auto read = [&](uint32_t i, float(&v)[kVec], bool write_residual) {
+    Vec<T, kVec>::load(x + i).to_floats(v);
+    if constexpr (Config::kResidual) {
+      float r[kVec];
+      Vec<T, kVec>::load(residual + i).to_floats(r);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) v[j] += r[j];
+      if (write_residual) Vec<T, kVec>::from_floats(v).store(residual + i);
+    }
+  };
+#pragma unroll
+  for (int n = 0; n < kVecs; ++n) {
+    const uint32_t i = first + n * kStep;
+    if (i < hidden) {
+      read(i, values[n], true);
+      accumulate(values[n]);
+    }
+  }
+  // The rest of a row that registers cannot hold: read again below, where the residual is written, once.
+  for (uint32_t i = first + kVecs * kStep; i < hidden; i += kStep) {
+    float v[kVec];
+    read(i, v, false);
+    accumulate(v);
+  }
+  squares = block_reduce<Sum, kThreads>(squares, scratch[0]);
+  float mean = 0.f, variance = squares / float(hidden);
+  if constexpr (Config::kLayerNorm) {
+    mean = block_reduce<Sum, kThreads>(sum, scratch[1]) / float(hidden);
+    // The centred second pass over registers: E[x^2] - mean^2 would cancel for rows far from zero.
+    float centred = 0.f;
+#pragma unroll
+    for (int n = 0; n < kVecs; ++n)
+      if (first + n * kStep < hidden) {
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) centred = fmaf(values[n][j] - mean, values[n][j] - mean, centred);
+      }
+    for (uint32_t i = first + kVecs * kStep; i < hidden; i += kStep) {
+      float v[kVec];
+      read(i, v, false);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) centred = fmaf(v[j] - mean, v[j] - mean, centred);
+    }
+    __syncthreads();  // scratch[0] was read by every warp
+    variance = block_reduce<Sum, kThreads>(centred, scratch[0]) / float(hidden);
+  }
+  const float inverse = math::rsqrt(variance + params.eps);
+  float quant = 1.f;
+  if constexpr (Config::kQuantize) quant = 1.f / (params.scale ? *params.scale : params.scale_value);
+
+  auto write = [&](uint32_t i, const float(&v)[kVec]) {
+    float w[kVec], out[kVec];
+    load_floats(static_cast<const W*>(params.weight) + i, w);
+    if constexpr (Config::kLayerNorm) load_floats(static_cast<const float*>(params.bias) + i, out);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      const float normed = (v[j] - mean) * inverse * (w[j] + params.weight_bias);
+      out[j] = Config::kLayerNorm ? normed + out[j] : normed;
+      if constexpr (Config::kQuantize) out[j] = fminf(fmaxf(out[j] * quant, -Limits<O>::max), Limits<O>::max);
+    }
+    Vec<O, kVec>::from_floats(out).store(y + i);
+  };
+#pragma unroll
+  for (int n = 0; n < kVecs; ++n) {
+    const uint32_t i = first + n * kStep;
+    if (i < hidden) write(i, values[n]);
+  }
+  for (uint32_t i = first + kVecs * kStep; i < hidden; i += kStep) {
+    float v[kVec];
+    read(i, v, true);
+    write(i, v);
+  }
+}
+
+}  // namespace fi
