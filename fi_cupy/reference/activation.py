@@ -64,7 +64,7 @@ def erfc(x: Array) -> Array:
 def erf(x: Array) -> Array:
     """Error function, relative error about 1e-15 in float64."""
     near = np.abs(x) <= 0.46875
-    square = np.where(near, x * x, 0)
+    square = np.square(np.where(near, x, 0))
     return np.where(near, x * (_horner(_ERF_P, square) / _horner(_ERF_Q, square)), 1 - erfc(x))
 
 
@@ -80,8 +80,12 @@ def gelu(x: Array) -> Array:
 
 
 def gelu_tanh(x: Array) -> Array:
-    """``x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))``."""
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+    """``x / 2 * (1 + tanh(u))``, ``u = sqrt(2 / pi) * (x + 0.044715 x^3)``.
+
+    Written ``x / (1 + exp(-2 u))``, the same function, so that the negative tail keeps its digits.
+    """
+    with np.errstate(over="ignore"):
+        return x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
 def act_and_mul(x: Array, act: Callable[[Array], Array]) -> Array:

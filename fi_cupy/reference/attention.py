@@ -145,7 +145,8 @@ def attention(
     custom_mask : bool [qo_len, kv_len], optional
         True = visible. Replaces `causal`; the window still applies.
     sinks : [num_qo_heads], optional
-        Raw logits (not scaled) that add ``exp(sink)`` to the denominator only; the lse includes them.
+        Raw logits (not scaled) that add ``exp(sink)`` to the denominator only; the lse includes them, so that a
+        row without keys has ``lse = sink * log2(e)``.
     variant : object, optional
         ``query_fn(q, ctx)``, ``key_fn(k, ctx)``, ``score_fn(score, ctx)`` on the scaled score before the cap,
         ``mask_fn(ctx) -> bool``, ``post_process_fn(out, ctx)``, each optional or None, and ``use_softmax``.

@@ -35,7 +35,7 @@ def softmax(logits: Array, temperature: ArrayLike | None = None) -> Array:
     if temperature is not None:
         t = per_row(temperature, x.shape[0], np.float64)
         inverse = np.divide(1.0, t, out=np.zeros_like(t), where=t != 0).astype(ct)[:, None]
-        x = np.where(np.isneginf(x), x, x * inverse)
+        x = np.multiply(x, inverse, out=x.copy(), where=~np.isneginf(x))  # -inf * 0 would be NaN
     top = x.max(axis=-1, keepdims=True)
     e = np.exp(x - np.where(np.isneginf(top), 0, top))
     total = e.sum(axis=-1, keepdims=True)
