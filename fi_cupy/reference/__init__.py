@@ -13,11 +13,13 @@ from fi_cupy.reference import (
     gemm,
     masks,
     mla,
+    moe,
     norm,
     page,
     quantization,
     rope,
     sampling_filters,
+    sparse,
 )
 
 __all__ = [
@@ -27,9 +29,11 @@ __all__ = [
     "gemm",
     "masks",
     "mla",
+    "moe",
     "norm",
     "page",
     "quantization",
     "rope",
     "sampling_filters",
+    "sparse",
 ]

@@ -82,6 +82,21 @@ def _call(variant: Any, name: str, *args: Any) -> Any:
     return None if function is None else function(*args)
 
 
+def _transform_qk(q: Array, k: Array, variant: Any, base: ScoreContext, row_ctx: ScoreContext) -> tuple[Array, Array]:
+    """Queries and keys after the variant's own transforms."""
+    key_ctx = base.at(kv_idx=np.arange(k.shape[0])[:, None, None], kv_head=np.arange(k.shape[1])[None, :, None])
+    new_q, new_k = _call(variant, "query_fn", q, row_ctx), _call(variant, "key_fn", k, key_ctx)
+    return (q if new_q is None else new_q.astype(q.dtype)), (k if new_k is None else new_k.astype(k.dtype))
+
+
+def _rotate_qk(q: Array, k: Array, freq: Array) -> tuple[Array, Array]:
+    """Rotary embedding by position in the sequence, where the last query is at the last key."""
+    qo_len, kv_len = q.shape[0], k.shape[0]
+    q_angle = np.arange(kv_len - qo_len, kv_len)[:, None] * freq
+    k_angle = np.arange(kv_len)[:, None] * freq
+    return rotate(q, np.cos(q_angle), np.sin(q_angle)), rotate(k, np.cos(k_angle), np.sin(k_angle))
+
+
 def _softmax_rows(s: Array, sinks: Array | None) -> tuple[Array, Array, Array]:
     """(unnormalised probabilities, their sum with the sink, base-2 lse) of ``s [Hq, rows, keys]``, written over `s`."""
     m = s.max(axis=-1, keepdims=True, initial=-np.inf)
@@ -191,15 +206,9 @@ def attention(
     row_ctx = base.at(
         qo_idx=np.arange(qo_len)[:, None, None], qo_head=heads[None, :, None], kv_head=heads[None, :, None] // group
     )
-    if variant is not None:
-        key_ctx = base.at(kv_idx=np.arange(kv_len)[:, None, None], kv_head=np.arange(num_kv_heads)[None, :, None])
-        new_q, new_k = _call(variant, "query_fn", q, row_ctx), _call(variant, "key_fn", k, key_ctx)
-        q, k = (q if new_q is None else new_q.astype(ct)), (k if new_k is None else new_k.astype(ct))
+    q, k = _transform_qk(q, k, variant, base, row_ctx)
     if pos_encoding_mode == "ROPE_LLAMA":
-        freq = rope_frequencies(head_dim_qk, rope_scale or 1.0, rope_theta or 1e4)
-        q_angle, k_angle = (np.arange(kv_len - qo_len, kv_len)[:, None] * freq), (np.arange(kv_len)[:, None] * freq)
-        q = rotate(q, np.cos(q_angle), np.sin(q_angle))
-        k = rotate(k, np.cos(k_angle), np.sin(k_angle))
+        q, k = _rotate_qk(q, k, rope_frequencies(head_dim_qk, rope_scale or 1.0, rope_theta or 1e4))
     slopes = None
     if pos_encoding_mode == "ALIBI":
         slopes = upcast(get_alibi_slopes(num_qo_heads) if alibi_slopes is None else alibi_slopes, ct)[:, None, None]
@@ -230,12 +239,11 @@ def attention(
         if cap > 0:
             s = cap * np.tanh(s / cap)
         keep = positional_mask(qo_idx, kv_idx, qo_len, kv_len, causal=causal, window_left=window_left)
-        if custom_mask is not None:
-            custom = custom_mask[None, start:stop, lo:hi].astype(bool, copy=False)
-            keep = custom if keep is None else keep & custom
-        own_mask = _call(variant, "mask_fn", ctx)
-        if own_mask is not None:
-            keep = np.asarray(own_mask, dtype=bool) if keep is None else keep & own_mask
+        custom = None if custom_mask is None else custom_mask[None, start:stop, lo:hi]
+        for other in (custom, _call(variant, "mask_fn", ctx)):
+            if other is not None:
+                other = np.asarray(other, dtype=bool)
+                keep = other if keep is None else keep & other
         if keep is not None:
             np.copyto(s, -np.inf if use_softmax else 0.0, where=~keep)
         if use_softmax:

@@ -72,15 +72,11 @@ def top_p_mask(probs: Array, p: ArrayLike) -> Array:
     x = upcast(probs, compute_dtype(probs))
     p_rows = per_row(p, x.shape[0], np.float64)[:, None]
     ordered = -np.sort(-x, axis=-1)
-    # Mass of the strictly likelier tokens, right at the first of each group of equal values.
+    # Mass ahead of every token in order. It never shrinks, so the accepted tokens are a prefix, and among equal values
+    # the first, whose mass ahead is that of the strictly likelier ones, decides for all.
     before = np.zeros(ordered.shape, dtype=np.float64)
     np.cumsum(ordered[:, :-1], axis=-1, dtype=np.float64, out=before[:, 1:])
-    first = np.ones(ordered.shape, dtype=bool)
-    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    accepted = first & (before < p_rows)
-    accepted[:, 0] = True
-    # `before` grows along the row: the last accepted group holds the smallest kept value.
-    last = ordered.shape[1] - 1 - np.argmax(accepted[:, ::-1], axis=-1)
+    last = np.maximum(np.count_nonzero(before < p_rows, axis=-1) - 1, 0)
     threshold = np.take_along_axis(ordered, last[:, None], axis=-1)
     threshold[np.isnan(x).any(axis=-1)] = np.nan
     return x >= threshold
