@@ -11,7 +11,7 @@ import numpy as np
 from fi_cupy.errors import DTypeError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DType:
     """One element type.
 

@@ -1,6 +1,6 @@
 // RMSNorm and LayerNorm over rows of `hidden` elements, with residual addition and fp8 output as options.
 //   y = x / sqrt(mean(x^2) + eps) * (weight + weight_bias)          (weight_bias 1 for Gemma)
-// One CTA computes one row; grid = (inner rows, outer rows): a row starts at outer * stride_outer + inner * stride_inner.
+// One CTA computes one row; grid = rows; row r starts at (r / inner) * stride_outer + (r % inner) * stride_inner.
 // Registers hold the row between the two passes, so each element is read once: kVecs vectors of kVec elements a thread;
 // rows longer than threads * kVecs * kVec are read a second time (from L2).
 // Shared memory: one float a warp. Bytes moved: rows * hidden * (read + write), plus as much again for the residual.
@@ -23,6 +23,7 @@ struct NormParams {
   int64_t in_stride_outer, in_stride_inner;    // elements
   int64_t out_stride_outer, out_stride_inner;  // elements
   int64_t res_stride_outer, res_stride_inner;  // elements
+  uint32_t inner;  // rows that stride_inner separates
   uint32_t hidden;
   float eps;
   float weight_bias;
@@ -42,11 +43,12 @@ FI_DEVICE void norm(const NormParams& params) {
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
-  const T* x = static_cast<const T*>(params.input) + blockIdx.y * params.in_stride_outer + blockIdx.x * params.in_stride_inner;
-  O* y = static_cast<O*>(params.output) + blockIdx.y * params.out_stride_outer + blockIdx.x * params.out_stride_inner;
+  const int64_t outer = blockIdx.x / params.inner, inner = blockIdx.x % params.inner;
+  const T* x = static_cast<const T*>(params.input) + outer * params.in_stride_outer + inner * params.in_stride_inner;
+  O* y = static_cast<O*>(params.output) + outer * params.out_stride_outer + inner * params.out_stride_inner;
   T* residual = nullptr;
   if constexpr (Config::kResidual)
-    residual = static_cast<T*>(params.residual) + blockIdx.y * params.res_stride_outer + blockIdx.x * params.res_stride_inner;
+    residual = static_cast<T*>(params.residual) + outer * params.res_stride_outer + inner * params.res_stride_inner;
   const uint32_t hidden = params.hidden;
   const uint32_t first = threadIdx.x * kVec;
 

@@ -73,9 +73,7 @@ def include_dir() -> str:
     return found
 
 
-_INSTALL_ADVICE = (
-    "compile: CuPy is not installed. Install fi_cupy[cuda13] or fi_cupy[cuda12] (the GPU itself is not needed to compile)"
-)
+_INSTALL_ADVICE = "compile: CuPy is not installed. Install fi_cupy[cuda13] or fi_cupy[cuda12] (compiling needs no GPU)"
 
 
 @lru_cache(maxsize=1)
@@ -209,7 +207,7 @@ def compile_job(job: CompileJob, worker: Worker | None = None) -> CompileResult:
     message = {
         "name": f"{job.symbol}.cu",
         "source": job.source,
-        "headers": {name: text.decode() for name, text in job.headers},
+        "headers": dict(job.headers),
         "options": [*job.options, f"-I{include_dir()}"],
         "ptx": job.arch.startswith("compute_"),
     }
@@ -231,7 +229,9 @@ def compile_job(job: CompileJob, worker: Worker | None = None) -> CompileResult:
 
 _USED = re.compile(r"Used (\d+) registers")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_DIAGNOSTIC = re.compile(r"^(?P<file>[^\s(][^(\n]*)\((?P<line>\d+)\): (?P<text>(?:catastrophic )?error.*)$", re.MULTILINE)
+_DIAGNOSTIC = re.compile(
+    r"^(?P<file>[^\s(][^(\n]*)\((?P<line>\d+)\): (?P<text>(?:catastrophic )?error.*)$", re.MULTILINE
+)
 
 
 def ptxas_figures(log: str) -> tuple[int, int, int]:
@@ -245,10 +245,13 @@ def _diagnose(job: CompileJob, log: str) -> str:
     own = {name for name, _ in job.headers}
     match = _DIAGNOSTIC.search(log)
     if match is None:
-        return f"{job.symbol}: NVRTC refused the source for {job.arch}: {log.strip().splitlines()[0] if log.strip() else '?'}"
+        first = log.strip().splitlines()[0] if log.strip() else "no log"
+        return f"{job.symbol}: NVRTC refused the source for {job.arch}: {first}"
     where = match["file"]
     where = f"kernels/{where}" if where in own else where
-    return f"{job.symbol}: {where}:{match['line']}: {match['text']} (target {job.arch}; the whole log is this error's .log)"
+    return (
+        f"{job.symbol}: {where}:{match['line']}: {match['text']} (target {job.arch}; the whole log: this error's .log)"
+    )
 
 
 def compile_many(

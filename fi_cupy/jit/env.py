@@ -39,7 +39,7 @@ ARCH_LIST = Variable(
     ("FI_CUPY_CUDA_ARCH_LIST", "FLASHINFER_CUDA_ARCH_LIST"), 'architectures for warmup, e.g. "7.5 8.0 9.0a 12.0f"'
 )
 TARGET = Variable(
-    ("FI_CUPY_TARGET",), 'compile for this target instead of the device\'s own, e.g. "compute_80" (PTX that newer GPUs run)'
+    ("FI_CUPY_TARGET",), 'compile for this target, not the device\'s own, e.g. "compute_80" (PTX that newer GPUs run)'
 )
 PRELOAD = Variable(("FI_CUPY_PRELOAD",), "profile to compile and load when fi_cupy is imported")
 VERBOSE = Variable(("FI_CUPY_VERBOSE", "FLASHINFER_JIT_VERBOSE"), "1: print each compilation to standard error")

@@ -11,12 +11,14 @@ import sys
 import time
 
 
-def compile_one(job):
+def compile_one(job: dict) -> dict:
     from cupy.cuda import nvrtc
 
     begin = time.perf_counter()
     headers = job["headers"]
-    program = nvrtc.createProgram(job["source"], job["name"], tuple(headers.values()), tuple(headers))
+    program = nvrtc.createProgram(
+        job["source"], job["name"], tuple(headers.values()), tuple(name.encode() for name in headers)
+    )
     try:
         try:
             nvrtc.compileProgram(program, tuple(job["options"]))
@@ -35,7 +37,7 @@ def compile_one(job):
         nvrtc.destroyProgram(program)
 
 
-def main():
+def main() -> None:
     # The protocol owns the real standard output; whatever a library prints goes to standard error.
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

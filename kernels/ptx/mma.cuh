@@ -104,4 +104,11 @@ FI_DEVICE uint32_t pack2<__nv_bfloat16>(float lo, float hi) {
   return *reinterpret_cast<uint32_t*>(&h);
 }
 
+// Transpose an 8x8 matrix of 16-bit elements held in fragment layout (lane 4 g + t: row g, columns 2t, 2t+1).
+FI_DEVICE uint32_t transpose_8x8(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 }  // namespace fi::ptx

@@ -1,0 +1,41 @@
+"""Random inputs for tests and benches, the same on every backend for the same seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fi_cupy.dtypes import DType
+from fi_cupy.dtypes import dtype as to_dtype
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = "bfloat16", scale: float = 1.0) -> Any:
+    """Normal values of standard deviation `scale`, rounded to `dtype` (NumPy, ml_dtypes)."""
+    return (rng.standard_normal(shape, dtype=np.float32) * scale).astype(to_dtype(dtype).np)
+
+
+def on_gpu(array: np.ndarray[Any, Any]) -> Any:
+    """A CuPy copy; fp8 becomes bytes, which is how it travels through CuPy."""
+    import cupy
+
+    if array.dtype.name.startswith("float8"):
+        array = array.view(np.uint8)
+    return cupy.asarray(array)
+
+
+def poisoned(shape: tuple[int, ...], dtype: Any) -> Any:
+    """A CuPy array full of NaN (0xff bytes), for outputs that a kernel must write in full."""
+    import cupy
+
+    kind: DType = to_dtype(dtype)
+    n = int(np.prod(shape)) * kind.itemsize
+    raw = cupy.full((n,), 0xFF, dtype=cupy.uint8)
+    return raw.view(np.uint8 if kind.name.startswith("float8") else kind.np).reshape(shape)
+
+
+def to_float64(array: Any) -> np.ndarray[Any, Any]:
+    """Any framework's array as float64 on the CPU."""
+    from fi_cupy.arrays import view
+
+    return view(array).host().astype(np.float64)
