@@ -219,7 +219,7 @@ def attention(
     )
     # [Hkv, group * qo, D]: one matrix product a kv head serves its whole group.
     q = (q * score_scale.astype(ct)[None, :, None]).transpose(1, 0, 2)
-    k_t, v = k.transpose(1, 2, 0), np.ascontiguousarray(v.transpose(1, 0, 2))
+    k_t, v = k.transpose(1, 2, 0), v.transpose(1, 0, 2)  # strided, but BLAS takes each head as it lies
     causal = causal and custom_mask is None
 
     rows_per_block = max(1, _BLOCK_ELEMENTS // max(1, num_qo_heads * kv_len))
