@@ -1,0 +1,578 @@
+"""Continuous batching: requests join and leave a running batch, step by step.
+
+A prompt is run in chunks by the prefill attention; each running request then gets one token from every decode step.
+The decode step of a batch size is captured once (a CUDA graph on the GPU) and replayed. Sampled ids stay on the
+device, where the next step reads them; the host looks at them one step late, so that it never keeps the GPU waiting.
+What the host must know in time it knows without looking: lengths, pages, and who has reached `max_tokens`. Only an
+end-of-text token is seen late, and then the one token drawn after it is thrown away.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from fi_cupy.decode import BatchDecodeWithPagedKVCacheWrapper
+from fi_cupy.models import ModelError, sampler
+from fi_cupy.models.backend import Fetch, NumpyBackend, Step
+from fi_cupy.models.kv_cache import PagedKVCache, page_table, page_tables, pages_for
+from fi_cupy.models.llama import Batch, Llama, Workspace
+from fi_cupy.models.sampler import SamplingParams
+from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
+
+Array = Any
+PAGE_SIZE = 16
+WORKSPACE_BYTES = 32 << 20
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and what has become of it.
+
+    `finish_reason` is None while it runs, then 'stop' (end-of-text token), 'length' (`max_tokens`) or 'context'.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    on_token: Callable[[Request, int], None] | None = None
+    output_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    pages: list[int] = field(default_factory=list, repr=False)
+    #: Prompt tokens in the cache once all that is launched has run.
+    prefilled: int = field(default=0, repr=False)
+    #: Most tokens that will be drawn, by `max_tokens` and the context.
+    limit: int = field(default=0, repr=False)
+
+
+@dataclass
+class EngineStats:
+    """Tokens and wall-clock seconds of each kind of step; captures are counted apart."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_steps: int = 0
+    decode_seconds: float = 0.0
+    captures: int = 0
+    capture_seconds: float = 0.0
+
+
+@dataclass
+class _Launch:
+    """A step that is under way, and the request of each row of its result."""
+
+    rows: list[Request]
+    ids: Fetch
+    prompt_tokens: int
+
+
+class _Inputs:
+    """Small arrays that the host writes for every step, in one piece of memory and so in one copy.
+
+    There are several host sides, used in turn: a copy may still be reading one while the host writes the next.
+    """
+
+    def __init__(self, backend: NumpyBackend, fields: dict[str, tuple[DTypeLike, int]]) -> None:
+        self._backend = backend
+        self._spans: dict[str, tuple[int, int, np.dtype[Any]]] = {}
+        size = 0
+        for name, (dtype, length) in fields.items():
+            nbytes = length * np.dtype(dtype).itemsize
+            self._spans[name] = (size, size + nbytes, np.dtype(dtype))
+            size += -(-nbytes // 16) * 16
+        self._memory = backend.zeros((max(size, 16),), np.uint8)
+        self.device: dict[str, Array] = self._views(self._memory)
+        buffers = [backend.host_buffer(max(size, 16)) for _ in range(backend.lookahead + 2)]
+        self._turns = itertools.cycle([(buffer, self._views(buffer)) for buffer in buffers])
+        self._current: tuple[NDArray[np.uint8], dict[str, NDArray[Any]]] = next(self._turns)
+
+    def _views(self, memory: Any) -> dict[str, Any]:
+        return {name: memory[start:stop].view(dtype) for name, (start, stop, dtype) in self._spans.items()}
+
+    def host(self) -> dict[str, NDArray[Any]]:
+        """Arrays to write; `push` sends them."""
+        self._current = next(self._turns)
+        return self._current[1]
+
+    def push(self) -> None:
+        """Copy what was written to the device, in stream order."""
+        self._backend.upload(self._current[0], self._memory)
+
+
+def _sampling_fields(rows: int) -> dict[str, tuple[DTypeLike, int]]:
+    return {name: (dtype, rows) for name, dtype in sampler.FIELDS.items()}
+
+
+class _RunningBatch:
+    """What the host knows of the running requests, a row each, in arrays: a decode step costs no loop over requests."""
+
+    def __init__(self, max_batch: int, num_pages: int, vocab_size: int, page_size: int) -> None:
+        self.requests: list[Request] = []
+        self._page_size = page_size
+        self._vocab_size = vocab_size
+        #: Tokens in the cache, and tokens drawn, once all that is launched has run.
+        self._kv_len = np.zeros(max_batch, np.int32)
+        self._drawn = np.zeros(max_batch, np.int64)
+        self._limit = np.zeros(max_batch, np.int64)
+        self._pages = np.zeros((max_batch, num_pages), np.int32)
+        self._columns = {name: np.zeros(max_batch, dtype) for name, dtype in sampler.FIELDS.items()}
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def _arrays(self) -> list[NDArray[Any]]:
+        return [self._kv_len, self._drawn, self._limit, self._pages, *self._columns.values()]
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no request draws random numbers."""
+        return bool(self._columns["greedy"][: len(self)].all())
+
+    def join(self, request: Request) -> int:
+        """Add a request whose prompt is in the cache and whose first token is drawn; the row it gets."""
+        row = len(self)
+        self.requests.append(request)
+        self._kv_len[row] = len(request.prompt_ids)
+        self._drawn[row] = 1
+        self._limit[row] = request.limit
+        self._pages[row, : len(request.pages)] = request.pages
+        request.params.write(self._columns, row, 1, self._vocab_size)
+        return row
+
+    def leave(self, request: Request) -> tuple[int, int]:
+        """Remove a request; the last row moves into its place. The two rows, equal if nothing moved."""
+        row, last = self.requests.index(request), len(self) - 1
+        self.requests[row] = self.requests[last]
+        self.requests.pop()
+        for array in self._arrays():
+            array[row] = array[last]
+        return row, last
+
+    def advance(self) -> list[Request]:
+        """Count one more token for everybody; the requests that have all they may draw."""
+        n = len(self)
+        self._kv_len[:n] += 1
+        self._drawn[:n] += 1
+        self._columns["offset"][:n] += np.uint64(sampler.OFFSET_STRIDE)
+        return [self.requests[row] for row in np.flatnonzero(self._drawn[:n] == self._limit[:n])]
+
+    def write(self, host: dict[str, NDArray[Any]], rows: int) -> tuple[NDArray[np.int32], ...]:
+        """Fill the inputs of a step of `rows` rows and return the page tables that hold with the newest tokens in."""
+        n = len(self)
+        host["positions"][:n] = self._kv_len[:n]
+        host["positions"][n:] = 0
+        host["batch_indices"][:n] = np.arange(n)
+        host["batch_indices"][n:] = -1
+        for name, column in self._columns.items():
+            host[name][:n] = column[:n]
+            host[name][n:] = 1
+        return page_tables(self._pages[:n], self._kv_len[:n] + 1, self._page_size, rows)
+
+
+class _DecodeStep:
+    """The decode step for `rows` requests: fixed arrays, a planned wrapper, and a capture for each way of sampling."""
+
+    def __init__(self, engine: Engine, rows: int) -> None:
+        backend, table_size = engine.backend, max(engine.cache.num_pages, 1)
+        self.rows = rows
+        self._engine = engine
+        self.inputs = _Inputs(
+            backend, {"positions": (np.int32, rows), "batch_indices": (np.int32, rows), **_sampling_fields(rows)}
+        )
+        indptr = backend.zeros((rows + 1,), np.int32)
+        indices = backend.zeros((table_size,), np.int32)
+        last_page_len = backend.zeros((rows,), np.int32)
+        self.wrapper = BatchDecodeWithPagedKVCacheWrapper(
+            engine.attention_workspace,
+            use_cuda_graph=True,
+            paged_kv_indptr_buffer=indptr,
+            paged_kv_indices_buffer=indices,
+            paged_kv_last_page_len_buffer=last_page_len,
+        )
+        device = self.inputs.device
+        self._batch = Batch(
+            tokens=engine.tokens[:rows],
+            positions=device["positions"],
+            batch_indices=device["batch_indices"],
+            kv_indptr=indptr,
+            kv_indices=indices,
+            kv_last_page_len=last_page_len,
+            attention=self.wrapper,
+        )
+        self._ws = engine.workspace.first(rows)
+        self._replays: dict[bool, Step] = {}
+
+    def prepare(self, running: _RunningBatch) -> None:
+        """Plan and upload for a step in which each request's newest token enters the cache."""
+        engine, c = self._engine, self._engine.model.config
+        tables = running.write(self.inputs.host(), self.rows)
+        self.inputs.push()
+        self.wrapper.plan(
+            *tables,
+            c.num_qo_heads,
+            c.num_kv_heads,
+            c.head_dim,
+            engine.cache.page_size,
+            q_data_type=engine.backend.dtype,
+            kv_data_type=engine.backend.dtype,
+        )
+
+    def _run(self, greedy: bool) -> None:
+        engine = self._engine
+        hidden = engine.model.forward(self._batch, engine.cache.layers, self._ws)
+        logits = engine.model.logits(hidden, engine.logits[: self.rows])
+        sampler.sample(engine.backend, logits, self.inputs.device, self._batch.tokens, greedy=greedy)
+
+    def replay(self, greedy: bool) -> Step:
+        """The step as one call; captured at first use, which leaves the cache and the tokens as they were."""
+        if greedy not in self._replays:
+            backend, tokens = self._engine.backend, self._batch.tokens
+            start = time.perf_counter()
+            self.prepare(_RunningBatch(0, 0, 1, self._engine.cache.page_size))
+            saved = tokens.copy()
+            self._replays[greedy] = backend.capture(lambda: self._run(greedy))
+            tokens[...] = saved
+            backend.synchronize()
+            self._engine.stats.captures += 1
+            self._engine.stats.capture_seconds += time.perf_counter() - start
+        return self._replays[greedy]
+
+
+class Engine:
+    """Runs requests on a model.
+
+    Parameters
+    ----------
+    model : Llama
+    max_batch : int
+        Most requests that run at once; others wait.
+    num_pages : int, optional
+        Of the key-value cache; by default room for `max_batch` sequences of 1024 tokens, or of the whole context
+        where that is shorter. A request is admitted when the pages for its prompt and `max_tokens` are free, so a
+        running request never lacks memory.
+    max_prefill_tokens : int
+        Most prompt tokens of one step; longer prompts take several, between which running requests get their turn.
+    stop_ids : collection of int
+        Tokens that end a text.
+    batch_sizes : sequence of int, optional
+        Sizes for which a decode step is captured; a batch is padded to the next one. By default powers of two on a
+        GPU, every size on the CPU.
+    page_size : int
+
+    Examples
+    --------
+    >>> engine = Engine(model, max_batch=8, stop_ids=tokenizer.stop_ids)      # doctest: +SKIP
+    >>> request = engine.submit(tokenizer.encode("Once"), SamplingParams(max_tokens=20))      # doctest: +SKIP
+    >>> engine.run()                                                          # doctest: +SKIP
+    >>> tokenizer.decode(request.output_ids)                                  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        *,
+        max_batch: int = 8,
+        num_pages: int | None = None,
+        max_prefill_tokens: int = 1024,
+        stop_ids: Sequence[int] | frozenset[int] = (),
+        batch_sizes: Sequence[int] | None = None,
+        page_size: int = PAGE_SIZE,
+    ) -> None:
+        if max_batch < 1:
+            raise ModelError(f"max_batch is {max_batch}, expected at least 1")
+        if max_prefill_tokens < 1:
+            raise ModelError(f"max_prefill_tokens is {max_prefill_tokens}, expected at least 1")
+        self.model = model
+        self.backend = backend = model.backend
+        self.stop_ids = frozenset(stop_ids)
+        self.max_batch = max_batch
+        self.max_prefill_tokens = max_prefill_tokens
+        self.lookahead = backend.lookahead
+        self.batch_sizes = self._batch_sizes(batch_sizes)
+        self.stats = EngineStats()
+        config = model.config
+        if num_pages is None:
+            num_pages = max_batch * pages_for(min(config.context_length, 1024), page_size)
+        rows = self.batch_sizes[-1]
+        with backend.active():
+            self._check_memory(num_pages * page_size)
+            self.cache = PagedKVCache(backend, config, num_pages, page_size)
+            self.workspace = Workspace(backend, config, max(rows, max_prefill_tokens))
+            self.attention_workspace = backend.empty((WORKSPACE_BYTES,), np.uint8)
+            self.logits = backend.empty((rows, config.vocab_size), np.float32)
+            self.tokens = backend.zeros((rows,), np.int32)
+            self._last_hidden = backend.empty((rows, config.hidden_size))
+            self._first_tokens = backend.zeros((rows,), np.int32)
+            self._prefill_inputs = _Inputs(
+                backend,
+                {
+                    **{name: (np.int32, max_prefill_tokens) for name in ("tokens", "positions", "batch_indices")},
+                    "last_rows": (np.int32, max_batch),
+                    "kv_indptr": (np.int32, max_batch + 1),
+                    "kv_last_page_len": (np.int32, max_batch),
+                    "kv_indices": (np.int32, max(num_pages, 1)),
+                    **_sampling_fields(max_batch),
+                },
+            )
+            self._prefill_wrapper = BatchPrefillWithPagedKVCacheWrapper(self.attention_workspace)
+        self._steps: dict[int, _DecodeStep] = {}
+        self._waiting: deque[Request] = deque()
+        self._prefilling: list[Request] = []
+        self._running = _RunningBatch(max_batch, num_pages, config.vocab_size, page_size)
+        self._in_flight: deque[_Launch] = deque()
+        self._decode_turn = False
+        self._mark = (0.0, 0.0)
+
+    def _batch_sizes(self, sizes: Sequence[int] | None) -> list[int]:
+        if sizes is None and not self.backend.captures:
+            return list(range(1, self.max_batch + 1))
+        if sizes is None:
+            return [1 << i for i in range((self.max_batch - 1).bit_length() + 1)]
+        if not sizes or min(sizes) < 1 or max(sizes) < self.max_batch:
+            raise ModelError(f"batch_sizes is {list(sizes)}, expected sizes that reach max_batch = {self.max_batch}")
+        return sorted(set(sizes))
+
+    def _check_memory(self, tokens: int) -> None:
+        c, free = self.model.config, self.backend.free_bytes()
+        need = tokens * 2 * c.num_layers * c.num_kv_heads * c.head_dim * np.dtype(self.backend.dtype).itemsize
+        if free is not None and need > free:
+            raise ModelError(
+                f"the key-value cache for {tokens} tokens needs {need >> 20} MiB and {free >> 20} MiB of the device are "
+                "free; run fewer requests at once or fewer tokens"
+            )
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        on_token: Callable[[Request, int], None] | None = None,
+    ) -> Request:
+        """Queue a prompt.
+
+        Parameters
+        ----------
+        prompt_ids : sequence of int
+        params : SamplingParams, optional
+        on_token : callable, optional
+            Called with the request and each token (the one that ends the text included) when the host has it.
+
+        Returns
+        -------
+        Request
+            Filled while `step` or `run` is called.
+
+        Raises
+        ------
+        ModelError
+            An empty prompt, an id out of range, a prompt longer than the context, a request larger than the cache.
+        """
+        params = params if params is not None else SamplingParams()
+        ids, config = [int(i) for i in prompt_ids], self.model.config
+        if not ids:
+            raise ModelError("the prompt is empty: it has no token to start from")
+        if min(ids) < 0 or max(ids) >= config.vocab_size:
+            raise ModelError(f"a prompt id is outside 0 .. {config.vocab_size - 1}, the model's vocabulary")
+        if len(ids) > config.context_length:
+            raise ModelError(
+                f"the prompt has {len(ids)} tokens, more than the model's context of {config.context_length}"
+            )
+        # The last token drawn never enters the cache, so a text may have one token more than the context.
+        limit = min(params.max_tokens, config.context_length - len(ids) + 1)
+        pages = pages_for(len(ids) + limit - 1, self.cache.page_size)
+        if pages > self.cache.num_pages:
+            raise ModelError(
+                f"the prompt and max_tokens need {pages} pages of {self.cache.page_size} tokens, "
+                f"the cache has {self.cache.num_pages}"
+            )
+        request = Request(ids, params, on_token, limit=limit)
+        self._waiting.append(request)
+        return request
+
+    def run(self) -> None:
+        """Go on until every request is finished."""
+        while self.step():
+            pass
+
+    def step(self) -> bool:
+        """Launch one prefill or decode step and look at the results that are due.
+
+        Returns
+        -------
+        bool
+            Whether there is anything left to do.
+        """
+        with self.backend.active():
+            if not self._in_flight:
+                self._mark = (time.perf_counter(), self.stats.capture_seconds)
+            self._admit()
+            launched = True
+            if self._prefilling and not (self._decode_turn and self._running):
+                self._in_flight.append(self._launch_prefill())
+                self._decode_turn = True
+            elif self._running:
+                self._in_flight.append(self._launch_decode())
+                self._decode_turn = False
+            else:
+                launched = False
+            while len(self._in_flight) > (self.lookahead if launched else 0):
+                self._collect(self._in_flight.popleft())
+        return bool(self._in_flight or self._waiting or self._prefilling or self._running)
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._prefilling) + len(self._running) < self.max_batch:
+            request = self._waiting[0]
+            pages = pages_for(len(request.prompt_ids) + request.limit - 1, self.cache.page_size)
+            if pages > self.cache.free_pages:
+                return
+            request.pages = self.cache.allocate(pages)
+            self._prefilling.append(self._waiting.popleft())
+
+    def _launch_prefill(self) -> _Launch:
+        """Run the next chunk of the prompts that are not in the cache yet, and draw the first token of each done."""
+        config, page_size = self.model.config, self.cache.page_size
+        requests: list[Request] = []
+        counts: list[int] = []
+        room = self.max_prefill_tokens
+        for request in self._prefilling:
+            if room == 0:
+                break
+            requests.append(request)
+            counts.append(min(room, len(request.prompt_ids) - request.prefilled))
+            room -= counts[-1]
+        total = sum(counts)
+        lengths = [request.prefilled + count for request, count in zip(requests, counts, strict=True)]
+        done = [i for i, request in enumerate(requests) if lengths[i] == len(request.prompt_ids)]
+        qo_indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        indptr, indices, last = page_tables(
+            page_table([request.pages for request in requests]), np.array(lengths, np.int32), page_size, len(requests)
+        )
+
+        host = self._prefill_inputs.host()
+        host["kv_indptr"][: len(indptr)] = indptr
+        host["kv_indices"][: len(indices)] = indices
+        host["kv_last_page_len"][: len(last)] = last
+        for i, request in enumerate(requests):
+            rows = slice(qo_indptr[i], qo_indptr[i + 1])
+            host["tokens"][rows] = request.prompt_ids[request.prefilled : lengths[i]]
+            host["positions"][rows] = np.arange(request.prefilled, lengths[i])
+            host["batch_indices"][rows] = i
+        for row, i in enumerate(done):
+            host["last_rows"][row] = qo_indptr[i + 1] - 1
+            requests[i].params.write(host, row, 0, config.vocab_size)
+        self._prefill_inputs.push()
+        self._prefill_wrapper.plan(
+            qo_indptr,
+            indptr,
+            indices,
+            last,
+            config.num_qo_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            page_size,
+            causal=True,
+            q_data_type=self.backend.dtype,
+            kv_data_type=self.backend.dtype,
+        )
+        device = self._prefill_inputs.device
+        batch = Batch(
+            tokens=device["tokens"][:total],
+            positions=device["positions"][:total],
+            batch_indices=device["batch_indices"][:total],
+            kv_indptr=device["kv_indptr"][: len(indptr)],
+            kv_indices=device["kv_indices"][: len(indices)],
+            kv_last_page_len=device["kv_last_page_len"][: len(last)],
+            attention=self._prefill_wrapper,
+        )
+        hidden = self.model.forward(batch, self.cache.layers, self.workspace.first(total))
+        for request, length in zip(requests, lengths, strict=True):
+            request.prefilled = length
+        finished = [requests[i] for i in done]
+        if finished:
+            self._draw_first_tokens(hidden, finished)
+        return _Launch(finished, self.backend.fetch(self._first_tokens[: max(len(finished), 1)]), total)
+
+    def _draw_first_tokens(self, hidden: Array, requests: list[Request]) -> None:
+        """Sample after the prompts of `requests`, and let those that want more join the running batch."""
+        count, device = len(requests), self._prefill_inputs.device
+        last, ids = self._last_hidden[:count], self._first_tokens[:count]
+        self.model.gather_rows(hidden, device["last_rows"][:count], last)
+        logits = self.model.logits(last, self.logits[:count])
+        columns = {name: device[name][:count] for name in sampler.FIELDS}
+        sampler.sample(self.backend, logits, columns, ids, greedy=all(r.params.greedy for r in requests))
+        for i, request in enumerate(requests):
+            self._prefilling.remove(request)
+            if request.limit > 1:
+                row = self._running.join(request)
+                self.tokens[row : row + 1] = ids[i : i + 1]
+
+    def _launch_decode(self) -> _Launch:
+        """One more token for every running request."""
+        requests = list(self._running.requests)
+        rows = next(size for size in self.batch_sizes if size >= len(requests))
+        if rows not in self._steps:
+            self._steps[rows] = _DecodeStep(self, rows)
+        step = self._steps[rows]
+        replay = step.replay(self._running.greedy)
+        step.prepare(self._running)
+        replay()
+        launch = _Launch(requests, self.backend.fetch(self.tokens[: len(requests)]), 0)
+        for request in self._running.advance():
+            self._leave(request)
+        return launch
+
+    def _leave(self, request: Request) -> None:
+        """Take a request out of the running batch."""
+        row, last = self._running.leave(request)
+        if row != last:
+            self.tokens[row : row + 1] = self.tokens[last : last + 1]
+
+    def _collect(self, launch: _Launch) -> None:
+        """Wait for a step and hand out its tokens."""
+        ids = launch.ids()
+        self._count(launch)
+        for request, token in zip(launch.rows, ids.tolist(), strict=False):
+            if request.finish_reason is not None:
+                continue  # Drawn after the text had ended, before the host could know.
+            request.output_ids.append(token)
+            if token in self.stop_ids and not request.params.ignore_eos:
+                self._finish(request, "stop")
+            elif len(request.output_ids) == request.limit:
+                self._finish(request, "length" if request.limit == request.params.max_tokens else "context")
+            if request.on_token is not None:
+                request.on_token(request, token)
+
+    def _finish(self, request: Request, reason: str) -> None:
+        request.finish_reason = reason
+        if request in self._running.requests:
+            self._leave(request)
+        # A step under way may still write to these pages; whoever gets them next comes later in the same stream.
+        self.cache.release(request.pages)
+        request.pages = []
+
+    def _count(self, launch: _Launch) -> None:
+        """Give the time since the last result to the step that has just ended, captures left out."""
+        s, now = self.stats, time.perf_counter()
+        seconds = now - self._mark[0] - (s.capture_seconds - self._mark[1])
+        self._mark = (now, s.capture_seconds)
+        if launch.prompt_tokens:
+            s.prefill_tokens += launch.prompt_tokens
+            s.prefill_seconds += seconds
+        else:
+            s.decode_tokens += sum(request.finish_reason is None for request in launch.rows)
+            s.decode_steps += 1
+            s.decode_seconds += seconds
+
+    def warm_up(self, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> None:
+        """Run like requests for two tokens each, so that kernels are compiled and steps captured before it counts."""
+        for ids, p in requests:
+            params = SamplingParams(2, p.temperature, p.top_p, p.top_k, p.seed, ignore_eos=True)
+            self.submit(ids, params)
+        self.run()
+        self.stats = EngineStats()

@@ -1,0 +1,211 @@
+"""The Llama forward pass on fi_cupy's operators, the same code for CPU and GPU arrays.
+
+One pass takes a list of tokens that may belong to many requests (a prompt's tokens, or one token of each request),
+adds their keys and values to the paged cache, and leaves the last hidden states. Every intermediate has its place in
+a `Workspace`, so that a pass allocates nothing and can be recorded in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fi_cupy import activation, gemm, norm, page, rope
+from fi_cupy.models.backend import NumpyBackend
+from fi_cupy.models.loader import GGUFModel, LlamaConfig
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block's weights on the device; a projection is the transposed view ``[in, out]`` of ``[out, in]`` memory."""
+
+    attn_norm: Array
+    qkv: Array
+    attn_output: Array
+    ffn_norm: Array
+    gate_up: Array
+    down: Array
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one pass, and where their keys and values go.
+
+    `kv_indptr`, `kv_indices` and `kv_last_page_len` describe the cache *after* this pass, as
+    `fi_cupy.page.append_paged_kv_cache` and the attention wrappers want it. A batch index of -1 marks a row of padding.
+    """
+
+    tokens: Array  # [n] int32
+    positions: Array  # [n] int32
+    batch_indices: Array  # [n] int32
+    kv_indptr: Array
+    kv_indices: Array
+    kv_last_page_len: Array
+    attention: Any  # a planned decode or prefill wrapper
+
+
+class Workspace:
+    """Memory for the intermediates of a pass over at most `rows` tokens."""
+
+    def __init__(self, backend: NumpyBackend, config: LlamaConfig, rows: int) -> None:
+        c = config
+        self.rows = rows
+        self.residual = backend.empty((rows, c.hidden_size))
+        self.hidden = backend.empty((rows, c.hidden_size))
+        self.qkv = backend.empty((rows, c.qkv_size))
+        self.attention = backend.empty((rows, c.num_qo_heads, c.head_dim))
+        self.gate_up = backend.empty((rows, 2 * c.intermediate_size))
+        self.activation = backend.empty((rows, c.intermediate_size))
+
+    def first(self, rows: int) -> Workspace:
+        """The same memory, for a pass over `rows` tokens."""
+        view = object.__new__(Workspace)
+        view.rows = rows
+        for name, array in vars(self).items():
+            if name != "rows":
+                setattr(view, name, array[:rows])
+        return view
+
+
+class Llama:
+    """A Llama model on one device.
+
+    Parameters
+    ----------
+    config : LlamaConfig
+    backend : NumpyBackend
+    embedding : [vocab_size, hidden_size]
+    layers : list of Layer
+    output_norm : [hidden_size]
+    lm_head : [hidden_size, vocab_size]
+        Transposed view.
+
+    Examples
+    --------
+    >>> model = Llama.load(GGUFModel(path), NumpyBackend())     # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        backend: NumpyBackend,
+        embedding: Array,
+        layers: list[Layer],
+        output_norm: Array,
+        lm_head: Array,
+    ) -> None:
+        self.config = config
+        self.backend = backend
+        self.layers = layers
+        self.output_norm = output_norm
+        self.lm_head = lm_head
+        # Rows are copied, not computed with: as plain words, so that the array module need not know the float type.
+        self._word = np.dtype(f"u{embedding.dtype.itemsize}")
+        self._embedding_words = embedding.view(self._word)
+        self._cos_sin = self._scaled_cos_sin_cache()
+
+    @classmethod
+    def load(cls, gguf: GGUFModel, backend: NumpyBackend) -> Llama:
+        """Dequantise the weights of a GGUF file and put them on the backend's device, one layer at a time."""
+
+        def projection(values: Any) -> Array:
+            return backend.weight(values).T
+
+        with backend.active():
+            layers = []
+            for i in range(gguf.config.num_layers):
+                w = gguf.layer(i)
+                layers.append(
+                    Layer(
+                        attn_norm=backend.weight(w.attn_norm),
+                        qkv=projection(w.qkv),
+                        attn_output=projection(w.attn_output),
+                        ffn_norm=backend.weight(w.ffn_norm),
+                        gate_up=projection(w.gate_up),
+                        down=projection(w.down),
+                    )
+                )
+            embedding = backend.weight(gguf.embedding())
+            head = gguf.lm_head()
+            lm_head = embedding.T if head is None else projection(head)
+            model = cls(gguf.config, backend, embedding, layers, backend.weight(gguf.output_norm()), lm_head)
+            backend.synchronize()
+        return model
+
+    def _scaled_cos_sin_cache(self) -> Array | None:
+        """Cosines and sines of every position for a model whose frequencies have factors of their own."""
+        c = self.config
+        if c.rope_factors is None:
+            return None
+        frequencies = c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim) / np.array(c.rope_factors)
+        angles = np.arange(c.context_length)[:, None] / c.rope_scale * frequencies
+        return self.backend.array(np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
+
+    def _rotate(self, q: Array, k: Array, positions: Array) -> None:
+        c = self.config
+        if self._cos_sin is None:
+            rope.apply_rope_pos_ids_inplace(q, k, positions, rope_scale=c.rope_scale, rope_theta=c.rope_theta)
+            return
+        flat_q, flat_k = q.reshape(len(q), -1), k.reshape(len(k), -1)
+        rope.apply_rope_with_cos_sin_cache_inplace(positions, flat_q, flat_k, c.head_dim, self._cos_sin)
+
+    def gather_rows(self, source: Array, rows: Array, out: Array) -> None:
+        """``out[i] = source[rows[i]]``."""
+        self.backend.xp.take(source.view(self._word), rows, axis=0, out=out.view(self._word))
+
+    def forward(self, batch: Batch, kv_cache: list[tuple[Array, Array]], ws: Workspace) -> Array:
+        """Run every layer over the tokens of `batch`.
+
+        Parameters
+        ----------
+        batch : Batch
+        kv_cache : list of (k, v)
+            For each layer a pair of ``[num_pages, page_size, num_kv_heads, head_dim]``; written.
+        ws : Workspace
+            Of ``len(batch.tokens)`` rows; overwritten.
+
+        Returns
+        -------
+        Array
+            ``[n, hidden_size]``: the normalised last hidden states, in `ws`.
+        """
+        c = self.config
+        n, qo, kv, d = ws.rows, c.num_qo_heads, c.num_kv_heads, c.head_dim
+        q, k, v = (
+            ws.qkv[:, start * d : (start + heads) * d].reshape(n, heads, d)
+            for start, heads in ((0, qo), (qo, kv), (qo + kv, kv))
+        )
+        attention = ws.attention.reshape(n, qo * d)
+        residual, x = ws.residual, ws.hidden
+        self.gather_rows(self._embedding_words, batch.tokens, residual)
+        norm.rmsnorm(residual, self.layers[0].attn_norm, c.rms_norm_eps, out=x)
+        next_norms = [layer.attn_norm for layer in self.layers[1:]] + [self.output_norm]
+        for layer, cache, next_norm in zip(self.layers, kv_cache, next_norms, strict=True):
+            gemm.mm_bf16(x, layer.qkv, out=ws.qkv)
+            self._rotate(q, k, batch.positions)
+            page.append_paged_kv_cache(
+                k,
+                v,
+                batch.batch_indices,
+                batch.positions,
+                cache,
+                batch.kv_indices,
+                batch.kv_indptr,
+                batch.kv_last_page_len,
+            )
+            batch.attention.run(q, cache, out=ws.attention)
+            gemm.mm_bf16(attention, layer.attn_output, out=x)
+            norm.fused_add_rmsnorm(x, residual, layer.ffn_norm, c.rms_norm_eps)
+            gemm.mm_bf16(x, layer.gate_up, out=ws.gate_up)
+            activation.silu_and_mul(ws.gate_up, out=ws.activation)
+            gemm.mm_bf16(ws.activation, layer.down, out=x)
+            norm.fused_add_rmsnorm(x, residual, next_norm, c.rms_norm_eps)
+        return x
+
+    def logits(self, hidden: Array, out: Array) -> Array:
+        """``hidden @ lm_head`` as float32 ``[rows, vocab_size]``: bf16 would make ties of near neighbours."""
+        return gemm.mm_bf16(hidden, self.lm_head, out=out, out_dtype=out.dtype)
