@@ -95,11 +95,9 @@ def kernel_specs() -> list[KernelSpec]:
     return specs
 
 
-@lru_cache(maxsize=4096)
-def _vec(hidden: int, itemsize: int, *pointers_and_strides: int) -> int:
-    """Elements an access: 16 bytes where hidden, addresses (modulo 16) and strides allow, else fewer."""
-    vec = 16 // itemsize
-    while vec > 1 and (hidden % vec or any(p % vec for p in pointers_and_strides)):
+def _narrow_vec(vec: int, itemsize: int, addresses: int, extents: int) -> int:
+    """Elements an access where 16 bytes do not fit: `addresses` and `extents` are ORed together."""
+    while vec > 1 and (extents % vec or addresses % (vec * itemsize)):
         vec //= 2
     return vec
 
@@ -129,12 +127,13 @@ def _launch(
     x_outer, x_inner = _row_strides(x)
     o_outer, o_inner = _row_strides(out)
     r_outer, r_inner = (0, 0) if residual is None else _row_strides(residual)
-    # Addresses in elements modulo 16 bytes, so that equal alignments share one cache line of _vec.
-    vec = _vec(
-        hidden, size, x.ptr % 16 // size, out.ptr % 16 // out.dtype.itemsize, weight.ptr % 16 // weight.dtype.itemsize,
-        0 if residual is None else residual.ptr % 16 // size, 0 if bias is None else bias.ptr % 16 // 4,
-        x_outer & 15, x_inner & 15, o_outer & 15, o_inner & 15, r_outer & 15, r_inner & 15,
-    )  # fmt: skip
+    residual_ptr = 0 if residual is None else residual.ptr
+    bias_ptr = 0 if bias is None else bias.ptr
+    strides = x_outer | x_inner | o_outer | o_inner | r_outer | r_inner
+    addresses = x.ptr | out.ptr | weight.ptr | residual_ptr | bias_ptr
+    vec = 16 // size
+    if addresses & 15 or (hidden | strides) % vec:
+        vec = _narrow_vec(vec, size, addresses, hidden | strides)
     spec = norm_spec(
         x.dtype, weight.dtype, out.dtype, hidden, vec, residual=residual is not None, layer=bias is not None
     )
@@ -143,7 +142,7 @@ def _launch(
     on_device = isinstance(scale, View)
     kernel.launch(
         rows, x.stream(),
-        x.ptr, out.ptr, 0 if residual is None else residual.ptr, weight.ptr, 0 if bias is None else bias.ptr,
+        x.ptr, out.ptr, residual_ptr, weight.ptr, bias_ptr,
         scale.ptr if on_device else 0,  # type: ignore[union-attr]
         x_outer, x_inner, o_outer, o_inner, r_outer, r_inner, inner or 1, hidden, eps, weight_bias,
         1.0 if on_device else scale, pdl=bool(pdl),
@@ -173,6 +172,8 @@ def _rms(op: str, input: Any, weight: Any, eps: float, out: Any, enable_pdl: boo
 
 def _checked_out(op: str, x: View, out: Any) -> View:
     o = view(out, op, "out").writable(op, "out")
+    if o.shape == x.shape and o.dtype is x.dtype and o.device == x.device and o.strides == x.strides:
+        return o
     check_shape(op, "out", o, x.shape, "= input.shape")
     check_dtype(op, "out", o, (x.dtype,), "like input")
     check_device(op, x, out=o)
@@ -350,6 +351,8 @@ def layernorm(input: Any, gamma: Any, beta: Any, eps: float = 1e-6) -> Any:
 def _fp8_out(op: str, out: Any, x: View) -> View:
     """The fp8 output: bytes (CuPy has no fp8) count as e4m3."""
     o = view(out, op, "out").writable(op, "out")
+    if o.shape == x.shape and o.dtype is x.dtype and o.device == x.device and o.strides == x.strides:
+        return o
     check_shape(op, "out", o, x.shape, "= input.shape")
     check_dtype(op, "out", o, (*FP8_TYPES, uint8))
     check_inner(op, "out", o)
