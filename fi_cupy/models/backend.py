@@ -23,16 +23,23 @@ Fetch = Callable[[], NDArray[Any]]
 
 
 class NumpyBackend:
-    """Arrays in host memory, float32, every operator from the NumPy reference."""
+    """Arrays in host memory, every operator from the NumPy reference.
+
+    Parameters
+    ----------
+    dtype : optional
+        Type of weights and activations; bf16 rounds where the GPU does, and is slow.
+    """
 
     name = "numpy"
     xp: Any = np
-    #: Type of weights and activations.
-    dtype: DTypeLike = np.float32
     #: Steps that may be launched before the result of the oldest is looked at.
     lookahead = 0
     #: Whether a step is captured for each batch size, so that sizes should be few.
     captures = False
+
+    def __init__(self, dtype: DTypeLike = np.float32) -> None:
+        self.dtype = np.dtype(dtype)
 
     @property
     def device_name(self) -> str:
@@ -45,7 +52,7 @@ class NumpyBackend:
 
     def weight(self, values: NDArray[np.float32]) -> Array:
         """A float32 array of the host as a weight."""
-        return values
+        return values.astype(self.dtype, copy=False)
 
     def array(self, values: NDArray[Any]) -> Array:
         """A copy of a small host array on the device."""
@@ -88,7 +95,6 @@ class CupyBackend(NumpyBackend):
     """Arrays on the current GPU, bf16, every operator a CUDA kernel; steps are captured in CUDA graphs."""
 
     name = "cuda"
-    dtype = ml_dtypes.bfloat16
     lookahead = 1
     captures = True
 
@@ -97,10 +103,9 @@ class CupyBackend(NumpyBackend):
         if reason is not None:
             raise CudaUnavailableError(f"backend 'cuda': {reason}")
         import cupy
-        import cupyx
 
+        super().__init__(ml_dtypes.bfloat16)
         self.xp = cupy
-        self._pinned = cupyx.empty_pinned
         self._device = cupy.cuda.Device()
         self._stream = cupy.cuda.Stream(non_blocking=True)
         # What a captured step allocates belongs to its graph for good, so it must come from a pool that nothing else
@@ -120,7 +125,7 @@ class CupyBackend(NumpyBackend):
 
     def weight(self, values: NDArray[np.float32]) -> Array:
         """A float32 array of the host, rounded to bf16, on the device."""
-        return self.xp.asarray(values.astype(ml_dtypes.bfloat16).view(np.uint16)).view(ml_dtypes.bfloat16)
+        return self.xp.asarray(values.astype(ml_dtypes.bfloat16).view(np.uint16)).view(self.dtype)
 
     def array(self, values: NDArray[Any]) -> Array:
         """A copy of a small host array on the device."""
@@ -138,9 +143,13 @@ class CupyBackend(NumpyBackend):
 
     def host_buffer(self, nbytes: int) -> NDArray[np.uint8]:
         """Page-locked host memory, which the GPU can read while the host goes on."""
-        buffer: NDArray[np.uint8] = self._pinned((nbytes,), np.uint8)
+        buffer = self._pinned(nbytes)
         buffer[:] = 0
         return buffer
+
+    def _pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        memory = self.xp.cuda.alloc_pinned_memory(nbytes)
+        return np.frombuffer(memory, np.uint8, nbytes)
 
     def upload(self, host: NDArray[Any], device: Array) -> None:
         """Copy page-locked host memory to the device in stream order; `host` must stay as it is until that is done."""
@@ -148,7 +157,7 @@ class CupyBackend(NumpyBackend):
 
     def fetch(self, device: Array) -> Fetch:
         """Start a copy to the host; the function returned waits for it and gives the values."""
-        host = self._pinned(device.shape, device.dtype)
+        host = self._pinned(device.nbytes).view(device.dtype).reshape(device.shape)
         device.data.copy_to_host_async(host.ctypes.data, host.nbytes, self._stream)
         done = self.xp.cuda.Event(disable_timing=True)
         done.record(self._stream)

@@ -122,7 +122,9 @@ class _RunningBatch:
         self._drawn = np.zeros(max_batch, np.int64)
         self._limit = np.zeros(max_batch, np.int64)
         self._pages = np.zeros((max_batch, num_pages), np.int32)
-        self._columns = {name: np.zeros(max_batch, dtype) for name, dtype in sampler.FIELDS.items()}
+        self._columns: dict[str, NDArray[Any]] = {
+            name: np.zeros(max_batch, dtype) for name, dtype in sampler.FIELDS.items()
+        }
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -344,8 +346,8 @@ class Engine:
         need = tokens * 2 * c.num_layers * c.num_kv_heads * c.head_dim * np.dtype(self.backend.dtype).itemsize
         if free is not None and need > free:
             raise ModelError(
-                f"the key-value cache for {tokens} tokens needs {need >> 20} MiB and {free >> 20} MiB of the device are "
-                "free; run fewer requests at once or fewer tokens"
+                f"the key-value cache for {tokens} tokens needs {need >> 20} MiB, of the device {free >> 20} MiB "
+                "are free; run fewer requests at once or fewer tokens"
             )
 
     def submit(

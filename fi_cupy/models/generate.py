@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, replace
-from typing import Any, TextIO
+from typing import TextIO
 
+from fi_cupy import jit
 from fi_cupy.models import ModelError
 from fi_cupy.models.backend import select_backend
 from fi_cupy.models.engine import PAGE_SIZE, Engine, Request
@@ -54,14 +55,9 @@ class GenerationStats:
 
 
 def _compile_stats() -> tuple[float, int]:
-    """Seconds spent compiling and kernels compiled by this process so far; zeros where the counters are not there."""
-    from fi_cupy import jit
-
-    stats: Any = getattr(jit, "stats", None)
-    values = stats() if callable(stats) else {}
-    if not isinstance(values, dict):
-        values = vars(values)
-    return float(values.get("compile_seconds", 0.0)), int(values.get("compiled", 0))
+    """Seconds spent compiling and kernels compiled by this process so far."""
+    counters = jit.stats()
+    return counters.compile_seconds, counters.compiled
 
 
 def run_generate(
@@ -145,8 +141,7 @@ def run_generate(
     )
     load_seconds = time.perf_counter() - start
     print(
-        f"[{gguf.config.name} on {chosen.device_name}, backend {chosen.name} ({why}), "
-        f"loaded in {load_seconds:.1f} s]",
+        f"[{gguf.config.name} on {chosen.device_name}, backend {chosen.name} ({why}), loaded in {load_seconds:.1f} s]",
         file=out,
         flush=True,
     )

@@ -99,7 +99,7 @@ def main() -> None:
     result = {
         "provenance": {
             "made_by": "tests/data/make_smollm2_greedy.py",
-            "implementation": "transformers AutoModelForCausalLM, gguf_file=, greedy, key-value cache, one token a step",
+            "implementation": "transformers AutoModelForCausalLM, gguf_file=, greedy, with key-value cache",
             "dtype": "float32",
             "device": f"cpu ({platform.machine()})",
             "python": platform.python_version(),
