@@ -1,0 +1,194 @@
+"""Gated activations: SiLU, GELU and its tanh form, multiplied with the second half of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from fi_cupy import reference
+from fi_cupy.arrays import View, view
+from fi_cupy.checks import check_device, check_dtype, check_inner, check_shape
+from fi_cupy.dtypes import FLOAT_TYPES, DType, bfloat16, float16, float32
+from fi_cupy.errors import ShapeError
+from fi_cupy.jit.kernel import load_kernel
+from fi_cupy.jit.params import ParamsStruct
+from fi_cupy.jit.spec import CppType, KernelSpec
+
+_PARAMS = ParamsStruct(
+    "ActivationParams",
+    [
+        ("input", "ptr"),
+        ("output", "ptr"),
+        ("in_stride_outer", "i64"),
+        ("in_stride_inner", "i64"),
+        ("out_stride_outer", "i64"),
+        ("out_stride_inner", "i64"),
+        ("vectors", "u64"),
+        ("rows", "u32"),
+        ("inner", "u32"),
+        ("hidden", "u32"),
+    ],
+)
+
+#: Name in the symbol -> functor in kernels/activation.cuh.
+_ACTS = {"silu": "fi::Silu", "gelu": "fi::Gelu", "gelu_tanh": "fi::GeluTanh"}
+_THREADS = 128
+#: From this many vectors on (12 MB moved) there are CTAs enough for two vectors a thread.
+_UNROLL_FROM = 1 << 18
+
+
+@lru_cache(maxsize=256)
+def activation_spec(act: str, dtype: DType, vec: int, unroll: int = 2) -> KernelSpec:
+    """The kernel of one activation: `vec` elements an access, `unroll` vectors a thread.
+
+    With two, a thread has 64 bytes of loads in flight and a multiprocessor some 100 KB, several times what the
+    memory's latency needs.
+    """
+    return KernelSpec(
+        symbol=f"{act}_and_mul_{dtype.tag}_v{vec}x{unroll}",
+        header="activation.cuh",
+        function="act_and_mul",
+        params=_PARAMS,
+        config=(
+            ("T", dtype),
+            ("Act", CppType(_ACTS[act])),
+            ("kVec", vec),
+            ("kUnroll", unroll),
+            ("kThreads", _THREADS),
+        ),
+        threads=_THREADS,
+    )
+
+
+def kernel_specs() -> list[KernelSpec]:
+    """The canonical instances."""
+    halves = [activation_spec(a, t, 8, u) for a in _ACTS for t in (bfloat16, float16) for u in (1, 2)]
+    return halves + [activation_spec(a, float32, 4) for a in _ACTS]
+
+
+def _row_dims(x: View, o: View) -> list[tuple[int, int, int]]:
+    """(extent, input stride, output stride) of the leading dimensions, neighbours merged where both arrays allow."""
+    dims: list[tuple[int, int, int]] = []
+    for extent, a, b in zip(x.shape[:-1], x.strides[:-1], o.strides[:-1], strict=True):
+        if extent == 1:
+            continue
+        if dims and dims[-1][1] == a * extent and dims[-1][2] == b * extent:
+            dims[-1] = (dims[-1][0] * extent, a, b)
+        else:
+            dims.append((extent, a, b))
+    return dims
+
+
+def _launch(act: str, x: View, o: View, enable_pdl: bool | None) -> None:
+    hidden = o.shape[-1]
+    size = x.dtype.itemsize
+    dims = [(x.shape[0], x.strides[0], o.strides[0])] if len(x.shape) == 2 else _row_dims(x, o)
+    rows, steps = 1, hidden
+    for _, a, b in dims:
+        steps |= a | b
+    for extent, _, _ in dims[-2:]:
+        rows *= extent
+    # The largest power of two, up to 16 bytes, that divides every address.
+    common = x.ptr | o.ptr | steps * size | 16
+    vec = (common & -common) // size or 1
+    vectors = rows * (hidden // vec)
+    unroll = 2 if vectors >= _UNROLL_FROM else 1
+    kernel = load_kernel(activation_spec(act, x.dtype, vec, unroll), x.device)
+    grid = -(-vectors // (_THREADS * unroll))
+    stream, pdl = x.stream(), bool(enable_pdl)
+    inner, x_inner, o_inner = dims[-1] if dims else (1, 0, 0)
+    _, x_outer, o_outer = dims[-2] if len(dims) > 1 else (1, 0, 0)
+    for x_offset, o_offset in _offsets(dims[:-2]):
+        kernel.launch(
+            grid, stream, x.ptr + x_offset * size, o.ptr + o_offset * size, x_outer, x_inner, o_outer, o_inner,
+            vectors, rows, inner, hidden, pdl=pdl,
+        )  # fmt: skip
+
+
+def _offsets(dims: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """(input, output) offsets of all indices of `dims`: a kernel walks two row dimensions, the host any others."""
+    offsets = [(0, 0)]
+    for extent, a, b in dims:
+        offsets = [(x + i * a, o + i * b) for x, o in offsets for i in range(extent)]
+    return offsets
+
+
+def _act_and_mul(act: str, run: Callable[[Any], Any], input: Any, out: Any, enable_pdl: bool | None) -> Any:
+    op = f"{act}_and_mul"
+    x = view(input, op, "input")
+    shape = x.shape
+    if not shape or shape[-1] % 2 or shape[-1] * x.dtype.itemsize % 16:
+        raise ShapeError(
+            f"{op}: input has shape {shape} of {x.dtype.name}, expected an even last dimension whose bytes are a "
+            "multiple of 16"
+        )
+    check_dtype(op, "input", x, FLOAT_TYPES)
+    check_inner(op, "input", x)
+    out_shape = (*shape[:-1], shape[-1] // 2)
+    if out is None:
+        o = x.empty(out_shape)
+    else:
+        o = view(out, op, "out").writable(op, "out")
+        check_shape(op, "out", o, out_shape, "= input.shape with the last dimension halved")
+        check_dtype(op, "out", o, (x.dtype,), "like input")
+        check_device(op, x, out=o)
+        check_inner(op, "out", o)
+    if x.is_cpu:
+        o.write(run(x.numpy()))
+    else:
+        _launch(act, x, o, enable_pdl)
+    return o.result() if out is None else out
+
+
+def silu_and_mul(input: Any, out: Any = None, enable_pdl: bool | None = None) -> Any:
+    """SiLU of the first half of the last dimension times the second: ``x * sigmoid(x) * up``.
+
+    Parameters
+    ----------
+    input : array, [..., 2 * hidden], float16, bfloat16 or float32
+        ``input[..., :hidden]`` is the gate x, ``input[..., hidden:]`` is up. Rows may be strided; the last dimension
+        must be dense, and its bytes a multiple of 16.
+    out : array, [..., hidden], optional
+        Written and returned instead of a new array; dtype of `input`, rows may be strided.
+    enable_pdl : bool, optional
+        Launch so that this kernel may start before its predecessor has ended (sm_90 and later); None is off.
+
+    Returns
+    -------
+    array
+        ``[..., hidden]`` in the dtype of `input`; computed in fp32, rounded once.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, LayoutError, ImmutableArrayError
+
+    Source
+    ------
+    Shazeer 2020 (arXiv:2002.05202); flashinfer.activation.silu_and_mul.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fi_cupy.activation import silu_and_mul
+    >>> x = np.array([[1.0, -1.0, 2.0, 2.0]], np.float32)
+    >>> silu_and_mul(x).round(4)
+    array([[ 1.4621, -0.5379]], dtype=float32)
+    """
+    return _act_and_mul("silu", reference.activation.silu_and_mul, input, out, enable_pdl)
+
+
+def gelu_and_mul(input: Any, out: Any = None, enable_pdl: bool | None = None) -> Any:
+    """Exact GELU of the first half times the second: ``x / 2 * (1 + erf(x / sqrt(2))) * up``.
+
+    Parameters, result and errors as in `silu_and_mul`. Source: flashinfer.activation.gelu_and_mul.
+    """
+    return _act_and_mul("gelu", reference.activation.gelu_and_mul, input, out, enable_pdl)
+
+
+def gelu_tanh_and_mul(input: Any, out: Any = None, enable_pdl: bool | None = None) -> Any:
+    """Tanh GELU of the first half times the second: ``x / 2 * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) * up``.
+
+    Parameters, result and errors as in `silu_and_mul`. Source: flashinfer.activation.gelu_tanh_and_mul.
+    """
+    return _act_and_mul("gelu_tanh", reference.activation.gelu_tanh_and_mul, input, out, enable_pdl)
