@@ -1,0 +1,159 @@
+// Rotary position embedding of q and k, in place or not: features (a, b) of a pair become
+//   (a cos - b sin, b cos + a sin)  with the angle position * frequency[pair].
+// One CTA computes one token, all its q and k heads; grid = tokens. The token's data are loaded first, then its cosines
+// and sines are computed once (while the loads fly) and shared by all heads.
+// Angles are fractions of a turn in 64-bit fixed point: position * turns[pair] modulo 2^64 is the exact range reduction,
+// so the error does not grow with the position, and no slow path is needed.
+// Shared memory: rotary_dim floats. Bytes moved: read and write of the rotated features. Architecture: any.
+#pragma once
+#include "common/segments.cuh"
+#include "common/vec.cuh"
+#include "ptx/pdl.cuh"
+
+namespace fi {
+
+struct alignas(64) RopeParams {
+  uint64_t turns[128];    // by pair: frequency / 2 pi, in 2^-64 turns a position
+  const void* q;          // [tokens, num_qo_heads, head_dim]
+  const void* k;          // [tokens, num_kv_heads, head_dim]
+  void* q_out;            // may be q
+  void* k_out;            // may be k
+  const void* positions;  // kSegments: offsets [batch]; else position of every token
+  const void* indptr;     // kSegments: [batch + 1]
+  const float* cos_sin;   // kCache: [max_position, rotary_dim], cosines first
+  int64_t q_stride_n, q_stride_h, k_stride_n, k_stride_h;  // elements
+  int64_t q_out_stride_n, q_out_stride_h, k_out_stride_n, k_out_stride_h;
+  int64_t cos_sin_stride;
+  uint32_t num_qo_heads, num_kv_heads;
+  uint32_t batch;
+};
+
+// Config: T, I (int32_t or int64_t), kRotaryDim, kVec, kRest, kThreads, kInterleave, kSegments, kCache
+// kRest: features after kRotaryDim that are copied (0 in place).
+template <class Config>
+FI_DEVICE void rope(const RopeParams& params) {
+  using T = typename Config::T;
+  using I = typename Config::I;
+  constexpr int kVec = Config::kVec, kThreads = Config::kThreads, kUnroll = 2;
+  constexpr int kHalf = Config::kRotaryDim / 2, kPerHead = kHalf / kVec, kRestVecs = Config::kRest / kVec;
+  // A thread's unit is two vectors: the halves of kVec pairs, or kVec / 2 whole pairs in each.
+  constexpr bool kAdjacent = Config::kInterleave && kVec == 1;  // the pair is two neighbouring one-element vectors
+  constexpr int kStep = kAdjacent ? 2 : kVec, kDistance = kAdjacent ? 1 : kHalf;
+  static_assert(kHalf % kVec == 0 && Config::kRest % kVec == 0 && (Config::kCache || kHalf <= 128));
+  using V = Vec<T, kVec>;
+  __shared__ __align__(16) float cosines[kHalf];
+  __shared__ __align__(16) float sines[kHalf];
+
+  ptx::grid_launch_dependents();
+  ptx::grid_wait();
+
+  const uint32_t token = blockIdx.x;
+  const uint32_t heads = params.num_qo_heads + params.num_kv_heads;
+  const uint32_t units = heads * kPerHead;
+  const T* q = static_cast<const T*>(params.q) + token * params.q_stride_n;
+  const T* k = static_cast<const T*>(params.k) + token * params.k_stride_n;
+  T* q_out = static_cast<T*>(params.q_out) + token * params.q_out_stride_n;
+  T* k_out = static_cast<T*>(params.k_out) + token * params.k_out_stride_n;
+  auto source = [&](uint32_t head) {
+    return head < params.num_qo_heads ? q + head * params.q_stride_h : k + (head - params.num_qo_heads) * params.k_stride_h;
+  };
+  auto target = [&](uint32_t head) {
+    return head < params.num_qo_heads ? q_out + head * params.q_out_stride_h
+                                      : k_out + (head - params.num_qo_heads) * params.k_out_stride_h;
+  };
+
+  int64_t position = 0;
+  if constexpr (Config::kSegments) {
+    const I* indptr = static_cast<const I*>(params.indptr);
+    const int segment = warp_find_segment(indptr, int(params.batch), token);
+    // Tokens outside every segment stay as they are: position 0.
+    if (segment >= 0) position = int64_t(static_cast<const I*>(params.positions)[segment]) + token - indptr[segment];
+  } else {
+    position = static_cast<const I*>(params.positions)[token];
+  }
+
+  V a[kUnroll], b[kUnroll];
+  auto load = [&](uint32_t first) {
+#pragma unroll
+    for (int n = 0; n < kUnroll; ++n) {
+      const uint32_t unit = first + n * kThreads;
+      if (unit < units) {
+        const T* x = source(unit / kPerHead) + (unit % kPerHead) * kStep;
+        a[n] = V::load(x);
+        b[n] = V::load(x + kDistance);
+      }
+    }
+  };
+  load(threadIdx.x);
+
+#pragma unroll
+  for (int pair = threadIdx.x; pair < kHalf; pair += kThreads) {
+    if constexpr (Config::kCache) {
+      const float* row = params.cos_sin + position * params.cos_sin_stride;
+      cosines[pair] = row[pair];
+      sines[pair] = row[kHalf + pair];
+    } else {
+      // The top 32 bits as a signed number are the angle in (-1/2, 1/2) turns; sincospi takes half turns.
+      const int32_t turn = int32_t((uint64_t(position) * params.turns[pair]) >> 32);
+      sincospif(float(turn) * 0x1p-31f, &sines[pair], &cosines[pair]);
+    }
+  }
+  __syncthreads();  // cosines and sines are complete
+
+  auto rotate_and_store = [&](uint32_t first) {
+#pragma unroll
+    for (int n = 0; n < kUnroll; ++n) {
+      const uint32_t unit = first + n * kThreads;
+      if (unit < units) {
+        const uint32_t slot = unit % kPerHead;
+        float x[kVec], y[kVec];
+        a[n].to_floats(x);
+        b[n].to_floats(y);
+        if constexpr (Config::kInterleave && !kAdjacent) {
+          constexpr int kPairs = kVec / 2;
+          float cx[kPairs], sx[kPairs], cy[kPairs], sy[kPairs];
+          load_floats(cosines + slot * kPairs, cx);
+          load_floats(sines + slot * kPairs, sx);
+          load_floats(cosines + kHalf / 2 + slot * kPairs, cy);
+          load_floats(sines + kHalf / 2 + slot * kPairs, sy);
+#pragma unroll
+          for (int j = 0; j < kPairs; ++j) {
+            const float x0 = x[2 * j], x1 = x[2 * j + 1], y0 = y[2 * j], y1 = y[2 * j + 1];
+            x[2 * j] = x0 * cx[j] - x1 * sx[j];
+            x[2 * j + 1] = x1 * cx[j] + x0 * sx[j];
+            y[2 * j] = y0 * cy[j] - y1 * sy[j];
+            y[2 * j + 1] = y1 * cy[j] + y0 * sy[j];
+          }
+        } else {
+          float c[kVec], s[kVec];
+          load_floats(cosines + slot * kVec, c);
+          load_floats(sines + slot * kVec, s);
+#pragma unroll
+          for (int j = 0; j < kVec; ++j) {
+            const float x0 = x[j], y0 = y[j];
+            x[j] = x0 * c[j] - y0 * s[j];
+            y[j] = y0 * c[j] + x0 * s[j];
+          }
+        }
+        T* out = target(unit / kPerHead) + slot * kStep;
+        V::from_floats(x).store(out);
+        V::from_floats(y).store(out + kDistance);
+      }
+    }
+  };
+  for (uint32_t first = threadIdx.x;;) {
+    rotate_and_store(first);
+    first += kThreads * kUnroll;
+    if (first >= units) break;
+    load(first);
+  }
+
+  if constexpr (kRestVecs > 0) {
+    for (uint32_t i = threadIdx.x; i < heads * kRestVecs; i += kThreads) {
+      const uint32_t column = Config::kRotaryDim + (i % kRestVecs) * kVec;
+      V::load(source(i / kRestVecs) + column).store(target(i / kRestVecs) + column);
+    }
+  }
+}
+
+}  // namespace fi
