@@ -1,0 +1,212 @@
+"""Dense products of 16-bit operands: `mm_bf16` and `bmm_bf16`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fi_cupy import reference
+from fi_cupy.arrays import View, view
+from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.device import device_info
+from fi_cupy.dtypes import FLOAT_TYPES, HALF_TYPES
+from fi_cupy.dtypes import dtype as to_dtype
+from fi_cupy.errors import DTypeError, LayoutError, ShapeError, UnsupportedError
+from fi_cupy.gemm.select import select_mm_kernel
+from fi_cupy.jit.kernel import load_kernel
+
+_MAX_BATCH = 65535  # the grid's third dimension
+
+
+def _fits(x: View, ndim: int) -> bool:
+    """Whether kernels can read or write x in 16-byte pieces of rows: the question of every call, asked in one go."""
+    strides, per_piece = x.strides, 16 // x.dtype.itemsize
+    return (
+        len(strides) == ndim
+        and strides[-1] == 1
+        and x.ptr % 16 == 0
+        and strides[0] % per_piece == 0
+        and (ndim == 2 or strides[1] % per_piece == 0)
+    )
+
+
+def _operands(op: str, a: View, b: View, ndim: int) -> bool:
+    """Check both operands; True if b is dense along n ("row-major") instead of along k."""
+    if not _fits(a, ndim):  # or it has strides that do not matter
+        check_ndim(op, "a", a, ndim)
+        check_inner(op, "a", a)
+        check_aligned(op, "a", a, 16)
+    if len(b.shape) != ndim:
+        check_ndim(op, "b", b, ndim)
+    if b.dtype is not a.dtype or b.device != a.device or a.dtype not in HALF_TYPES:
+        check_dtype(op, "a", a, HALF_TYPES)
+        check_dtype(op, "b", b, (a.dtype,), "like a")
+        check_device(op, a, b=b)
+    k, n = b.shape[-2:]
+    if a.shape[-1] != k or a.shape[:-2] != b.shape[:-2]:
+        check_shape(op, "b", b, (*a.shape[:-2], a.shape[-1], n), "= (..., a.shape[-1], n)")
+    if k % 8 or k == 0:
+        raise ShapeError(f"{op}: a has shape {a.shape}, expected a last dimension that is a positive multiple of 8")
+    if n % 8 or n == 0:
+        raise ShapeError(f"{op}: b has shape {b.shape}, expected a last dimension that is a positive multiple of 8")
+    if b.strides[-2] == 1:
+        row_major, outer = False, b.strides[-1]
+    elif b.strides[-1] == 1:
+        row_major, outer = True, b.strides[-2]
+    else:
+        raise LayoutError(
+            f"{op}: b has strides {b.strides} (elements), expected stride 1 along k: pass weight.T (batched: the last "
+            "two axes swapped) of a row-major weight [n, k]; stride 1 along n is taken too, slower for few rows"
+        )
+    if not b.is_cpu and (b.ptr % 16 or outer % 8 or (ndim == 3 and b.shape[0] > 1 and b.strides[0] % 8)):
+        raise LayoutError(
+            f"{op}: b starts at address ...{b.ptr % 256:#x} with strides {b.strides} (elements), "
+            "expected multiples of 16 bytes"
+        )
+    return row_major
+
+
+def _output(op: str, a: View, shape: tuple[int, ...], out: Any, out_dtype: Any) -> View:
+    kind = None if out_dtype is None else to_dtype(out_dtype)
+    if kind is not None and kind not in FLOAT_TYPES:
+        raise DTypeError(f"{op}: out_dtype is {kind.name}, expected bfloat16, float16 or float32")
+    if out is None:
+        return a.empty(shape, kind or a.dtype)
+    o = view(out, op, "out").writable(op, "out")
+    allowed = FLOAT_TYPES if kind is None else (kind,)
+    if o.shape != shape or o.dtype not in allowed or o.device != a.device or not _fits(o, len(shape)):
+        check_shape(op, "out", o, shape, "= (..., m, n)")
+        if o.dtype not in allowed:
+            names = " or ".join(d.name for d in allowed)
+            raise DTypeError(f"{op}: out has dtype {o.dtype.name}, expected {names}{' = out_dtype' if kind else ''}")
+        check_device(op, a, out=o)
+        check_inner(op, "out", o)
+        check_aligned(op, "out", o, 16)
+    return o
+
+
+def _multiply(
+    op: str, a: View, b: View, bias: View | None, out: View, row_major_b: bool, pdl: bool, batched: bool
+) -> None:
+    m, k = a.shape[-2:]
+    n = b.shape[-1]
+    batch = a.shape[0] if batched else 1
+    if m == 0 or batch == 0:
+        return
+    if batch > _MAX_BATCH:
+        raise UnsupportedError(f"{op}: a has shape {a.shape}, expected a batch of at most {_MAX_BATCH}; split it")
+    spec, grid = select_mm_kernel(
+        m, n, k, device_info(a.device), a.dtype, out.dtype, row_major_b=row_major_b, batch=batch
+    )
+    load_kernel(spec, a.device).launch(
+        grid, a.stream(),
+        a.ptr, b.ptr, 0 if bias is None else bias.ptr, out.ptr,
+        a.strides[-2], b.strides[-2] if row_major_b else b.strides[-1], out.strides[-2],
+        a.strides[0] if batched else 0, b.strides[0] if batched else 0, out.strides[0] if batched else 0,
+        m, n, k, pdl=pdl,
+    )  # fmt: skip
+
+
+def _check_backend(op: str, backend: str) -> None:
+    if backend != "auto":
+        raise UnsupportedError(f"{op}: backend is {backend!r}, expected 'auto': fi_cupy picks among its own kernels")
+
+
+def mm_bf16(
+    a: Any, b: Any, bias: Any = None, pdl: bool = False, out: Any = None, out_dtype: Any = None, backend: str = "auto"
+) -> Any:
+    """Matrix product of 16-bit operands: ``a @ b + bias``, accumulated in fp32 and rounded once.
+
+    Parameters
+    ----------
+    a : array, [m, k], bfloat16 or float16
+        Rows may be strided, by multiples of 16 bytes; m may be 0, k is a multiple of 8.
+    b : array, [k, n], dtype of `a`
+        Column-major: ``weight.T`` of a row-major weight ``[n, k]``. A row-major b is taken as well, through the kernel
+        for many rows only, so few rows are slower. n is a multiple of 8.
+    bias : array, [n], dtype of `a`, optional
+    pdl : bool
+        Programmatic dependent launch (sm_90 and later): the kernel starts before its predecessor in the stream has
+        ended and reads `b` at once; `a`, `bias` and `out` wait. Only for a `b` that the predecessor does not write:
+        a constant weight.
+    out : array, [m, n], optional
+        Written and returned instead of a new array; rows may be strided, by multiples of 16 bytes.
+    out_dtype : dtype, optional
+        bfloat16, float16 or float32; by default that of `out`, else of `a`.
+    backend : str
+        "auto": the kernel follows from the shape and the device (`fi_cupy.gemm.select`).
+
+    Returns
+    -------
+    array
+        ``[m, n]``. Bit-identical from run to run; the order of summation depends on m, n, k and the device.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, LayoutError, ImmutableArrayError, UnsupportedError
+
+    Source
+    ------
+    flashinfer.gemm.mm_bf16.
+
+    Examples
+    --------
+    >>> import numpy as np, fi_cupy.gemm
+    >>> a, weight = np.ones((2, 8), np.float32), np.full((8, 8), 0.5, np.float32)
+    >>> fi_cupy.gemm.mm_bf16(a, weight.T)[0, :3]
+    array([4., 4., 4.], dtype=float32)
+    """
+    op = "mm_bf16"
+    _check_backend(op, backend)
+    x, w = view(a, op, "a"), view(b, op, "b")
+    row_major_b = _operands(op, x, w, 2)
+    n = w.shape[1]
+    add = None
+    if bias is not None:
+        add = view(bias, op, "bias")
+        check_shape(op, "bias", add, (n,), "= b.shape[1:]")
+        check_dtype(op, "bias", add, (x.dtype,), "like a")
+        check_device(op, x, bias=add)
+        check_inner(op, "bias", add)
+    o = _output(op, x, (x.shape[0], n), out, out_dtype)
+    if x.is_cpu:
+        o.write(reference.gemm.mm(x.numpy(), w.numpy(), None if add is None else add.numpy(), out_dtype=o.dtype.np))
+    else:
+        _multiply(op, x, w, add, o, row_major_b, bool(pdl), batched=False)
+    return o.result() if out is None else out
+
+
+def bmm_bf16(A: Any, B: Any, out: Any = None, out_dtype: Any = None, backend: str = "auto") -> Any:
+    """Batched matrix product of 16-bit operands: ``A @ B``, accumulated in fp32 and rounded once.
+
+    Parameters
+    ----------
+    A : array, [batch, m, k], bfloat16 or float16
+    B : array, [batch, k, n], dtype of `A`
+        Column-major (the last two axes swapped of ``[batch, n, k]``) or row-major, as in `mm_bf16`.
+    out : array, [batch, m, n], optional
+    out_dtype, backend
+        As in `mm_bf16`.
+
+    Returns
+    -------
+    array
+        ``[batch, m, n]``.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, LayoutError, ImmutableArrayError, UnsupportedError
+
+    Source
+    ------
+    flashinfer.gemm.bmm_bf16.
+    """
+    op = "bmm_bf16"
+    _check_backend(op, backend)
+    x, w = view(A, op, "a"), view(B, op, "b")
+    row_major_b = _operands(op, x, w, 3)
+    o = _output(op, x, (x.shape[0], x.shape[1], w.shape[2]), out, out_dtype)
+    if x.is_cpu:
+        o.write(reference.gemm.bmm(x.numpy(), w.numpy(), out_dtype=o.dtype.np))
+    else:
+        _multiply(op, x, w, None, o, row_major_b, pdl=False, batched=True)
+    return o.result() if out is None else out

@@ -1,0 +1,306 @@
+"""Which kernel multiplies: pure functions of the shape and the device, with the reason beside each threshold.
+
+Three kernels share one parameter struct (``kernels/gemm/gemm.cuh``):
+
+- ``gemm_rows``: one or two rows on the CUDA cores, limited by reading the weight once;
+- ``gemm_stream``: few rows on the tensor cores, the weight from global memory straight to fragments;
+- ``gemm_tiled``: everything else, through shared memory.
+
+The times in the comments were measured on an H100 with bf16 weights that do not fit in L2, in CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from fi_cupy.device import DeviceInfo
+from fi_cupy.dtypes import DType, bfloat16, float16, float32
+from fi_cupy.jit.params import ParamsStruct
+from fi_cupy.jit.spec import ConfigValue, CppType, KernelSpec
+
+PARAMS = ParamsStruct(
+    "GemmParams",
+    [
+        ("a", "ptr"),
+        ("b", "ptr"),
+        ("bias", "ptr"),
+        ("out", "ptr"),
+        ("a_stride", "i64"),
+        ("b_stride", "i64"),
+        ("out_stride", "i64"),
+        ("a_batch", "i64"),
+        ("b_batch", "i64"),
+        ("out_batch", "i64"),
+        ("m", "u32"),
+        ("n", "u32"),
+        ("k", "u32"),
+    ],
+)
+Grid = tuple[int, int, int]
+
+#: From three rows on the tensor cores read the weight as fast as the CUDA cores do, and cost nothing per row: at
+#: n, k = 4096, 14336 four rows take 43.8 µs here and 42.5 µs in `gemm_stream`.
+ROWS_MAX = 2
+#: Rows that `gemm_stream` always takes: one fragment of m16. Beyond, each CTA reads more of `a` than of `b`.
+STREAM_ALWAYS = 16
+#: Rows of `a` up to this size stay in every multiprocessor's L1 (128 KB or more beside the partial sums on most GPUs),
+#: so that reading them once a CTA is cheap.
+STREAM_A_BYTES = 96 * 1024
+STREAM_MAX = 128
+
+
+def _up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _even_depth(steps: int, limit: int) -> int:
+    """The fewest slots that need as few rounds as `limit` slots do: 8 steps in at most 7 slots are two rounds of 4."""
+    return _up(steps, _up(steps, limit))
+
+
+def _slow_bf16(dtype: DType, device: DeviceInfo) -> bool:
+    """Turing multiplies bf16 on the CUDA cores."""
+    return dtype is bfloat16 and device.code_number < 80
+
+
+def _spec(
+    name: str, function: str, dtype: DType, out: DType, threads: int, config: tuple[tuple[str, ConfigValue], ...],
+    *, smem: int = 0, min_blocks: int = 0, min_arch: int = 75,
+) -> KernelSpec:  # fmt: skip
+    return KernelSpec(
+        symbol=f"{function}_{dtype.tag}{'' if out is dtype else f'_o{out.tag}'}_{name}",
+        header=f"gemm/{function.removeprefix('gemm_')}.cuh",
+        function=function,
+        params=PARAMS,
+        config=(("T", dtype), ("Out", out), ("Epilogue", CppType(f"fi::BiasEpilogue<{dtype.cpp}>")), *config),
+        threads=threads,
+        min_blocks=min_blocks,
+        smem_bytes=smem,
+        min_arch=min_arch,
+    )
+
+
+@lru_cache(maxsize=256)
+def rows_spec(
+    dtype: DType, out: DType, m: int, lanes: int, rows: int, depth: int, warps_k: int, warps_n: int
+) -> KernelSpec:
+    """The CUDA-core kernel for `m` rows of a; the other numbers are ``kernels/gemm/rows.cuh``'s Config."""
+    return _spec(
+        f"m{m}_l{lanes}r{rows}d{depth}_w{warps_k}x{warps_n}", "gemm_rows", dtype, out, 32 * warps_k * warps_n,
+        (
+            ("kM", m), ("kLanes", lanes), ("kRows", rows), ("kDepth", depth), ("kWarpsK", warps_k),
+            ("kWarpsN", warps_n),
+        ),
+    )  # fmt: skip
+
+
+def rows_config(n: int, k: int) -> tuple[int, int, int, int, int]:
+    """(lanes, rows, depth, warps_k, warps_n) of `rows_spec` for a weight of n rows of k elements.
+
+    Every warp holds all or half of its share of k in registers at once, and a CTA computes one to four columns
+    (4096 x 4096: 1024 such CTAs take 12.3 µs, 64 CTAs of 64 columns 16.4).
+    """
+    if k < 2048:
+        # A row is too short for 32 lanes x 16 bytes x several warps: 8 lanes read 128 bytes of it, four rows a warp.
+        # Three steps a warp: 3 warps for k = 576 (1.8 µs at n = 576, 19.6 at 49152), 8 for k = 1536 (2.3 at 576).
+        steps = _up(k, 64)
+        warps_k = min(8, max(1, _up(steps, 3)))
+        return 8, 1, _even_depth(_up(steps, warps_k), 4), warps_k, max(1, 4 // warps_k)
+    # 512 contiguous bytes a row and load: 12.3 µs at 4096 x 4096, against 13.0 with 256 bytes.
+    steps = _up(k, 256)
+    if n < 8192 and steps <= 16:
+        return 32, 2, _even_depth(_up(steps, 4), 4), 4, 2
+    share = _up(steps, 8)
+    if share <= 3:
+        return 32, 2, share, 8, 1  # 14336 x 4096: 38.4 µs, 3.06 TB/s
+    return 32, 1, _even_depth(share, 7), 8, 1  # 4096 x 14336: 38.5 µs
+
+
+@lru_cache(maxsize=256)
+def stream_spec(
+    dtype: DType, out: DType, m_tiles: int, n_tiles: int, wide: bool, depth: int, warps_k: int
+) -> KernelSpec:
+    """The tensor-core kernel without shared memory for the operands; Config of ``kernels/gemm/stream.cuh``."""
+    return _spec(
+        f"{16 * m_tiles}x{8 * n_tiles}{'w' if wide else ''}_d{depth}_w{warps_k}", "gemm_stream", dtype, out,
+        32 * warps_k,
+        (("kMTiles", m_tiles), ("kNTiles", n_tiles), ("kWide", wide), ("kDepth", depth), ("kWarpsK", warps_k)),
+        min_arch=80 if dtype is bfloat16 else 75,  # Turing's tensor cores have no bf16
+    )  # fmt: skip
+
+
+def stream_config(m: int, n: int, k: int, device: DeviceInfo, batch: int = 1) -> tuple[int, int, bool, int, int]:
+    """(m_tiles, n_tiles, wide, depth, warps_k) of `stream_spec`."""
+    m_tiles = 1 if m <= 16 else 2 if m <= 32 else 4
+    n_tiles = m_tiles  # 16 and 8 rows a tile: as many bytes of a as two thirds of all a CTA reads
+    # At least 0.7 CTAs a multiprocessor, else smaller tiles, the longer side first: the operands are then read more
+    # often, from L2, by multiprocessors that had nothing to do.
+    while m_tiles * n_tiles > 1 and _up(m, 16 * m_tiles) * _up(n, 8 * n_tiles) * batch < 0.7 * device.num_sms:
+        if 16 * m_tiles > 8 * n_tiles and m_tiles > 1:
+            m_tiles //= 2
+        elif n_tiles > 1:
+            n_tiles //= 2
+        else:
+            m_tiles //= 2
+    # Loads of 128 contiguous bytes win on long streams (14336 x 4096: 41.4 against 44.1 µs; 49152 x 576: 20.6 against
+    # 21.2) and lose on short ones (4096 x 4096: 15.3 against 14.0).
+    wide = m_tiles == n_tiles == 1 and n * k * 2 * batch >= 40 << 20
+    steps = _up(k, 64)
+    warps_k = min(8, max(1, _up(steps, 3)))
+    share = _up(steps, warps_k)
+    # All of a warp's share in registers where it is three steps; beyond 110 registers fewer warps fit, which costs more
+    # than the depth gives.
+    limit = {1: 2 if wide and share > 3 else 4, 2: 3, 4: 2}[n_tiles]
+    return m_tiles, n_tiles, wide, _even_depth(share, limit), warps_k
+
+
+#: block_m, block_n, CTAs a multiprocessor that registers allow, and the throughput of a full multiprocessor relative to
+#: the first: a warp of 64 x 64 reads 4 KB of shared memory for 32 mma, one of 32 x 32 half of that for 8.
+TILES: tuple[tuple[int, int, int, float], ...] = (
+    (128, 128, 2, 1.0),
+    (128, 64, 3, 0.85),
+    (64, 128, 3, 0.85),
+    (64, 64, 4, 0.7),
+)
+_MIN_BLOCKS = {(m, n): blocks for m, n, blocks, _ in TILES}
+
+
+@lru_cache(maxsize=256)
+def tiled_spec(
+    dtype: DType, out: DType, block_m: int, block_n: int, block_k: int, stages: int, group: int, row_major_b: bool
+) -> KernelSpec:
+    """The shared-memory kernel: 2 x 2 warps; Config of ``kernels/gemm/tiled.cuh``."""
+    smem = stages * (block_m + block_n) * block_k * dtype.itemsize
+    # Turing has 64 KB of shared memory, and emulated bf16 does not fit its registers in larger tiles.
+    turing = smem <= 64 * 1024 and (dtype is float16 or (block_m, block_n, block_k) == (64, 64, 32))
+    return _spec(
+        f"{block_m}x{block_n}x{block_k}_s{stages}_g{group}{'_rowb' if row_major_b else ''}", "gemm_tiled", dtype, out,
+        128,
+        (
+            ("kBlockM", block_m), ("kBlockN", block_n), ("kBlockK", block_k), ("kStages", stages), ("kWarpsM", 2),
+            ("kWarpsN", 2), ("kGroup", group), ("kRowMajorB", row_major_b),
+        ),
+        smem=smem,
+        min_blocks=_MIN_BLOCKS[block_m, block_n] if dtype is float16 or not turing else 2,
+        min_arch=75 if turing else 80,
+    )  # fmt: skip
+
+
+def tiled_config(
+    m: int, n: int, device: DeviceInfo, *, batch: int = 1, slow_bf16: bool = False
+) -> tuple[int, int, int, int, int]:
+    """(block_m, block_n, block_k, stages, group) of `tiled_spec`.
+
+    The busiest multiprocessor decides: its number of tiles times their area, over the tile's throughput. One CTA alone
+    has a warp a scheduler and waits for its own latencies: it counts as 1.7, two at a time hide each other's.
+    """
+    tiles = TILES[-1:] if slow_bf16 else TILES
+
+    def cost(tile: tuple[int, int, int, float]) -> float:
+        block_m, block_n, _, speed = tile
+        ctas = _up(m, block_m) * _up(n, block_n) * batch
+        return max(1.7, _up(ctas, device.num_sms)) * block_m * block_n / speed
+
+    block_m, block_n, _, _ = min(tiles, key=cost)
+    # Two 128 x 128 CTAs a multiprocessor, so that one computes in the other's prologue and epilogue.
+    large = block_m + block_n == 256
+    kilobytes = device.smem_per_sm >> 10
+    if kilobytes >= 200:  # sm_90, sm_100: 2 x 96 KB; half the barriers with 64 columns a stage
+        block_k, stages = 64, 3 if large else 4
+    elif kilobytes >= 128:  # sm_80, sm_87: 2 x 64 KB
+        block_k, stages = 32, 4
+    elif device.code_number >= 80:  # sm_86, sm_89, sm_120: 2 x 48 KB
+        block_k, stages = 32, 3 if large else 4
+    else:  # sm_75 has 64 KB and no asynchronous copies: more than two stages would hide nothing
+        block_k, stages = 32, 2
+    # About 2 CTAs a multiprocessor run at a time; groups of the square root of that many tile rows read the fewest
+    # distinct rows of a and columns of b: 16 of 264 on 132 multiprocessors.
+    return block_m, block_n, block_k, stages, 16 if device.num_sms >= 64 else 8
+
+
+@lru_cache(maxsize=8192)
+def select_mm_kernel(
+    m: int,
+    n: int,
+    k: int,
+    device: DeviceInfo,
+    dtype: DType = bfloat16,
+    out: DType = bfloat16,
+    *,
+    row_major_b: bool = False,
+    batch: int = 1,
+) -> tuple[KernelSpec, Grid]:
+    """The kernel and the grid for ``[batch, m, k] @ [batch, k, n]``.
+
+    Parameters
+    ----------
+    m, n, k : int
+        Extents; k and n are positive multiples of 8.
+    device : DeviceInfo
+    dtype, out : DType
+        Of the operands and of the result.
+    row_major_b : bool
+        b is dense along n instead of along k.
+    batch : int
+
+    Returns
+    -------
+    (KernelSpec, (x, y, z))
+    """
+    slow = _slow_bf16(dtype, device)
+    if not row_major_b:
+        if m <= (4 if slow else ROWS_MAX):
+            lanes, rows, depth, warps_k, warps_n = rows_config(n, k)
+            spec = rows_spec(dtype, out, m if m <= 2 else 4, lanes, rows, depth, warps_k, warps_n)
+            return spec, (_up(n, warps_n * rows * (32 // lanes)), 1, batch)
+        if not slow and _streams(m, n, k, device, batch):
+            config = stream_config(m, n, k, device, batch)
+            return stream_spec(dtype, out, *config), (_up(n, 8 * config[1]), _up(m, 16 * config[0]), batch)
+    config_tiled = tiled_config(m, n, device, batch=batch, slow_bf16=slow)
+    spec = tiled_spec(dtype, out, *config_tiled, row_major_b)
+    return spec, (_up(m, config_tiled[0]) * _up(n, config_tiled[1]), 1, batch)
+
+
+def _streams(m: int, n: int, k: int, device: DeviceInfo, batch: int) -> bool:
+    if m <= STREAM_ALWAYS:
+        return True
+    if m > STREAM_MAX:
+        return False
+    if m <= 64 and m * k * 2 <= STREAM_A_BYTES:
+        return True
+    # Split k inside the CTA rather than leave more than half of the multiprocessors without a tile.
+    return _up(m, 64) * _up(n, 64) * batch * 2 < device.num_sms
+
+
+#: GPUs that `kernel_specs` is made for.
+H100 = DeviceInfo(90, "90a", 132, 227 << 10, 228 << 10, 50 << 20)
+_A10 = DeviceInfo(86, "86", 72, 99 << 10, 100 << 10, 6 << 20)
+_T4 = DeviceInfo(75, "75", 40, 64 << 10, 64 << 10, 4 << 20)
+
+
+def kernel_specs() -> list[KernelSpec]:
+    """The canonical instances: a 576-wide and a 4096-wide model in bf16, and each kernel in the other types."""
+    specs: list[KernelSpec] = []
+
+    def add(m: int, n: int, k: int, device: DeviceInfo = H100, dtype: DType = bfloat16, **options: Any) -> None:
+        options.setdefault("out", dtype)
+        specs.append(select_mm_kernel(m, n, k, device, dtype, **options)[0])
+
+    for m in (1, 2, 16, 64, 128, 1024):
+        for n, k in ((960, 576), (576, 576), (3072, 576), (576, 1536)):
+            add(m, n, k)
+    for m in (1, 16, 64):
+        add(m, 49152, 576)
+        add(m, 49152, 576, out=float32)
+    for m in (1, 16, 64, 4096):
+        add(m, 4096, 4096)
+    add(1, 14336, 4096)
+    add(1, 4096, 14336)
+    add(4096, 4096, 4096, row_major_b=True)
+    for m in (1, 16, 4096):
+        add(m, 4096, 4096, dtype=float16)
+    add(4096, 4096, 4096, _A10)
+    add(4096, 4096, 4096, _T4, float16)
+    add(4096, 4096, 4096, _T4)
+    return list(dict.fromkeys(specs))

@@ -1,0 +1,68 @@
+// What every GEMM kernel shares: the parameter struct of out = a @ b + bias, the epilogue functor, 16-bit pairs as fp32.
+// a is [m, k] with rows k-contiguous; b is "column-major", [n, k] in memory with rows k-contiguous, unless a kernel says
+// otherwise. k and n are multiples of 8 and every row starts on 16 bytes, so a 16-byte access lies inside or outside a row.
+#pragma once
+#include "common/vec.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/pdl.cuh"
+
+namespace fi {
+
+struct GemmParams {
+  const void* a;
+  const void* b;
+  const void* bias;  // [n] in the type of a, or null
+  void* out;
+  int64_t a_stride;    // elements between rows of a
+  int64_t b_stride;    // elements between columns of b (rows of it when kRowMajorB)
+  int64_t out_stride;  // elements between rows of out
+  int64_t a_batch, b_batch, out_batch;  // elements between the matrices of a batch (blockIdx.z)
+  uint32_t m, n, k;
+};
+
+// An epilogue maps the fp32 sum of one element to the value that is rounded to Out and stored:
+//   E(params);  float e(float sum, uint32_t row, uint32_t column)
+// Kernels call it for elements inside the matrix only, once each.
+template <class T>
+struct BiasEpilogue {
+  const T* bias;
+  FI_DEVICE explicit BiasEpilogue(const GemmParams& params) : bias(static_cast<const T*>(params.bias)) {}
+  FI_DEVICE float operator()(float sum, uint32_t, uint32_t column) const {
+    return bias ? sum + to_float(bias[column]) : sum;
+  }
+};
+
+// Two packed 16-bit floats as fp32, the low half first.
+template <class T>
+FI_DEVICE float2 unpack2(uint32_t pair);
+template <>
+FI_DEVICE float2 unpack2<__half>(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<__half2*>(&pair));
+}
+template <>
+FI_DEVICE float2 unpack2<__nv_bfloat16>(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
+template <class T>
+FI_DEVICE void unpack8(const uint4& v, float (&out)[8]) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack2<T>(words[i]);
+    out[2 * i] = pair.x;
+    out[2 * i + 1] = pair.y;
+  }
+}
+
+// Two neighbouring elements of a row in one store; column is even.
+template <class Out>
+FI_DEVICE void store2(Out* out, float first, float second) {
+  if constexpr (sizeof(Out) == 4) {
+    *reinterpret_cast<float2*>(out) = make_float2(first, second);
+  } else {
+    *reinterpret_cast<uint32_t*>(out) = ptx::pack2<Out>(first, second);
+  }
+}
+
+}  // namespace fi

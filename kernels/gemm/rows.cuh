@@ -1,0 +1,99 @@
+// out[m, n] = a b + bias for m <= 4 on the CUDA cores: b is read once, at the speed of memory.
+// One CTA computes all m rows of kWarpsN * kRows * (32 / kLanes) columns ("rows of W", W = b's memory, [n, k]);
+// grid = (ceil(n / columns), 1, batch). kLanes lanes read 16 bytes each of one W row; a warp holds kDepth * kRows such
+// loads in registers, all issued before the first is used and each slot refilled right after its use. kWarpsK warps share
+// k; their sums meet in shared memory in warp order, so results repeat bit for bit. Rows of a come through L1.
+// Many small CTAs (thousands of 1-4 columns) stream faster than few large ones: no persistence.
+// Shared memory: kWarpsK * kM * columns floats. Bytes moved: n k + m (n + k). Architecture: any.
+#pragma once
+#include "common/reduce.cuh"
+#include "gemm/gemm.cuh"
+
+namespace fi {
+
+// Config: T, Out, Epilogue, kM (rows of a, at least m), kLanes (8, 16 or 32), kRows, kDepth, kWarpsK, kWarpsN
+template <class Config>
+FI_DEVICE void gemm_rows(const GemmParams& params) {
+  using T = typename Config::T;
+  using Out = typename Config::Out;
+  constexpr int kM = Config::kM, kLanes = Config::kLanes, kRows = Config::kRows, kDepth = Config::kDepth;
+  constexpr int kWarpsK = Config::kWarpsK, kWarpsN = Config::kWarpsN;
+  constexpr int kGroups = kWarpSize / kLanes;  // W rows under one load instruction of a warp
+  constexpr int kColumns = kWarpsN * kRows * kGroups;
+  constexpr uint32_t kStep = kLanes * 8;         // elements of k under one load
+  constexpr uint32_t kStride = kStep * kWarpsK;  // a warp's next load: neighbouring warps read neighbouring pieces
+  __shared__ float partial[kWarpsK][kM][kColumns];
+
+  ptx::grid_launch_dependents();
+  const int warp_k = warp_id() % kWarpsK, warp_n = warp_id() / kWarpsK;
+  const int group = lane_id() / kLanes;
+  const uint32_t k_first = warp_k * kStep + lane_id() % kLanes * 8;
+  const uint32_t n_first = blockIdx.x * kColumns;
+  const int c_first = warp_n * kRows * kGroups + group;  // column r of this lane: c_first + r * kGroups
+
+  // W rows past the end read the last row; their sums are not stored.
+  const T* w[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const uint32_t row = min(n_first + c_first + r * kGroups, params.n - 1);
+    w[r] = static_cast<const T*>(params.b) + blockIdx.z * params.b_batch + row * params.b_stride;
+  }
+  uint4 ring[kDepth][kRows];
+  auto fill = [&](uint4(&slot)[kRows], uint32_t k) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      slot[r] = k < params.k ? load_streaming<uint4>(w[r] + k) : make_uint4(0, 0, 0, 0);
+  };
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) fill(ring[d], k_first + d * kStride);
+
+  ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
+  const T* a[kM];
+#pragma unroll
+  for (int i = 0; i < kM; ++i)
+    a[i] = static_cast<const T*>(params.a) + blockIdx.z * params.a_batch + min(uint32_t(i), params.m - 1) * params.a_stride;
+
+  float sum[kM][kRows] = {};
+  for (uint32_t base = k_first; base < params.k; base += kDepth * kStride) {
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      const uint32_t k = base + d * kStride;
+      float x[kM][8];
+#pragma unroll
+      for (int i = 0; i < kM; ++i)
+        unpack8<T>(k < params.k ? *reinterpret_cast<const uint4*>(a[i] + k) : make_uint4(0, 0, 0, 0), x[i]);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        float v[8];
+        unpack8<T>(ring[d][r], v);
+#pragma unroll
+        for (int i = 0; i < kM; ++i)
+#pragma unroll
+          for (int j = 0; j < 8; ++j) sum[i][r] = fmaf(v[j], x[i][j], sum[i][r]);
+      }
+      fill(ring[d], k + kDepth * kStride);
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < kM; ++i)
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float total = warp_reduce<Sum, kLanes>(sum[i][r]);
+      if (lane_id() % kLanes == 0) partial[warp_k][i][c_first + r * kGroups] = total;
+    }
+  __syncthreads();  // every warp's partial sums are in shared memory
+
+  const typename Config::Epilogue epilogue(params);
+  Out* out = static_cast<Out*>(params.out) + blockIdx.z * params.out_batch;
+  for (uint32_t e = threadIdx.x; e < kM * kColumns; e += kWarpsK * kWarpsN * kWarpSize) {
+    const uint32_t row = e / kColumns, c = e % kColumns, column = n_first + c;
+    if (row >= params.m || column >= params.n) continue;
+    float total = 0.f;
+#pragma unroll
+    for (int i = 0; i < kWarpsK; ++i) total += partial[i][row][c];
+    out[row * params.out_stride + column] = from_float<Out>(epilogue(total, row, column));
+  }
+}
+
+}  // namespace fi
