@@ -4,15 +4,15 @@ Hot paths read a CuPy or torch array through its own attributes (0.2 to 1 µs); 
 CuPy) is the general door for everything else. Outputs are made by the caller's own framework, on the caller's device.
 CPU arrays (device −1) run the NumPy reference.
 
-Streams: torch's current stream for torch tensors, CuPy's current stream for everything else. A JAX or other DLPack
-array is imported on CuPy's current stream by DLPack's rules (the producer makes that stream wait for its work), and
-is kept alive until the work that was queued on it has run.
+Streams: an operator launches on the stream of its first array: torch's current stream for torch tensors, CuPy's for
+everything else. A JAX or other DLPack array is imported by DLPack's rules (the producer makes the stream wait for its
+work) and is kept alive until the work that was queued on it has run. Arrays of two frameworks in one call are ordered
+by the caller, as torch and CuPy streams are among themselves.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +20,14 @@ import numpy as np
 
 from fi_cupy import dtypes
 from fi_cupy.dtypes import DType, dtype
-from fi_cupy.errors import DeviceError, FrameworkError, ImmutableArrayError, LayoutError
+from fi_cupy.errors import (
+    ArgumentError,
+    DeviceError,
+    DTypeError,
+    FrameworkError,
+    ImmutableArrayError,
+    LayoutError,
+)
 
 CPU = -1
 
@@ -124,6 +131,11 @@ class View:
     def writable(self, op: str, name: str) -> View:
         """This view, or an error if the array must not be written."""
         self._framework.check_writable(self, op, name)
+        if 0 in self.strides and any(s == 0 and n > 1 for s, n in zip(self.strides, self.shape, strict=True)):
+            if self.size:
+                raise LayoutError(
+                    f"{op}: {name} has strides {self.strides}, expected elements that do not overlap; pass a copy"
+                )
         return self
 
     def typed(self, dtype: DType) -> View:
@@ -133,7 +145,7 @@ class View:
         if dtype.itemsize != self.dtype.itemsize:
             raise LayoutError(f"array has dtype {self.dtype.name}, which cannot be read as {dtype.name}")
         host = None if self._host is None else self._host.view(dtype.np)
-        return View(self._framework, self.array, self.ptr, self.shape, self.strides, dtype, self.device, host)
+        return type(self)(self._framework, self.array, self.ptr, self.shape, self.strides, dtype, self.device, host)
 
 
 class Framework:
@@ -151,7 +163,7 @@ class Framework:
         return view.array
 
     def stream(self, device: int) -> int:
-        return _cupy_stream(device)
+        return cupy_stream(device)
 
     def check_writable(self, view: View, op: str, name: str) -> None:
         pass
@@ -160,7 +172,15 @@ class Framework:
         raise NotImplementedError
 
 
-def _cupy_stream(device: int) -> int:
+def kind_of(obj: Any) -> DType:
+    """`dtypes.dtype`, with an error that `view` completes."""
+    try:
+        return dtype(obj)
+    except DTypeError:
+        raise DTypeError(f"has dtype {obj}, expected one of {', '.join(d.name for d in dtypes.ALL)}") from None
+
+
+def cupy_stream(device: int) -> int:
     from cupy.cuda import get_current_stream
 
     return int(get_current_stream(device).ptr)
@@ -170,9 +190,15 @@ class _NumPy(Framework):
     name = "numpy"
 
     def view(self, array: Any) -> View:
-        kind = dtype(array.dtype)
+        kind = kind_of(array.dtype)
+        if not array.dtype.isnative:
+            raise DTypeError(f"has the foreign byte order of {array.dtype.str!r}, expected the machine's own")
         itemsize = array.dtype.itemsize
-        return View(self, array, 0, array.shape, tuple(s // itemsize for s in array.strides), kind, CPU, array)
+        if any(s % itemsize for s in array.strides):
+            raise LayoutError(
+                f"has strides of {array.strides} bytes, expected multiples of its {itemsize}-byte elements"
+            )
+        return View(self, array, 0, array.shape, tuple([s // itemsize for s in array.strides]), kind, CPU, array)
 
     def empty(self, shape: tuple[int, ...], dtype: DType, like: View) -> View:
         return self.view(np.empty(shape, dtype.np))
@@ -191,29 +217,34 @@ class _CuPy(Framework):
         self._current = get_current_stream
 
     def view(self, array: Any) -> View:
-        kind = dtypes._KNOWN.get(array.dtype) or dtype(array.dtype)
+        kind = dtypes._KNOWN.get(array.dtype) or kind_of(array.dtype)
         size = kind.itemsize
         data = array.data
-        return View(self, array, data.ptr, array.shape, tuple([s // size for s in array.strides]), kind, data.device_id)
+        device = data.device_id
+        if device < 0:  # managed memory that lies on no GPU in particular: the current one reads it
+            from cupy.cuda import runtime
+
+            device = runtime.getDevice()
+        return View(self, array, data.ptr, array.shape, tuple([s // size for s in array.strides]), kind, device)
 
     def empty(self, shape: tuple[int, ...], dtype: DType, like: View) -> View:
         import cupy
 
         if like.device != cupy.cuda.runtime.getDevice():
             with cupy.cuda.Device(like.device):
-                return self.view(cupy.empty(shape, _cupy_dtype(dtype)))
-        made = self.view(cupy.empty(shape, _cupy_dtype(dtype)))
+                return self.empty(shape, dtype, like)
+        made = self.view(cupy.empty(shape, cupy_dtype(dtype)))
         made.dtype = dtype
         return made
 
     def stream(self, device: int) -> int:
-        return self._current(device).ptr  # type: ignore[no-any-return]
+        return self._current(device).ptr
 
     def to_host(self, view: View) -> np.ndarray[Any, Any]:
-        return view.array.get().view(view.dtype.np)  # type: ignore[no-any-return]
+        return view.array.get().view(view.dtype.np)
 
 
-def _cupy_dtype(kind: DType) -> np.dtype[Any]:
+def cupy_dtype(kind: DType) -> np.dtype[Any]:
     """CuPy has no fp8: such arrays are bytes that carry their type in the view."""
     return np.dtype(np.uint8) if kind in dtypes.FP8_TYPES else kind.np
 
@@ -229,21 +260,40 @@ class _Torch(Framework):
         self._stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
     def view(self, array: Any) -> View:
-        kind = dtypes._KNOWN.get(array.dtype) or dtype(array.dtype)
-        if array.is_cuda:
-            return View(self, array, array.data_ptr(), tuple(array.shape), array.stride(), kind, array.get_device())
+        kind = dtypes._KNOWN.get(array.dtype) or kind_of(array.dtype)
+        if not array.is_cuda:
+            return self._cpu_view(array, kind)
+        try:
+            ptr = array.data_ptr()
+            made = View(self, array, ptr, tuple(array.shape), array.stride(), kind, array.get_device())
+        except (RuntimeError, NotImplementedError):
+            raise _no_memory(array) from None
+        if ptr == 0 and made.size:
+            raise _no_memory(array)
+        if kind is dtypes.float32 and array.is_neg():
+            raise _negated()
+        return made
+
+    def _cpu_view(self, array: Any, kind: DType) -> View:
         if array.device.type != "cpu":
-            raise DeviceError(f"torch tensor is on {array.device}, expected a CUDA GPU or the CPU")
-        host = self._to_numpy(array.detach(), kind)
+            raise DeviceError(f"is on {array.device}, expected a CUDA GPU or the CPU")
+        if array.layout is not self._torch.strided:
+            raise _no_memory(array)
+        if array.is_neg():
+            raise _negated()
+        try:
+            host = self._to_numpy(array.detach(), kind)
+        except (RuntimeError, NotImplementedError):
+            raise _no_memory(array) from None
         return View(self, array, 0, tuple(array.shape), array.stride(), kind, CPU, host)
 
     def _to_numpy(self, array: Any, kind: DType) -> np.ndarray[Any, Any]:
         torch = self._torch
         if kind is dtypes.bfloat16:
-            return array.view(torch.int16).numpy().view(kind.np)  # type: ignore[no-any-return]
+            return array.view(torch.int16).numpy().view(kind.np)
         if kind in dtypes.FP8_TYPES:
-            return array.view(torch.uint8).numpy().view(kind.np)  # type: ignore[no-any-return]
-        return array.numpy()  # type: ignore[no-any-return]
+            return array.view(torch.uint8).numpy().view(kind.np)
+        return array.numpy()
 
     def empty(self, shape: tuple[int, ...], dtype: DType, like: View) -> View:
         made = self._torch.empty(shape, dtype=self._dtypes[dtype.name], device=like.array.device)
@@ -251,115 +301,40 @@ class _Torch(Framework):
 
     def stream(self, device: int) -> int:
         if self._stream is not None:
-            return self._stream(device)  # type: ignore[no-any-return]
-        return self._torch.cuda.current_stream(device).cuda_stream  # type: ignore[no-any-return]
+            return self._stream(device)
+        return self._torch.cuda.current_stream(device).cuda_stream
 
     def to_host(self, view: View) -> np.ndarray[Any, Any]:
         return self._to_numpy(view.array.detach().cpu(), view.dtype)
 
 
-class _Foreign(Framework):
-    """Arrays that come in through DLPack: read only, imported on CuPy's current stream."""
-
-    def _import(self, array: Any) -> View:
-        kind_of_device, _ = array.__dlpack_device__()
-        if int(kind_of_device) in (1, 3):  # kDLCPU, kDLCUDAHost
-            host = np.from_dlpack(array)
-            inner = _numpy.view(host)
-            return View(self, array, 0, inner.shape, inner.strides, inner.dtype, CPU, host)
-        if int(kind_of_device) not in (2, 13):  # kDLCUDA, kDLCUDAManaged
-            raise DeviceError(f"array is on DLPack device type {kind_of_device}, expected 2 (CUDA) or 1 (CPU)")
-        import cupy
-
-        imported = cupy.from_dlpack(array)
-        _pending.append(imported)
-        inner = _framework("cupy").view(imported)
-        return View(self, imported, inner.ptr, inner.shape, inner.strides, inner.dtype, inner.device)
-
-    def empty(self, shape: tuple[int, ...], dtype: DType, like: View) -> View:
-        made = (_numpy if like.is_cpu else _framework("cupy")).empty(shape, dtype, like)
-        made._framework = self
-        return made
-
-    def check_writable(self, view: View, op: str, name: str) -> None:
-        raise ImmutableArrayError(
-            f"{op}: {name} is a {self.name} array, which must not be written in place; use the functional form, "
-            "or pass a CuPy, torch or NumPy array"
-        )
-
-    def to_host(self, view: View) -> np.ndarray[Any, Any]:
-        return view.array.get()  # type: ignore[no-any-return]
-
-    def result(self, view: View) -> Any:
-        if not view.is_cpu:
-            _retire()
-        return view.array
+def _no_memory(array: Any) -> LayoutError:
+    return LayoutError(f"is a {type(array).__name__} of layout {array.layout}, expected a strided tensor in memory")
 
 
-class _DLPack(_Foreign):
-    name = "dlpack"
-
-    def view(self, array: Any) -> View:
-        return self._import(array)
-
-
-class _Jax(_Foreign):
-    name = "jax"
-
-    def view(self, array: Any) -> View:
-        import jax
-
-        if isinstance(array, jax.core.Tracer):
-            raise FrameworkError(
-                "array is a JAX tracer, expected a concrete array: operators run outside jax.jit, grad and vmap"
-            )
-        if len(array.devices()) != 1:
-            raise DeviceError(f"jax array lies on {len(array.devices())} devices, expected one (use jax.shard_map)")
-        kind = dtype(array.dtype)
-        if next(iter(array.devices())).platform == "cpu":
-            host = np.asarray(array)
-            inner = _numpy.view(host)
-            return View(self, array, 0, inner.shape, inner.strides, kind, CPU, host)
-        if kind in dtypes.FP8_TYPES or kind is dtypes.bool_:  # refused by CuPy's DLPack import: travel as bytes
-            fp8 = kind in dtypes.FP8_TYPES
-            bytes_ = jax.lax.bitcast_convert_type(array, np.uint8) if fp8 else array.astype(np.uint8)
-            return self._import(bytes_).typed(kind)
-        return self._import(array)
-
-    def result(self, view: View) -> Any:
-        import jax
-
-        if view.is_cpu:
-            return jax.numpy.asarray(view.numpy())
-        _retire()
-        made = jax.dlpack.from_dlpack(view.array)
-        return jax.lax.bitcast_convert_type(made, view.dtype.np) if view.dtype in dtypes.FP8_TYPES else made
-
-
-#: Imported arrays whose work is not queued yet, and those queued with the event that ends it.
-_pending: list[Any] = []
-_retired: deque[tuple[Any, list[Any]]] = deque()
-
-
-def _retire() -> None:
-    """Hold what was imported until the current stream has passed this point."""
-    from cupy.cuda import Event
-
-    while _retired and _retired[0][0].done:
-        _retired.popleft()
-    if _pending:
-        event = Event(disable_timing=True)
-        event.record()
-        _retired.append((event, _pending.copy()))
-        _pending.clear()
+def _negated() -> LayoutError:
+    return LayoutError("has torch's negative bit set, expected its values in memory; pass tensor.resolve_neg()")
 
 
 _numpy = _NumPy()
 _frameworks: dict[str, Framework] = {"numpy": _numpy}
-_FACTORIES: dict[str, Callable[[], Framework]] = {"cupy": _CuPy, "torch": _Torch, "jax": _Jax, "dlpack": _DLPack}
 
 
-def _framework(name: str) -> Framework:
+def _foreign(name: str) -> Framework:
+    from fi_cupy import imported
+
+    return imported.Jax() if name == "jax" else imported.DLPack()
+
+
+_FACTORIES: dict[str, Callable[[], Framework]] = {
+    "cupy": _CuPy,
+    "torch": _Torch,
+    "jax": lambda: _foreign("jax"),
+    "dlpack": lambda: _foreign("dlpack"),
+}
+
+
+def framework(name: str) -> Framework:
     found = _frameworks.get(name)
     if found is None:
         found = _frameworks[name] = _FACTORIES[name]()
@@ -376,31 +351,33 @@ def view(array: Any, op: str = "", name: str = "array") -> View:
     ------
     FrameworkError
         The object is no array: neither NumPy, CuPy, torch nor JAX, and it has no ``__dlpack__``.
-    DTypeError, DeviceError
-        Its type or device is none of ours.
+    DTypeError, DeviceError, LayoutError
+        Its type, device or memory layout is none of ours.
     """
-    reader = _by_type.get(type(array))
-    if reader is None:
-        reader = _reader(array, op, name)
-    return reader(array)
+    try:
+        return (_by_type.get(type(array)) or _reader(array))(array)
+    except ArgumentError as error:
+        raise type(error)(f"{op}: {name} {error}" if op else f"{name} {error}") from None
 
 
-def _reader(array: Any, op: str, name: str) -> Callable[[Any], View]:
+def _reader(array: Any) -> Callable[[Any], View]:
     kind = type(array)
     for base in kind.__mro__:
         root = base.__module__.split(".", 1)[0]
         if root in ("numpy", "cupy", "torch") and base.__name__ in ("ndarray", "Tensor"):
-            chosen = _framework(root)
+            chosen = framework(root)
+            if isinstance(array, np.ma.MaskedArray):
+                raise FrameworkError("is a masked array, expected a plain one; pass array.filled(value)")
             break
     else:
         jax = sys.modules.get("jax")
         if jax is not None and isinstance(array, jax.Array):
-            chosen = _framework("jax")
+            chosen = framework("jax")
         elif hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
-            chosen = _framework("dlpack")
+            chosen = framework("dlpack")
         else:
             raise FrameworkError(
-                f"{op}: {name} is a {kind.__module__}.{kind.__qualname__}, expected an array: "
+                f"is a {kind.__module__}.{kind.__qualname__}, expected an array: "
                 "NumPy, CuPy, torch, JAX or anything that speaks DLPack"
             )
     _by_type[kind] = chosen.view
