@@ -1,0 +1,564 @@
+"""Decode attention: one query token a request over a paged KV cache (plan/run wrappers), or over contiguous keys."""
+
+from __future__ import annotations
+
+from functools import partialmethod
+from typing import Any
+
+import numpy as np
+
+from fi_cupy import reference
+from fi_cupy.arrays import View, view
+from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.decode_kernel import (
+    Geometry,
+    Problem,
+    check_problem,
+    geometry,
+    kernel_specs,
+    logit_floats,
+    output_view,
+    scale_factor,
+    sinks_view,
+)
+from fi_cupy.decode_plan import Planned, fill_graph_buffers, keep_on_host, prepare
+from fi_cupy.decode_single import single_decode_with_kv_cache
+from fi_cupy.device import device_info
+from fi_cupy.dtypes import float32, int32
+from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
+from fi_cupy.jit.driver import has_driver_binding
+from fi_cupy.jit.kernel import load_kernel
+from fi_cupy.kv_cache import PagedKV, check_layout, check_paged_kv, paged_kv, token_strides
+from fi_cupy.plan.decode import (
+    ITEM_WORDS,
+    MIN_CHUNK_TILES,
+    TILE,
+    DecodePlan,
+    max_items,
+    plan_decode,
+)
+from fi_cupy.workspace import PlanBuffer, copy_device
+
+__all__ = [
+    "BatchDecodeWithPagedKVCacheWrapper", "BatchDecodeWrapper", "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+    "fast_decode_plan", "kernel_specs", "single_decode_with_kv_cache",
+]  # fmt: skip
+
+_OP = "BatchDecodeWithPagedKVCacheWrapper"
+
+
+class BatchDecodeWithPagedKVCacheWrapper:
+    """Batch decode attention over a paged KV cache: `plan` once for the lengths of a step, `run` for every layer.
+
+    Parameters
+    ----------
+    float_workspace_buffer : array
+        Scratch memory for the partial results of split requests, of any dtype, contiguous. Its device decides where
+        the wrapper works: a CPU array selects the NumPy reference. 32 MB serve any batch of ordinary size;
+        `workspace_size` gives the exact figure, and a buffer that is too small raises `WorkspaceError` at `plan`.
+    kv_layout : "NHD" or "HND"
+        Cache ``[pages, (2,) page_size, heads, dim]`` or ``[pages, (2,) heads, page_size, dim]``.
+    use_cuda_graph : bool
+        Keep every address and the grid fixed so that a captured `run` follows later plans. The batch size is that of
+        `paged_kv_last_page_len_buffer`; lengths may change freely within ``len(paged_kv_indices_buffer)`` pages.
+    use_tensor_cores : bool
+        Accepted and returned by the property. There is one kernel, which always uses the tensor cores.
+    paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer : int32 arrays
+        CUDA-graph mode: `plan` copies the page table into them. If the first plan gets its indices as a host array (or
+        an array other than the buffer), the captured kernel reads the wrapper's own copy, so page numbers that are
+        later written into the buffer take effect at the next `plan`.
+    backend : "auto" or "fa2"
+        There is one implementation.
+    jit_args : None
+        Kept for FlashInfer's signature.
+    workspace_buffer : array, optional
+        Another name of `float_workspace_buffer`.
+
+    Source
+    ------
+    flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper; split keys as in Flash-Decoding (Dao et al. 2023).
+
+    Examples
+    --------
+    >>> import numpy as np, fi_cupy
+    >>> wrapper = fi_cupy.decode.BatchDecodeWithPagedKVCacheWrapper(np.empty(1 << 20, np.uint8))
+    >>> wrapper.plan([0, 2], [5, 1], [3], 8, 2, 64, 16, q_data_type="float32")        # one request, 16 + 3 keys
+    >>> q, cache = np.ones((1, 8, 64), np.float32), np.ones((6, 2, 16, 2, 64), np.float32)
+    >>> wrapper.run(q, cache).shape
+    (1, 8, 64)
+    """
+
+    def __init__(
+        self,
+        float_workspace_buffer: Any = None,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        use_tensor_cores: bool = False,
+        paged_kv_indptr_buffer: Any = None,
+        paged_kv_indices_buffer: Any = None,
+        paged_kv_last_page_len_buffer: Any = None,
+        backend: str = "auto",
+        jit_args: Any = None,
+        *,
+        workspace_buffer: Any = None,
+    ) -> None:
+        if float_workspace_buffer is None:
+            float_workspace_buffer = workspace_buffer
+        elif workspace_buffer is not None:
+            raise ArgumentError(f"{_OP}: float_workspace_buffer and workspace_buffer name the same thing, expected one")
+        if float_workspace_buffer is None:
+            raise ArgumentError(f"{_OP}: float_workspace_buffer is missing")
+        if backend not in ("auto", "fa2"):
+            raise UnsupportedError(f"{_OP}: backend is {backend!r}, expected 'auto' (there is one implementation)")
+        if jit_args is not None:
+            raise UnsupportedError(f"{_OP}: jit_args is not supported")
+        self._layout = check_layout(_OP, kv_layout)
+        self._use_tensor_cores = use_tensor_cores
+        self._graph = use_cuda_graph
+        self._buffers: tuple[View, View, View] | None = None
+        self._problem: Problem | None = None
+        self._planned: Planned | None = None
+        self._plan_buffer: PlanBuffer | None = None
+        self._graph_state: tuple[Any, ...] | None = None
+        self._attach(float_workspace_buffer)
+        if use_cuda_graph:
+            self._attach_graph_buffers(paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer)
+
+    def _attach(self, workspace: Any) -> None:
+        w = view(workspace, _OP, "float_workspace_buffer")
+        if not w.contiguous:
+            check_inner(_OP, "float_workspace_buffer", w)
+            raise ArgumentError(f"{_OP}: float_workspace_buffer has strides {w.strides}, expected a contiguous array")
+        check_aligned(_OP, "float_workspace_buffer", w, 16)
+        self._workspace = w.writable(_OP, "float_workspace_buffer")
+        self._workspace_bytes = w.size * w.dtype.itemsize
+        self.device = w.device
+        self._pdl = w.device >= 0 and device_info(w.device).has_pdl and has_driver_binding()
+
+    def _attach_graph_buffers(self, indptr: Any, indices: Any, last_page_len: Any) -> None:
+        views = []
+        for name, buffer in (("indptr", indptr), ("indices", indices), ("last_page_len", last_page_len)):
+            name = f"paged_kv_{name}_buffer"
+            if buffer is None:
+                raise ArgumentError(f"{_OP}: {name} is missing, expected an int32 array with use_cuda_graph=True")
+            b = view(buffer, _OP, name).writable(_OP, name)
+            check_ndim(_OP, name, b, 1)
+            check_dtype(_OP, name, b, (int32,))
+            check_inner(_OP, name, b)
+            check_device(_OP, self._workspace, **{name: b})
+            views.append(b)
+        check_shape(
+            _OP, "paged_kv_indptr_buffer", views[0], (views[2].shape[0] + 1,), "= len(last_page_len_buffer) + 1"
+        )
+        self._buffers = (views[0], views[1], views[2])
+
+    @property
+    def use_tensor_cores(self) -> bool:
+        """What the constructor was given."""
+        return self._use_tensor_cores
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        """Whether the wrapper keeps addresses and grid fixed."""
+        return self._graph
+
+    def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
+        """Use another scratch buffer from the next `plan` on. The wrapper owns its integer buffer: pass None for it."""
+        if int_workspace_buffer is not None:
+            view(int_workspace_buffer, _OP, "int_workspace_buffer")  # FlashInfer's second buffer has no use here
+        if self._graph_state is not None:
+            raise PlanError(f"{_OP}: the workspace address is part of the captured graph; make another wrapper")
+        self._attach(float_workspace_buffer)
+        self._planned = None
+
+    def plan(
+        self,
+        indptr: Any,
+        indices: Any,
+        last_page_len: Any,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        pos_encoding_mode: str = "NONE",
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        q_data_type: Any = "float16",
+        kv_data_type: Any = None,
+        o_data_type: Any = None,
+        data_type: Any = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        non_blocking: bool = True,
+        block_tables: Any = None,
+        seq_lens: Any = None,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool = False,
+        q_len_per_req: int = 1,
+        *,
+        window_right: int = 0,
+        indptr_host: Any = None,
+    ) -> None:
+        """Make the schedule for the current lengths and send it to the GPU (one asynchronous copy).
+
+        Parameters
+        ----------
+        indptr : int [batch + 1]
+            Request b has pages ``indices[indptr[b] : indptr[b + 1]]``. Host arrays cost no synchronisation; GPU arrays
+            are copied back first.
+        indices : int32 [pages in use]
+            Page numbers. A GPU array is read in place by `run`, so it must stay as it is until then.
+        last_page_len : int [batch]
+            Keys on each request's last page, 1..page_size.
+        num_qo_heads, num_kv_heads, head_dim, page_size : int
+            Any group size; head_dim a multiple of 8 (fp8: 16) up to 256.
+        pos_encoding_mode : "NONE", "ALIBI"; "ROPE_LLAMA" on the CPU only
+        window_left : int
+            Keys to the left of the newest that are seen; -1: all.
+        logits_soft_cap : float, optional
+            ``cap * tanh(logit / cap)``; None or <= 0 is off.
+        q_data_type, kv_data_type, o_data_type : dtype
+            float16 or bfloat16; the cache has the type of q (the default) or an fp8 type; o: the type of q, or any
+            float.
+        data_type : dtype, optional
+            Deprecated: type of q and cache together.
+        sm_scale : float, optional
+            Default ``1 / sqrt(head_dim)``.
+        non_blocking : bool
+            False: wait until the schedule has arrived.
+        seq_lens : int [batch], optional
+            Keys of every request; if given, `last_page_len` is not read back from the GPU.
+        fixed_split_size : int, optional
+            Pages of every chunk, so that a request's bits do not depend on the rest of the batch.
+        disable_split_kv : bool
+            One chunk a request, with the same property.
+        indptr_host : int [batch + 1], optional
+            A host copy of a GPU `indptr`.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DTypeError, WorkspaceError, UnsupportedError, PlanError
+        """
+        p, kv_len = prepare(
+            f"{_OP}.plan", self.device, self._buffers, indptr, indices, last_page_len, num_qo_heads, num_kv_heads,
+            head_dim, page_size, pos_encoding_mode, window_left, logits_soft_cap, q_data_type, kv_data_type,
+            o_data_type, data_type, sm_scale, rope_scale, rope_theta, non_blocking, block_tables, seq_lens,
+            fixed_split_size, disable_split_kv, q_len_per_req, window_right=window_right, indptr_host=indptr_host,
+        )  # fmt: skip
+        if self.device < 0:
+            keep_on_host(f"{_OP}.plan", self._buffers, p)
+        else:
+            schedule, num_slots = self._schedule(p, kv_len)
+            layout = p.geometry.workspace(num_slots)
+            layout.check(f"{_OP}.plan", self._workspace_bytes)
+            p.partial_out = self._workspace.ptr + layout.offsets["partial_out"]
+            p.partial_md = self._workspace.ptr + layout.offsets["partial_md"]
+            p.kernel = load_kernel(p.geometry.spec, self.device)
+            self._upload(p, schedule, num_slots)
+            if not non_blocking:
+                from cupy.cuda import runtime
+
+                runtime.streamSynchronize(self._workspace.stream())
+        self._planned = p
+
+    begin_forward = plan
+
+    def _schedule(self, p: Planned, kv_len: np.ndarray[Any, Any]) -> tuple[DecodePlan, int]:
+        """The work list, and the partial slots to reserve (in graph mode those of the worst case)."""
+        split_keys, disable_split = p.split
+        problem = Problem(
+            p.batch_size, p.num_qo_heads, p.num_kv_heads, p.head_dim, p.dtype, p.kv_dtype, p.out_dtype,
+            p.page_size % TILE == 0, p.logits_soft_cap > 0, p.alibi, disable_split or split_keys is not None,
+        )  # fmt: skip
+        if problem != self._problem:
+            check_problem(f"{_OP}.plan", problem)
+            self._problem = problem
+        g = p.geometry = geometry(problem, device_info(self.device))
+        bound = self._item_bound(p, g, split_keys, disable_split) if self._graph else None
+        schedule = plan_decode(
+            kv_len, p.indptr[:-1], num_head_blocks=g.num_head_blocks, slots=g.slots, window_left=p.window_left,
+            split_keys=split_keys, disable_split=disable_split, pad_to=bound,
+        )  # fmt: skip
+        if bound is not None and schedule.num_items > bound:
+            raise PlanError(f"{_OP}.plan: {schedule.num_items} work items exceed the captured grid's {bound}")
+        p.grid = schedule.num_items * g.num_head_blocks
+        p.counts = (p.page_size, g.num_head_blocks, g.blocks_per_kv, g.heads_per_block, g.group_size)
+        return schedule, schedule.num_slots if bound is None else bound
+
+    def _item_bound(self, p: Planned, g: Geometry, split_keys: int | None, disable_split: bool) -> int:
+        """Work items of the fixed grid: no lengths that fit the indices buffer need more."""
+        assert self._buffers is not None
+        most_keys = self._buffers[1].shape[0] * p.page_size
+        if disable_split:
+            return p.batch_size
+        if split_keys is not None:
+            return p.batch_size + most_keys // split_keys
+        return min(
+            max_items(p.batch_size, g.num_head_blocks, g.slots),
+            p.batch_size + -(-most_keys // (TILE * MIN_CHUNK_TILES)),
+        )
+
+    def _upload(self, p: Planned, schedule: DecodePlan, num_slots: int) -> None:
+        """One copy of the work items (and host page numbers) to the GPU; in graph mode the caller's buffers too."""
+        indices = p.indices
+        stream = self._workspace.stream()
+        own = indices.is_cpu
+        if self._graph_state is not None:
+            own = self._graph_state[-1]
+        elif self._buffers is not None and not own:
+            own = indices.ptr != self._buffers[1].ptr
+        if self._buffers is not None:
+            state = (p.kernel, p.grid, p.sm_scale, p.logits_soft_cap, p.counts, p.partial_md, own)
+            if self._graph_state is not None and state != self._graph_state:
+                raise PlanError(
+                    f"{_OP}.plan: a CUDA-graph wrapper keeps kernel, grid and scales of its first plan; only the page "
+                    "table may change (make another wrapper for other sizes)"
+                )
+            self._graph_state = state
+        words = schedule.num_items * ITEM_WORDS
+        used = int(p.indptr[-1])
+        room = 0 if not own else (used if self._buffers is None else self._buffers[1].shape[0])
+        if self._plan_buffer is None:
+            self._plan_buffer = PlanBuffer(self.device, 4 * (words + room))
+        buffer = self._plan_buffer
+        buffer.reserve(4 * (words + room), num_slots * p.geometry.num_head_blocks)
+        from_host = own and indices.is_cpu
+        staged = buffer.stage(words + (used if from_host else 0))
+        staged[:words] = schedule.items.reshape(-1)
+        if from_host:
+            staged[words:] = indices.numpy()[:used]
+        p.items_ptr = buffer.upload(staged, stream)
+        p.copied_indices = words if own else 0
+        if not indices.is_cpu:
+            if indices.dtype is not int32:
+                raise UnsupportedError(f"{_OP}.plan: indices on the GPU has dtype {indices.dtype.name}, expected int32")
+            if indices.strides[0] != 1 and indices.shape[0] > 1:
+                check_inner(f"{_OP}.plan", "indices", indices)
+            if own:
+                copy_device(p.items_ptr + 4 * words, indices.ptr, 4 * used, stream, self.device)
+        if self._buffers is not None:
+            fill_graph_buffers(self._buffers, p, self.device, stream)
+            buffer.frozen = True
+
+    def workspace_size(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """(float bytes, int bytes) that `plan` with these arguments needs; the wrapper owns the integer part.
+
+        The arguments are those of `plan`. Nothing is sent to the GPU.
+        """
+        p, kv_len = prepare(f"{_OP}.workspace_size", self.device, self._buffers, *args, **kwargs)
+        if self.device < 0:
+            return 0, 0
+        schedule, num_slots = self._schedule(p, kv_len)
+        int_bytes = schedule.items.nbytes + 4 * int(p.indptr[-1]) + 4 * num_slots * p.geometry.num_head_blocks
+        return p.geometry.workspace(num_slots).size, int_bytes
+
+    def run(
+        self,
+        q: Any,
+        paged_kv_cache: Any,
+        *args: Any,
+        q_scale: float | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        out: Any = None,
+        lse: Any = None,
+        return_lse: bool = False,
+        enable_pdl: bool | None = None,
+        window_left: int | None = None,
+        sinks: Any = None,
+        q_len_per_req: int | None = None,
+        skip_softmax_threshold_scale_factor: float | None = None,
+        kv_cache_sf: Any = None,
+    ) -> Any:
+        """Attention of the planned batch; no synchronisation, and no allocation with `out` (and `lse`).
+
+        Parameters
+        ----------
+        q : array, [batch, num_qo_heads, head_dim]
+            Rows and heads may be strided.
+        paged_kv_cache : array, or (keys, values)
+            ``[pages, 2, page_size, num_kv_heads, head_dim]`` (NHD) or ``[pages, 2, num_kv_heads, page_size, head_dim]``
+            (HND), or a pair without dimension 1; any strides that are multiples of 16 bytes, inner stride 1.
+        q_scale, k_scale, v_scale : float, optional
+            Dequantisation factors: the first two multiply `sm_scale`, the last the output.
+        out : array, [batch, num_qo_heads, head_dim], optional
+        lse : float32 array, [batch, num_qo_heads], contiguous, optional
+            Log-sum-exp of the scaled logits in base 2; -inf for a request without keys (whose output is 0).
+        return_lse : bool
+        enable_pdl : bool, optional
+            Programmatic dependent launch; None: where the device has it. It does not change results.
+        window_left : int, optional
+            Must be the planned one.
+        sinks : float32 array, [num_qo_heads], optional
+            Raw logits that join the denominator.
+
+        Returns
+        -------
+        out, or (out, lse) with `return_lse`
+
+        Raises
+        ------
+        PlanError
+            No plan, or an argument that contradicts it.
+        ShapeError, DTypeError, LayoutError, DeviceError, UnsupportedError
+        """
+        p = self._planned
+        if p is None:
+            raise PlanError(f"{_OP}.run: plan() must come first")
+        op = f"{_OP}.run"
+        if args:
+            raise UnsupportedError(
+                f"{op}: {len(args)} extra arguments; they belong to JIT variants, which this wrapper has not"
+            )
+        if skip_softmax_threshold_scale_factor is not None or kv_cache_sf is not None:
+            raise UnsupportedError(f"{op}: skip_softmax_threshold_scale_factor and kv_cache_sf are not supported")
+        if q_len_per_req not in (None, 1):
+            raise PlanError(f"{op}: q_len_per_req is {q_len_per_req}, planned 1")
+        if window_left is not None and max(window_left, -1) != p.window_left:
+            raise PlanError(f"{op}: window_left is {window_left}, planned {p.window_left}")
+        x = view(q, op, "q")
+        shape = (p.batch_size, p.num_qo_heads, p.head_dim)
+        if x.shape != shape:
+            check_shape(op, "q", x, shape, "= (batch, num_qo_heads, head_dim) of the plan")
+        if x.dtype is not p.dtype:
+            check_dtype(op, "q", x, (p.dtype,), "= q_data_type of the plan")
+        if x.device != self.device:
+            check_device(op, self._workspace, q=x)
+        check_inner(op, "q", x)
+        kv = paged_kv(op, paged_kv_cache)
+        kv_dtype = p.kv_dtype if kv.k.dtype is not float32 or not x.is_cpu else float32
+        kv = check_paged_kv(op, kv, x, kv_dtype, p.page_size, p.num_kv_heads, p.head_dim, self._layout)
+        if p.max_index >= kv.k.shape[0]:
+            raise ArgumentError(f"{op}: indices holds page {p.max_index}, but the cache has {kv.k.shape[0]} pages")
+        o = output_view(op, "out", out, x, shape, p.out_dtype if x.dtype is p.dtype else x.dtype)
+        s = output_view(op, "lse", lse, x, shape[:2], float32) if return_lse or lse is not None else None
+        if s is not None and not s.contiguous:
+            raise ArgumentError(f"{op}: lse has strides {s.strides}, expected a contiguous array")
+        sink = None if sinks is None else sinks_view(op, sinks, x, p.num_qo_heads)
+        scale = p.sm_scale * scale_factor(op, "q_scale", q_scale) * scale_factor(op, "k_scale", k_scale)
+        out_scale = scale_factor(op, "v_scale", v_scale)
+        if x.is_cpu:
+            self._run_cpu(p, x, kv, o, s, sink, scale, out_scale)
+        else:
+            self._launch(p, x, kv, o, s, sink, scale, out_scale, enable_pdl)
+        result = o.result() if out is None else out
+        if not return_lse:
+            return result
+        assert s is not None
+        return result, (s.result() if lse is None else lse)
+
+    run_return_lse = partialmethod(run, return_lse=True)
+
+    def _launch(
+        self, p: Planned, x: View, kv: PagedKV, o: View, s: View | None, sink: View | None, scale: float,
+        out_scale: float, enable_pdl: bool | None,
+    ) -> None:  # fmt: skip
+        if p.copied_indices:
+            indices, ready = p.items_ptr + 4 * p.copied_indices, 1
+        elif self._buffers is not None:
+            indices, ready = self._buffers[1].ptr, 0
+        else:
+            indices, ready = p.indices.ptr, 0
+        assert self._plan_buffer is not None
+        p.kernel.launch(
+            p.grid, x.stream(),
+            x.ptr, kv.k.ptr, kv.v.ptr, o.ptr, 0 if s is None else s.ptr, p.items_ptr, indices,
+            0 if sink is None else sink.ptr, p.partial_out, p.partial_md, self._plan_buffer.counters_ptr,
+            x.strides[0], x.strides[1], o.strides[0], o.strides[1],
+            *token_strides(kv.k, self._layout), *token_strides(kv.v, self._layout),
+            *p.counts, ready, 0, 0, 0, 0, *logit_floats(scale, p.logits_soft_cap), out_scale,
+            pdl=self._pdl if enable_pdl is None else enable_pdl,
+        )  # fmt: skip
+
+    def _run_cpu(
+        self,
+        p: Planned,
+        x: View,
+        kv: PagedKV,
+        o: View,
+        s: View | None,
+        sink: View | None,
+        scale: float,
+        v_scale: float,
+    ) -> None:
+        values, lse = reference.attention.batch_decode_paged(
+            x.numpy(), kv.k.numpy(), kv.v.numpy(), p.indptr, p.indices, p.last_page_len, kv_layout=self._layout,
+            sm_scale=scale, v_scale=v_scale, sinks=None if sink is None else sink.numpy(), out_dtype=o.dtype.np,
+            **p.options,
+        )  # fmt: skip
+        o.write(values)
+        if s is not None and lse is not None:
+            s.write(lse)
+
+    def forward(
+        self, q: Any, paged_kv_cache: Any, pos_encoding_mode: str = "NONE", q_scale: float | None = None,
+        k_scale: float | None = None, v_scale: float | None = None, window_left: int = -1,
+        logits_soft_cap: float | None = None, sm_scale: float | None = None, rope_scale: float | None = None,
+        rope_theta: float | None = None, *, return_lse: bool = False,
+    ) -> Any:  # fmt: skip
+        """Deprecated form of `run`. Options that differ from the plan raise `PlanError` instead of being ignored."""
+        p = self._planned
+        if p is None:
+            raise PlanError(f"{_OP}.forward: plan() must come first")
+        given = {
+            "pos_encoding_mode": (pos_encoding_mode, "NONE", p.options["pos_encoding_mode"]),
+            "window_left": (max(window_left, -1), -1, p.window_left),
+            "logits_soft_cap": (max(logits_soft_cap or 0.0, 0.0), 0.0, p.logits_soft_cap),
+            "sm_scale": (sm_scale, None, p.sm_scale),
+            "rope_scale": (rope_scale, None, p.options["rope_scale"]),
+            "rope_theta": (rope_theta, None, p.options["rope_theta"]),
+        }
+        for name, (value, default, planned) in given.items():
+            if value not in (default, planned):
+                raise PlanError(f"{_OP}.forward: {name} is {value}, planned {planned}; pass it to plan()")
+        return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
+
+    forward_return_lse = partialmethod(forward, return_lse=True)
+
+    def end_forward(self) -> None:
+        """Kept for FlashInfer's signature; there is nothing to release."""
+
+
+BatchDecodeWrapper = BatchDecodeWithPagedKVCacheWrapper
+
+
+class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
+    """`BatchDecodeWithPagedKVCacheWrapper` in CUDA-graph mode; the batch size is ``len(last_page_len_buffer)``.
+
+    Source: flashinfer.decode.CUDAGraphBatchDecodeWithPagedKVCacheWrapper.
+    """
+
+    def __init__(
+        self,
+        workspace_buffer: Any,
+        indptr_buffer: Any,
+        indices_buffer: Any,
+        last_page_len_buffer: Any,
+        kv_layout: str = "NHD",
+        use_tensor_cores: bool = False,
+    ) -> None:
+        super().__init__(
+            workspace_buffer, kv_layout, True, use_tensor_cores, indptr_buffer, indices_buffer, last_page_len_buffer
+        )
+
+
+def fast_decode_plan(
+    self: BatchDecodeWithPagedKVCacheWrapper,
+    *args: Any,
+    global_override_indptr_cpu: Any = None,
+    **kwargs: Any,
+) -> None:
+    """`plan` without reading `indptr` back; bind it as ``wrapper.plan = partial(fast_decode_plan, wrapper)``.
+
+    Parameters
+    ----------
+    self : BatchDecodeWithPagedKVCacheWrapper
+    *args, **kwargs
+        The arguments of `plan`.
+    global_override_indptr_cpu : int [batch + 1], optional
+        Host copy of `indptr`. With ``page_size`` 1 or `seq_lens` on the host nothing at all is read back.
+
+    Source: flashinfer.decode.fast_decode_plan.
+    """
+    BatchDecodeWithPagedKVCacheWrapper.plan(self, *args, indptr_host=global_override_indptr_cpu, **kwargs)

@@ -1,0 +1,283 @@
+"""The decode kernel as an operator sees it: its instances, the shape it runs in for a batch, and its parameters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fi_cupy.arrays import View, view
+from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_shape
+from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32
+from fi_cupy.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
+from fi_cupy.jit.params import ParamsStruct
+from fi_cupy.jit.spec import KernelSpec
+from fi_cupy.plan.decode import DecodeTiles, choose_tiles, head_blocks, smem_bytes
+from fi_cupy.plan.workspace import WorkspaceLayout
+
+if TYPE_CHECKING:
+    from fi_cupy.device import DeviceInfo
+
+LOG2E = math.log2(math.e)
+
+_POINTERS = ("q", "k", "v", "out", "lse", "items", "indices", "sinks", "partial_out", "partial_md", "counters")
+_STRIDES = (
+    "q_stride_row", "q_stride_head", "out_stride_row", "out_stride_head", "k_stride_page", "k_stride_token",
+    "k_stride_head", "v_stride_page", "v_stride_token", "v_stride_head",
+)  # fmt: skip
+_COUNTS = ("page_size", "num_head_blocks", "blocks_per_kv", "heads_per_block", "group_size", "table_ready")
+_SINGLE = ("kv_len", "first_key", "chunk_keys", "num_chunks")
+_FLOATS = ("logit_scale", "logit_cap", "slope_scale", "out_scale")
+PARAMS = ParamsStruct(
+    "DecodeParams",
+    [
+        *((name, "ptr") for name in _POINTERS),
+        *((name, "i64") for name in _STRIDES),
+        *((name, "u32") for name in _COUNTS),
+        *((name, "i32") for name in _SINGLE),
+        *((name, "f32") for name in _FLOATS),
+    ],
+)
+
+
+@lru_cache(maxsize=512)
+def decode_spec(
+    dtype: DType,
+    kv: DType,
+    out: DType,
+    head_dim: int,
+    column_tiles: int,
+    warps: int,
+    stages: int,
+    min_blocks: int = 1,
+    *,
+    tile_in_page: bool = True,
+    soft_cap: bool = False,
+    alibi: bool = False,
+) -> KernelSpec:
+    """The decode kernel for queries of `dtype` over a cache of `kv`.
+
+    Parameters
+    ----------
+    column_tiles : int
+        Blocks of 8 query heads that one CTA serves (1 or 2).
+    warps, stages, min_blocks : int
+        See `plan.decode.choose_tiles`; `min_blocks` bounds the registers.
+    tile_in_page : bool
+        16 keys from a multiple of 16 on never cross a page: the page size is a multiple of 16, or the keys are
+        contiguous.
+    """
+    size = smem_bytes(warps, stages, head_dim, kv.itemsize, column_tiles)
+    types = dtype.tag + (f"_kv{kv.tag}" if kv is not dtype else "") + (f"_o{out.tag}" if out is not dtype else "")
+    options = ("" if tile_in_page else "_rows") + ("_cap" if soft_cap else "") + ("_alibi" if alibi else "")
+    return KernelSpec(
+        symbol=f"batch_decode_{types}_d{head_dim}_h{8 * column_tiles}_w{warps}s{stages}b{min_blocks}{options}",
+        header="attention/decode.cuh",
+        function="batch_decode",
+        params=PARAMS,
+        config=(
+            ("T", dtype),
+            ("KV", kv),
+            ("O", out),
+            ("kHeadDim", head_dim),
+            ("kTilesN", column_tiles),
+            ("kWarps", warps),
+            ("kStages", stages),
+            ("kSmemBytes", size),
+            ("kTileInPage", tile_in_page),
+            ("kSoftCap", soft_cap),
+            ("kAlibi", alibi),
+        ),
+        threads=32 * warps,
+        min_blocks=min_blocks,
+        smem_bytes=size,
+        min_arch=75 if size <= 64 * 1024 else 80,  # Turing has 64 KB of shared memory
+    )
+
+
+#: (arch, multiprocessors, shared memory a CTA, shared memory a multiprocessor) of the GPUs `kernel_specs` is made for.
+_GPUS = {75: (40, 65536, 65536), 80: (108, 166912, 167936), 86: (84, 101376, 102400), 90: (132, 232448, 233472)}
+
+
+def kernel_specs() -> list[KernelSpec]:
+    """The canonical instances: what a Turing, A100, RTX and Hopper or Blackwell card runs for the usual head dims."""
+    specs: dict[KernelSpec, None] = {}
+
+    def add(arch: int, dtype: DType, kv: DType, dim: int, group: int, groups: int, **options: bool) -> None:
+        sms, block, sm = _GPUS[arch]
+        _, _, columns = head_blocks(group, dim)
+        tiles = choose_tiles(
+            groups, dim, kv.itemsize, columns, arch=arch, num_sms=sms, smem_per_block=block, smem_per_sm=sm
+        )
+        specs[spec_of(tiles, dtype, kv, dtype, dim, columns, **options)] = None
+
+    for dtype in (bfloat16, float16):
+        for dim in (64, 128, 256):
+            add(90, dtype, dtype, dim, 4, 1000)
+    for dim in (64, 128):
+        add(90, bfloat16, bfloat16, dim, 4, 8)
+        add(90, bfloat16, float8_e4m3fn, dim, 4, 1000)
+        for arch in (75, 80, 86):
+            add(arch, bfloat16, bfloat16, dim, 4, 1000)
+    add(75, float16, float16, 256, 4, 1000)
+    add(86, bfloat16, bfloat16, 64, 4, 8)
+    add(90, float16, float8_e5m2, 128, 4, 1000)
+    add(90, bfloat16, bfloat16, 128, 16, 1000)
+    add(90, bfloat16, bfloat16, 128, 16, 1000, tile_in_page=False, soft_cap=True, alibi=True)
+    add(90, bfloat16, bfloat16, 80, 4, 1000, tile_in_page=False)
+    add(90, bfloat16, bfloat16, 128, 4, 1000, soft_cap=True)
+    add(90, bfloat16, bfloat16, 128, 4, 1000, alibi=True)
+    return list(specs)
+
+
+def spec_of(
+    tiles: DecodeTiles, dtype: DType, kv: DType, out: DType, head_dim: int, column_tiles: int, **options: bool
+) -> KernelSpec:
+    """`decode_spec` for a CTA shape."""
+    return decode_spec(dtype, kv, out, head_dim, column_tiles, tiles.warps, tiles.stages, tiles.ctas_per_sm, **options)
+
+
+class Problem(NamedTuple):
+    """What decides the kernel of a batch, apart from the lengths: hashable, so that re-planning looks it up."""
+
+    batch_size: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: DType
+    kv: DType
+    out: DType
+    tile_in_page: bool
+    soft_cap: bool
+    alibi: bool
+    batch_invariant: bool
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Kernel and grid factors of a `Problem` on a device.
+
+    Attributes
+    ----------
+    spec : KernelSpec
+    num_head_blocks, blocks_per_kv, heads_per_block, group_size : int
+        See `plan.decode.head_blocks`; the first counts those of all kv heads.
+    slots : int
+        CTAs the device runs at once.
+    head_dim : int
+    """
+
+    spec: KernelSpec
+    num_head_blocks: int
+    blocks_per_kv: int
+    heads_per_block: int
+    group_size: int
+    slots: int
+    head_dim: int
+
+    def workspace(self, num_slots: int) -> WorkspaceLayout:
+        """Layout of the partial results of `num_slots` chunks in the float workspace."""
+        states = num_slots * self.num_head_blocks * self.heads_per_block
+        layout = WorkspaceLayout()
+        layout.add("partial_out", states * self.head_dim * 4)
+        layout.add("partial_md", states * 8)
+        return layout
+
+
+@lru_cache(maxsize=1024)
+def geometry(problem: Problem, device: DeviceInfo) -> Geometry:
+    """The kernel and the grid factors for `problem` on `device`."""
+    p = problem
+    group = p.num_qo_heads // p.num_kv_heads
+    blocks, heads, columns = head_blocks(group, p.head_dim)
+    num_head_blocks = p.num_kv_heads * blocks
+    tiles = choose_tiles(
+        p.batch_size * num_head_blocks, p.head_dim, p.kv.itemsize, columns, arch=device.code_number,
+        num_sms=device.num_sms, smem_per_block=device.smem_per_block, smem_per_sm=device.smem_per_sm,
+        batch_invariant=p.batch_invariant,
+    )  # fmt: skip
+    spec = spec_of(
+        tiles, p.dtype, p.kv, p.out, p.head_dim, columns,
+        tile_in_page=p.tile_in_page, soft_cap=p.soft_cap, alibi=p.alibi,
+    )  # fmt: skip
+    slots = device.num_sms * tiles.ctas_per_sm
+    return Geometry(spec, num_head_blocks, blocks, heads, group, slots, p.head_dim)
+
+
+def check_problem(op: str, p: Problem) -> None:
+    """Raise the typed error for sizes and types that the kernel does not take."""
+    if p.num_kv_heads < 1 or p.num_qo_heads % p.num_kv_heads:
+        raise ArgumentError(
+            f"{op}: num_qo_heads is {p.num_qo_heads}, expected a multiple of num_kv_heads = {p.num_kv_heads}"
+        )
+    if p.dtype not in HALF_TYPES:
+        raise DTypeError(f"{op}: q has dtype {p.dtype.name}, expected float16 or bfloat16 on the GPU")
+    if p.kv is not p.dtype and p.kv not in FP8_TYPES:
+        raise DTypeError(
+            f"{op}: the cache has dtype {p.kv.name}, expected {p.dtype.name} like q, float8_e4m3fn or float8_e5m2"
+        )
+    if p.out not in (*HALF_TYPES, float32):
+        raise DTypeError(f"{op}: o_data_type is {p.out.name}, expected float16, bfloat16 or float32")
+    step = 8 if p.kv.itemsize == 2 else 16
+    if p.head_dim % step or not 0 < p.head_dim <= 256:
+        raise ShapeError(
+            f"{op}: head_dim is {p.head_dim}, expected a multiple of {step} up to 256 for a {p.kv.name} cache"
+        )
+
+
+def logit_floats(sm_scale: float, logits_soft_cap: float) -> tuple[float, float, float]:
+    """(logit_scale, logit_cap, slope_scale) for kernels/attention/logits.cuh."""
+    if logits_soft_cap > 0:
+        return sm_scale / logits_soft_cap, logits_soft_cap * LOG2E, 1.0 / logits_soft_cap
+    return sm_scale * LOG2E, 0.0, LOG2E
+
+
+def check_pos_encoding(op: str, mode: str, on_cpu: bool) -> bool:
+    """Whether ALiBi is on; ROPE_LLAMA inside the kernel is not there for GPU arrays."""
+    if mode not in ("NONE", "ALIBI", "ROPE_LLAMA"):
+        raise ArgumentError(f"{op}: pos_encoding_mode is {mode!r}, expected 'NONE', 'ROPE_LLAMA' or 'ALIBI'")
+    if mode == "ROPE_LLAMA" and not on_cpu:
+        raise UnsupportedError(
+            f"{op}: pos_encoding_mode='ROPE_LLAMA' rotates keys inside the kernel, which is not there yet; rotate q "
+            "and k with fi_cupy.rope before they enter the cache and pass 'NONE'"
+        )
+    return mode == "ALIBI"
+
+
+def scale_factor(op: str, name: str, value: Any) -> float:
+    """A scalar scale as a float."""
+    if value is None:
+        return 1.0
+    if isinstance(value, (int, float)):
+        return float(value)
+    if getattr(value, "ndim", None) == 0 and not hasattr(value, "__cuda_array_interface__"):
+        return float(value)
+    raise UnsupportedError(
+        f"{op}: {name} is a {type(value).__name__}, expected a number (per-head scales are not there)"
+    )
+
+
+def output_view(op: str, name: str, given: Any, x: View, shape: tuple[int, ...], dtype: DType) -> View:
+    """The caller's array after checks, or a new one."""
+    if given is None:
+        return x.empty(shape, dtype)
+    o = view(given, op, name).writable(op, name)
+    if o.shape != shape:
+        check_shape(op, name, o, shape)
+    if o.dtype is not dtype:
+        check_dtype(op, name, o, (dtype,))
+    if o.device != x.device:
+        check_device(op, x, **{name: o})
+    check_inner(op, name, o)
+    check_aligned(op, name, o, 4 * dtype.itemsize if len(shape) == 3 else 4)
+    return o
+
+
+def sinks_view(op: str, sinks: Any, x: View, num_qo_heads: int) -> View:
+    s = view(sinks, op, "sinks")
+    check_shape(op, "sinks", s, (num_qo_heads,), "= (num_qo_heads,)")
+    check_dtype(op, "sinks", s, (float32,))
+    check_device(op, x, sinks=s)
+    check_inner(op, "sinks", s)
+    return s

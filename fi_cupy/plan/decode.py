@@ -1,0 +1,272 @@
+"""Decode schedule: which CTA reads which keys, and with how many warps and how much memory in flight.
+
+The unit is a tile of 16 keys. A work item is a range of one request's keys; every item runs once a *head block* (the
+query heads that one CTA serves), so a schedule of n items is a grid of ``n * num_head_blocks`` CTAs. Numbers with a
+reason in this file were measured on an H100 (132 multiprocessors, 3.08 TB/s) with head_dim 128 and bf16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fi_cupy.errors import ArgumentError
+
+TILE = 16
+#: int32 words of a work item (struct DecodeItem).
+ITEM_WORDS = 8
+#: A chunk has at least this many tiles: 1x1024 took 5.4 us in chunks of 8 and 9.1 us in chunks of 2.
+MIN_CHUNK_TILES = 8
+#: Ragged batches: about this many items a CTA slot. 1 to 2 differ by 1-3 %; finer costs 0.6-1 us an item and SM.
+ITEMS_PER_SLOT = 1.5
+#: A uniform batch is split no further once its last wave leaves at most this share of the slots idle.
+GOOD_FILL = 0.8
+
+
+class DecodeTiles(NamedTuple):
+    """Shape of a CTA: warps, ring slots a warp, CTAs that share a multiprocessor, dynamic shared memory in bytes."""
+
+    warps: int
+    stages: int
+    ctas_per_sm: int
+    smem_bytes: int
+
+
+def head_blocks(group_size: int, head_dim: int) -> tuple[int, int, int]:
+    """How the query heads of a kv head are dealt to CTAs.
+
+    Returns
+    -------
+    (blocks_per_kv, heads_per_block, column_tiles)
+        A column tile is 8 heads. Up to two fit the registers for head_dim <= 128, one above. Larger groups take several
+        CTAs, whose second reading of the keys comes from L2.
+    """
+    most = 16 if head_dim <= 128 else 8
+    blocks = -(-group_size // most)
+    heads = -(-group_size // blocks)
+    return blocks, heads, -(-heads // 8)
+
+
+def smem_bytes(warps: int, stages: int, head_dim: int, kv_itemsize: int, column_tiles: int) -> int:
+    """Dynamic shared memory of the kernel; the same arithmetic as DecodeTraits in kernels/attention/decode.cuh."""
+    dim = -(-head_dim // (16 if kv_itemsize == 2 else 32)) * (16 if kv_itemsize == 2 else 32)
+    tile = TILE * (dim * kv_itemsize // 16 | 1) * 16
+    heads = 8 * column_tiles
+    return max(warps * stages * 2 * tile, warps * heads * (dim + 4) * 4) + 2 * warps * heads * 4 + 16
+
+
+def choose_tiles(
+    groups: int,
+    head_dim: int,
+    kv_itemsize: int,
+    column_tiles: int,
+    *,
+    arch: int,
+    num_sms: int,
+    smem_per_block: int,
+    smem_per_sm: int,
+    batch_invariant: bool = False,
+) -> DecodeTiles:
+    """The CTA's shape for a device.
+
+    Parameters
+    ----------
+    groups : int
+        Requests times head blocks. It does not change with the lengths, so neither does the kernel of a captured graph.
+    arch : int
+        Compute capability times ten of the code that runs.
+    batch_invariant : bool
+        One shape for every batch, so that a request's bits do not depend on the others.
+
+    Notes
+    -----
+    A multiprocessor needs 64 KB in flight from 8 warps for full bandwidth and 128-192 KB for the last percent
+    (measured: 16 KB 1063 us, 32 KB 785, 64 KB 722, 128 KB 717, 192 KB 714 on a floor of 697). Four warps on two CTAs
+    cover each other's merges in long runs; eight warps on one CTA halve the partials of a single wave (16x4096: 92
+    against 94 us).
+    """
+
+    def bytes_of(warps: int, stages: int) -> int:
+        return smem_bytes(warps, stages, head_dim, kv_itemsize, column_tiles)
+
+    def most_stages(warps: int, limit: int) -> int:
+        # More than 6 slots a warp never helps: 6 tiles of even 64 dims are 27 KB a warp.
+        return next((s for s in range(6, 0, -1) if bytes_of(warps, s) <= limit), 0)
+
+    if arch < 80:  # loads are synchronous there: more slots would only cost memory
+        warps = next(w for w in (4, 2, 1) if bytes_of(w, 1) <= smem_per_block)
+        size = bytes_of(warps, 1)
+        return DecodeTiles(warps, 1, max(1, min(4, smem_per_sm // (size + 1024))), size)
+    if groups <= num_sms and not batch_invariant:
+        stages = most_stages(8, smem_per_block)
+        if stages >= 2:
+            return DecodeTiles(8, stages, 1, bytes_of(8, stages))
+    # The driver keeps 1 KB of every CTA's share.
+    stages = most_stages(4, min(smem_per_block, smem_per_sm // 2 - 1024))
+    if stages >= 2:
+        return DecodeTiles(4, stages, 2, bytes_of(4, stages))
+    stages = most_stages(4, smem_per_block)
+    if stages >= 1:
+        return DecodeTiles(4, stages, 1, bytes_of(4, stages))
+    return DecodeTiles(2, most_stages(2, smem_per_block), 1, bytes_of(2, most_stages(2, smem_per_block)))
+
+
+def choose_chunk(tiles: np.ndarray[Any, Any], num_head_blocks: int, slots: int) -> int:
+    """Tiles of one chunk, for requests of `tiles` tiles each, on `slots` CTA slots.
+
+    Uniform batches get equal chunks that fill whole waves: as many as still fit one wave if that leaves few slots
+    idle, one if the batch itself fills its waves well (64x8192: unsplit 705 us, 64-page chunks 722), else the best
+    number within the item budget (items just above a wave are the worst case: 1x65536 took 95 us as 128 items and 107
+    as 136). Ragged batches get ``total / (1.5 slots)``, sorted longest first.
+    """
+    longest = int(tiles.max(initial=0))
+    if longest <= MIN_CHUNK_TILES:
+        return max(longest, 1)
+    total = int(tiles.sum())
+    busy = int(np.count_nonzero(tiles))
+    groups = busy * num_head_blocks
+    if longest * busy > 1.1 * total:
+        return max(MIN_CHUNK_TILES, int(np.ceil(total * num_head_blocks / (ITEMS_PER_SLOT * slots))))
+
+    def fill(n: int) -> float:
+        return n * groups / (-(-n * groups // slots) * slots)
+
+    n = max(1, slots // groups)
+    if fill(n) < GOOD_FILL:
+        n = max(range(1, int(1 + ITEMS_PER_SLOT * slots / groups) + 1), key=lambda k: (round(fill(k), 2), -k))
+    return max(MIN_CHUNK_TILES, -(-longest // n))
+
+
+def max_items(batch_size: int, num_head_blocks: int, slots: int) -> int:
+    """No schedule of `choose_chunk` has more items than this, whatever the lengths: the grid of a captured graph."""
+    return batch_size + int(np.ceil(ITEMS_PER_SLOT * slots / num_head_blocks))
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """A schedule.
+
+    Attributes
+    ----------
+    items : int32 [num_items, 8]
+        Longest first; see struct DecodeItem in kernels/attention/decode.cuh. A request of -1 is padding.
+    num_slots : int
+        Partial results of split requests; each needs ``heads * (head_dim + 2)`` floats.
+    """
+
+    items: np.ndarray[Any, Any]
+    num_slots: int
+
+    @property
+    def num_items(self) -> int:
+        return len(self.items)
+
+
+def kv_lengths(
+    indptr: np.ndarray[Any, Any], last_page_len: np.ndarray[Any, Any], page_size: int
+) -> np.ndarray[Any, Any]:
+    """Keys of every request, int64 [batch]: ``(pages - 1) * page_size + last_page_len``, 0 without pages."""
+    pages = np.diff(indptr)
+    return np.where(pages > 0, (pages - 1) * page_size + last_page_len, 0)
+
+
+def check_page_table(
+    op: str, indptr: np.ndarray[Any, Any], last_page_len: np.ndarray[Any, Any], page_size: int, num_indices: int
+) -> None:
+    """Raise `ArgumentError` for an indptr that is not monotone or leaves `indices`, or a last page out of range."""
+    pages = np.diff(indptr)
+    if len(indptr) < 1 or indptr[0] < 0 or (len(pages) and pages.min() < 0):
+        raise ArgumentError(
+            f"{op}: indptr must start at >= 0 and not decrease, got {np.array2string(indptr, threshold=12)}"
+        )
+    if indptr[-1] > num_indices:
+        raise ArgumentError(f"{op}: indptr ends at {indptr[-1]}, but indices has {num_indices} entries")
+    if len(pages):
+        bad = ((last_page_len < 1) | (last_page_len > page_size)) & (pages > 0)
+        if bad.any():
+            b = int(np.argmax(bad))
+            raise ArgumentError(f"{op}: last_page_len[{b}] is {last_page_len[b]}, expected 1..{page_size} = page_size")
+
+
+def plan_decode(
+    kv_len: np.ndarray[Any, Any],
+    page_begin: np.ndarray[Any, Any],
+    *,
+    num_head_blocks: int,
+    slots: int,
+    window_left: int = -1,
+    split_keys: int | None = None,
+    disable_split: bool = False,
+    pad_to: int | None = None,
+) -> DecodePlan:
+    """Make the work list.
+
+    Parameters
+    ----------
+    kv_len : int64 [batch]
+    page_begin : int [batch]
+        Where each request's pages start in `indices`.
+    num_head_blocks : int
+        CTAs an item takes.
+    slots : int
+        CTAs that the device runs at once.
+    window_left : int
+        Keys to the left of the last that are read; negative: all.
+    split_keys : int, optional
+        Keys of every chunk (``fixed_split_size * page_size``); default: `choose_chunk`.
+    disable_split : bool
+        One chunk a request.
+    pad_to : int, optional
+        Add empty items up to this number.
+    """
+    batch = len(kv_len)
+    begin = np.maximum(kv_len - (1 + window_left), 0) if window_left >= 0 else np.zeros_like(kv_len)
+    base = begin & -TILE
+    span = kv_len - base  # keys from the first tile's start
+    if disable_split:
+        chunks, step = None, span
+    elif split_keys is not None:
+        chunks, step = np.maximum(-(-span // split_keys), 1), np.full(batch, split_keys, np.int64)
+    else:
+        tiles = (span + (TILE - 1)) // TILE
+        chunk = choose_chunk(tiles, num_head_blocks, slots)
+        if chunk >= tiles.max(initial=0):
+            chunks, step = None, span
+        else:
+            chunks = np.maximum(-(-tiles // chunk), 1)
+            step = -(-tiles // chunks) * TILE  # equal chunks within a request
+
+    request = np.arange(batch)
+    rows = np.zeros((batch, ITEM_WORDS), np.int32)
+    rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = request, begin, kv_len, page_begin
+    rows[:, 5], rows[:, 7] = 1, kv_len
+    num_slots = 0
+    if chunks is not None:
+        slot_count = np.where(chunks > 1, chunks, 0)
+        num_slots = int(slot_count.sum())
+        rows[:, 4], rows[:, 5] = np.cumsum(slot_count) - slot_count, chunks
+        rows = np.repeat(rows, chunks, axis=0)
+        owner = rows[:, 0]
+        number = np.arange(len(rows)) - (np.cumsum(chunks) - chunks)[owner]
+        start = base[owner] + number * step[owner]
+        rows[:, 6], rows[:, 1] = number, np.maximum(start, rows[:, 1])
+        rows[:, 2] = np.minimum(start + step[owner], rows[:, 7])
+    # Longest first: 128 random requests took 733 us sorted and 751 unsorted.
+    items = rows[np.argsort(rows[:, 1] - rows[:, 2], kind="stable")]
+    if pad_to is not None and pad_to > len(items):
+        padding = np.zeros((pad_to - len(items), ITEM_WORDS), np.int32)
+        padding[:, 0] = -1
+        items = np.concatenate([items, padding])
+    return DecodePlan(items, num_slots)
+
+
+def single_chunks(span: int, num_head_blocks: int, slots: int) -> tuple[int, int]:
+    """(keys of a chunk, chunks) of one request with `span` keys from a multiple of 16 on; `choose_chunk` for one."""
+    tiles = -(-span // TILE)
+    if tiles <= MIN_CHUNK_TILES:
+        return max(tiles, 1) * TILE, 1
+    chunk = choose_chunk(np.array([tiles]), num_head_blocks, slots)
+    chunks = -(-tiles // chunk)
+    return -(-tiles // chunks) * TILE, chunks

@@ -1,0 +1,33 @@
+// From a raw q.k product to the logit that softmax sees, in base 2: scale, ALiBi bias, soft cap, in this order.
+#pragma once
+#include "common/math.cuh"
+
+namespace fi {
+
+// tanh to 1e-7 absolute (tanh.approx errs by 5e-4 near 1: a cap of 50 turns that into 2.5 % of a probability).
+FI_DEVICE float tanh_from_exp(float x) {
+  return 1.f - 2.f * math::ptx_rcp(math::ptx_exp2(x * (2.f * math::log2e)) + 1.f);
+}
+
+// scale: sm_scale * log2(e) without a cap, sm_scale / cap with one. slope: the head's ALiBi slope in the same unit.
+// cap: logits_soft_cap * log2(e).
+template <bool kSoftCap, bool kAlibi>
+struct StandardLogits {
+  float scale, cap;
+
+  FI_DEVICE float operator()(float qk, float slope, int kv_idx) const {
+    float x = qk * scale;
+    if constexpr (kAlibi) x = fmaf(slope, float(kv_idx), x);
+    if constexpr (kSoftCap) x = cap * tanh_from_exp(x);
+    return x;
+  }
+};
+
+// 2^(-8 (h+1) / n) for h < n, 2^(-4 (2 (h-n) + 1) / n) after, n the largest power of two <= num_heads.
+FI_DEVICE float alibi_slope(int head, int num_heads) {
+  const float n = float(1 << (31 - __clz(num_heads)));
+  const float exponent = head < n ? -8.f * (head + 1) / n : -4.f * (2 * (head - n) + 1) / n;
+  return math::ptx_exp2(exponent);
+}
+
+}  // namespace fi
