@@ -14,7 +14,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from fi_cupy.device import device_info
 from fi_cupy.errors import CudaUnavailableError
+from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.models import ModelError
 
 Array = Any
@@ -37,6 +39,8 @@ class NumpyBackend:
     lookahead = 0
     #: Whether a step is captured for each batch size, so that sizes should be few.
     captures = False
+    #: Whether to launch kernels so that each may start before its predecessor has ended (it then waits for its inputs).
+    pdl = False
 
     def __init__(self, dtype: DTypeLike = np.float32) -> None:
         self.dtype = np.dtype(dtype)
@@ -107,6 +111,7 @@ class CupyBackend(NumpyBackend):
         super().__init__(ml_dtypes.bfloat16)
         self.xp = cupy
         self._device = cupy.cuda.Device()
+        self.pdl = has_driver_binding() and device_info(self._device.id).has_pdl
         self._stream = cupy.cuda.Stream(non_blocking=True)
         # What a captured step allocates belongs to its graph for good, so it must come from a pool that nothing else
         # draws from. Graphs of one backend run one after the other and may share it.

@@ -22,8 +22,8 @@ from numpy.typing import DTypeLike, NDArray
 from fi_cupy.decode import BatchDecodeWithPagedKVCacheWrapper
 from fi_cupy.models import ModelError, sampler
 from fi_cupy.models.backend import Fetch, NumpyBackend, Step
-from fi_cupy.models.kv_cache import PagedKVCache, page_table, page_tables, pages_for
-from fi_cupy.models.llama import Batch, Llama, Workspace
+from fi_cupy.models.kv_cache import Int32, PagedKVCache, page_table, page_tables, pages_for
+from fi_cupy.models.llama import Batch, Llama, Workspace, padded_vocab
 from fi_cupy.models.sampler import SamplingParams
 from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
 
@@ -165,7 +165,7 @@ class _RunningBatch:
         self._columns["offset"][:n] += np.uint64(sampler.OFFSET_STRIDE)
         return [self.requests[row] for row in np.flatnonzero(self._drawn[:n] == self._limit[:n])]
 
-    def write(self, host: dict[str, NDArray[Any]], rows: int) -> tuple[NDArray[np.int32], ...]:
+    def write(self, host: dict[str, NDArray[Any]], rows: int) -> tuple[Int32, Int32, Int32]:
         """Fill the inputs of a step of `rows` rows and return the page tables that hold with the newest tokens in."""
         n = len(self)
         host["positions"][:n] = self._kv_len[:n]
@@ -214,10 +214,12 @@ class _DecodeStep:
     def prepare(self, running: _RunningBatch) -> None:
         """Plan and upload for a step in which each request's newest token enters the cache."""
         engine, c = self._engine, self._engine.model.config
-        tables = running.write(self.inputs.host(), self.rows)
+        indptr, indices, last_page_len = running.write(self.inputs.host(), self.rows)
         self.inputs.push()
         self.wrapper.plan(
-            *tables,
+            indptr,
+            indices,
+            last_page_len,
             c.num_qo_heads,
             c.num_kv_heads,
             c.head_dim,
@@ -308,7 +310,7 @@ class Engine:
             self.cache = PagedKVCache(backend, config, num_pages, page_size)
             self.workspace = Workspace(backend, config, max(rows, max_prefill_tokens))
             self.attention_workspace = backend.empty((WORKSPACE_BYTES,), np.uint8)
-            self.logits = backend.empty((rows, config.vocab_size), np.float32)
+            self.logits = backend.empty((rows, padded_vocab(config.vocab_size)), np.float32)
             self.tokens = backend.zeros((rows,), np.int32)
             self._last_hidden = backend.empty((rows, config.hidden_size))
             self._first_tokens = backend.zeros((rows,), np.int32)

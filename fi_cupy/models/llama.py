@@ -19,6 +19,11 @@ from fi_cupy.models.loader import GGUFModel, LlamaConfig
 Array = Any
 
 
+def padded_vocab(size: int) -> int:
+    """Columns of the output projection: a multiple of 8, as the matrix product wants."""
+    return -(-size // 8) * 8
+
+
 @dataclass(frozen=True)
 class Layer:
     """One block's weights on the device; a projection is the transposed view ``[in, out]`` of ``[out, in]`` memory."""
@@ -81,8 +86,8 @@ class Llama:
     embedding : [vocab_size, hidden_size]
     layers : list of Layer
     output_norm : [hidden_size]
-    lm_head : [hidden_size, vocab_size]
-        Transposed view.
+    lm_head : [hidden_size, padded_vocab_size]
+        Transposed view; columns past the vocabulary are ignored.
 
     Examples
     --------
@@ -131,7 +136,12 @@ class Llama:
                 )
             embedding = backend.weight(gguf.embedding())
             head = gguf.lm_head()
-            lm_head = embedding.T if head is None else projection(head)
+            vocab = gguf.config.vocab_size
+            if head is None and padded_vocab(vocab) == vocab:
+                lm_head = embedding.T
+            else:
+                rows = gguf.embedding() if head is None else head
+                lm_head = projection(np.pad(rows, ((0, padded_vocab(vocab) - vocab), (0, 0))))
             model = cls(gguf.config, backend, embedding, layers, backend.weight(gguf.output_norm()), lm_head)
             backend.synchronize()
         return model
@@ -175,6 +185,7 @@ class Llama:
         """
         c = self.config
         n, qo, kv, d = ws.rows, c.num_qo_heads, c.num_kv_heads, c.head_dim
+        pdl = self.backend.pdl
         q, k, v = (
             ws.qkv[:, start * d : (start + heads) * d].reshape(n, heads, d)
             for start, heads in ((0, qo), (qo, kv), (qo + kv, kv))
@@ -185,7 +196,7 @@ class Llama:
         norm.rmsnorm(residual, self.layers[0].attn_norm, c.rms_norm_eps, out=x)
         next_norms = [layer.attn_norm for layer in self.layers[1:]] + [self.output_norm]
         for layer, cache, next_norm in zip(self.layers, kv_cache, next_norms, strict=True):
-            gemm.mm_bf16(x, layer.qkv, out=ws.qkv)
+            gemm.mm_bf16(x, layer.qkv, pdl=pdl, out=ws.qkv)
             self._rotate(q, k, batch.positions)
             page.append_paged_kv_cache(
                 k,
@@ -198,14 +209,26 @@ class Llama:
                 batch.kv_last_page_len,
             )
             batch.attention.run(q, cache, out=ws.attention)
-            gemm.mm_bf16(attention, layer.attn_output, out=x)
-            norm.fused_add_rmsnorm(x, residual, layer.ffn_norm, c.rms_norm_eps)
-            gemm.mm_bf16(x, layer.gate_up, out=ws.gate_up)
-            activation.silu_and_mul(ws.gate_up, out=ws.activation)
-            gemm.mm_bf16(ws.activation, layer.down, out=x)
-            norm.fused_add_rmsnorm(x, residual, next_norm, c.rms_norm_eps)
+            gemm.mm_bf16(attention, layer.attn_output, pdl=pdl, out=x)
+            norm.fused_add_rmsnorm(x, residual, layer.ffn_norm, c.rms_norm_eps, enable_pdl=pdl)
+            gemm.mm_bf16(x, layer.gate_up, pdl=pdl, out=ws.gate_up)
+            activation.silu_and_mul(ws.gate_up, out=ws.activation, enable_pdl=pdl)
+            gemm.mm_bf16(ws.activation, layer.down, pdl=pdl, out=x)
+            norm.fused_add_rmsnorm(x, residual, next_norm, c.rms_norm_eps, enable_pdl=pdl)
         return x
 
     def logits(self, hidden: Array, out: Array) -> Array:
-        """``hidden @ lm_head`` as float32 ``[rows, vocab_size]``: bf16 would make ties of near neighbours."""
-        return gemm.mm_bf16(hidden, self.lm_head, out=out, out_dtype=out.dtype)
+        """Logits in float32, since bf16 would make ties of near neighbours.
+
+        Parameters
+        ----------
+        hidden : [rows, hidden_size]
+        out : [rows, padded_vocab_size] float32
+            Overwritten.
+
+        Returns
+        -------
+        Array
+            ``[rows, vocab_size]``, in `out`.
+        """
+        return gemm.mm_bf16(hidden, self.lm_head, pdl=self.backend.pdl, out=out)[:, : self.config.vocab_size]

@@ -14,9 +14,9 @@ from fi_cupy.models import ModelError
 
 Array = Any
 
-#: Random numbers a request may use up for one token. Each token has its own stretch of the generator's sequence, so
-#: that a request draws the same numbers whatever else is in the batch.
-OFFSET_STRIDE = 1024
+#: Step of the generator's offset from one token of a request to the next: `fi_cupy.sampling` draws one number a row
+#: from (seed, offset), four offsets apart, so that a request draws the same numbers whatever else is in the batch.
+OFFSET_STRIDE = 4
 
 #: Columns of the per-request parameters that a step reads.
 FIELDS: dict[str, type] = {
