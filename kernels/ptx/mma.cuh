@@ -9,6 +9,19 @@
 
 namespace fi::ptx {
 
+// `row`: this lane's row as an address in shared memory.
+FI_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+FI_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
 FI_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -71,7 +84,7 @@ FI_DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4]
   const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-#pragma unroll
+#pragma unroll 1  // a kernel has hundreds of these: unrolled, they take the compiler minutes
     for (int s = 0; s < 4; ++s) {
       const uint32_t a_lo = __shfl_sync(kFullMask, a[2 * half], 4 * g + s);
       const uint32_t a_hi = __shfl_sync(kFullMask, a[2 * half + 1], 4 * g + s);

@@ -1,0 +1,477 @@
+// Attention of ragged queries over contiguous or paged keys and values, on mma.sync (FlashAttention-2).
+// One CTA computes one work item: kTileQ packed query rows of one kv head over one range of keys. A packed row is
+// qo_idx * group + (head in the group): a K/V tile serves the whole group whatever its size, and short queries still
+// fill the matrix unit; the price is one multiplication-division a row.
+// Grid (items, kv heads): items are longest first inside a head, so few heads' K/V compete for L2 at a time.
+// Shared memory: Q [kTileQ] (later the output tile) | K [2][kTileKv] | V [2][kTileKv] | WarpRange [kWarps] |
+// PrefillShared | PageOffset [2][kTileKv].
+// Each warp owns 16 * kRowTiles rows; with 2 row tiles a K or V fragment from ldmatrix feeds twice the mma's, which
+// takes shared-memory bandwidth off the critical path. K and V have cp.async groups of their own, one tile ahead.
+// Bytes moved: Q and O once; K and V once an item, mostly from L2. Arch: any (sm_75 copies synchronously, bf16 emulated).
+#pragma once
+#include "attention/fast_div.cuh"
+#include "attention/prefill_logits.cuh"
+#include "attention/smem_tile.cuh"
+#include "common/math.cuh"
+#include "common/vec.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/pdl.cuh"
+
+namespace fi {
+
+// One work item, made by the host. kv_begin is a multiple of kTileKv; [kv_begin, kv_end) is trimmed to what causality
+// and the window leave visible, and empty for rows that see nothing. qo_len 0: nothing to do (graph padding).
+struct alignas(16) PrefillItem {
+  int32_t q_row;     // first row of the request in q, o and lse
+  int32_t qo_len;    // query tokens of the request
+  int32_t kv_base;   // first slot in kv_indices (paged) or first token in k and v
+  int32_t kv_len;    // keys of the request
+  int32_t q_tile;    // packed rows [q_tile * kTileQ, ...)
+  int32_t kv_begin, kv_end;
+  int32_t partial;   // -1: write the output; else the slot of this chunk's partial result
+  int32_t mask_low, mask_high;  // byte offset of the request's custom mask
+  int32_t first_chunk;          // 1 for the chunk that adds the attention sink
+  int32_t unused;
+};
+
+struct PrefillParams {
+  const void* q;
+  const void* k;
+  const void* v;
+  void* o;
+  float* lse;  // [rows, heads] base 2, or null
+  const PrefillItem* items;
+  const int32_t* kv_indices;
+  const uint8_t* mask;   // custom mask bits, little-endian
+  const float* sinks;    // [heads] raw logits, or null
+  float* partial_o;      // [slot][kv head][kTileQ][head_dim_vo]
+  float* partial_lse;    // [slot][kv head][kTileQ]
+  int64_t q_stride_n, q_stride_h;  // elements, as all strides; multiples of 8 for q, k, v
+  int64_t k_stride_page, k_stride_n, k_stride_h;
+  int64_t v_stride_page, v_stride_n, v_stride_h;
+  int64_t o_stride_n, o_stride_h;
+  FastDiv group;      // query heads a kv head
+  FastDiv page_size;
+  uint32_t num_qo_heads;
+  int32_t causal;       // 0 or 1
+  int32_t window_left;  // 2^30 when off
+  float sm_scale, sm_scale_log2;
+  float out_scale;      // multiplies the output, not the lse
+  float soft_cap, soft_cap_rcp;  // cap, 1 / cap
+};
+
+// Keys outside [seen_begin, seen_end) are seen by no row of a warp, those inside [plain_begin, plain_end) by every row.
+struct alignas(16) WarpRange {
+  int32_t seen_begin, seen_end, plain_begin, plain_end;
+};
+
+struct PageOffset {
+  int64_t k, v;
+};
+
+// What the main loop reads back from shared memory, since it has no registers to keep it in.
+struct alignas(16) PrefillShared {
+  PrefillItem item;
+  const void *k, *v;     // of this kv head; contiguous: of the request's first token
+  const int32_t* pages;  // the request's page table
+  const void* unused;
+};
+
+// A row's maximum may lag behind by this many powers of two before the output is rescaled: weights stay <= 2^8, which
+// fp16 and bf16 hold with full precision, and the rescaling of every accumulator becomes rare.
+constexpr float kRescaleThreshold = 8.f;
+
+// Running softmax of 16 * kRowTiles rows: lane 4g + t holds rows g and g + 8 of each row tile (half 0 and 1), m the
+// same in the four lanes of a row, d this lane's part of the sum.
+template <int kRowTiles>
+struct SoftmaxState {
+  float m[kRowTiles][2], d[kRowTiles][2];
+
+  FI_DEVICE void init() {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) m[i][0] = m[i][1] = -FI_INF, d[i][0] = d[i][1] = 0.f;
+  }
+
+  // Logits s (times `scale` = base-2 logits) become weights; o is rescaled when a maximum grew much. The rule is each
+  // row's own, so a row's result does not depend on the rows beside it.
+  template <int kKeyTiles, int kDimTiles>
+  FI_DEVICE void update(float (&s)[kRowTiles][kKeyTiles][4], float (&o)[kRowTiles][kDimTiles][4], float scale) {
+    float grown[kRowTiles][2];
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float top = fmaxf(s[i][0][2 * h], s[i][0][2 * h + 1]);
+#pragma unroll
+        for (int n = 1; n < kKeyTiles; ++n) top = fmaxf(top, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
+        top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));
+        // -inf - -inf is NaN and compares false: a row that has seen nothing stays as it is.
+        const bool up = (top - m[i][h]) * scale > kRescaleThreshold;
+        grown[i][h] = up ? top : m[i][h];
+        any = any || up;
+      }
+    if (__any_sync(kFullMask, any)) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float ratio = grown[i][h] == m[i][h] ? 1.f : math::ptx_exp2((m[i][h] - grown[i][h]) * scale);
+          m[i][h] = grown[i][h];
+          d[i][h] *= ratio;
+#pragma unroll
+          for (int n = 0; n < kDimTiles; ++n) o[i][n][2 * h] *= ratio, o[i][n][2 * h + 1] *= ratio;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float shift = m[i][h] == -FI_INF ? 0.f : -m[i][h] * scale;
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+          for (int j = 2 * h; j < 2 * h + 2; ++j) {
+            s[i][n][j] = math::ptx_exp2(fmaf(s[i][n][j], scale, shift));
+            d[i][h] += s[i][n][j];
+          }
+      }
+  }
+};
+
+// A warp's rows of Q, and later of the output.
+template <class Config>
+constexpr int kWarpQBytes =
+    16 * Config::kRowTiles * max_of(TileLayout<Config::kHeadDimQK>::kRowBytes, TileLayout<Config::kHeadDimVO>::kRowBytes);
+
+// Normalise the accumulators and write them: the output through this warp's own rows of shared memory (Q is dead) with
+// 16-byte stores, or a partial result in fp32 straight from registers.
+template <class Config, int kRowTiles, int kDimTiles>
+FI_DEVICE void store_output(const PrefillParams& params, const PrefillItem& item, uint8_t* smem,
+                            const float (&o)[kRowTiles][kDimTiles][4], const SoftmaxState<kRowTiles>& state, float scale) {
+  using T = typename Config::T;
+  using LayoutVO = TileLayout<Config::kHeadDimVO>;
+  constexpr int kWarpRows = 16 * kRowTiles, kTileQ = Config::kWarps * kWarpRows;
+  const int thread = thread_again(), lane = thread & 31;
+  const int kv_head = blockIdx.y, group = params.group.divisor, packed_rows = item.qo_len * group;
+  const int first_row = item.q_tile * kTileQ, warp_row = first_row + (thread >> 5) * kWarpRows;
+  uint8_t* const smem_o = smem + (thread >> 5) * kWarpQBytes<Config>;
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float d = state.d[i][h];
+      d += __shfl_xor_sync(kFullMask, d, 1);
+      d += __shfl_xor_sync(kFullMask, d, 2);
+      float m = state.m[i][h] * scale;
+      const int packed = warp_row + i * 16 + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
+      const int qo_head = kv_head * group + packed - qo_idx * group;
+      float weight = 1.f;
+      if (params.sinks != nullptr && item.first_chunk && packed < packed_rows) {
+        // exp(sink) joins the denominator alone.
+        const float sink = params.sinks[qo_head] * math::log2e, top = fmaxf(m, sink);
+        if (top != -FI_INF) {
+          weight = math::ptx_exp2(m - top);
+          d = fmaf(d, weight, math::ptx_exp2(sink - top));
+          m = top;
+        }
+      }
+      const bool empty = m == -FI_INF;
+      const float norm = empty ? 0.f : weight / d * (item.partial < 0 ? params.out_scale : 1.f);
+      const float lse = empty ? -FI_INF : m + math::ptx_log2(d);
+      const int64_t slot = int64_t(item.partial) * gridDim.y + kv_head;
+      if ((lane & 3) == 0 && packed < packed_rows) {
+        if (item.partial >= 0)
+          params.partial_lse[slot * kTileQ + (packed - first_row)] = lse;
+        else if (params.lse != nullptr)
+          params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] = lse;
+      }
+#pragma unroll
+      for (int n = 0; n < kDimTiles; ++n) {
+        const float x = o[i][n][2 * h] * norm, y = o[i][n][2 * h + 1] * norm;
+        if (item.partial < 0) {
+          const int row = i * 16 + h * 8 + (lane >> 2);
+          *reinterpret_cast<uint32_t*>(smem_o + LayoutVO::offset(row, n) + (lane & 3) * 4) = ptx::pack2<T>(x, y);
+        } else if (packed < packed_rows && n * 8 < Config::kHeadDimVO) {
+          float* p = params.partial_o + (slot * kTileQ + (packed - first_row)) * Config::kHeadDimVO;
+          *reinterpret_cast<float2*>(p + n * 8 + 2 * (lane & 3)) = make_float2(x, y);
+        }
+      }
+    }
+  if (item.partial >= 0) return;
+  __syncwarp();
+  constexpr int kChunks = Config::kHeadDimVO / 8;
+  T* const out = static_cast<T*>(params.o) + item.q_row * params.o_stride_n + kv_head * group * params.o_stride_h;
+#pragma unroll 4
+  for (int i = lane; i < kWarpRows * kChunks; i += 32) {
+    const int row = i / kChunks, chunk = i % kChunks, packed = warp_row + row;
+    if (packed >= packed_rows) break;
+    const int qo_idx = params.group.quotient(packed);
+    T* p = out + qo_idx * params.o_stride_n + (packed - qo_idx * group) * params.o_stride_h + chunk * 8;
+    *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(smem_o + LayoutVO::offset(row, chunk));
+  }
+}
+
+// Config: T (q, k, v, o), kHeadDimQK, kHeadDimVO (multiples of 8), kWarps, kRowTiles (1 or 2), kTileKv (multiple of 16),
+// kPaged, kCustomMask, Logits
+template <class Config>
+FI_DEVICE void prefill(const PrefillParams& params) {
+  using T = typename Config::T;
+  using Logits = typename Config::Logits;
+  using LayoutQK = TileLayout<Config::kHeadDimQK>;
+  using LayoutVO = TileLayout<Config::kHeadDimVO>;
+  constexpr int kThreads = Config::kWarps * 32, kRowTiles = Config::kRowTiles, kTileKv = Config::kTileKv;
+  constexpr int kWarpRows = 16 * kRowTiles, kTileQ = Config::kWarps * kWarpRows;
+  constexpr int kSteps = round_up(Config::kHeadDimQK, 16) / 16;      // k16 steps of q k^T
+  constexpr int kDimTiles = round_up(Config::kHeadDimVO, 16) / 8;    // n8 tiles of the output
+  constexpr int kKeyTiles = kTileKv / 8;                             // n8 tiles of the logits
+  constexpr int kKBytes = kTileKv * LayoutQK::kRowBytes, kVBytes = kTileKv * LayoutVO::kRowBytes;
+  extern __shared__ __align__(1024) uint8_t smem[];
+  uint8_t* const smem_k = smem + Config::kWarps * kWarpQBytes<Config>;
+  uint8_t* const smem_v = smem_k + 2 * kKBytes;
+  WarpRange* const ranges = reinterpret_cast<WarpRange*>(smem_v + 2 * kVBytes);
+  PrefillShared& shared = *reinterpret_cast<PrefillShared*>(ranges + Config::kWarps);
+  PageOffset* const offsets = reinterpret_cast<PageOffset*>(&shared + 1);
+
+  ptx::grid_launch_dependents();
+  ptx::grid_wait();
+  const PrefillItem item = params.items[blockIdx.x];
+  if (item.qo_len == 0) return;
+  const int kv_head = blockIdx.y, lane = lane_id(), warp = warp_id();
+  const int group = params.group.divisor;
+  const int packed_rows = item.qo_len * group;
+  const int first_row = item.q_tile * kTileQ;
+  const int kv_begin = item.kv_begin, kv_end = item.kv_end;
+  // kv_begin is a multiple of kTileKv, so a tile's number is start / kTileKv; its parity is its buffer.
+  auto parity = [](uint32_t start) { return start / kTileKv & 1; };
+
+  const T* const q = static_cast<const T*>(params.q) + item.q_row * params.q_stride_n + kv_head * group * params.q_stride_h;
+  const T* k = static_cast<const T*>(params.k) + kv_head * params.k_stride_h;
+  const T* v = static_cast<const T*>(params.v) + kv_head * params.v_stride_h;
+  if constexpr (!Config::kPaged) {
+    k += item.kv_base * params.k_stride_n;
+    v += item.kv_base * params.v_stride_n;
+  }
+  if (threadIdx.x == 0) {
+    shared.item = item;
+    shared.k = k, shared.v = v, shared.pages = params.kv_indices + item.kv_base;
+  }
+  __syncthreads();  // shared: written by thread 0, read by all
+
+  // Page offsets of a tile: looked up in two steps, so that the load's latency is spent on something else.
+  constexpr int kLookups = ceil_div(kTileKv, kThreads);
+  int32_t page[kLookups];
+  auto find_pages = [&](int start) {
+#pragma unroll
+    for (int i = 0; i < kLookups; ++i) {
+      const int row = threadIdx.x + i * kThreads;
+      page[i] = 0;  // a request's page table is not read past its last key
+      if (row < kTileKv && start + row < kv_end) page[i] = shared.pages[params.page_size.quotient(start + row)];
+    }
+  };
+  auto store_pages = [&](int start) {
+#pragma unroll
+    for (int i = 0; i < kLookups; ++i) {
+      const int row = threadIdx.x + i * kThreads;
+      const int entry = start + row - params.page_size.quotient(start + row) * params.page_size.divisor;
+      if (row < kTileKv)
+        offsets[parity(start) * kTileKv + row] = {page[i] * params.k_stride_page + entry * params.k_stride_n,
+                                                  page[i] * params.v_stride_page + entry * params.v_stride_n};
+    }
+  };
+  // Keys at and past kv_end are zeros: what a page holds behind its last token (NaN perhaps) is never read.
+  auto load_k = [&](int start) {
+    const T* const k = static_cast<const T*>(shared.k);
+    load_tile<Config::kHeadDimQK, kTileKv, kThreads>(smem_k + parity(start) * kKBytes, [&](int row, bool& valid) {
+      valid = start + row < kv_end;
+      if constexpr (Config::kPaged) return k + offsets[parity(start) * kTileKv + row].k;
+      return k + (start + row) * params.k_stride_n;
+    });
+  };
+  auto load_v = [&](int start) {
+    const T* const v = static_cast<const T*>(shared.v);
+    load_tile<Config::kHeadDimVO, kTileKv, kThreads>(smem_v + parity(start) * kVBytes, [&](int row, bool& valid) {
+      valid = start + row < kv_end;
+      if constexpr (Config::kPaged) return v + offsets[parity(start) * kTileKv + row].v;
+      return v + (start + row) * params.v_stride_n;
+    });
+  };
+
+  // Prologue: groups {Q, K0}, {V0}.
+  if constexpr (Config::kPaged) {
+    find_pages(kv_begin);
+    store_pages(kv_begin);
+    find_pages(kv_begin + kTileKv);
+    store_pages(kv_begin + kTileKv);
+    __syncthreads();  // offsets of tiles 0 and 1: written by the first threads, read by all
+  }
+#pragma unroll
+  for (int w = 0; w < Config::kWarps; ++w) {
+    load_tile<Config::kHeadDimQK, kWarpRows, kThreads>(smem + w * kWarpQBytes<Config>, [&](int row, bool& valid) {
+      const int packed = first_row + w * kWarpRows + row;
+      valid = packed < packed_rows;
+      const int qo_idx = params.group.quotient(packed);
+      return q + qo_idx * params.q_stride_n + (packed - qo_idx * group) * params.q_stride_h;
+    });
+  }
+  if (kv_begin < kv_end) load_k(kv_begin);
+  ptx::cp_async_commit();
+  if (kv_begin < kv_end) load_v(kv_begin);
+  ptx::cp_async_commit();
+
+  // Key ranges of this warp's rows; packed rows past the end only widen them. own = the key at the query's own position.
+  // They lie in shared memory because the loop below has no registers to spare.
+  const int warp_row = first_row + warp * kWarpRows;
+  {
+    const int own_first = params.group.quotient(warp_row) + item.kv_len - item.qo_len;
+    const int own_last = params.group.quotient(warp_row + kWarpRows - 1) + item.kv_len - item.qo_len;
+    WarpRange range;
+    range.seen_begin = own_first - params.window_left;
+    range.seen_end = params.causal ? min(own_last + 1, kv_end) : kv_end;
+    range.plain_begin = own_last - params.window_left;
+    range.plain_end = params.causal ? min(own_first + 1, kv_end) : kv_end;
+    if (lane == 0) ranges[warp] = range;
+    __syncwarp();
+  }
+
+  // ldmatrix row addresses of this lane: matrix lane / 8, row lane % 8.
+  const int matrix = lane >> 3, matrix_row = lane & 7;
+  const uint32_t q_lane = ptx::smem_address(smem + warp * kWarpQBytes<Config>) +
+                          LayoutQK::offset((matrix & 1) * 8 + matrix_row, matrix >> 1);
+  const uint32_t k_lane = ptx::smem_address(smem_k) + LayoutQK::offset((matrix >> 1) * 8 + matrix_row, matrix & 1);
+  const uint32_t v_lane = ptx::smem_address(smem_v) + LayoutVO::offset((matrix & 1) * 8 + matrix_row, matrix >> 1);
+
+  float o[kRowTiles][kDimTiles][4];
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int n = 0; n < kDimTiles; ++n) o[i][n][0] = o[i][n][1] = o[i][n][2] = o[i][n][3] = 0.f;
+  SoftmaxState<kRowTiles> state;
+  state.init();
+  const float scale = Logits::kLinear ? params.sm_scale_log2 : 1.f;
+
+  // Packed row of accumulator element (row tile i, half h) of this lane.
+  auto row_of = [&](int thread, int i, int h) {
+    return shared.item.q_tile * kTileQ + (thread >> 5) * kWarpRows + i * 16 + h * 8 + ((thread & 31) >> 2);
+  };
+
+#pragma unroll 1
+  for (int start = kv_begin; start < kv_end; start += kTileKv) {
+    const bool more = start + kTileKv < kv_end;
+    ptx::cp_async_wait<1>();
+    __syncthreads();  // K of this tile is there; every warp is done with K of the tile before
+    const WarpRange range = ranges[thread_again() >> 5];
+    const bool active = start < range.seen_end && start + kTileKv > range.seen_begin;
+    const bool plain = start >= range.plain_begin && start + kTileKv <= range.plain_end;
+    if (more) load_k(start + kTileKv);
+    ptx::cp_async_commit();
+    if constexpr (Config::kPaged) find_pages(start + 2 * kTileKv);
+
+    float s[kRowTiles][kKeyTiles][4];
+    if (active) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n) s[i][n][0] = s[i][n][1] = s[i][n][2] = s[i][n][3] = 0.f;
+      const uint32_t k_tile = k_lane + parity(start) * kKBytes;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t a[kRowTiles][4];
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i)
+          ptx::ldmatrix_x4(a[i], LayoutQK::advance(q_lane, 2 * step) + i * 16 * LayoutQK::kRowBytes);
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; n += 2) {
+          uint32_t b[4];
+          ptx::ldmatrix_x4(b, LayoutQK::advance(k_tile, 2 * step) + n * 8 * LayoutQK::kRowBytes);
+          const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) {
+            ptx::mma_m16n8k16<T>(s[i][n], a[i], b0);
+            ptx::mma_m16n8k16<T>(s[i][n + 1], a[i], b1);
+          }
+        }
+      }
+    }
+    if constexpr (Config::kPaged) store_pages(start + 2 * kTileKv);  // over the offsets of this tile, whose loads are all issued
+    if (active) {
+      if constexpr (!Logits::kLinear) {
+        const int thread = thread_again();
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int packed = row_of(thread, i, h), qo_idx = params.group.quotient(packed);
+            const auto row = Logits::row(params, qo_idx, kv_head * group + packed - qo_idx * group);
+#pragma unroll
+            for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+              for (int j = 0; j < 2; ++j)
+                s[i][n][2 * h + j] = Logits::apply(params, row, s[i][n][2 * h + j], start + n * 8 + 2 * (thread & 3) + j);
+          }
+      }
+      // Masking costs nothing on tiles that every row sees whole: the branch is the same for the whole warp.
+      if (Config::kCustomMask || !plain) {
+        const int thread = thread_again();
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int qo_idx = params.group.quotient(row_of(thread, i, h)), own = qo_idx + shared.item.kv_len - shared.item.qo_len;
+            const int last = params.causal ? min(own, kv_end - 1) : kv_end - 1, first = own - params.window_left;
+#pragma unroll
+            for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+              for (int j = 0; j < 2; ++j) {
+                const int kv = start + n * 8 + 2 * (thread & 3) + j;
+                bool seen = kv <= last && kv >= first;
+                if constexpr (Config::kCustomMask) {
+                  if (seen && qo_idx < shared.item.qo_len) {
+                    const uint64_t base = uint64_t(uint32_t(shared.item.mask_high)) << 32 | uint32_t(shared.item.mask_low);
+                    const uint64_t bit = uint64_t(uint32_t(qo_idx)) * uint32_t(shared.item.kv_len) + uint32_t(kv);
+                    seen = params.mask[base + (bit >> 3)] >> (bit & 7) & 1;
+                  }
+                }
+                if (!seen) s[i][n][2 * h + j] = -FI_INF;
+              }
+          }
+      }
+      state.update(s, o, scale);
+    }
+
+    ptx::cp_async_wait<1>();
+    __syncthreads();  // V of this tile is there; every warp is done with V of the tile before
+    if (more) load_v(start + kTileKv);
+    ptx::cp_async_commit();
+    if (active) {
+      const uint32_t v_tile = v_lane + parity(start) * kVBytes;
+#pragma unroll
+      for (int step = 0; step < kTileKv / 16; ++step) {
+        uint32_t p[kRowTiles][4];
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+          for (int j = 0; j < 4; ++j)  // the accumulator's layout is the A operand's
+            p[i][j] = ptx::pack2<T>(s[i][2 * step + (j >> 1)][2 * (j & 1)], s[i][2 * step + (j >> 1)][2 * (j & 1) + 1]);
+#pragma unroll
+        for (int n = 0; n < kDimTiles; n += 2) {
+          uint32_t b[4];
+          ptx::ldmatrix_x4_trans(b, LayoutVO::advance(v_tile, n) + step * 16 * LayoutVO::kRowBytes);
+          const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) {
+            ptx::mma_m16n8k16<T>(o[i][n], p[i], b0);
+            ptx::mma_m16n8k16<T>(o[i][n + 1], p[i], b1);
+          }
+        }
+      }
+    }
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // without a tile nothing has waited yet: Q has to land before its memory becomes the output
+
+  store_output<Config>(params, shared.item, smem, o, state, scale);
+}
+
+}  // namespace fi

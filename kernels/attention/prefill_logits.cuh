@@ -1,0 +1,32 @@
+// From a tile's q k^T to base-2 logits, for kernels that hold rows in registers. A logits type has kLinear (the kernel
+// multiplies by sm_scale * log2(e) inside its exponent and calls nothing) or row() once a row and tile, and apply() for
+// each element.
+#pragma once
+#include "attention/logits.cuh"
+
+namespace fi {
+
+// log2(e) * cap(qk * sm_scale + slope * (kv_idx - qo_idx)), cap(x) = c tanh(x / c). A positive scale without cap and ALiBi
+// is linear: it commutes with the maximum.
+template <bool kAlibi, bool kSoftCap, bool kPositiveScale = true>
+struct PrefillLogits {
+  static constexpr bool kLinear = !kAlibi && !kSoftCap && kPositiveScale;
+  struct Row {
+    float slope;
+    int qo_idx;
+  };
+
+  template <class Params>
+  FI_DEVICE static Row row(const Params& params, int qo_idx, int qo_head) {
+    return {kAlibi ? alibi_slope(qo_head, params.num_qo_heads) : 0.f, qo_idx};
+  }
+  template <class Params>
+  FI_DEVICE static float apply(const Params& params, const Row& row, float qk, int kv_idx) {
+    float x = qk * params.sm_scale;
+    if constexpr (kAlibi) x = fmaf(row.slope, float(kv_idx - row.qo_idx), x);
+    if constexpr (kSoftCap) x = params.soft_cap * tanh_from_exp(x * params.soft_cap_rcp);
+    return x * math::log2e;
+  }
+};
+
+}  // namespace fi
