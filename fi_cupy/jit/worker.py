@@ -25,7 +25,7 @@ def compile_one(job: dict) -> dict:
         except nvrtc.NVRTCError as error:
             return {"ok": False, "log": nvrtc.getProgramLog(program) or str(error)}
         log = nvrtc.getProgramLog(program)
-        code = nvrtc.getPTX(program).encode() if job["ptx"] else nvrtc.getCUBIN(program)
+        code = nvrtc.getPTX(program) if job["ptx"] else nvrtc.getCUBIN(program)
         # CuPy's getCUBIN leaves out the last byte (a zero): the driver does not mind, the disassembler does.
         return {
             "ok": True,
