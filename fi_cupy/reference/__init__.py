@@ -18,6 +18,7 @@ from fi_cupy.reference import (
     page,
     quantization,
     rope,
+    sampling,
     sampling_filters,
     sparse,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "page",
     "quantization",
     "rope",
+    "sampling",
     "sampling_filters",
     "sparse",
 ]

@@ -1,0 +1,424 @@
+"""Kernel instances of the sampling family, its argument checks and launches. The functions are in `sampling`."""
+
+from __future__ import annotations
+
+import operator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from fi_cupy import reference
+from fi_cupy.arrays import View, view
+from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.dtypes import (
+    FLOAT_TYPES,
+    INDEX_TYPES,
+    DType,
+    bfloat16,
+    bool_,
+    float16,
+    float32,
+    float64,
+    int32,
+    int64,
+    uint8,
+    uint64,
+)
+from fi_cupy.errors import ArgumentError, ShapeError, UnsupportedError
+from fi_cupy.jit.kernel import load_kernel
+from fi_cupy.jit.params import ParamsStruct
+from fi_cupy.jit.spec import CppType, KernelSpec
+from fi_cupy.random_state import get_seed_and_offset
+
+#: The largest vocabulary of the GPU kernels: 512 segments of 1024 tokens (their sums lie in shared memory).
+MAX_VOCAB = 1 << 19
+#: A thread a segment, and up to 128 registers: a warp holds a segment of 1024 values in them.
+_THREADS = 512
+_MASK64 = (1 << 64) - 1
+# kernels/sampling.cuh: SamplingFlags
+INDICES64, _TOP_K64, _P64, _SEED_PER_ROW, _OFFSET_PER_ROW, _JOINT = 1, 2, 4, 8, 16, 32
+ALIGNED_IN, _ALIGNED_OUT, NEW_ACCEPTED, NEW_EMITTED = 64, 128, 256, 512
+
+_PARAMS = ParamsStruct(
+    "SamplingParams",
+    [
+        ("input", "ptr"),
+        ("output", "ptr"),
+        ("valid", "ptr"),
+        ("nan", "ptr"),
+        ("indices", "ptr"),
+        ("top_k", "ptr"),
+        ("p", "ptr"),
+        ("seed", "ptr"),
+        ("offset", "ptr"),
+        ("seed_value", "u64"),
+        ("offset_value", "u64"),
+        ("stride", "i64"),
+        ("rows", "u32"),
+        ("vocab", "u32"),
+        ("top_k_value", "i32"),
+        ("p_value", "f32"),
+        ("flags", "u32"),
+    ],
+)
+_SOFTMAX_PARAMS = ParamsStruct(
+    "SoftmaxParams",
+    [
+        ("input", "ptr"),
+        ("output", "ptr"),
+        ("temperature", "ptr"),
+        ("stride", "i64"),
+        ("vocab", "u32"),
+        ("inverse_value", "f32"),
+        ("temperature64", "u32"),
+        ("aligned", "u32"),
+    ],
+)
+_SPECULATIVE_PARAMS = ParamsStruct(
+    "SpeculativeParams",
+    [
+        ("draft_probs", "ptr"),
+        ("draft_token_ids", "ptr"),
+        ("target_probs", "ptr"),
+        ("output", "ptr"),
+        ("accepted", "ptr"),
+        ("emitted", "ptr"),
+        ("seed", "ptr"),
+        ("offset", "ptr"),
+        ("seed_value", "u64"),
+        ("offset_value", "u64"),
+        ("num_draft", "u32"),
+        ("vocab", "u32"),
+        ("flags", "u32"),
+    ],
+)
+
+
+@lru_cache(maxsize=64)
+def sample_spec(dtype: DType, logits: bool, kind: str) -> KernelSpec:
+    """One token a row; `kind` is the filter: "none", "min_p" or "top_k_top_p" (top-k and top-p alone as well)."""
+    struct = {"none": "NoFilter", "min_p": "MinP", "top_k_top_p": "TopKTopP"}[kind]
+    domain = "Logits" if logits else "Probs"
+    return KernelSpec(
+        symbol=f"sample_{domain.lower()}_{kind}_{dtype.tag}",
+        header="sampling.cuh",
+        function="sample",
+        params=_PARAMS,
+        config=(
+            ("T", dtype),
+            ("Domain", CppType(f"fi::sampling::{domain}")),
+            ("Filter", CppType(f"fi::sampling::{struct}")),
+            ("kThreads", _THREADS),
+        ),
+        threads=_THREADS,
+        # Streaming in 64 registers lets two CTAs share an SM; 16-bit rows take a few more.
+        min_blocks=0 if kind == "none" and logits and dtype is float32 else 1,
+    )
+
+
+@lru_cache(maxsize=64)
+def filter_spec(dtype: DType, logits: bool) -> KernelSpec:
+    """Rows after top-k and top-p: probabilities renormalised, or logits masked."""
+    return KernelSpec(
+        symbol=f"{'mask_logits' if logits else 'renorm_probs'}_{dtype.tag}",
+        header="sampling.cuh",
+        function="filter_rows",
+        params=_PARAMS,
+        config=(
+            ("T", dtype),
+            ("Domain", CppType(f"fi::sampling::{'Logits' if logits else 'Probs'}")),
+            ("kThreads", _THREADS),
+        ),
+        threads=_THREADS,
+        min_blocks=1,
+    )
+
+
+@lru_cache(maxsize=16)
+def softmax_spec(dtype: DType) -> KernelSpec:
+    """Softmax with temperature, to float32."""
+    return KernelSpec(
+        symbol=f"softmax_{dtype.tag}",
+        header="sampling/softmax.cuh",
+        function="softmax",
+        params=_SOFTMAX_PARAMS,
+        config=(("T", dtype), ("kThreads", _THREADS)),
+        threads=_THREADS,
+    )
+
+
+@lru_cache(maxsize=16)
+def speculative_spec(dtype: DType) -> KernelSpec:
+    """Chain speculative sampling."""
+    return KernelSpec(
+        symbol=f"chain_speculative_{dtype.tag}",
+        header="sampling/speculative.cuh",
+        function="chain_speculative",
+        params=_SPECULATIVE_PARAMS,
+        config=(("T", dtype), ("kThreads", _THREADS)),
+        threads=_THREADS,
+        min_blocks=1,
+    )
+
+
+def kernel_specs() -> list[KernelSpec]:
+    """The canonical instances."""
+    specs = []
+    for dtype in (float32, bfloat16, float16):
+        specs += [sample_spec(dtype, logits, "none") for logits in (True, False)]
+        specs += [sample_spec(dtype, logits, "top_k_top_p") for logits in (True, False)]
+        specs.append(sample_spec(dtype, False, "min_p"))
+        specs += [filter_spec(dtype, logits) for logits in (True, False)]
+        specs += [softmax_spec(dtype), speculative_spec(dtype)]
+    return specs
+
+
+def checked_rows(op: str, name: str, array: Any) -> View:
+    """The checked input matrix."""
+    x = view(array, op, name)
+    check_ndim(op, name, x, 2)
+    check_dtype(op, name, x, FLOAT_TYPES)
+    check_inner(op, name, x)
+    check_vocab(op, name, x)
+    return x
+
+
+def check_vocab(op: str, name: str, x: View) -> None:
+    vocab = x.shape[-1]
+    if vocab == 0:
+        raise ShapeError(f"{op}: {name} has shape {x.shape}, expected at least one token")
+    if vocab > MAX_VOCAB and not x.is_cpu:
+        raise UnsupportedError(f"{op}: {name} has a vocabulary of {vocab}, expected at most {MAX_VOCAB} on a GPU")
+
+
+def aligned_rows(x: View) -> bool:
+    """Whether every row starts on 16 bytes."""
+    return x.ptr % 16 == 0 and (x.shape[0] < 2 or x.strides[0] * x.dtype.itemsize % 16 == 0)
+
+
+def is_scalar(value: Any) -> bool:
+    return isinstance(value, (int, float, np.generic))
+
+
+def per_row_param(op: str, name: str, value: Any, rows: int, x: View, allowed: tuple[DType, ...]) -> View:
+    """A parameter array with one value an output row."""
+    p = view(value, op, name)
+    if p.ndim == 0:
+        raise ShapeError(
+            f"{op}: {name}: Expected a 1D tensor of shape (batch_size,) or scalar for the sampling parameter, "
+            f"but got a 0-dimensional tensor."
+        )
+    if p.ndim > 1:
+        raise ShapeError(
+            f"{op}: {name}: Expected a 1D tensor or scalar for the sampling parameter, but got a {p.ndim}D tensor."
+        )
+    if p.shape[0] != rows:
+        raise ShapeError(
+            f"{op}: {name}: Sampling parameter tensor batch size mismatch: expected length {rows} to match the "
+            f"reference tensor batch size, but got length {p.shape[0]}."
+        )
+    check_dtype(op, name, p, allowed)
+    check_inner(op, name, p)
+    check_device(op, x, **{name: p})
+    return p
+
+
+def _top_k(op: str, value: Any, rows: int, x: View) -> int | View:
+    if not is_scalar(value):
+        return per_row_param(op, "top_k", value, rows, x, INDEX_TYPES)
+    try:
+        k = operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"{op}: top_k is {value!r}, expected an integer or an integer array") from None
+    if k < 1:
+        raise ArgumentError(f"{op}: top_k is {k}, expected at least 1 (top_k >= vocabulary keeps all)")
+    return min(k, x.shape[-1])
+
+
+def _probability(op: str, name: str, value: Any, rows: int, x: View) -> float | View:
+    if not is_scalar(value):
+        return per_row_param(op, name, value, rows, x, (float32, float64))
+    p = float(value)
+    if not 0 <= p <= 1:
+        raise ArgumentError(f"{op}: {name} is {p}, expected 0 to 1")
+    return p
+
+
+class Random:
+    """Seed and offset of one call: values, or device arrays."""
+
+    __slots__ = ("flags", "offset", "offset_ptr", "offset_value", "seed", "seed_ptr", "seed_value")
+
+    def __init__(self, op: str, x: View, rows: int, seed: Any, offset: Any, generator: Any) -> None:
+        if seed is None:
+            if offset is not None:
+                raise ArgumentError(f"{op}: offset is given without seed, expected both or neither")
+            device = x.array.device if generator is None and x.framework == "torch" else None
+            seed, offset = get_seed_and_offset(1, generator, device)
+        elif generator is not None:
+            raise ArgumentError(f"{op}: seed and generator are both given, expected one of them")
+        self.flags = 0
+        self.seed, self.seed_ptr, self.seed_value = self._read(op, "seed", seed, rows, x, _SEED_PER_ROW)
+        self.offset, self.offset_ptr, self.offset_value = self._read(
+            op, "offset", 0 if offset is None else offset, rows, x, _OFFSET_PER_ROW
+        )
+
+    def _read(self, op: str, name: str, value: Any, rows: int, x: View, flag: int) -> tuple[Any, int, int]:
+        if isinstance(value, (int, np.integer)):
+            number = int(value) & _MASK64
+            return np.uint64(number), 0, number
+        a = view(value, op, name)
+        check_ndim(op, name, a, 1)
+        if a.shape[0] not in (1, rows):
+            check_shape(op, name, a, (rows,), "= one a row, or one element")
+        check_dtype(op, name, a, (int64, uint64))
+        check_inner(op, name, a)
+        check_device(op, x, **{name: a})
+        if a.shape[0] == rows:
+            self.flags |= flag
+        return (a.numpy() if x.is_cpu else None), a.ptr, 0
+
+
+def _array(value: Any, rows: int, dtype: Any) -> np.ndarray[Any, Any] | None:
+    """A parameter as the reference takes it."""
+    if value is None:
+        return None
+    return value.numpy() if isinstance(value, View) else np.full(rows, value, dtype)
+
+
+def _filter(rows: int, top_k: Any, top_p: Any, min_p: Any, joint: bool) -> Any:
+    return reference.sampling.Filter(
+        _array(top_k, rows, np.int64), _array(top_p, rows, np.float32), _array(min_p, rows, np.float32), joint
+    )
+
+
+def _param_values(top_k: Any, p: Any, vocab: int) -> tuple[int, int, int, float, int]:
+    """(top_k pointer, p pointer, top_k value, p value, flags) of a launch."""
+    k_ptr, k_value, p_ptr, p_value, flags = 0, vocab, 0, 1.0, 0
+    if isinstance(top_k, View):
+        k_ptr, flags = top_k.ptr, _TOP_K64 if top_k.dtype is int64 else 0
+    elif top_k is not None:
+        k_value = top_k
+    if isinstance(p, View):
+        p_ptr, flags = p.ptr, flags | (_P64 if p.dtype is float64 else 0)
+    elif p is not None:
+        p_value = p
+    return k_ptr, p_ptr, k_value, p_value, flags
+
+
+def draw_tokens(
+    op: str,
+    name: str,
+    array: Any,
+    *,
+    top_k: Any = None,
+    top_p: Any = None,
+    min_p: Any = None,
+    joint: bool = False,
+    indices: Any,
+    generator: Any,
+    check_nan: bool,
+    seed: Any,
+    offset: Any,
+    return_valid: bool,
+) -> Any:
+    """Check, draw one token a row, and give the result back; every sampling function ends here."""
+    x = checked_rows(op, name, array)
+    chosen = None
+    if indices is not None:
+        chosen = view(indices, op, "indices")
+        check_ndim(op, "indices", chosen, 1)
+        check_dtype(op, "indices", chosen, INDEX_TYPES)
+        check_inner(op, "indices", chosen)
+        check_device(op, x, indices=chosen)
+    rows = x.shape[0] if chosen is None else chosen.shape[0]
+    k = None if top_k is None else _top_k(op, top_k, rows, x)
+    p = None if top_p is None else _probability(op, "top_p", top_p, rows, x)
+    m = None if min_p is None else _probability(op, "min_p", min_p, rows, x)
+    random = Random(op, x, rows, seed, offset, generator)
+    out = x.empty((rows,), int32 if chosen is None else chosen.dtype)
+    valid = x.empty((rows,), bool_) if return_valid else None
+    nan = None
+    if x.is_cpu:
+        index = None if chosen is None else chosen.numpy()
+        if index is not None and rows and (index.min() < 0 or index.max() >= x.shape[0]):
+            raise ArgumentError(
+                f"{op}: indices lie in {index.min()} ... {index.max()}, expected 0 ... {x.shape[0] - 1}"
+            )
+        domain = reference.sampling.Logits if name == "logits" else reference.sampling.Probs
+        tokens, ok, has_nan = reference.sampling.sample(
+            x.numpy(), domain, _filter(rows, k, p, m, joint), random.seed, random.offset, index
+        )
+        out.write(tokens)
+        if valid is not None:
+            valid.write(ok)
+        any_nan = bool(has_nan.any())
+    else:
+        nan = x.empty((rows,), uint8) if check_nan else None
+        kind = "min_p" if m is not None else "none" if k is None and p is None else "top_k_top_p"
+        k_ptr, p_ptr, k_value, p_value, flags = _param_values(k, p if m is None else m, x.shape[1])
+        flags |= random.flags | (INDICES64 if out.dtype is int64 else 0) | (_JOINT if joint else 0)
+        load_kernel(sample_spec(x.dtype, name == "logits", kind), x.device).launch(
+            rows, x.stream(),
+            x.ptr, out.ptr, 0 if valid is None else valid.ptr, 0 if nan is None else nan.ptr,
+            0 if chosen is None else chosen.ptr, k_ptr, p_ptr, random.seed_ptr, random.offset_ptr,
+            random.seed_value, random.offset_value, x.strides[0], x.shape[0], x.shape[1], k_value, p_value,
+            flags | (ALIGNED_IN if aligned_rows(x) else 0),
+        )  # fmt: skip
+        any_nan = nan is not None and bool(nan.host().any())
+    if check_nan and any_nan:
+        raise ArgumentError(f"{op}: Input {name} contains NaN.")
+    return out.result() if valid is None else (out.result(), valid.result())
+
+
+def is_joint(op: str, order: str) -> bool:
+    if order not in ("top_k_first", "joint"):
+        raise ArgumentError(f"{op}: filter_apply_order is {order!r}, expected 'top_k_first' or 'joint'")
+    return order == "joint"
+
+
+def filtered_rows(op: str, name: str, array: Any, top_k: Any, top_p: Any) -> Any:
+    """Rows after one filter, dtype of the input."""
+    x = checked_rows(op, name, array)
+    rows, vocab = x.shape
+    logits = name == "logits"
+    k = None if top_k is None else _top_k(op, top_k, rows, x)
+    p = None if top_p is None else _probability(op, "top_p", top_p, rows, x)
+    o = x.empty(x.shape, x.dtype)
+    if x.is_cpu:
+        apply = reference.sampling.mask_logits if logits else reference.sampling.renorm_probs
+        o.write(apply(x.numpy(), _filter(rows, k, p, None, True)))
+        return o.result()
+    k_ptr, p_ptr, k_value, p_value, flags = _param_values(k, p, vocab)
+    flags |= _JOINT | (ALIGNED_IN if aligned_rows(x) else 0) | (_ALIGNED_OUT if aligned_rows(o) else 0)
+    load_kernel(filter_spec(x.dtype, logits), x.device).launch(
+        rows, x.stream(),
+        x.ptr, o.ptr, 0, 0, 0, k_ptr, p_ptr, 0, 0, 0, 0, x.strides[0], rows, vocab, k_value, p_value, flags,
+    )  # fmt: skip
+    return o.result()
+
+
+def softmax_rows(logits: Any, temperature: Any, enable_pdl: bool | None) -> Any:
+    """The body of `sampling.softmax`."""
+    op = "softmax"
+    x = checked_rows(op, "logits", logits)
+    t: float | View | None = None
+    if temperature is not None:
+        if is_scalar(temperature):
+            t = float(temperature)
+        else:
+            t = per_row_param(op, "temperature", temperature, x.shape[0], x, (float32, float64))
+    o = x.empty(x.shape, float32)
+    if x.is_cpu:
+        o.write(reference.sampling_filters.softmax(x.numpy(), t.numpy() if isinstance(t, View) else t))
+        return o.result()
+    per_row = isinstance(t, View)
+    inverse = 1.0 if t is None or per_row else 0.0 if t == 0 else 1.0 / t  # type: ignore[operator]
+    load_kernel(softmax_spec(x.dtype), x.device).launch(
+        x.shape[0], x.stream(),
+        x.ptr, o.ptr, t.ptr if per_row else 0, x.strides[0], x.shape[1],  # type: ignore[union-attr]
+        inverse, per_row and t.dtype is float64,  # type: ignore[union-attr]
+        aligned_rows(x) + 2 * (x.shape[1] % 4 == 0), pdl=bool(enable_pdl),
+    )  # fmt: skip
+    return o.result()

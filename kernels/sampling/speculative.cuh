@@ -1,0 +1,95 @@
+// Chain speculative sampling (Leviathan et al. 2023): accept a prefix of the draft tokens, then draw one more token.
+//   draft token i is accepted if u_i * draft_probs[i][token] < target_probs[i][token];
+//   the first rejected position draws from max(target - draft, 0), and if none is rejected, position n from the target.
+// One CTA of 1024 threads computes one row; grid = batch. Uniforms: Philox draw i for position i, draw n for the token.
+// Shared memory: RowSummary 22 KB, SelectScratch 16 KB. Bytes moved: two rows of vocab. Architecture: any.
+#pragma once
+#include "sampling.cuh"
+
+namespace fi {
+
+struct SpeculativeParams {
+  const void* draft_probs;      // [batch, n, vocab], contiguous
+  const void* draft_token_ids;  // [batch, n]
+  const void* target_probs;     // [batch, n + 1, vocab]
+  void* output;                 // [batch, n + 1], -1 behind the drawn token
+  int32_t* accepted;            // [batch], added to or written: positions whose own test passes
+  int32_t* emitted;             // [batch], added to or written: the accepted prefix
+  const uint64_t* seed;
+  const uint64_t* offset;
+  uint64_t seed_value, offset_value;
+  uint32_t num_draft;
+  uint32_t vocab;
+  uint32_t flags;               // SamplingFlags
+};
+
+// Config: T, kThreads
+template <class Config>
+FI_DEVICE void chain_speculative(const SpeculativeParams& params) {
+  using namespace sampling;
+  using T = typename Config::T;
+  constexpr int kThreads = Config::kThreads;
+  __shared__ RowSummary summary;
+  __shared__ SelectScratch scratch;
+
+  ptx::grid_launch_dependents();
+  ptx::grid_wait();
+
+  const uint32_t n = params.num_draft, vocab = params.vocab, flags = params.flags;
+  const int64_t row = blockIdx.x;
+  const bool wide = (flags & kIndices64) != 0;
+  const T* draft = static_cast<const T*>(params.draft_probs) + row * n * int64_t(vocab);
+  const T* target = static_cast<const T*>(params.target_probs) + row * (n + 1) * int64_t(vocab);
+  const Stream stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, blockIdx.x);
+
+  // Every warp makes the same decisions.
+  uint32_t emitted = n, accepted = 0;
+  for (uint32_t base = 0; base < n; base += 32) {
+    const uint32_t i = base + lane_id();
+    bool pass = false;
+    if (i < n) {
+      const int64_t token = read_index(params.draft_token_ids, wide, row * n + i);
+      if (0 <= token && token < vocab) {
+        const float u = float(uint32_t(stream.bits64(i) >> 40)) * 5.9604644775390625e-8f;  // 24 bits, [0, 1)
+        pass = __fmul_rn(u, to_float(draft[i * int64_t(vocab) + token])) < to_float(target[i * int64_t(vocab) + token]);
+      }
+    }
+    const uint32_t passed = __ballot_sync(kFullMask, pass);
+    const uint32_t failed = ~passed & (n - base < 32 ? (1u << (n - base)) - 1 : 0xffffffffu);
+    accepted += __popc(passed);
+    if (failed && emitted == n) emitted = base + __ffs(failed) - 1;
+  }
+
+  const bool aligned = (flags & kAlignedInput) != 0;
+  ResidualRow<T> source{{target + emitted * int64_t(vocab), vocab, aligned}, {nullptr, vocab, aligned}};
+  if (emitted < n) source.draft.data = draft + emitted * int64_t(vocab);
+  bool nan = summarise<Probs, false, kThreads>(source, summary, true);
+  nan = __syncthreads_or(nan);
+  if (!nan && source.draft.data && !(row_top(summary, source.segments()) > 0.f)) {
+    // The target nowhere exceeds the draft (equal rows that rounding rejected): the target itself.
+    source.draft.data = nullptr;
+    __syncthreads();  // the tops have been read
+    nan = summarise<Probs, false, kThreads>(source, summary, true);
+    nan = __syncthreads_or(nan);
+  }
+  const RowState<Probs, kThreads, ResidualRow<T>> state(source, summary, scratch);
+  uint32_t token = 0;
+  if (!nan && Probs::valid(state.top)) {
+    state.scale_sums();
+    token = draw<true>(state, 0, stream.bits64(n));
+  }
+  if (warp_id() == 0) {
+    for (uint32_t i = lane_id(); i <= n; i += 32) {
+      int64_t value = -1;
+      if (i < emitted) value = read_index(params.draft_token_ids, wide, row * n + i);
+      if (i == emitted) value = token;
+      write_index(params.output, wide, row * (n + 1) + i, value);
+    }
+    if (lane_id() == 0) {
+      params.accepted[row] = accepted + (flags & kNewAccepted ? 0 : params.accepted[row]);
+      params.emitted[row] = emitted + (flags & kNewEmitted ? 0 : params.emitted[row]);
+    }
+  }
+}
+
+}  // namespace fi
