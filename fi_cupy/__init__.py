@@ -1,25 +1,19 @@
-"""fi_cupy: kernels for LLM serving, compiled at run time through CuPy."""
+"""fi_cupy: kernels for LLM serving, compiled at run time through CuPy.
+
+The public names are listed in ``__init__.pyi`` and imported on first use: ``import fi_cupy`` costs a millisecond.
+"""
 
 from __future__ import annotations
 
-from fi_cupy import (
-    norm as norm,
-)
-from fi_cupy.norm import (
-    fused_add_rmsnorm,
-    gemma_fused_add_rmsnorm,
-    gemma_rmsnorm,
-    layernorm,
-    rmsnorm,
-)
+import os
+
+import lazy_loader
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "__version__",
-    "fused_add_rmsnorm",
-    "gemma_fused_add_rmsnorm",
-    "gemma_rmsnorm",
-    "layernorm",
-    "rmsnorm",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+if os.environ.get("FI_CUPY_PRELOAD"):
+    from fi_cupy.profiles import preload_from_environment
+
+    preload_from_environment()

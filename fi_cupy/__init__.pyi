@@ -1,0 +1,96 @@
+from . import (
+    activation as activation,
+    cascade as cascade,
+    decode as decode,
+    dtypes as dtypes,
+    errors as errors,
+    gemm as gemm,
+    jit as jit,
+    norm as norm,
+    page as page,
+    prefill as prefill,
+    profiles as profiles,
+    quantization as quantization,
+    reference as reference,
+    rope as rope,
+    sampling as sampling,
+)
+from .activation import (
+    gelu_and_mul as gelu_and_mul,
+    gelu_tanh_and_mul as gelu_tanh_and_mul,
+    silu_and_mul as silu_and_mul,
+)
+from .cascade import (
+    merge_state as merge_state,
+    merge_state_in_place as merge_state_in_place,
+    merge_states as merge_states,
+)
+from .decode import (
+    BatchDecodeWithPagedKVCacheWrapper as BatchDecodeWithPagedKVCacheWrapper,
+    BatchDecodeWrapper as BatchDecodeWrapper,
+    CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
+    fast_decode_plan as fast_decode_plan,
+    single_decode_with_kv_cache as single_decode_with_kv_cache,
+)
+from .gemm import (
+    bmm_bf16 as bmm_bf16,
+    mm_bf16 as mm_bf16,
+)
+from .norm import (
+    fused_add_rmsnorm as fused_add_rmsnorm,
+    fused_add_rmsnorm_quant as fused_add_rmsnorm_quant,
+    gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm,
+    gemma_rmsnorm as gemma_rmsnorm,
+    layernorm as layernorm,
+    rmsnorm as rmsnorm,
+    rmsnorm_quant as rmsnorm_quant,
+)
+from .page import (
+    append_paged_kv_cache as append_paged_kv_cache,
+    append_paged_mla_kv_cache as append_paged_mla_kv_cache,
+    get_batch_indices_positions as get_batch_indices_positions,
+    get_seq_lens as get_seq_lens,
+)
+from .prefill import (
+    BatchPrefillWithPagedKVCacheWrapper as BatchPrefillWithPagedKVCacheWrapper,
+    BatchPrefillWithRaggedKVCacheWrapper as BatchPrefillWithRaggedKVCacheWrapper,
+    single_prefill_with_kv_cache as single_prefill_with_kv_cache,
+    single_prefill_with_kv_cache_return_lse as single_prefill_with_kv_cache_return_lse,
+)
+from .profiles import (
+    preload as preload,
+)
+from .quantization import (
+    packbits as packbits,
+    segment_packbits as segment_packbits,
+)
+from .rope import (
+    apply_llama31_rope as apply_llama31_rope,
+    apply_llama31_rope_inplace as apply_llama31_rope_inplace,
+    apply_llama31_rope_pos_ids as apply_llama31_rope_pos_ids,
+    apply_llama31_rope_pos_ids_inplace as apply_llama31_rope_pos_ids_inplace,
+    apply_rope as apply_rope,
+    apply_rope_inplace as apply_rope_inplace,
+    apply_rope_pos_ids as apply_rope_pos_ids,
+    apply_rope_pos_ids_inplace as apply_rope_pos_ids_inplace,
+    apply_rope_with_cos_sin_cache as apply_rope_with_cos_sin_cache,
+    apply_rope_with_cos_sin_cache_inplace as apply_rope_with_cos_sin_cache_inplace,
+)
+from .sampling import (
+    chain_speculative_sampling as chain_speculative_sampling,
+    min_p_sampling_from_probs as min_p_sampling_from_probs,
+    sampling_from_logits as sampling_from_logits,
+    sampling_from_probs as sampling_from_probs,
+    softmax as softmax,
+    top_k_mask_logits as top_k_mask_logits,
+    top_k_renorm_prob as top_k_renorm_prob,
+    top_k_renorm_probs as top_k_renorm_probs,
+    top_k_sampling_from_probs as top_k_sampling_from_probs,
+    top_k_top_p_sampling_from_logits as top_k_top_p_sampling_from_logits,
+    top_k_top_p_sampling_from_probs as top_k_top_p_sampling_from_probs,
+    top_p_renorm_prob as top_p_renorm_prob,
+    top_p_renorm_probs as top_p_renorm_probs,
+    top_p_sampling_from_probs as top_p_sampling_from_probs,
+)
+
+__version__: str
