@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from fi_cupy.device import device_info
+from fi_cupy import device as devices  # as a module: device.py imports this package
 from fi_cupy.jit.build import build
 from fi_cupy.jit.cache import CachedKernel, KernelMeta
 from fi_cupy.jit.spec import KernelSpec
@@ -68,7 +68,7 @@ class Kernel:
         self._pack = spec.params._struct.pack_into
         self._launch = driver.launchKernel
         self._current_device = cupy.cuda.runtime.getDevice
-        self._pdl = device_info(device).has_pdl
+        self._pdl = devices.device_info(device).has_pdl
 
     def launch(
         self,
@@ -167,5 +167,5 @@ def load_kernel(spec: KernelSpec, device: int) -> Kernel:
         with _lock:
             kernel = _kernels.get((spec, device))
             if kernel is None:
-                kernel = _kernels[spec, device] = Kernel(spec, build(spec, device_info(device).arch), device)
+                kernel = _kernels[spec, device] = Kernel(spec, build(spec, devices.device_info(device).arch), device)
     return kernel
