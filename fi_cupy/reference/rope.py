@@ -209,7 +209,7 @@ def apply_rope_with_cos_sin_cache(
     Source: flashinfer.rope.apply_rope_with_cos_sin_cache.
     """
     cos, sin = _cached_cos_sin(cos_sin_cache, positions)
-    q, k = (t.reshape(t.shape[0], -1, head_size) for t in (query, key))
+    q, k = (t.reshape(t.shape[0], t.shape[1] // head_size, head_size) for t in (query, key))
     q_out, k_out = _rotate_pair(q, k, cos, sin, not is_neox)
     return q_out.reshape(query.shape), k_out.reshape(key.shape)
 
