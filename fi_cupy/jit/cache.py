@@ -253,7 +253,7 @@ def _read_entry(folder: Path, key: str | None) -> CachedKernel | None:
             return None
         path = folder / _code_name(meta.arch)
         code = path.read_bytes()
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     if hashlib.sha256(code).hexdigest() != meta.code_sha256:
         return None
