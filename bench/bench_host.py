@@ -5,6 +5,7 @@ The queue of launches is drained between the rounds, so that a full queue never 
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -82,6 +83,7 @@ def _rmsnorm(arrays: Callable[[], tuple[Any, Any, Any]], with_out: bool) -> floa
 
 def _jax_rmsnorm() -> float:
     try:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of the memory for itself
         import jax
     except ImportError as error:
         raise BenchSkip(str(error)) from error

@@ -220,12 +220,7 @@ class _CuPy(Framework):
         kind = dtypes._KNOWN.get(array.dtype) or kind_of(array.dtype)
         size = kind.itemsize
         data = array.data
-        device = data.device_id
-        if device < 0:  # managed memory that lies on no GPU in particular: the current one reads it
-            from cupy.cuda import runtime
-
-            device = runtime.getDevice()
-        return View(self, array, data.ptr, array.shape, tuple([s // size for s in array.strides]), kind, device)
+        return View(self, array, data.ptr, array.shape, tuple([s // size for s in array.strides]), kind, data.device_id)
 
     def empty(self, shape: tuple[int, ...], dtype: DType, like: View) -> View:
         import cupy

@@ -47,6 +47,7 @@ def test_large_arguments_do_not_overflow(act, dtype):
     assert_close(to_float64(run(act, on_gpu(x))), want(act, x), dtype)
 
 
+@pytest.mark.older_archs
 def test_strided_rows_in_and_out(rng):
     base = normal(rng, (9, 3, 96))
     out = poisoned((5, 3, 40), "bfloat16")
@@ -62,6 +63,7 @@ def test_row_dimensions_that_do_not_merge(rng):
     assert_close(to_float64(got), want("gelu", view), "float16")
 
 
+@pytest.mark.older_archs
 def test_misaligned_rows(rng):
     base = normal(rng, (6, 131), "float16")
     for start, width in ((1, 64), (2, 128), (3, 16)):  # the second has halves of 64, at 4 bytes

@@ -117,6 +117,7 @@ def test_every_tile(rng):
             assert_close(to_float64(out), a64 @ w64.T, "bfloat16", "product", spec.symbol)
 
 
+@pytest.mark.older_archs
 @pytest.mark.parametrize("m", [1, 5, 100])
 def test_batched(rng, m):
     a, w = normal(rng, (3, m, 72)), normal(rng, (3, 40, 72))

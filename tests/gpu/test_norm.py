@@ -28,6 +28,7 @@ def test_rmsnorm(rng, dtype, shape):
     )
 
 
+@pytest.mark.older_archs
 def test_rmsnorm_heads_and_strides(rng):
     qkv = normal(rng, (6, 15, 128))
     w = normal(rng, (128,))
@@ -63,6 +64,7 @@ def test_layernorm(rng, dtype, shape):
     assert_close(to_float64(got), want, dtype)
 
 
+@pytest.mark.older_archs
 def test_quantised_outputs(rng):
     x, r, w = normal(rng, (5, 576)), normal(rng, (5, 576)), normal(rng, (576,))
     for scale in (0.25, cupy.asarray([0.25], dtype=cupy.float32)):

@@ -65,6 +65,7 @@ def test_trap_26_27_append(rng, dtype, form, layout):
             assert all((as_bytes(d) == as_bytes(h)).all() for d, h in zip(device, host, strict=True))
 
 
+@pytest.mark.older_archs
 def test_append_from_a_fused_tensor_with_many_vectors(rng):
     n, heads, dim, page_size = 2100, 4, 128, 16  # over 2^17 vectors: four a thread
     qkv = normal(rng, (n, 3 * heads, dim))
@@ -112,6 +113,7 @@ def test_append_mla(rng, dtype):
         assert (as_bytes(device) == as_bytes(host)).all()
 
 
+@pytest.mark.older_archs
 def test_batch_indices_positions(rng):
     for requests, padding in ((1, 0), (5, 3), (700, 100), (3, 1000)):
         new = rng.integers(0, 9, requests)

@@ -55,6 +55,7 @@ def test_trap_12_13_segment_packbits(rng, dtype, bitorder, index):
                 assert (new.get() == want[1]).all() and (y.get() == want[0]).all(), lens
 
 
+@pytest.mark.older_archs
 def test_default_bit_order_is_big(rng):
     x = on_gpu(np.array([1, 0, 0, 0, 0, 0, 0, 0, 1], bool))
     assert quantization.packbits(x).get().tolist() == [128, 128]

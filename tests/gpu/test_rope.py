@@ -70,6 +70,7 @@ def test_trap_22_segments_start_at_their_offsets(rng, index, interleave):
     assert (got[0][:2] == wide[0][:2]).all() and (got[1][-3:] == wide[1][-3:]).all()
 
 
+@pytest.mark.older_archs
 def test_llama31_pos_ids(rng):
     q, k = normal(rng, (6, 4, 128), "float32"), normal(rng, (6, 2, 128), "float32")
     pos = rng.integers(0, 131072, 6)
@@ -112,6 +113,7 @@ def test_cos_sin_cache(rng, dtype, is_neox):
             assert (a == b).all()
 
 
+@pytest.mark.older_archs
 def test_views_of_a_fused_qkv_tensor(rng):
     qkv = normal(rng, (5, 32 + 8 + 8, 128))
     pos = rng.integers(0, 3000, 5, dtype=np.int32)
