@@ -1,0 +1,332 @@
+"""The sampling kernels: tokens equal to the NumPy reference's for the same seed, values against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fi_cupy import sampling
+from fi_cupy.reference import sampling as rs
+from fi_cupy.reference import sampling_filters as sf
+from fi_cupy.testing.generators import normal, on_gpu, to_float64
+from fi_cupy.testing.tolerances import assert_close
+
+cupy = pytest.importorskip("cupy")
+DTYPES = ["float32", "bfloat16", "float16"]
+INF = np.inf
+#: Rows, vocabulary: below a block, one element past a segment, unaligned rows, whole models.
+SHAPES = [(5, 1), (7, 3), (9, 130), (6, 1025), (4, 5003), (3, 32000), (2, 128256)]
+
+
+def rows_of(rng, rows, vocab, dtype, logits):
+    """Rows of several kinds: normal, flat, few distinct values, one spike, half at -inf (or 0)."""
+    x = normal(rng, (rows, vocab), "float32", 3.0)
+    for i in range(rows):
+        kind = i % 5
+        if kind == 1:
+            x[i] = 1.5
+        elif kind == 2:
+            x[i] = np.round(x[i])
+        elif kind == 3:
+            x[i, rng.integers(vocab)] += 25
+        elif kind == 4:
+            x[i, rng.random(vocab) < 0.5] = -INF
+            x[i, rng.integers(vocab)] = 0.5
+    if not logits:
+        x = sf.softmax(x)
+    return x.astype(normal(rng, (1,), dtype).dtype)
+
+
+def check(function, x, expected, **kwargs):
+    """GPU tokens of `function` equal the CPU's, twice."""
+    device = {k: on_gpu(v) if isinstance(v, np.ndarray) else v for k, v in kwargs.items()}
+    tokens, valid = function(on_gpu(x), **device, return_valid=True)
+    again = function(on_gpu(x), **device)
+    want, want_valid = function(x, **kwargs, return_valid=True)
+    assert (cupy.asnumpy(valid) == want_valid).all()
+    got = cupy.asnumpy(tokens)
+    assert got.dtype == want.dtype
+    assert (got == want).all(), (
+        f"{expected}: rows {np.flatnonzero(got != want)}: {got[got != want]} {want[got != want]}"
+    )
+    assert (cupy.asnumpy(again) == got).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_equal_the_reference(rng, dtype, shape):
+    rows, vocab = shape
+    seed, offset = int(rng.integers(1 << 62)), int(rng.integers(1 << 40))
+    logits, probs = rows_of(rng, rows, vocab, dtype, True), rows_of(rng, rows, vocab, dtype, False)
+    at = {"seed": seed, "offset": offset}
+    check(sampling.sampling_from_logits, logits, "logits", **at)
+    check(sampling.sampling_from_probs, probs, "probs", **at)
+    check(sampling.min_p_sampling_from_probs, probs, "min_p", min_p=0.05, **at)
+    ks = rng.choice([1, 2, 5, 50, 1500, 1 << 30], rows).astype(rng.choice([np.int32, np.int64]))
+    ps = rng.choice([0.0, 0.1, 0.5, 0.9, 0.999, 1.0], rows).astype(rng.choice([np.float32, np.float64]))
+    check(sampling.top_k_sampling_from_probs, probs, f"top_k {ks}", top_k=ks, **at)
+    check(sampling.top_p_sampling_from_probs, probs, f"top_p {ps}", top_p=ps, **at)
+    for order in ("top_k_first", "joint"):
+        both = {"top_k": ks, "top_p": ps, "filter_apply_order": order, **at}
+        check(sampling.top_k_top_p_sampling_from_logits, logits, f"logits {order} {ks} {ps}", **both)
+        check(sampling.top_k_top_p_sampling_from_probs, probs, f"probs {order} {ks} {ps}", **both)
+    check(sampling.top_k_top_p_sampling_from_logits, logits, "scalars", top_k=40, top_p=0.8, **at)
+
+
+def test_many_rows_of_one_launch(rng):
+    logits = normal(rng, (2000, 1000), "float32", 3.0)
+    check(sampling.sampling_from_logits, logits, "logits", seed=3)
+    check(sampling.top_k_top_p_sampling_from_logits, logits, "top_k_top_p", top_k=50, top_p=0.9, seed=3)
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_masses_are_the_reference_masses(rng, logits):
+    """Many draws from one row step through the whole cumulative distribution."""
+    row = rows_of(rng, 1, 4000, "float32", logits)
+    function = sampling.sampling_from_logits if logits else sampling.sampling_from_probs
+    draws = 4000
+    got = cupy.asnumpy(function(on_gpu(row), cupy.zeros(draws, cupy.int32), seed=11))
+    domain = rs.Logits if logits else rs.Probs
+    want = [rs.draw_token(row[0], domain, None, rs.bits64(11, 0, i, 0)) for i in range(draws)]
+    assert (got == want).all()
+
+
+@pytest.mark.parametrize("vocab", [262144, 524288])
+def test_large_vocabularies(rng, vocab):
+    logits = normal(rng, (2, vocab), "bfloat16", 2.0)
+    check(sampling.top_k_top_p_sampling_from_logits, logits, "top_k", top_k=20, top_p=0.95, seed=1)
+    check(sampling.top_k_top_p_sampling_from_logits, logits, "top_p", top_k=1 << 30, top_p=0.95, seed=1)
+    check(sampling.sampling_from_logits, logits, "plain", seed=1)
+
+
+def test_trap_18_indices_and_streams(rng):
+    probs = rows_of(rng, 6, 700, "float32", False)
+    for kind in (np.int32, np.int64):
+        indices = np.array([5, 0, 0, 3, 2], kind)
+        ks = np.array([1, 700, 3, 1, 10], np.int32)
+        check(sampling.top_k_sampling_from_probs, probs, "indices", top_k=ks, indices=indices, seed=5, offset=4)
+    outside = cupy.asarray([0, 6, -1, 2])
+    tokens, valid = sampling.sampling_from_probs(on_gpu(probs), outside, seed=1, return_valid=True)
+    assert valid.tolist() == [True, False, False, True] and tokens[1] == tokens[2] == 0
+    seeds = rng.integers(0, 1 << 63, 6).astype(np.uint64)
+    offsets = rng.integers(0, 1 << 40, 6).astype(np.int64)
+    check(sampling.sampling_from_probs, probs, "arrays", seed=seeds, offset=offsets)
+    check(sampling.sampling_from_probs, probs, "one seed", seed=seeds[:1], offset=offsets)
+    check(sampling.sampling_from_probs, probs, "one offset", seed=seeds, offset=7)
+    batch = cupy.asnumpy(sampling.sampling_from_probs(on_gpu(probs), seed=on_gpu(seeds), offset=on_gpu(offsets)))
+    order = rng.permutation(6)
+    moved = sampling.sampling_from_probs(on_gpu(probs[order]), seed=on_gpu(seeds[order]), offset=on_gpu(offsets[order]))
+    assert (cupy.asnumpy(moved) == batch[order]).all()
+
+
+def test_trap_19_invalid_rows(rng):
+    for dtype in DTYPES:
+        probs = rows_of(rng, 6, 3000, dtype, False)
+        probs[1, 2999] = np.nan
+        probs[2] = 0
+        probs[3, :] = np.nan
+        probs[4, 7] = -1
+        check(sampling.sampling_from_probs, probs, "probs", seed=1)
+        check(sampling.top_k_top_p_sampling_from_probs, probs, "top_k_top_p", top_k=9, top_p=0.7, seed=1)
+        check(sampling.min_p_sampling_from_probs, probs, "min_p", min_p=0.1, seed=1)
+        with pytest.raises(ValueError, match="Input probs contains NaN"):
+            sampling.sampling_from_probs(on_gpu(probs), check_nan=True, seed=1)
+        sampling.sampling_from_probs(on_gpu(probs[4:]), check_nan=True, seed=1)
+        renormed = to_float64(sampling.top_k_renorm_probs(on_gpu(probs), 5))
+        assert (renormed[1:4] == 0).all()
+        logits = rows_of(rng, 5, 3000, dtype, True)
+        logits[0] = -INF
+        logits[1, 17] = INF
+        logits[2, 0] = np.nan
+        check(sampling.sampling_from_logits, logits, "logits", seed=1)
+        check(sampling.top_k_top_p_sampling_from_logits, logits, "top_k", top_k=1600, top_p=0.9, seed=1)
+        masked = to_float64(sampling.top_k_mask_logits(on_gpu(logits), 5))
+        assert np.isneginf(masked[[0, 2]]).all()
+
+
+def test_denormal_and_huge_probabilities(rng):
+    base = rng.integers(0, 9, (4, 2000)).astype(np.float32)
+    for scale in (2.0**-149, 2.0**-130, 2.0**100, 3e-39):
+        probs = base * np.float32(scale)
+        check(sampling.sampling_from_probs, probs, f"scale {scale}", seed=2)
+        check(sampling.top_k_sampling_from_probs, probs, f"scale {scale}", top_k=300, seed=2)
+        check(sampling.top_k_top_p_sampling_from_probs, probs, f"scale {scale}", top_k=900, top_p=0.4, seed=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_filters_of_rows(rng, dtype, shape):
+    rows, vocab = shape
+    probs, logits = rows_of(rng, rows, vocab, dtype, False), rows_of(rng, rows, vocab, dtype, True)
+    ks = rng.choice([1, 3, 50, 1500, 1 << 30], rows).astype(np.int32)
+    ps = rng.choice([0.1, 0.5, 0.9, 1.0], rows).astype(np.float32)
+    for function, x, param in (
+        (sampling.top_k_renorm_probs, probs, ks),
+        (sampling.top_p_renorm_probs, probs, ps),
+        (sampling.top_k_mask_logits, logits, ks),
+    ):
+        got = to_float64(function(on_gpu(x), on_gpu(param)))
+        want = function(x, param)  # the same kept set
+        assert ((got == 0) == (want == 0)).all()
+        assert_close(got, want.astype(np.float64), dtype)
+    wide = probs.astype(np.float64)
+    exact = sf.renormalise(wide, sf.top_k_mask(wide, ks))
+    assert_close(to_float64(sampling.top_k_renorm_probs(on_gpu(probs), on_gpu(ks))), exact, dtype)
+    masked = to_float64(sampling.top_k_mask_logits(on_gpu(logits), on_gpu(ks)))
+    kept = sf.top_k_mask(logits, ks)
+    assert (masked == np.where(kept, logits.astype(np.float64), -INF)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_softmax(rng, dtype, shape):
+    logits = rows_of(rng, *shape, dtype, True)
+    wide = logits.astype(np.float64)
+    assert_close(to_float64(sampling.softmax(on_gpu(logits))), sf.softmax(wide), "float32")
+    assert_close(to_float64(sampling.softmax(on_gpu(logits), 0.7)), sf.softmax(wide, np.float64(0.7)), "float32")
+    for kind in (np.float32, np.float64):
+        t = rng.choice([0.0, 0.5, 1.0, 3.0], shape[0]).astype(kind)
+        got = sampling.softmax(on_gpu(logits), on_gpu(t), enable_pdl=True)
+        assert got.dtype == np.float32
+        assert_close(to_float64(got), sf.softmax(wide, t), "float32")
+        assert (cupy.asnumpy(sampling.softmax(on_gpu(logits), on_gpu(t))) == cupy.asnumpy(got)).all()
+
+
+def test_trap_21_softmax_special_rows():
+    logits = np.full((3, 2500), -INF, np.float32)
+    logits[1, :4] = [1, 2, 3, 4]
+    logits[2, 5] = np.nan
+    got = cupy.asnumpy(sampling.softmax(on_gpu(logits), 0.0))
+    assert (got[0] == 0).all() and np.isnan(got[2]).all()
+    assert (got[1, :4] == 0.25).all() and (got[1, 4:] == 0).all()
+    small = np.float32([[0, -95, -100]])
+    assert_close(
+        to_float64(sampling.softmax(on_gpu(small)))[:, 1:] * 1e41, np.exp([[-95.0, -100.0]]) * 1e41, "bfloat16"
+    )
+
+
+def test_strided_rows(rng):
+    for dtype in DTYPES:
+        base = on_gpu(normal(rng, (8, 3100), dtype, 3.0))
+        view = base[::2, 37:3037]
+        host = cupy.asnumpy(base)[::2, 37:3037]
+        got = sampling.top_k_top_p_sampling_from_logits(view, 50, 0.9, seed=6)
+        assert (cupy.asnumpy(got) == sampling.top_k_top_p_sampling_from_logits(host, 50, 0.9, seed=6)).all()
+        assert_close(to_float64(sampling.softmax(view)), sf.softmax(host.astype(np.float64)), "float32")
+        padded = base[:, :3001]  # aligned rows, a vocabulary that is no whole vector
+        got = sampling.sampling_from_logits(padded, seed=6)
+        assert (cupy.asnumpy(got) == sampling.sampling_from_logits(cupy.asnumpy(padded), seed=6)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [0, 1, 5, 40])
+def test_chain_speculative(rng, dtype, n):
+    batch, vocab = 12, 1500
+    kind = normal(rng, (1,), dtype).dtype
+    target = sf.softmax(normal(rng, (batch * (n + 1), vocab), "float32", 2.0)).reshape(batch, n + 1, vocab)
+    draft = target[:, :n] * rng.uniform(0.7, 1.3, (batch, n, vocab)).astype(np.float32)
+    draft[::3] = target[::3, :n]
+    target, draft = target.astype(kind), draft.astype(kind)
+    ids = np.argmax(draft.astype(np.float32), axis=-1).astype(rng.choice([np.int32, np.int64]))
+    ids[1:2, :1] = vocab  # out of range: rejected
+    if n:
+        draft[2, 0], target[2, 0], ids[2, 0] = 0.001, 0, 3  # nothing to draw from: token 0
+    args = (draft, ids, target)
+    for seed in (5, rng.integers(0, 1 << 62, batch)):
+        device = on_gpu(seed) if isinstance(seed, np.ndarray) else seed
+        counters = cupy.full(batch, 7, cupy.int32), cupy.full(batch, 9, cupy.int32)
+        got = sampling.chain_speculative_sampling(*map(on_gpu, args), *counters, seed=device, offset=8)
+        fresh = sampling.chain_speculative_sampling(*map(on_gpu, args), seed=device, offset=8)
+        want = sampling.chain_speculative_sampling(*args, seed=seed, offset=8)
+        assert got[1] is counters[0]
+        for g, f, w, start in zip(got, fresh, want, (0, 7, 9), strict=True):
+            assert g.dtype == w.dtype
+            assert (cupy.asnumpy(g) - start == w).all() and (cupy.asnumpy(f) == w).all()
+
+
+def test_graph_replay_draws_fresh_tokens(rng):
+    rows = 64
+    logits = on_gpu(normal(rng, (rows, 2000), "float32", 3.0))
+    seed, offset = cupy.asarray(rng.integers(0, 1 << 62, rows)), cupy.zeros(1, cupy.int64)
+    sampling.top_k_top_p_sampling_from_logits(logits, 50, 0.9, seed=seed, offset=offset)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    seen = []
+    cupy.cuda.runtime.deviceSynchronize()
+    with stream:
+        sampling.top_k_top_p_sampling_from_logits(logits, 50, 0.9, seed=seed, offset=offset)  # memory for the capture
+        offset += 0  # the addition is compiled before the capture
+        stream.synchronize()
+        stream.begin_capture()
+        tokens = sampling.top_k_top_p_sampling_from_logits(logits, 50, 0.9, seed=seed, offset=offset)
+        offset += 4
+        graph = stream.end_capture()
+        for _ in range(3):
+            graph.launch()
+            stream.synchronize()
+            seen.append(cupy.asnumpy(tokens))
+    assert int(offset[0]) == 12
+    for step, got in enumerate(seen):
+        want = sampling.top_k_top_p_sampling_from_logits(
+            cupy.asnumpy(logits), 50, 0.9, seed=cupy.asnumpy(seed), offset=4 * step
+        )
+        assert (got == want).all()
+    assert (seen[0] != seen[1]).any() and (seen[1] != seen[2]).any()
+
+
+def million(row, function, **kwargs):
+    """Counts of 2^20 draws from one row."""
+    draws = 1 << 20
+    tokens = function(on_gpu(row[None]), indices=cupy.zeros(draws, cupy.int32), seed=12345, **kwargs)
+    return cupy.asnumpy(cupy.bincount(tokens, minlength=row.size))
+
+
+def assert_frequencies(seen, weights):
+    """Chi-square that chance exceeds about once in 10^7 (Wilson-Hilferty), over tokens expected 20 times or more."""
+    weights = weights / weights.sum()
+    assert (seen[weights == 0] == 0).all()
+    expected = weights * seen.sum()
+    often = expected >= 20
+    e = np.append(expected[often], expected[~often].sum() + 1e-9)
+    s = np.append(seen[often], seen[~often].sum())
+    keep = e >= 20
+    e, s = e[keep], s[keep]
+    dof = max(len(e) - 1, 1)
+    z = (((s - e) ** 2 / e).sum() / dof) ** (1 / 3) - (1 - 2 / (9 * dof))
+    assert z / np.sqrt(2 / (9 * dof)) < 5.2
+
+
+def test_distributions_by_chi_square(rng):
+    ties = normal(rng, (2000,), "bfloat16", 1.5).astype(np.float32)
+    spike = np.zeros(1500, np.float32)
+    spike[700] = 12
+    holes = normal(rng, (1300,), "float32", 1.0)
+    holes[rng.random(1300) < 0.5] = -INF
+    holes[0] = 1
+    for row in (ties, spike, holes, np.float32([0.5]), np.float32([0, 1, 2]), np.zeros(1025, np.float32)):
+        dist = sf.softmax(row[None].astype(np.float64))
+        probs = dist[0].astype(np.float32)
+        assert_frequencies(million(row, sampling.sampling_from_logits), dist[0])
+        assert_frequencies(million(probs, sampling.sampling_from_probs), dist[0])
+        for order in ("top_k_first", "joint"):
+            # Thresholds of 1/3: no subset of the rows' values sums to them within rounding.
+            keep = sf.top_k_top_p_mask(probs[None].astype(np.float64), 300, 1 / 3, order)[0]
+            seen = million(row, sampling.top_k_top_p_sampling_from_logits, top_k=300, top_p=1 / 3,
+                           filter_apply_order=order)  # fmt: skip
+            assert_frequencies(seen, dist[0] * keep)
+
+
+def test_frameworks(rng):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch has no CUDA")
+    probs = rows_of(rng, 8, 900, "float32", False)
+    tensor = torch.from_numpy(probs).cuda()
+    tokens, valid = sampling.top_p_sampling_from_probs(tensor, 0.9, seed=4, return_valid=True)
+    assert tokens.dtype is torch.int32 and valid.dtype is torch.bool
+    assert (tokens.cpu().numpy() == sampling.top_p_sampling_from_probs(probs, 0.9, seed=4)).all()
+    generator = torch.Generator("cuda").manual_seed(31)
+    start = generator.get_state().view(torch.int64)[1].item()
+    first = sampling.sampling_from_probs(tensor, generator=generator)
+    assert generator.get_state().view(torch.int64)[1].item() == start + 4
+    assert (first.cpu().numpy() == sampling.sampling_from_probs(probs, seed=31, offset=start)).all()
+    assert (sampling.sampling_from_probs(tensor, generator=generator) != first).any()
