@@ -213,7 +213,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
             Keys on each request's last page, 1..page_size.
         num_qo_heads, num_kv_heads, head_dim, page_size : int
             Any group size; head_dim a multiple of 8 (fp8: 16) up to 256.
-        pos_encoding_mode : "NONE", "ALIBI"; "ROPE_LLAMA" on the CPU only
+        pos_encoding_mode : "NONE", "ALIBI" or "ROPE_LLAMA"
+            ROPE_LLAMA rotates halves of q and of the (unrotated) cached keys; head_dim a multiple of 32 (fp8: 64).
         window_left : int
             Keys to the left of the newest that are seen; -1: all.
         logits_soft_cap : float, optional
@@ -269,7 +270,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         split_keys, disable_split = p.split
         problem = Problem(
             p.batch_size, p.num_qo_heads, p.num_kv_heads, p.head_dim, p.dtype, p.kv_dtype, p.out_dtype,
-            p.page_size % TILE == 0, p.logits_soft_cap > 0, p.alibi, disable_split or split_keys is not None,
+            p.page_size % TILE == 0, p.logits_soft_cap > 0, p.alibi, p.rope, disable_split or split_keys is not None,
         )  # fmt: skip
         if problem != self._problem:
             check_problem(f"{_OP}.plan", problem)
@@ -309,7 +310,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         elif self._buffers is not None and not own:
             own = indices.ptr != self._buffers[1].ptr
         if self._buffers is not None:
-            state = (p.kernel, p.grid, p.sm_scale, p.logits_soft_cap, p.counts, p.partial_md, own)
+            state = (p.kernel, p.grid, p.turns, p.sm_scale, p.logits_soft_cap, p.counts, p.partial_md, own)
             if self._graph_state is not None and state != self._graph_state:
                 raise PlanError(
                     f"{_OP}.plan: a CUDA-graph wrapper keeps kernel, grid and scales of its first plan; only the page "
@@ -468,6 +469,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             x.strides[0], x.strides[1], o.strides[0], o.strides[1],
             *token_strides(kv.k, self._layout), *token_strides(kv.v, self._layout),
             *p.counts, ready, 0, 0, 0, 0, *logit_floats(scale, p.logits_soft_cap), out_scale,
+            *p.turns,
             pdl=self._pdl if enable_pdl is None else enable_pdl,
         )  # fmt: skip
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_shape
 from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32
@@ -15,6 +17,7 @@ from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.plan.decode import DecodeTiles, choose_tiles, head_blocks, smem_bytes
 from fi_cupy.plan.workspace import WorkspaceLayout
+from fi_cupy.reference.rope import rope_frequencies
 
 if TYPE_CHECKING:
     from fi_cupy.device import DeviceInfo
@@ -29,15 +32,18 @@ _STRIDES = (
 _COUNTS = ("page_size", "num_head_blocks", "blocks_per_kv", "heads_per_block", "group_size", "table_ready")
 _SINGLE = ("kv_len", "first_key", "chunk_keys", "num_chunks")
 _FLOATS = ("logit_scale", "logit_cap", "slope_scale", "out_scale")
-PARAMS = ParamsStruct(
-    "DecodeParams",
-    [
-        *((name, "ptr") for name in _POINTERS),
-        *((name, "i64") for name in _STRIDES),
-        *((name, "u32") for name in _COUNTS),
-        *((name, "i32") for name in _SINGLE),
-        *((name, "f32") for name in _FLOATS),
-    ],
+_FIELDS = [
+    *((name, "ptr") for name in _POINTERS),
+    *((name, "i64") for name in _STRIDES),
+    *((name, "u32") for name in _COUNTS),
+    *((name, "i32") for name in _SINGLE),
+    *((name, "f32") for name in _FLOATS),
+]
+PARAMS = ParamsStruct("DecodeParams", _FIELDS)
+#: The same, then 128 frequencies as opaque blocks of 16: they travel with the launch, so there is no table to keep.
+ROPE_PARAMS = ParamsStruct(
+    "DecodeRopeParams",
+    [*((f"base.{name}", kind) for name, kind in _FIELDS), *((f"turns[{i}]", "tensormap") for i in range(0, 128, 16))],
 )
 
 
@@ -55,6 +61,7 @@ def decode_spec(
     tile_in_page: bool = True,
     soft_cap: bool = False,
     alibi: bool = False,
+    rope: bool = False,
 ) -> KernelSpec:
     """The decode kernel for queries of `dtype` over a cache of `kv`.
 
@@ -68,14 +75,15 @@ def decode_spec(
         16 keys from a multiple of 16 on never cross a page: the page size is a multiple of 16, or the keys are
         contiguous.
     """
-    size = smem_bytes(warps, stages, head_dim, kv.itemsize, column_tiles)
+    size = smem_bytes(warps, stages, head_dim, kv.itemsize, column_tiles, rope)
     types = dtype.tag + (f"_kv{kv.tag}" if kv is not dtype else "") + (f"_o{out.tag}" if out is not dtype else "")
     options = ("" if tile_in_page else "_rows") + ("_cap" if soft_cap else "") + ("_alibi" if alibi else "")
+    options += "_rope" if rope else ""
     return KernelSpec(
         symbol=f"batch_decode_{types}_d{head_dim}_h{8 * column_tiles}_w{warps}s{stages}b{min_blocks}{options}",
         header="attention/decode.cuh",
-        function="batch_decode",
-        params=PARAMS,
+        function="batch_decode_rope" if rope else "batch_decode",
+        params=ROPE_PARAMS if rope else PARAMS,
         config=(
             ("T", dtype),
             ("KV", kv),
@@ -88,6 +96,7 @@ def decode_spec(
             ("kTileInPage", tile_in_page),
             ("kSoftCap", soft_cap),
             ("kAlibi", alibi),
+            ("kRope", rope),
         ),
         threads=32 * warps,
         min_blocks=min_blocks,
@@ -108,7 +117,15 @@ def kernel_specs() -> list[KernelSpec]:
         sms, block, sm = _GPUS[arch]
         _, _, columns = head_blocks(group, dim)
         tiles = choose_tiles(
-            groups, dim, kv.itemsize, columns, arch=arch, num_sms=sms, smem_per_block=block, smem_per_sm=sm
+            groups,
+            dim,
+            kv.itemsize,
+            columns,
+            arch=arch,
+            num_sms=sms,
+            smem_per_block=block,
+            smem_per_sm=sm,
+            rope=options.get("rope", False),
         )
         specs[spec_of(tiles, dtype, kv, dtype, dim, columns, **options)] = None
 
@@ -128,6 +145,8 @@ def kernel_specs() -> list[KernelSpec]:
     add(90, bfloat16, bfloat16, 80, 4, 1000, tile_in_page=False)
     add(90, bfloat16, bfloat16, 128, 4, 1000, soft_cap=True)
     add(90, bfloat16, bfloat16, 128, 4, 1000, alibi=True)
+    add(90, bfloat16, bfloat16, 128, 4, 1000, rope=True)
+    add(90, float16, float8_e4m3fn, 64, 4, 1000, rope=True, tile_in_page=False)
     return list(specs)
 
 
@@ -151,6 +170,7 @@ class Problem(NamedTuple):
     tile_in_page: bool
     soft_cap: bool
     alibi: bool
+    rope: bool
     batch_invariant: bool
 
 
@@ -195,11 +215,11 @@ def geometry(problem: Problem, device: DeviceInfo) -> Geometry:
     tiles = choose_tiles(
         p.batch_size * num_head_blocks, p.head_dim, p.kv.itemsize, columns, arch=device.code_number,
         num_sms=device.num_sms, smem_per_block=device.smem_per_block, smem_per_sm=device.smem_per_sm,
-        batch_invariant=p.batch_invariant,
+        batch_invariant=p.batch_invariant, rope=p.rope,
     )  # fmt: skip
     spec = spec_of(
         tiles, p.dtype, p.kv, p.out, p.head_dim, columns,
-        tile_in_page=p.tile_in_page, soft_cap=p.soft_cap, alibi=p.alibi,
+        tile_in_page=p.tile_in_page, soft_cap=p.soft_cap, alibi=p.alibi, rope=p.rope,
     )  # fmt: skip
     slots = device.num_sms * tiles.ctas_per_sm
     return Geometry(spec, num_head_blocks, blocks, heads, group, slots, p.head_dim)
@@ -233,16 +253,21 @@ def logit_floats(sm_scale: float, logits_soft_cap: float) -> tuple[float, float,
     return sm_scale * LOG2E, 0.0, LOG2E
 
 
-def check_pos_encoding(op: str, mode: str, on_cpu: bool) -> bool:
-    """Whether ALiBi is on; ROPE_LLAMA inside the kernel is not there for GPU arrays."""
+def check_pos_encoding(op: str, mode: str) -> str:
+    """`mode` if it is one of NONE, ROPE_LLAMA and ALIBI."""
     if mode not in ("NONE", "ALIBI", "ROPE_LLAMA"):
         raise ArgumentError(f"{op}: pos_encoding_mode is {mode!r}, expected 'NONE', 'ROPE_LLAMA' or 'ALIBI'")
-    if mode == "ROPE_LLAMA" and not on_cpu:
-        raise UnsupportedError(
-            f"{op}: pos_encoding_mode='ROPE_LLAMA' rotates keys inside the kernel, which is not there yet; rotate q "
-            "and k with fi_cupy.rope before they enter the cache and pass 'NONE'"
-        )
-    return mode == "ALIBI"
+    return mode
+
+
+@lru_cache(maxsize=256)
+def rope_turns(head_dim: int, rope_scale: float | None, rope_theta: float | None) -> tuple[bytes, ...]:
+    """Frequencies for ROPE_LLAMA as turns a position in units of 2^-64, in the blocks of `ROPE_PARAMS`."""
+    turns = np.zeros(128, np.uint64)
+    for i, f in enumerate(rope_frequencies(head_dim, rope_scale or 1.0, rope_theta or 1e4).tolist()):
+        turns[i] = round(f / (2 * math.pi) * 2.0**64) % 2**64
+    data = turns.tobytes()
+    return tuple(data[i : i + 128] for i in range(0, len(data), 128))
 
 
 def scale_factor(op: str, name: str, value: Any) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_dtype, check_ndim, check_shape
-from fi_cupy.decode_kernel import Geometry, check_pos_encoding
+from fi_cupy.decode_kernel import Geometry, check_pos_encoding, rope_turns
 from fi_cupy.dtypes import INDEX_TYPES, DType, int32
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, DeviceError, UnsupportedError
@@ -25,6 +25,8 @@ class Planned:
     """What `plan` leaves for `run`: fixed until the next plan."""
 
     alibi: bool
+    rope: bool
+    turns: tuple[bytes, ...]  # frequencies for the launch of a kernel with rope
     batch_size: int
     copied_indices: int  # words in front of the wrapper's own copy of the page numbers; 0: the caller's array is read
     counts: tuple[int, ...]
@@ -98,9 +100,10 @@ def prepare(
     if data_type is not None:
         kv_data_type = data_type if kv_data_type is None else kv_data_type
         q_data_type = data_type if q_data_type == "float16" else q_data_type
-    alibi = check_pos_encoding(op, pos_encoding_mode, device < 0)
+    mode = check_pos_encoding(op, pos_encoding_mode)
     p = Planned()
-    p.alibi, p.window_left = alibi, max(int(window_left), -1)
+    p.alibi, p.rope, p.window_left = mode == "ALIBI", mode == "ROPE_LLAMA", max(int(window_left), -1)
+    p.turns = rope_turns(head_dim, rope_scale, rope_theta) if p.rope and device >= 0 and head_dim <= 256 else ()
     p.logits_soft_cap = max(float(logits_soft_cap or 0.0), 0.0)
     p.num_qo_heads, p.num_kv_heads, p.head_dim, p.page_size = num_qo_heads, num_kv_heads, head_dim, page_size
     p.dtype = to_dtype(q_data_type)

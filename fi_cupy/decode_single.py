@@ -16,6 +16,7 @@ from fi_cupy.decode_kernel import (
     check_problem,
     geometry,
     logit_floats,
+    rope_turns,
     scale_factor,
 )
 from fi_cupy.device import DeviceInfo, device_info
@@ -34,9 +35,11 @@ _scratch = ScratchPool()
 
 @lru_cache(maxsize=256)
 def _geometry(
-    heads: int, kv_heads: int, dim: int, dtype: DType, kv: DType, cap: bool, alibi: bool, device: DeviceInfo
+    heads: int, kv_heads: int, dim: int, dtype: DType, kv: DType, cap: bool, mode: str, device: DeviceInfo
 ) -> Geometry:
-    problem = Problem(1, heads, kv_heads, dim, dtype, kv, dtype, True, cap, alibi, False)
+    problem = Problem(
+        1, heads, kv_heads, dim, dtype, kv, dtype, True, cap, mode == "ALIBI", mode == "ROPE_LLAMA", False
+    )
     check_problem(_OP, problem)
     return geometry(problem, device)
 
@@ -66,7 +69,8 @@ def single_decode_with_kv_cache(
     k, v : array, [kv_len, num_kv_heads, head_dim] (NHD) or [num_kv_heads, kv_len, head_dim] (HND)
         The type of `q`, float8_e4m3fn, float8_e5m2, or uint8 (bytes of e4m3). kv_len 0 gives 0 and -inf.
     kv_layout : "NHD" or "HND"
-    pos_encoding_mode : "NONE" or "ALIBI"; "ROPE_LLAMA" on the CPU only
+    pos_encoding_mode : "NONE", "ALIBI" or "ROPE_LLAMA"
+        ROPE_LLAMA rotates halves of q and k; head_dim a multiple of 32 (fp8 keys: 64).
     use_tensor_cores : bool
         Accepted; the one kernel always uses them.
     q_scale, k_scale, v_scale : float, optional
@@ -115,7 +119,7 @@ def single_decode_with_kv_cache(
     check_device(_OP, x, k=kx, v=vx)
     if kv_heads < 1 or heads % kv_heads:
         raise ArgumentError(f"{_OP}: q has {heads} heads, expected a multiple of num_kv_heads = {kv_heads}")
-    alibi = check_pos_encoding(_OP, pos_encoding_mode, x.is_cpu)
+    check_pos_encoding(_OP, pos_encoding_mode)
     window, cap = max(int(window_left), -1), max(float(logits_soft_cap or 0.0), 0.0)
     scale = 1.0 / math.sqrt(dim) if sm_scale is None else float(sm_scale)
     scale *= scale_factor(_OP, "q_scale", q_scale) * scale_factor(_OP, "k_scale", k_scale)
@@ -136,14 +140,15 @@ def single_decode_with_kv_cache(
             check_inner(_OP, name, y)
             check_aligned(_OP, name, y, 4 if y is x else 16)
         device = device_info(x.device)
-        g = _geometry(heads, kv_heads, dim, x.dtype, kx.dtype, cap > 0, alibi, device)
-        _launch(g, x, kx, vx, o, s, kv_len, kv_layout, window, cap, scale, out_scale, device.has_pdl)
+        g = _geometry(heads, kv_heads, dim, x.dtype, kx.dtype, cap > 0, pos_encoding_mode, device)
+        turns = rope_turns(dim, rope_scale, rope_theta) if pos_encoding_mode == "ROPE_LLAMA" else ()
+        _launch(g, x, kx, vx, o, s, kv_len, kv_layout, window, cap, scale, out_scale, turns, device.has_pdl)
     return o.result() if s is None else (o.result(), s.result())
 
 
 def _launch(
     g: Geometry, x: View, k: View, v: View, o: View, s: View | None, kv_len: int, kv_layout: str, window: int,
-    cap: float, scale: float, out_scale: float, pdl: bool,
+    cap: float, scale: float, out_scale: float, turns: tuple[bytes, ...], pdl: bool,
 ) -> None:  # fmt: skip
     first = max(kv_len - 1 - window, 0) if window >= 0 else 0
     chunk, num_chunks = single_chunks(kv_len - first // TILE * TILE, g.num_head_blocks, g.slots)
@@ -162,6 +167,6 @@ def _launch(
         x.ptr, k.ptr, v.ptr, o.ptr, 0 if s is None else s.ptr, 0, 0, 0, partial_out, partial_md, counters,
         0, x.strides[0], 0, o.strides[0], *strides(k), *strides(v),
         max(kv_len, 1), g.num_head_blocks, g.blocks_per_kv, g.heads_per_block, g.group_size, 1,
-        kv_len, first, chunk, num_chunks, *logit_floats(scale, cap), out_scale,
+        kv_len, first, chunk, num_chunks, *logit_floats(scale, cap), out_scale, *turns,
         pdl=pdl and has_driver_binding(),
     )  # fmt: skip

@@ -49,12 +49,12 @@ def head_blocks(group_size: int, head_dim: int) -> tuple[int, int, int]:
     return blocks, heads, -(-heads // 8)
 
 
-def smem_bytes(warps: int, stages: int, head_dim: int, kv_itemsize: int, column_tiles: int) -> int:
+def smem_bytes(warps: int, stages: int, head_dim: int, kv_itemsize: int, column_tiles: int, rope: bool = False) -> int:
     """Dynamic shared memory of the kernel; the same arithmetic as DecodeTraits in kernels/attention/decode.cuh."""
     dim = -(-head_dim // (16 if kv_itemsize == 2 else 32)) * (16 if kv_itemsize == 2 else 32)
     tile = TILE * (dim * kv_itemsize // 16 | 1) * 16
     heads = 8 * column_tiles
-    return max(warps * stages * 2 * tile, warps * heads * (dim + 4) * 4) + 2 * warps * heads * 4 + 16
+    return max(warps * stages * 2 * tile, warps * heads * (dim + 4) * 4) + 2 * warps * heads * 4 + 16 + rope * dim * 4
 
 
 def choose_tiles(
@@ -68,6 +68,7 @@ def choose_tiles(
     smem_per_block: int,
     smem_per_sm: int,
     batch_invariant: bool = False,
+    rope: bool = False,
 ) -> DecodeTiles:
     """The CTA's shape for a device.
 
@@ -79,6 +80,8 @@ def choose_tiles(
         Compute capability times ten of the code that runs.
     batch_invariant : bool
         One shape for every batch, so that a request's bits do not depend on the others.
+    rope : bool
+        Rotary embedding inside the kernel, whose frequencies take shared memory.
 
     Notes
     -----
@@ -89,7 +92,7 @@ def choose_tiles(
     """
 
     def bytes_of(warps: int, stages: int) -> int:
-        return smem_bytes(warps, stages, head_dim, kv_itemsize, column_tiles)
+        return smem_bytes(warps, stages, head_dim, kv_itemsize, column_tiles, rope)
 
     def most_stages(warps: int, limit: int) -> int:
         # More than 6 slots a warp never helps: 6 tiles of even 64 dims are 27 KB a warp.

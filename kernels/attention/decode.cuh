@@ -60,6 +60,12 @@ struct DecodeParams {
   float out_scale;           // v_scale
 };
 
+// With rotary embedding inside (ROPE_LLAMA): the frequency of pair i, dims i and i + head_dim / 2, in 2^-64 turns a position.
+struct DecodeRopeParams {
+  DecodeParams base;
+  alignas(64) uint64_t turns[128];
+};
+
 template <class Config>
 struct DecodeTraits {
   using T = typename Config::T;
@@ -80,8 +86,10 @@ struct DecodeTraits {
   static constexpr int kMergePitch = kDim + 4;                      // floats; 16 n + 4 keeps the merge's writes conflict-free
   static constexpr int kMergeBytes = kWarps * kHeads * kMergePitch * 4;
   static constexpr int kStateOffset = max_of(kRingBytes, kMergeBytes);
-  static constexpr int kSmemBytes = kStateOffset + 2 * kWarps * kHeads * 4 + 16;
+  static constexpr int kTurnsOffset = kStateOffset + 2 * kWarps * kHeads * 4 + 16;
+  static constexpr int kSmemBytes = kTurnsOffset + (Config::kRope ? kDim / 2 * 8 : 0);
   static_assert(kHeadDim % 8 == 0 && kHeadDim * int(sizeof(KV)) % 16 == 0, "rows must be whole 16-byte chunks");
+  static_assert(!Config::kRope || kHeadDim % (kFp8 ? 64 : 32) == 0, "both dims of a pair in the same lane and register");
   static_assert(kSmemBytes == Config::kSmemBytes, "the host computes the same size");
   static_assert(kThreads * 24 <= kStateOffset, "the last merge's exchange");
 };
@@ -158,6 +166,30 @@ FI_DEVICE uint32_t query_pair(const T* p) {
     const auto v = Vec<T, 2>::load(p);
     return ptx::pack2<M>(to_float(v[0]), to_float(v[1]));
   }
+}
+
+// Rotates (lo, hi), two neighbouring pairs of features, to `position`.
+FI_DEVICE void rotate(float (&lo)[2], float (&hi)[2], const uint64_t* turns, uint32_t position) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint64_t turn = turns[i];
+    // The angle's fraction of a turn in 32 bits; as a signed number it is in (-1/2, 1/2) turns.
+    const uint32_t fraction = position * uint32_t(turn >> 32) + __umulhi(position, uint32_t(turn));
+    const float angle = float(int32_t(fraction)) * (3.14159265358979f * 0x1p-31f);
+    const float c = math::ptx_cos(angle), s = math::ptx_sin(angle);
+    const float x = lo[i], y = hi[i];
+    lo[i] = x * c - y * s;
+    hi[i] = y * c + x * s;
+  }
+}
+template <typename M>
+FI_DEVICE void rotate(uint32_t& lo, uint32_t& hi, const uint64_t* turns, uint32_t position) {
+  float x[2], y[2];
+  reinterpret_cast<const Vec<M, 2>&>(lo).to_floats(x);
+  reinterpret_cast<const Vec<M, 2>&>(hi).to_floats(y);
+  rotate(x, y, turns, position);
+  lo = ptx::pack2<M>(x[0], x[1]);
+  hi = ptx::pack2<M>(y[0], y[1]);
 }
 
 // exp2 of a difference to a maximum that may be -inf (nothing seen yet).
@@ -273,9 +305,9 @@ FI_DEVICE void finish(const DecodeParams& params, int row, uint32_t head, int di
 }  // namespace decode_detail
 
 // Config: T (q), KV, O, kHeadDim, kTilesN, kWarps, kStages, kSmemBytes, kTileInPage (a tile of 16 keys never crosses a
-// page), kSoftCap, kAlibi
+// page), kSoftCap, kAlibi, kRope
 template <class Config>
-FI_DEVICE void batch_decode(const DecodeParams& params) {
+FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turns) {
   using namespace decode_detail;
   using Tr = DecodeTraits<Config>;
   using T = typename Config::T;
@@ -299,6 +331,12 @@ FI_DEVICE void batch_decode(const DecodeParams& params) {
   const uint32_t first_head = kv_head * params.group_size + first_in_group;
   const int warp = warp_id(), lane = lane_id(), g = lane >> 2, t = lane & 3;
 
+  uint64_t* turns = reinterpret_cast<uint64_t*>(smem + Tr::kTurnsOffset);
+  if constexpr (Config::kRope) {
+    // Lanes read different entries at a time: from shared memory, which constant memory would do one by one.
+    for (int i = threadIdx.x; i < Tr::kDim / 2; i += Tr::kThreads) turns[i] = rope_turns[i];
+    __syncthreads();
+  }
   const TileSource<Config, Tr> source(params, item, kv_head);
   const int tiles = source.num_tiles();
   uint8_t* ring = smem + warp * (kStages * 2 * Tr::kTileBytes);
@@ -330,7 +368,19 @@ FI_DEVICE void batch_decode(const DecodeParams& params) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int dim = step * 16 + Frag::kQueryStride * t + Frag::kQuerySecond * r;
-        q[n][step][r] = head < heads && dim < Tr::kHeadDim ? query_pair<T, M>(row + dim) : 0u;
+        const bool there = head < heads && dim < Tr::kHeadDim;
+        if constexpr (!Config::kRope) {
+          q[n][step][r] = there ? query_pair<T, M>(row + dim) : 0u;
+        } else if (step < kSteps / 2) {  // in fp32, rounded once
+          float lo[2] = {0.f, 0.f}, hi[2] = {0.f, 0.f};
+          if (there) {
+            Vec<T, 2>::load(row + dim).to_floats(lo);
+            Vec<T, 2>::load(row + dim + Tr::kDim / 2).to_floats(hi);
+            rotate(lo, hi, turns + dim, item.kv_len - 1);
+          }
+          q[n][step][r] = ptx::pack2<M>(lo[0], lo[1]);
+          q[n][step + kSteps / 2][r] = ptx::pack2<M>(hi[0], hi[1]);
+        }
       }
 #pragma unroll
     for (int c = 0; c < 2; ++c)
@@ -360,18 +410,41 @@ FI_DEVICE void batch_decode(const DecodeParams& params) {
     __syncwarp();
 
     // S^T = K Q^T, two accumulators a column tile to halve the chain.
+    const int first = source.origin + tile * Tr::kTile;
     float s[kTilesN][2][4] = {};
+    if constexpr (!Config::kRope) {
 #pragma unroll
-    for (int step = 0; step < kSteps; step += kLoadSteps) {
-      uint32_t a[2][4];
-      Frag::keys(a, buffer + k_lane, step);
+      for (int step = 0; step < kSteps; step += kLoadSteps) {
+        uint32_t a[2][4];
+        Frag::keys(a, buffer + k_lane, step);
 #pragma unroll
-      for (int part = 0; part < kLoadSteps; ++part)
+        for (int part = 0; part < kLoadSteps; ++part)
 #pragma unroll
-        for (int n = 0; n < kTilesN; ++n) ptx::mma_m16n8k16<M>(s[n][(step + part) & 1], a[part], q[n][step + part]);
+          for (int n = 0; n < kTilesN; ++n) ptx::mma_m16n8k16<M>(s[n][(step + part) & 1], a[part], q[n][step + part]);
+      }
+    } else {
+      constexpr int kHalf = kSteps / 2;  // the other dim of a pair lies this many steps on, in the same register
+#pragma unroll
+      for (int step = 0; step < kHalf; step += kLoadSteps) {
+        uint32_t lo[2][4], hi[2][4];
+        Frag::keys(lo, buffer + k_lane, step);
+        Frag::keys(hi, buffer + k_lane, step + kHalf);
+#pragma unroll
+        for (int part = 0; part < kLoadSteps; ++part) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r)
+            rotate<M>(lo[part][r], hi[part][r],
+                      turns + (step + part) * 16 + Frag::kQueryStride * t + Frag::kQuerySecond * (r >> 1),
+                      first + g + 8 * (r & 1));
+#pragma unroll
+          for (int n = 0; n < kTilesN; ++n) {
+            ptx::mma_m16n8k16<M>(s[n][0], lo[part], q[n][step + part]);
+            ptx::mma_m16n8k16<M>(s[n][1], hi[part], q[n][step + part + kHalf]);
+          }
+        }
+      }
     }
 
-    const int first = source.origin + tile * Tr::kTile;
     const bool whole = first >= item.kv_begin && first + Tr::kTile <= item.kv_end;
     uint32_t p[kTilesN][2];
     bool grew = false;
@@ -554,6 +627,15 @@ FI_DEVICE void batch_decode(const DecodeParams& params) {
     }
     if (active && slice == 0) finish<Config>(params, item.request, first_head + head, dim, sum);
   }
+}
+
+template <class Config>
+FI_DEVICE void batch_decode(const DecodeParams& params) {
+  decode_item<Config>(params, nullptr);
+}
+template <class Config>
+FI_DEVICE void batch_decode_rope(const DecodeRopeParams& params) {
+  decode_item<Config>(params.base, params.turns);
 }
 
 }  // namespace fi

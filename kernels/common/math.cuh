@@ -31,6 +31,17 @@ FI_DEVICE float rsqrt(float x) {
   asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// sin and cos for |x| <= pi: absolute error 2^-20.9. Reduce larger angles before.
+FI_DEVICE float ptx_sin(float x) {
+  float y;
+  asm("sin.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FI_DEVICE float ptx_cos(float x) {
+  float y;
+  asm("cos.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // Hardware tanh: relative error 2^-11, enough for logits that end in bf16 or fp16; sm_75 and later.
 FI_DEVICE float tanh(float x) {
   float y;

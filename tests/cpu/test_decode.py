@@ -129,6 +129,23 @@ def test_trap_8_alibi_uses_raw_key_indices(rng):
     assert_close(lse, want_lse, "float32", "product")
 
 
+def rotated(x, positions, theta, scale):
+    """Halves of the last dimension of x [n, heads, dim] rotated, by complex numbers."""
+    half = x.shape[-1] // 2
+    angle = positions[:, None] * theta ** (-np.arange(half) / half) / scale
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None]
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def test_trap_9_rope_inside_attention(rng):
+    batch = Batch(rng, [5, 0, 33], 4, 2, 8, 4)
+    got = batch.wrapper(pos_encoding_mode="ROPE_LLAMA", rope_theta=500.0, rope_scale=2.0).run(batch.q, batch.cache)
+    for b, n in enumerate([5, 0, 33]):
+        q = rotated(batch.q[b : b + 1].astype(np.float64), np.array([n - 1]), 500.0, 2.0)[0]
+        k = rotated(batch.k[b].astype(np.float64), np.arange(n), 500.0, 2.0)
+        assert_close(got[b], oracle(q, k, batch.v[b])[0], "float32", "product")
+
+
 def test_trap_11_scales(rng):
     batch = Batch(rng, LENS, 4, 2, 8, 4)
     out, lse = batch.wrapper().run(batch.q, batch.cache, q_scale=0.5, k_scale=3.0, v_scale=0.25, return_lse=True)
