@@ -82,7 +82,7 @@ def bench_case(
         ``peer(input_set)`` does the same work. It gets the set with its CuPy arrays as torch tensors and is captured
         by torch; a name that starts with "cupy" gets the set as it is and is captured as ours is.
     recorded : str or sequence of str
-        Rows of ``bench/data/peers_h100.json`` to stand beside this one.
+        Rows of ``bench/data/peers_h100.json`` to stand beside this one; names that have no row there are left out.
     interleave : bool
         For compute-bound cases, which slow down as the chip warms: a second of warm-up before the rounds.
     limit : "read", "copy" or "bf16", optional
@@ -204,14 +204,9 @@ def load_recorded(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
 
 
 def recorded_for(case: BenchCase, value: float, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The recorded rows of a case with our speedup over each; an unknown name is an error of the bench file."""
-    found = []
-    for name in case.recorded:
-        if name not in rows:
-            raise KeyError(f"{case.name}: no recorded row is called {name!r}")
-        row = rows[name]
-        found.append({**row, "speedup": speedup(value, row["value"], row["unit"])})
-    return found
+    """The recorded rows of a case, those that there are, with our speedup over each."""
+    found = [rows[name] for name in case.recorded if name in rows]
+    return [{**row, "speedup": speedup(value, row["value"], row["unit"])} for row in found]
 
 
 # --- running --------------------------------------------------------------------------------------------------------

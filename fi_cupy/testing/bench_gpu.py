@@ -151,12 +151,14 @@ class GpuTimer:
         return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
 
     def release(self) -> None:
-        """Wait for everything, and give freed memory back to the device for the next case and for torch."""
+        """Wait for everything; where memory gets short, give what the pools keep back to the device."""
         self.stream.synchronize()
-        gc.collect()
-        self._cupy.get_default_memory_pool().free_all_blocks()
-        if self._torch is not None:
-            self._torch.cuda.empty_cache()
+        free, total = self._cupy.cuda.runtime.memGetInfo()
+        if free < total // 2:
+            gc.collect()
+            self._cupy.get_default_memory_pool().free_all_blocks()
+            if self._torch is not None:
+                self._torch.cuda.empty_cache()
 
     def as_peer_inputs(self, inputs: Any, peer: str) -> Any:
         """The input set as a peer wants it: torch tensors that share the memory, unless the peer is CuPy itself."""
