@@ -28,6 +28,7 @@ _PARAMS = ParamsStruct(
         ("out_stride_inner", "i64"),
         ("res_stride_outer", "i64"),
         ("res_stride_inner", "i64"),
+        ("rows", "u32"),
         ("inner", "u32"),
         ("hidden", "u32"),
         ("eps", "f32"),
@@ -43,26 +44,27 @@ def norm_spec(
 ) -> KernelSpec:
     """The norm kernel for rows of `hidden` elements read `vec` at a time.
 
-    Threads and registers are chosen so that a row of up to 32 KB stays in registers: one vector a thread until 256
-    threads, then up to four vectors a thread, then more threads. Eight 256-thread CTAs fill a multiprocessor with
-    64 KB of loads in flight, which reaches the memory's bandwidth.
+    Lanes and registers are chosen so that a row of up to 64 KB stays in registers: one vector a lane until 256 lanes,
+    then up to four vectors a lane, then more lanes. Eight 256-thread CTAs fill a multiprocessor with 64 KB of loads in
+    flight, which reaches the memory's bandwidth. Rows of a warp or less (the norm of heads) share a CTA.
     """
     vectors = -(-hidden // vec)
-    threads = 32
-    while threads < vectors and threads < 256:
-        threads *= 2
-    while threads < 1024 and -(-vectors // threads) > 4:
-        threads *= 2
+    lanes = 1
+    while lanes < vectors and lanes < 256:
+        lanes *= 2
+    while lanes < 1024 and -(-vectors // lanes) > 4:
+        lanes *= 2
     vecs = 1
-    while vecs < 4 and vecs * threads < vectors:
+    while vecs < 4 and vecs * lanes < vectors:
         vecs *= 2
+    threads = 128 if lanes <= 32 else lanes
     name = "layernorm" if layer else ("fused_add_rmsnorm" if residual else "rmsnorm")
     quantize = out in FP8_TYPES
     types = (
         dtype.tag + (f"_w{weight.tag}" if weight is not dtype else "") + (f"_o{out.tag}" if out is not dtype else "")
     )
     return KernelSpec(
-        symbol=f"{name}_{types}_v{vec}x{vecs}_t{threads}",
+        symbol=f"{name}_{types}_v{vec}x{vecs}_t{lanes}",
         header="norm.cuh",
         function="norm",
         params=_PARAMS,
@@ -72,6 +74,7 @@ def norm_spec(
             ("O", out),
             ("kVec", vec),
             ("kVecs", vecs),
+            ("kLanes", lanes),
             ("kThreads", threads),
             ("kResidual", residual),
             ("kLayerNorm", layer),
@@ -140,11 +143,12 @@ def _launch(
     kernel = load_kernel(spec, x.device)
     rows, inner = (shape[0], shape[0]) if len(shape) == 2 else (shape[0] * shape[1], shape[1])
     on_device = isinstance(scale, View)
+    rows_per_cta = 1 if hidden > 32 * vec else spec.threads // dict(spec.config)["kLanes"]
     kernel.launch(
-        rows, x.stream(),
+        -(-rows // rows_per_cta), x.stream(),
         x.ptr, out.ptr, residual_ptr, weight.ptr, bias_ptr,
         scale.ptr if on_device else 0,  # type: ignore[union-attr]
-        x_outer, x_inner, o_outer, o_inner, r_outer, r_inner, inner or 1, hidden, eps, weight_bias,
+        x_outer, x_inner, o_outer, o_inner, r_outer, r_inner, rows, inner or 1, hidden, eps, weight_bias,
         1.0 if on_device else scale, pdl=bool(pdl),
     )  # fmt: skip
 

@@ -1,8 +1,9 @@
 // RMSNorm and LayerNorm over rows of `hidden` elements, with residual addition and fp8 output as options.
 //   y = x / sqrt(mean(x^2) + eps) * (weight + weight_bias)          (weight_bias 1 for Gemma)
-// One CTA computes one row; grid = rows; row r starts at (r / inner) * stride_outer + (r % inner) * stride_inner.
+// kLanes threads compute one row, a CTA kThreads / kLanes of them (one where a row needs more than a warp); row r starts at
+// (r / inner) * stride_outer + (r % inner) * stride_inner. grid = ceil(rows / rows of a CTA).
 // Registers hold the row between the two passes, so each element is read once: kVecs vectors of kVec elements a thread;
-// rows longer than threads * kVecs * kVec are read a second time (from L2).
+// rows longer than kLanes * kVecs * kVec are read a second time (from L2).
 // Shared memory: one float a warp. Bytes moved: rows * hidden * (read + write), plus as much again for the residual.
 // Architecture: any.
 #pragma once
@@ -23,6 +24,7 @@ struct NormParams {
   int64_t in_stride_outer, in_stride_inner;    // elements
   int64_t out_stride_outer, out_stride_inner;  // elements
   int64_t res_stride_outer, res_stride_inner;  // elements
+  uint32_t rows;
   uint32_t inner;  // rows that stride_inner separates
   uint32_t hidden;
   float eps;
@@ -30,27 +32,40 @@ struct NormParams {
   float scale_value;
 };
 
-// Config: T (input), W (weight), O (output), kVec, kVecs, kThreads, kResidual, kLayerNorm, kQuantize
+// Config: T (input), W (weight), O (output), kVec, kVecs, kLanes, kThreads, kResidual, kLayerNorm, kQuantize
 template <class Config>
 FI_DEVICE void norm(const NormParams& params) {
   using T = typename Config::T;
   using W = typename Config::W;
   using O = typename Config::O;
-  constexpr int kVec = Config::kVec, kVecs = Config::kVecs, kThreads = Config::kThreads;
-  constexpr int kStep = kThreads * kVec;
+  constexpr int kVec = Config::kVec, kVecs = Config::kVecs, kLanes = Config::kLanes, kThreads = Config::kThreads;
+  constexpr int kStep = kLanes * kVec;
+  static_assert(kLanes == kThreads || kLanes <= 32, "a row belongs to a CTA or to a part of a warp");
   __shared__ float scratch[2][32];
 
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
-  const int64_t outer = blockIdx.x / params.inner, inner = blockIdx.x % params.inner;
+  uint32_t row = blockIdx.x;
+  if constexpr (kLanes != kThreads) {
+    row = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
+    if (row - threadIdx.x % 32 / kLanes >= params.rows) return;  // the whole warp: its lanes take part in the reductions
+  }
+  const bool exists = kLanes == kThreads || row < params.rows;
+  if (!exists) row = params.rows - 1;
+  const int64_t outer = row / params.inner, inner = row % params.inner;
   const T* x = static_cast<const T*>(params.input) + outer * params.in_stride_outer + inner * params.in_stride_inner;
   O* y = static_cast<O*>(params.output) + outer * params.out_stride_outer + inner * params.out_stride_inner;
   T* residual = nullptr;
   if constexpr (Config::kResidual)
     residual = static_cast<T*>(params.residual) + outer * params.res_stride_outer + inner * params.res_stride_inner;
-  const uint32_t hidden = params.hidden;
-  const uint32_t first = threadIdx.x * kVec;
+  // A row that does not exist is an empty one.
+  const uint32_t hidden = exists ? params.hidden : 0;
+  const uint32_t first = threadIdx.x % kLanes * kVec;
+  auto reduce = [&](float x, float* shared) {
+    if constexpr (kLanes == kThreads) return block_reduce<Sum, kThreads>(x, shared);
+    return warp_reduce<Sum, min_of(kLanes, 32)>(x);
+  };
 
   float values[kVecs][kVec];
   float sum = 0.f, squares = 0.f;
@@ -86,10 +101,10 @@ FI_DEVICE void norm(const NormParams& params) {
     read(i, v, false);
     accumulate(v);
   }
-  squares = block_reduce<Sum, kThreads>(squares, scratch[0]);
-  float mean = 0.f, variance = squares / float(hidden);
+  squares = reduce(squares, scratch[0]);
+  float mean = 0.f, variance = squares / float(params.hidden);
   if constexpr (Config::kLayerNorm) {
-    mean = block_reduce<Sum, kThreads>(sum, scratch[1]) / float(hidden);
+    mean = reduce(sum, scratch[1]) / float(params.hidden);
     // The centred second pass over registers: E[x^2] - mean^2 would cancel for rows far from zero.
     float centred = 0.f;
 #pragma unroll
@@ -104,8 +119,8 @@ FI_DEVICE void norm(const NormParams& params) {
 #pragma unroll
       for (int j = 0; j < kVec; ++j) centred = fmaf(v[j] - mean, v[j] - mean, centred);
     }
-    __syncthreads();  // scratch[0] was read by every warp
-    variance = block_reduce<Sum, kThreads>(centred, scratch[0]) / float(hidden);
+    if constexpr (kLanes == kThreads) __syncthreads();  // scratch[0] was read by every warp
+    variance = reduce(centred, scratch[0]) / float(params.hidden);
   }
   const float inverse = math::rsqrt(variance + params.eps);
   float quant = 1.f;

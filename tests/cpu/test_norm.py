@@ -109,5 +109,5 @@ def test_launch_shape_covers_the_row(hidden):
     spec = norm_spec(bfloat16, bfloat16, bfloat16, hidden, 8)
     config = dict(spec.config)
     assert spec.threads <= 1024 and config["kVecs"] <= 4
-    in_registers = spec.threads * config["kVecs"] * 8
+    in_registers = config["kLanes"] * config["kVecs"] * 8
     assert in_registers >= hidden or (spec.threads == 1024 and config["kVecs"] == 4)
