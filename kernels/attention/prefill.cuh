@@ -335,12 +335,18 @@ FI_DEVICE void prefill(const PrefillParams& params) {
     __syncwarp();
   }
 
-  // ldmatrix row addresses of this lane: matrix lane / 8, row lane % 8.
-  const int matrix = lane >> 3, matrix_row = lane & 7;
-  const uint32_t q_lane = ptx::smem_address(smem + warp * kWarpQBytes<Config>) +
-                          LayoutQK::offset((matrix & 1) * 8 + matrix_row, matrix >> 1);
-  const uint32_t k_lane = ptx::smem_address(smem_k) + LayoutQK::offset((matrix >> 1) * 8 + matrix_row, matrix & 1);
-  const uint32_t v_lane = ptx::smem_address(smem_v) + LayoutVO::offset((matrix & 1) * 8 + matrix_row, matrix >> 1);
+  // ldmatrix row addresses of this lane (matrix lane / 8, row lane % 8): a few instructions a tile, or three registers.
+  // Q's and V's matrices go down the rows first, K's along the row.
+  auto q_address = [&](int thread) {
+    return ptx::smem_address(smem + (thread >> 5) * kWarpQBytes<Config>) + LayoutQK::offset(thread & 15, thread >> 4 & 1);
+  };
+  auto k_address = [&](int thread, int start) {
+    return ptx::smem_address(smem_k + parity(start) * kKBytes) +
+           LayoutQK::offset((thread >> 4 & 1) * 8 + (thread & 7), thread >> 3 & 1);
+  };
+  auto v_address = [&](int thread, int start) {
+    return ptx::smem_address(smem_v + parity(start) * kVBytes) + LayoutVO::offset(thread & 15, thread >> 4 & 1);
+  };
 
   float o[kRowTiles][kDimTiles][4];
 #pragma unroll
@@ -374,13 +380,14 @@ FI_DEVICE void prefill(const PrefillParams& params) {
       for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n) s[i][n][0] = s[i][n][1] = s[i][n][2] = s[i][n][3] = 0.f;
-      const uint32_t k_tile = k_lane + parity(start) * kKBytes;
+      const int thread = thread_again();
+      const uint32_t q_tile = q_address(thread), k_tile = k_address(thread, start);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32_t a[kRowTiles][4];
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i)
-          ptx::ldmatrix_x4(a[i], LayoutQK::advance(q_lane, 2 * step) + i * 16 * LayoutQK::kRowBytes);
+          ptx::ldmatrix_x4(a[i], LayoutQK::advance(q_tile, 2 * step) + i * 16 * LayoutQK::kRowBytes);
 #pragma unroll
         for (int n = 0; n < kKeyTiles; n += 2) {
           uint32_t b[4];
@@ -445,7 +452,7 @@ FI_DEVICE void prefill(const PrefillParams& params) {
     if (more) load_v(start + kTileKv);
     ptx::cp_async_commit();
     if (active) {
-      const uint32_t v_tile = v_lane + parity(start) * kVBytes;
+      const uint32_t v_tile = v_address(thread_again(), start);
 #pragma unroll
       for (int step = 0; step < kTileKv / 16; ++step) {
         uint32_t p[kRowTiles][4];

@@ -1,0 +1,250 @@
+"""Prefill schedule: which CTA computes which query rows over which keys, and the shape of a CTA.
+
+Query rows are *packed*: row ``qo_idx * group + head_in_group`` of one kv head. A work item is one tile of packed rows
+of one request over a range of keys; every item runs once a kv head, so n items are a grid of ``n * num_kv_heads``
+CTAs. Ranges are trimmed to what causality and the sliding window leave visible, and items lie longest first, so that
+the last ones to start are the shortest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Ints = np.ndarray[Any, np.dtype[Any]]
+
+#: int32 words of a work item and of a merge item (structs PrefillItem and PrefillMergeItem).
+ITEM_WORDS, MERGE_WORDS = 12, 8
+#: Shortest chunk of a split tile, keys: writing and merging a partial result must stay small beside computing it.
+MIN_CHUNK_KEYS = 512
+#: The same for tiles of 16 rows, whose partial results are eight times smaller.
+MIN_CHUNK_KEYS_NARROW = 256
+
+
+class PrefillTiles(NamedTuple):
+    """Shape of a CTA: warps, 16-row tiles a warp, keys a tile, CTAs that share a multiprocessor, bytes of smem."""
+
+    warps: int
+    row_tiles: int
+    tile_kv: int
+    ctas_per_sm: int
+    smem_bytes: int
+
+    @property
+    def tile_q(self) -> int:
+        """Packed query rows of a CTA."""
+        return self.warps * self.row_tiles * 16
+
+
+def _row_bytes(dim: int) -> int:
+    """Bytes of a tile's row, as TileLayout in kernels/attention/smem_tile.cuh."""
+    chunks = -(-dim // 16) * 2
+    return (chunks if chunks % 8 == 0 else chunks | 1) * 16
+
+
+def smem_bytes(warps: int, row_tiles: int, tile_kv: int, head_dim_qk: int, head_dim_vo: int) -> int:
+    """Dynamic shared memory of kernels/attention/prefill.cuh: Q, two buffers of K and V, ranges, item, page offsets."""
+    qk, vo = _row_bytes(head_dim_qk), _row_bytes(head_dim_vo)
+    return 16 * warps * row_tiles * max(qk, vo) + 2 * tile_kv * (qk + vo) + 16 * warps + 80 + 2 * tile_kv * 16
+
+
+def _shape(tile_q: int, head_dim_vo: int) -> tuple[int, int]:
+    """(warps, row tiles) for `tile_q` rows: 32 rows a warp while their accumulators fit the registers, else 16."""
+    if tile_q == 128:
+        return (4, 2) if head_dim_vo <= 128 else (8, 1)
+    return tile_q // 16, 1
+
+
+def _ctas_per_sm(warps: int, row_tiles: int, tile_kv: int, head_dim_vo: int, smem: int, smem_per_sm: int) -> int:
+    """CTAs that share a multiprocessor: 1 KB of shared memory a CTA is the system's, and 64 K registers are there."""
+    registers = min(row_tiles * (head_dim_vo + tile_kv) // 2 + 40, 256)
+    return max(1, min(smem_per_sm // (smem + 1024), 65536 // (registers * 32 * warps), 16))
+
+
+@lru_cache(maxsize=1024)
+def choose_tiles(
+    packed_rows: int, head_dim_qk: int, head_dim_vo: int, smem_per_block: int, smem_per_sm: int
+) -> PrefillTiles:
+    """The CTA shape for requests of about `packed_rows` packed query rows.
+
+    The keys of a tile depend on the head dims and the device alone, so a row is computed with the same sequence of
+    operations whatever the batch around it.
+    """
+    tile_kv, most_rows = _key_tile(head_dim_qk, head_dim_vo, smem_per_block, smem_per_sm)
+    wanted = 16 if packed_rows <= 16 else 64 if packed_rows <= 64 else 128
+    warps, row_tiles = _shape(min(wanted, most_rows), head_dim_vo)
+    smem = smem_bytes(warps, row_tiles, tile_kv, head_dim_qk, head_dim_vo)
+    ctas = _ctas_per_sm(warps, row_tiles, tile_kv, head_dim_vo, smem, smem_per_sm)
+    return PrefillTiles(warps, row_tiles, tile_kv, ctas, smem)
+
+
+def _key_tile(head_dim_qk: int, head_dim_vo: int, smem_per_block: int, smem_per_sm: int) -> tuple[int, int]:
+    """(keys a tile, largest query tile): as many rows as fit; then 64 keys unless 32 let more CTAs share an SM."""
+    for keys in ((64, 32), (16,)):
+        for tile_q in (128, 64, 32):
+            warps, row_tiles = _shape(tile_q, head_dim_vo)
+            found: tuple[int, int] | None = None
+            for tile_kv in keys:
+                smem = smem_bytes(warps, row_tiles, tile_kv, head_dim_qk, head_dim_vo)
+                if smem <= smem_per_block:
+                    ctas = _ctas_per_sm(warps, row_tiles, tile_kv, head_dim_vo, smem, smem_per_sm)
+                    if found is None or ctas > found[0]:
+                        found = ctas, tile_kv
+            if found is not None:
+                return found[1], tile_q
+    raise ValueError(f"head dims {head_dim_qk}, {head_dim_vo} do not fit {smem_per_block} bytes of shared memory")
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """A schedule.
+
+    Attributes
+    ----------
+    items : int32 [num_items, ITEM_WORDS]
+        Struct PrefillItem: q_row, qo_len, kv_base, kv_len, q_tile, kv_begin, kv_end, partial, mask_low, mask_high,
+        first_chunk, unused.
+    merges : int32 [num_merges, MERGE_WORDS]
+        Struct PrefillMergeItem: q_row, qo_len, q_tile, first_slot, num_chunks, unused.
+    num_slots : int
+        Partial results a kv head.
+    """
+
+    items: Ints
+    merges: Ints
+    num_slots: int
+
+
+def max_counts(max_rows: int, batch: int, group: int, tile_q: int, slots_per_head: int) -> tuple[int, int]:
+    """(items, merges) that no plan of `batch` requests with `max_rows` query tokens exceeds without a fixed split."""
+    tiles = max_rows * group // tile_q + batch
+    return tiles + slots_per_head, min(tiles, slots_per_head)
+
+
+def plan_prefill(
+    qo_indptr: Ints,
+    kv_len: Ints,
+    kv_base: Ints,
+    *,
+    group: int,
+    num_kv_heads: int,
+    tile_q: int,
+    tile_kv: int,
+    slots: int,
+    causal: bool = False,
+    window_left: int = -1,
+    split_keys: int | None = None,
+    disable_split: bool = False,
+    mask_offsets: Ints | None = None,
+) -> PrefillPlan:
+    """Make the work list.
+
+    Parameters
+    ----------
+    qo_indptr : int64 [batch + 1]
+        Rows of q of every request.
+    kv_len, kv_base : int64 [batch]
+        Keys of every request, and where they start (first page slot, or first token).
+    group, num_kv_heads : int
+        Query heads a kv head; kv heads.
+    tile_q, tile_kv : int
+        Packed rows and keys a tile, see `choose_tiles`.
+    slots : int
+        CTAs the device runs at once.
+    causal, window_left
+        As the kernel applies them; pass ``causal=False`` with a custom mask.
+    split_keys : int, optional
+        Keys of every chunk, at multiples of it from key 0: a row's result does not depend on the batch.
+    disable_split : bool
+        One chunk a tile.
+    mask_offsets : int64 [batch], optional
+        Byte offset of each request's packed custom mask.
+    """
+    qo_len = np.diff(qo_indptr)
+    tiles = -(-(qo_len * group) // tile_q)
+    request = np.repeat(np.arange(len(tiles)), tiles)
+    q_tile = np.arange(len(request)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+    rows, keys = qo_len[request], kv_len[request]
+    begin, end = _visible(q_tile, rows, keys, group, tile_q, tile_kv, causal, window_left)
+    first, chunk, chunks = _chunks(begin, end, num_kv_heads, tile_q, tile_kv, slots, split_keys, disable_split)
+
+    tile = np.repeat(np.arange(len(request)), chunks)
+    number = np.arange(len(tile)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+    start = first[tile] + number * chunk[tile]
+    kv_begin, kv_end = np.maximum(start, begin[tile]), np.minimum(start + chunk[tile], end[tile])
+    is_split = chunks > 1
+    part = is_split[tile]
+    slot = np.where(part, np.cumsum(part) - 1, -1)
+    order = np.argsort((kv_begin - kv_end) // tile_kv, kind="stable")
+
+    owner = request[tile]
+    items = np.zeros((len(tile), ITEM_WORDS), np.int32)
+    columns = (qo_indptr[owner], rows[tile], kv_base[owner], keys[tile], q_tile[tile], kv_begin, kv_end, slot)
+    for i, column in enumerate(columns):
+        items[:, i] = column[order]
+    if mask_offsets is not None:
+        items[:, 8:10] = mask_offsets[owner][order].astype("<i8").view("<i4").reshape(-1, 2)
+    items[:, 10] = (number == 0)[order]
+
+    split = np.flatnonzero(is_split)
+    merges = np.zeros((len(split), MERGE_WORDS), np.int32)
+    if len(split):
+        owner = request[split]
+        counts = chunks[split]
+        merge_columns = (qo_indptr[owner], rows[split], q_tile[split], np.cumsum(counts) - counts, counts)
+        for i, column in enumerate(merge_columns):
+            merges[:, i] = column
+    return PrefillPlan(items, merges, int(chunks[split].sum()))
+
+
+def _visible(
+    q_tile: Ints, qo_len: Ints, kv_len: Ints, group: int, tile_q: int, tile_kv: int, causal: bool, window_left: int
+) -> tuple[Ints, Ints]:
+    """Keys that some row of each tile sees, [begin, end), begin a multiple of `tile_kv`; (0, 0) if there are none."""
+    own = kv_len - qo_len  # the key at query 0's own position
+    end = kv_len
+    if causal:
+        last = np.minimum(((q_tile + 1) * tile_q - 1) // group, qo_len - 1) + own
+        end = np.clip(last + 1, 0, kv_len)
+    if window_left < 0:
+        return np.zeros_like(end), end
+    begin = np.maximum(q_tile * tile_q // group + own - window_left, 0) // tile_kv * tile_kv
+    seen = begin < end
+    return np.where(seen, begin, 0), np.where(seen, end, 0)
+
+
+def _chunks(
+    begin: Ints, end: Ints, num_kv_heads: int, tile_q: int, tile_kv: int, slots: int, split_keys: int | None,
+    disable_split: bool,
+) -> tuple[Ints, Ints, Ints]:  # fmt: skip
+    """(where the first chunk starts, keys a chunk, chunks) of every tile.
+
+    A tile is split when it alone would take twice as long as the whole work spread evenly over the device: splitting
+    costs a write and a read of fp32 results and a second kernel. Then its chunks are as long as that even share.
+    """
+    one = np.ones_like(end)
+    if split_keys is not None and not disable_split:
+        chunk = -(-split_keys // tile_kv) * tile_kv
+        first = begin // chunk
+        return first * chunk, one * chunk, np.where(end > begin, -(-end // chunk) - first, 1)
+    tiles = -(-(end - begin) // tile_kv)
+    whole = begin, np.maximum(end - begin, 1), one
+    if disable_split or len(tiles) == 0:
+        return whole
+    least = (MIN_CHUNK_KEYS_NARROW if tile_q == 16 else MIN_CHUNK_KEYS) // tile_kv
+    share = max(-(-int(tiles.sum()) * num_kv_heads // slots), least)
+    if int(tiles.max()) < 2 * share:
+        return whole
+    chunks = np.maximum(-(-tiles // share), 1)
+    chunk = np.maximum(-(-tiles // chunks), 1)  # equal chunks
+    return begin, chunk * tile_kv, np.maximum(-(-tiles // chunk), 1)
+
+
+def pad(rows: Ints, count: int) -> Ints:
+    """`rows` with zero rows up to `count`: items and merges of zeros are no-ops."""
+    padded = np.zeros((count, rows.shape[1]), np.int32)
+    padded[: len(rows)] = rows
+    return padded

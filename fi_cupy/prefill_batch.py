@@ -1,0 +1,287 @@
+"""What the paged and the ragged prefill wrapper share: workspace, schedule, upload and the frame of `run`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fi_cupy.arrays import View, view
+from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim
+from fi_cupy.decode_kernel import scale_factor, sinks_view
+from fi_cupy.device import device_info
+from fi_cupy.dtypes import DType
+from fi_cupy.errors import ArgumentError, PlanError, ShapeError
+from fi_cupy.jit.driver import has_driver_binding
+from fi_cupy.jit.kernel import load_kernel
+from fi_cupy.plan.prefill import max_counts, pad, plan_prefill
+from fi_cupy.prefill_kernel import Geometry, Problem, geometry
+from fi_cupy.prefill_plan import Ints, Mask, Options, Strides, Work, check_planned, launch, outputs
+from fi_cupy.workspace import PlanBuffer, copy_device, copy_to_device
+
+
+class Planned:
+    """What `plan` leaves for `run`: fixed until the next plan."""
+
+    fixed_split: int | None  # keys
+    disable_split: bool
+    geometry: Geometry
+    indices_offset: int | None  # bytes from the items to the wrapper's own page table; None: the caller's is read
+    kv_len: Ints
+    mask: Mask | None
+    options: Options
+    problem: Problem
+    qo_indptr: Ints
+    total_rows: int
+    work: Work
+
+    def __init__(self, problem: Problem, options: Options, qo_indptr: Ints, kv_len: Ints, mask: Mask | None) -> None:
+        self.problem, self.options, self.qo_indptr, self.kv_len, self.mask = problem, options, qo_indptr, kv_len, mask
+        self.total_rows = int(qo_indptr[-1])
+        self.indices_offset = None
+
+
+class BatchPrefill:
+    """Workspace, CUDA-graph buffers and schedule of a prefill wrapper."""
+
+    _op = ""
+
+    def __init__(
+        self, float_workspace_buffer: Any, use_cuda_graph: bool, buffers: dict[str, tuple[Any, DType]]
+    ) -> None:
+        self._graph = use_cuda_graph
+        self._buffers: dict[str, View] = {}
+        self._planned: Any = None
+        self._plan_buffer: PlanBuffer | None = None
+        self._graph_state: tuple[Any, ...] | None = None
+        self._attach(float_workspace_buffer)
+        if not use_cuda_graph:
+            return
+        for name, (buffer, dtype) in buffers.items():
+            if buffer is None:
+                if "mask" in name:
+                    continue
+                raise ArgumentError(f"{self._op}: {name} is missing, expected an array with use_cuda_graph=True")
+            b = view(buffer, self._op, name).writable(self._op, name)
+            check_ndim(self._op, name, b, 1)
+            check_dtype(self._op, name, b, (dtype,))
+            check_inner(self._op, name, b)
+            check_device(self._op, self._workspace, **{name: b})
+            self._buffers[name] = b
+
+    def _attach(self, workspace: Any) -> None:
+        w = view(workspace, self._op, "float_workspace_buffer")
+        if not w.contiguous:
+            raise ArgumentError(
+                f"{self._op}: float_workspace_buffer has strides {w.strides}, expected a contiguous array"
+            )
+        check_aligned(self._op, "float_workspace_buffer", w, 16)
+        self._workspace = w.writable(self._op, "float_workspace_buffer")
+        self._workspace_bytes = w.size * w.dtype.itemsize
+        self.device = w.device
+        self._pdl = w.device >= 0 and device_info(w.device).has_pdl and has_driver_binding()
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        """Whether the wrapper keeps addresses and grid fixed."""
+        return self._graph
+
+    def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
+        """Use another scratch buffer from the next `plan` on. The wrapper owns its integer buffer: pass None for it."""
+        if int_workspace_buffer is not None:
+            view(int_workspace_buffer, self._op, "int_workspace_buffer")  # FlashInfer's second buffer has no use here
+        if self._graph_state is not None:
+            raise PlanError(f"{self._op}: the workspace address is part of the captured graph; make another wrapper")
+        self._attach(float_workspace_buffer)
+        self._planned = None
+
+    def end_forward(self) -> None:
+        """Kept for FlashInfer's signature; there is nothing to release."""
+
+    # -- plan ---------------------------------------------------------------------------------------------------------
+
+    def _schedule(self, p: Planned, kv_base: Ints) -> tuple[Ints, Ints, int, int]:
+        """(items, merges, slots, slots whose lse gets room); in graph mode padded to what any later plan can need."""
+        batch, rows = len(p.kv_len), p.total_rows
+        if self._graph_state is not None:
+            p.geometry = self._graph_state[0]
+        else:
+            group = p.problem.num_qo_heads // p.problem.num_kv_heads
+            average = -(-rows * group // max(batch, 1))
+            p.geometry = geometry(p.problem, min(max(average, 1), 128), device_info(self.device))
+        g = p.geometry
+        schedule = plan_prefill(
+            p.qo_indptr, p.kv_len, kv_base, group=g.group, num_kv_heads=g.num_kv_heads, tile_q=g.tiles.tile_q,
+            tile_kv=g.tiles.tile_kv, slots=g.slots, causal=p.options.causal, window_left=p.options.window_left,
+            split_keys=p.fixed_split, disable_split=p.disable_split,
+            mask_offsets=None if p.mask is None else p.mask.offsets,
+        )  # fmt: skip
+        items, merges = schedule.items, schedule.merges
+        if not self._graph:
+            return items, merges, schedule.num_slots, 0
+        if self._graph_state is not None:
+            num_items, num_merges = self._graph_state[1:3]
+        else:
+            num_items, num_merges = max_counts(rows, batch, g.group, g.tiles.tile_q, self._most_chunks(p))
+            num_merges *= not p.disable_split
+        if len(items) > num_items or len(merges) > num_merges:
+            raise PlanError(
+                f"{self._op}.plan: {len(items)} work items and {len(merges)} split tiles exceed the {num_items} and "
+                f"{num_merges} of the first plan; give the first plan as many query rows as any later one has"
+            )
+        return pad(items, num_items), pad(merges, num_merges), schedule.num_slots, num_items
+
+    def _most_chunks(self, p: Planned) -> int:
+        """Work items beyond one a tile that splitting may add in graph mode."""
+        g = p.geometry
+        if p.disable_split:
+            return 0
+        if p.fixed_split is not None:
+            tiles = p.total_rows * g.group // g.tiles.tile_q + len(p.kv_len)
+            return tiles * (self._most_keys(p) // p.fixed_split + 1)
+        return -(-g.slots // g.num_kv_heads)
+
+    def _most_keys(self, p: Any) -> int:
+        """Keys that one request may have in graph mode."""
+        raise NotImplementedError
+
+    def _finish(self, p: Planned, kv_base: Ints, indices: np.ndarray[Any, Any] | None, non_blocking: bool) -> None:
+        """Schedule, check the workspace, load the kernels and send everything to the GPU."""
+        items, merges, num_slots, most_slots = self._schedule(p, kv_base)
+        layout = p.geometry.workspace(num_slots, most_slots)
+        layout.check(f"{self._op}.plan", self._workspace_bytes)
+        load_kernel(p.geometry.spec, self.device)
+        if len(merges):
+            load_kernel(p.geometry.merge, self.device)
+        words, tail = items.size + merges.size, 0 if indices is None else len(indices)
+        if self._plan_buffer is None:
+            self._plan_buffer = PlanBuffer(self.device, 4 * (words + tail))
+        buffer = self._plan_buffer
+        buffer.reserve(4 * (words + tail))
+        staged = buffer.stage(words + tail)
+        staged[: items.size] = items.reshape(-1)
+        staged[items.size : words] = merges.reshape(-1)
+        if indices is not None:
+            staged[words:] = indices
+            p.indices_offset = 4 * words
+        stream = self._workspace.stream()
+        address = buffer.upload(staged, stream)
+        p.work = Work(
+            address, len(items), address + items.nbytes, len(merges),
+            self._workspace.ptr + layout.offsets["partial_o"], self._workspace.ptr + layout.offsets["partial_lse"],
+        )  # fmt: skip
+        if self._graph:
+            state = (p.geometry, len(items), len(merges), p.problem, p.options, p.work)
+            if self._graph_state is not None and state != self._graph_state:
+                raise PlanError(
+                    f"{self._op}.plan: a CUDA-graph wrapper keeps kernel, grid and options of its first plan; only "
+                    "lengths, the page table and the mask may change (make another wrapper for other sizes)"
+                )
+            self._graph_state = state
+            self._fill_graph_buffers(p, stream)
+            buffer.frozen = True
+        if not non_blocking:
+            from cupy.cuda import runtime
+
+            runtime.streamSynchronize(stream)
+        self._planned = p
+
+    def _fill_graph_buffers(self, p: Any, stream: int) -> None:
+        """Copy the mask into the caller's fixed buffer, which the captured kernel reads."""
+        if p.mask is None:
+            return
+        buffer, count = self._buffers.get("custom_mask_buf"), int(p.mask.offsets[-1])
+        if buffer is None or buffer.shape[0] < count:
+            has = "is missing" if buffer is None else f"has {buffer.shape[0]} bytes"
+            raise ArgumentError(f"{self._op}.plan: custom_mask_buf {has}, expected at least {count} for this mask")
+        if buffer.is_cpu:
+            buffer.numpy()[:count] = p.mask.packed.numpy()[:count]
+        elif buffer.ptr != p.mask.packed.ptr:
+            copy_device(buffer.ptr, p.mask.packed.ptr, count, stream, self.device)
+        self._fill("mask_indptr_buf", p.mask.offsets, stream)
+        p.mask = p.mask._replace(packed=buffer)
+
+    def _fill(self, name: str, values: Ints, stream: int) -> None:
+        """Write index values into a caller's buffer, if there is one of that name."""
+        buffer = self._buffers.get(name)
+        if buffer is None:
+            return
+        if len(values) > buffer.shape[0]:
+            raise ArgumentError(f"{self._op}.plan: {name} has {buffer.shape[0]} entries, expected {len(values)}")
+        if buffer.is_cpu:
+            buffer.numpy()[: len(values)] = values
+        else:
+            copy_to_device(buffer.ptr, values.astype(np.int32), stream, self.device)
+
+    def _workspace_size(self, p: Planned, kv_base: Ints, indices: int) -> tuple[int, int]:
+        items, merges, num_slots, most_slots = self._schedule(p, kv_base)
+        return p.geometry.workspace(num_slots, most_slots).size, items.nbytes + merges.nbytes + 4 * indices
+
+    # -- run ----------------------------------------------------------------------------------------------------------
+
+    def _query(self, op: str, p: Planned, q: Any) -> View:
+        """The view of `q`, held to the plan."""
+        x = view(q, op, "q")
+        heads, dim = p.problem.num_qo_heads, p.problem.head_dim_qk
+        few = x.shape[0] < p.total_rows if self._graph and x.ndim == 3 else x.shape[:1] != (p.total_rows,)
+        if few or x.shape[1:] != (heads, dim):
+            raise ShapeError(
+                f"{op}: q has shape {x.shape}, expected ({p.total_rows}, {heads}, {dim}) = (qo_indptr[-1], "
+                "num_qo_heads, head_dim_qk) of the plan"
+            )
+        check_dtype(op, "q", x, (p.problem.dtype,), "= q_data_type of the plan")
+        if x.device != self.device:
+            check_device(op, self._workspace, q=x)
+        check_inner(op, "q", x)
+        check_aligned(op, "q", x, 16)
+        return x
+
+    def _run(
+        self, op: str, p: Planned, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides,
+        scales: tuple[Any, Any, Any], out: Any, lse: Any, return_lse: bool, enable_pdl: bool | None, sinks: Any,
+        page_size: int, kv_indices: int,
+    ) -> Any:  # fmt: skip
+        o, s = outputs(op, x, out, lse, return_lse, p.problem.head_dim_vo)
+        sink = None if sinks is None else sinks_view(op, sinks, x, p.problem.num_qo_heads)
+        scale = p.options.sm_scale * scale_factor(op, "q_scale", scales[0]) * scale_factor(op, "k_scale", scales[1])
+        out_scale = scale_factor(op, "v_scale", scales[2])
+        if x.is_cpu:
+            values, log = self._reference(
+                p, x.numpy(), k.numpy(), v.numpy(), sm_scale=scale, v_scale=out_scale,
+                sinks=None if sink is None else sink.numpy(), out_dtype=o.dtype.np, **p.options.reference(),
+                packed_custom_mask=None if p.mask is None else p.mask.packed.numpy(),
+            )  # fmt: skip
+            o.write(values)
+            if s is not None:
+                s.write(log)
+        else:
+            launch(
+                p.geometry, p.work, x, k, v, k_strides, v_strides, o, s, p.options, scale, out_scale,
+                kv_indices=kv_indices, page_size=page_size, mask=0 if p.mask is None else p.mask.packed.ptr,
+                sinks=0 if sink is None else sink.ptr, pdl=self._pdl if enable_pdl is None else bool(enable_pdl),
+            )  # fmt: skip
+        result = o.result() if out is None else out
+        if not return_lse:
+            return result
+        assert s is not None
+        return result, (s.result() if lse is None else lse)
+
+    def _check_forward(
+        self, causal: bool, pos_encoding_mode: str, window_left: int, logits_soft_cap: float | None,
+        sm_scale: float | None, rope_scale: float | None, rope_theta: float | None,
+    ) -> None:  # fmt: skip
+        """Options of the deprecated `forward` must be defaults or the planned ones."""
+        op = f"{self._op}.forward"
+        if self._planned is None:
+            raise PlanError(f"{op}: plan() must come first")
+        o: Options = self._planned.options
+        check_planned(op, "causal", causal, False, o.causal)
+        check_planned(op, "pos_encoding_mode", pos_encoding_mode, "NONE", o.pos_encoding_mode)
+        check_planned(op, "window_left", max(window_left, -1), -1, o.window_left)
+        check_planned(op, "logits_soft_cap", max(logits_soft_cap or 0.0, 0.0), 0.0, o.logits_soft_cap)
+        check_planned(op, "sm_scale", sm_scale, None, o.sm_scale)
+        check_planned(op, "rope_scale", rope_scale, None, o.rope_scale)
+        check_planned(op, "rope_theta", rope_theta, None, o.rope_theta)
+
+    def _reference(self, p: Any, q: Ints, k: Ints, v: Ints, **options: Any) -> tuple[Ints, Any]:
+        raise NotImplementedError

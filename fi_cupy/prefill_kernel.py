@@ -1,0 +1,251 @@
+"""The prefill kernel as an operator sees it: its instances, the shape it runs in, its parameters and its launch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from fi_cupy.dtypes import HALF_TYPES, DType, bfloat16, float16
+from fi_cupy.errors import ArgumentError, DTypeError, ShapeError
+from fi_cupy.jit.params import ParamsStruct
+from fi_cupy.jit.spec import CppType, KernelSpec
+from fi_cupy.plan.prefill import PrefillTiles, choose_tiles
+from fi_cupy.plan.workspace import WorkspaceLayout
+
+if TYPE_CHECKING:
+    from fi_cupy.device import DeviceInfo
+
+LOG2E = math.log2(math.e)
+#: window_left that is off: far enough left of any key, and no overflow when it is subtracted.
+NO_WINDOW = 1 << 30
+
+_DIVISOR = ("divisor", "magic", "shift")
+PARAMS = ParamsStruct(
+    "PrefillParams",
+    [
+        *((name, "ptr") for name in ("q", "k", "v", "o", "lse", "items", "kv_indices", "mask", "sinks")),
+        ("partial_o", "ptr"),
+        ("partial_lse", "ptr"),
+        *((f"{x}_stride_{d}", "i64") for x, ds in (("q", "nh"), ("k", ("page", "n", "h"))) for d in ds),
+        *((f"{x}_stride_{d}", "i64") for x, ds in (("v", ("page", "n", "h")), ("o", "nh")) for d in ds),
+        *((f"group.{field}", "u32") for field in _DIVISOR),
+        *((f"page_size.{field}", "u32") for field in _DIVISOR),
+        ("num_qo_heads", "u32"),
+        ("causal", "i32"),
+        ("window_left", "i32"),
+        *((name, "f32") for name in ("sm_scale", "sm_scale_log2", "out_scale", "soft_cap", "soft_cap_rcp")),
+    ],
+)
+MERGE_PARAMS = ParamsStruct(
+    "PrefillMergeParams",
+    [
+        *((name, "ptr") for name in ("o", "lse", "items", "partial_o", "partial_lse")),
+        ("o_stride_n", "i64"),
+        ("o_stride_h", "i64"),
+        *((f"group.{field}", "u32") for field in _DIVISOR),
+        ("num_qo_heads", "u32"),
+        ("out_scale", "f32"),
+    ],
+)
+_MERGE_WARPS = 4
+
+
+@lru_cache(maxsize=256)
+def fast_div(divisor: int) -> tuple[int, int, int]:
+    """(divisor, magic, shift) of kernels/attention/fast_div.cuh."""
+    shift = (divisor - 1).bit_length()
+    return divisor, ((1 << 32) * ((1 << shift) - divisor)) // divisor + 1, shift
+
+
+@lru_cache(maxsize=512)
+def prefill_spec(
+    dtype: DType,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    tiles: PrefillTiles,
+    *,
+    paged: bool,
+    custom_mask: bool = False,
+    alibi: bool = False,
+    soft_cap: bool = False,
+    positive_scale: bool = True,
+) -> KernelSpec:
+    """The prefill kernel for one element type, head dims and CTA shape (`plan.prefill.choose_tiles`).
+
+    Causality and the window are run-time parameters: they cost nothing away from the tiles they cut.
+    `positive_scale` False is for sm_scale <= 0, where the scale does not commute with the maximum.
+    """
+    dims = f"d{head_dim_qk}" + (f"x{head_dim_vo}" if head_dim_vo != head_dim_qk else "")
+    options = (
+        ("paged", paged),
+        ("mask", custom_mask),
+        ("alibi", alibi),
+        ("cap", soft_cap),
+        ("neg", not positive_scale),
+    )
+    suffix = "".join(f"_{name}" for name, on in options if on)
+    flags = ", ".join("true" if on else "false" for on in (alibi, soft_cap, positive_scale))
+    return KernelSpec(
+        symbol=f"prefill_{dtype.tag}_{dims}_q{tiles.tile_q}k{tiles.tile_kv}{suffix}",
+        header="attention/prefill.cuh",
+        function="prefill",
+        params=PARAMS,
+        config=(
+            ("T", dtype),
+            ("kHeadDimQK", head_dim_qk),
+            ("kHeadDimVO", head_dim_vo),
+            ("kWarps", tiles.warps),
+            ("kRowTiles", tiles.row_tiles),
+            ("kTileKv", tiles.tile_kv),
+            ("kPaged", paged),
+            ("kCustomMask", custom_mask),
+            ("Logits", CppType(f"fi::PrefillLogits<{flags}>")),
+        ),
+        threads=32 * tiles.warps,
+        smem_bytes=tiles.smem_bytes,
+        min_arch=75 if tiles.smem_bytes <= 64 * 1024 else 80,  # Turing has 64 KB of shared memory
+    )
+
+
+@lru_cache(maxsize=64)
+def merge_spec(dtype: DType, head_dim_vo: int, tile_q: int) -> KernelSpec:
+    """The kernel that merges the partial results of split tiles."""
+    return KernelSpec(
+        symbol=f"prefill_merge_{dtype.tag}_d{head_dim_vo}_q{tile_q}",
+        header="attention/prefill_merge.cuh",
+        function="prefill_merge",
+        params=MERGE_PARAMS,
+        config=(("T", dtype), ("kHeadDimVO", head_dim_vo), ("kTileQ", tile_q), ("kWarps", _MERGE_WARPS)),
+        threads=32 * _MERGE_WARPS,
+    )
+
+
+#: (shared memory a CTA, shared memory a multiprocessor) of the GPUs `kernel_specs` is made for.
+_GPUS = {75: (65536, 65536), 80: (166912, 167936), 86: (101376, 102400), 90: (232448, 233472)}
+
+
+def kernel_specs() -> list[KernelSpec]:
+    """The canonical instances: what Turing, A100, RTX and Hopper or Blackwell cards run for the usual head dims."""
+    specs: dict[KernelSpec, None] = {}
+
+    def add(
+        arch: int, dtype: DType, qk: int, vo: int, rows: int = 1024, *, paged: bool = True, **options: bool
+    ) -> None:
+        tiles = choose_tiles(rows, qk, vo, *_GPUS[arch])
+        specs[prefill_spec(dtype, qk, vo, tiles, paged=paged, **options)] = None
+
+    for dtype in (bfloat16, float16):
+        for dim in (64, 128, 256):
+            add(90, dtype, dim, dim)
+        add(90, dtype, 128, 128, paged=False)
+        add(75, dtype, 128, 128)
+    add(90, bfloat16, 64, 64, paged=False)
+    add(90, bfloat16, 64, 64, rows=16)
+    add(90, bfloat16, 128, 128, rows=16)
+    add(90, bfloat16, 128, 128, rows=64)
+    add(80, bfloat16, 128, 128)
+    add(86, bfloat16, 256, 256)
+    add(75, float16, 256, 256)
+    add(90, bfloat16, 192, 128, paged=False)
+    add(90, bfloat16, 80, 80)
+    add(90, bfloat16, 128, 128, custom_mask=True)
+    add(90, bfloat16, 128, 128, paged=False, custom_mask=True, alibi=True, soft_cap=True)
+    add(90, bfloat16, 128, 128, paged=False, soft_cap=True)
+    add(90, bfloat16, 128, 128, paged=False, alibi=True)
+    add(90, bfloat16, 128, 128, paged=False, positive_scale=False)
+    for dim, tile_q in ((64, 128), (128, 128), (128, 16), (256, 128)):
+        specs[merge_spec(bfloat16, dim, tile_q)] = None
+    return list(specs)
+
+
+class Problem(NamedTuple):
+    """What decides the kernel of a batch, apart from the lengths: hashable, so that re-planning looks it up."""
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim_qk: int
+    head_dim_vo: int
+    dtype: DType
+    paged: bool
+    custom_mask: bool
+    alibi: bool
+    soft_cap: bool
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Kernels and grid factors of a `Problem` on a device.
+
+    Attributes
+    ----------
+    spec, negative_spec : KernelSpec
+        For a positive sm_scale, and for any other.
+    merge : KernelSpec
+    tiles : PrefillTiles
+    group, num_kv_heads : int
+    slots : int
+        CTAs the device runs at once.
+    head_dim_vo : int
+    """
+
+    spec: KernelSpec
+    negative_spec: KernelSpec
+    merge: KernelSpec
+    tiles: PrefillTiles
+    group: int
+    num_kv_heads: int
+    slots: int
+    head_dim_vo: int
+
+    def workspace(self, num_slots: int, most_slots: int = 0) -> WorkspaceLayout:
+        """Layout of the partial results of `num_slots` chunks; room for the lse of `most_slots` keeps its offsets."""
+        states = num_slots * self.num_kv_heads * self.tiles.tile_q
+        layout = WorkspaceLayout()
+        layout.add("partial_lse", max(states, most_slots * self.num_kv_heads * self.tiles.tile_q) * 4)
+        layout.add("partial_o", states * self.head_dim_vo * 4)
+        return layout
+
+    def merge_grid(self, num_merges: int) -> tuple[int, int, int]:
+        """Grid of the merge kernel: four rows a CTA."""
+        return num_merges * (self.tiles.tile_q // _MERGE_WARPS), self.num_kv_heads, 1
+
+
+@lru_cache(maxsize=1024)
+def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry:
+    """Kernels for requests of about `packed_rows` packed rows (a tile size is enough) on `device`."""
+    p = problem
+    smem_per_block = 65536 if device.code_number < 80 else device.smem_per_block
+    tiles = choose_tiles(packed_rows, p.head_dim_qk, p.head_dim_vo, smem_per_block, device.smem_per_sm)
+    spec, negative = (
+        prefill_spec(
+            p.dtype, p.head_dim_qk, p.head_dim_vo, tiles, paged=p.paged, custom_mask=p.custom_mask, alibi=p.alibi,
+            soft_cap=p.soft_cap, positive_scale=positive,
+        )
+        for positive in (True, False)
+    )  # fmt: skip
+    return Geometry(
+        spec, negative, merge_spec(p.dtype, p.head_dim_vo, tiles.tile_q), tiles, p.num_qo_heads // p.num_kv_heads,
+        p.num_kv_heads, device.num_sms * tiles.ctas_per_sm, p.head_dim_vo,
+    )  # fmt: skip
+
+
+def check_problem(op: str, p: Problem, on_cpu: bool = False) -> None:
+    """Raise the typed error for sizes and types that no kernel takes; the CPU takes any head dim and float32."""
+    if p.num_kv_heads < 1 or p.num_qo_heads % p.num_kv_heads:
+        raise ArgumentError(
+            f"{op}: num_qo_heads is {p.num_qo_heads}, expected a multiple of num_kv_heads = {p.num_kv_heads}"
+        )
+    if on_cpu:
+        return
+    if p.dtype not in HALF_TYPES:
+        raise DTypeError(f"{op}: q has dtype {p.dtype.name}, expected float16 or bfloat16 on the GPU")
+    for name, dim in (("head_dim_qk", p.head_dim_qk), ("head_dim_vo", p.head_dim_vo)):
+        if dim % 8 or not 0 < dim <= 256:
+            raise ShapeError(f"{op}: {name} is {dim}, expected a multiple of 8 up to 256")
+
+
+def scale_floats(sm_scale: float, out_scale: float, soft_cap: float) -> tuple[float, ...]:
+    """The last five fields of PARAMS."""
+    return sm_scale, sm_scale * LOG2E, out_scale, soft_cap, 1.0 / soft_cap if soft_cap > 0 else 0.0

@@ -1,0 +1,230 @@
+"""Prefill attention of one request over contiguous keys: no plan object; schedules are made once and kept."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fi_cupy import reference
+from fi_cupy.arrays import View, view
+from fi_cupy.checks import check_device, check_dtype, check_ndim, check_shape
+from fi_cupy.decode_kernel import scale_factor
+from fi_cupy.device import DeviceInfo, device_info
+from fi_cupy.dtypes import FLOAT_TYPES, float32, int32
+from fi_cupy.errors import ArgumentError
+from fi_cupy.jit.driver import has_driver_binding
+from fi_cupy.kv_cache import check_layout
+from fi_cupy.plan.prefill import PrefillPlan, plan_prefill
+from fi_cupy.prefill_kernel import Geometry, Problem, geometry
+from fi_cupy.prefill_plan import (
+    Options,
+    Strides,
+    Work,
+    check_backend,
+    check_rows,
+    launch,
+    make_problem,
+    pack_mask,
+    read_options,
+    refuse,
+)
+from fi_cupy.workspace import ScratchPool
+
+_OP = "single_prefill_with_kv_cache"
+#: Partial results of split tiles, one set a (device, stream): calls on one stream run one after the other.
+_scratch = ScratchPool()
+#: Schedules on the device, least recently used first; a schedule is 48 bytes a tile.
+_schedules: OrderedDict[tuple[Any, ...], tuple[Any, int, PrefillPlan]] = OrderedDict()
+_MOST_SCHEDULES = 1024
+_captured: list[Any] = []  # schedules that CUDA graphs read: kept for good
+_lock = threading.Lock()
+
+
+def single_prefill_with_kv_cache(
+    q: Any,
+    k: Any,
+    v: Any,
+    scale_q: Any = None,
+    scale_k: Any = None,
+    scale_v: Any = None,
+    o_dtype: Any = None,
+    custom_mask: Any = None,
+    packed_custom_mask: Any = None,
+    causal: bool = False,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    use_fp16_qk_reduction: bool = False,
+    sm_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float | None = None,
+    rope_scale: float | None = None,
+    rope_theta: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+    kv_cache_sf: Any = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+) -> Any:
+    """Attention of one request: ``softmax(mask(sm_scale * q k^T)) v``.
+
+    Parameters
+    ----------
+    q : array, [qo_len, num_qo_heads, head_dim_qk], float16 or bfloat16 (the CPU takes float32, too)
+        head dims a multiple of 8 up to 256. Rows and heads may be strided (multiples of 16 bytes).
+    k : array, [kv_len, num_kv_heads, head_dim_qk] (NHD) or [num_kv_heads, kv_len, head_dim_qk] (HND)
+    v : array, as `k` with head_dim_vo, which may differ
+    scale_q, scale_k, scale_v : None
+        Per-head scales of fp8 inputs, which no kernel takes yet.
+    o_dtype : dtype, optional
+        Must be the type of `q`.
+    custom_mask : bool array, [qo_len, kv_len], optional
+        True = visible; replaces `causal`, and the window still applies.
+    packed_custom_mask : uint8 array, optional
+        The same, row-major little-endian bits.
+    causal : bool
+        Query i sees keys up to ``kv_len - qo_len + i``; qo_len > kv_len is an error here.
+    kv_layout : "NHD" or "HND"
+    pos_encoding_mode : "NONE", "ALIBI"; "ROPE_LLAMA" on the CPU only
+    use_fp16_qk_reduction : bool
+        A hint that FlashInfer takes for speed; products are summed in fp32 here.
+    sm_scale : float, optional
+        Default ``1 / sqrt(head_dim_qk)``.
+    window_left : int
+        Keys to the left of the query's own that are seen; -1: all.
+    logits_soft_cap : float, optional
+        ``cap * tanh(logit / cap)``; None or <= 0 is off.
+    rope_scale, rope_theta : float, optional
+        For ROPE_LLAMA.
+    backend : "auto" or "fa2"
+    return_lse : bool
+    k_scale, v_scale : float, optional
+        Dequantisation factors: the first multiplies `sm_scale`, the second the output.
+
+    Returns
+    -------
+    out [qo_len, num_qo_heads, head_dim_vo], or (out, lse float32 [qo_len, num_qo_heads], base 2)
+
+    Raises
+    ------
+    ArgumentError, ShapeError, DTypeError, LayoutError, DeviceError, UnsupportedError
+
+    Source
+    ------
+    flashinfer.prefill.single_prefill_with_kv_cache; Dao 2023 (FlashAttention-2).
+
+    Examples
+    --------
+    >>> import numpy as np, fi_cupy
+    >>> q, k = np.ones((5, 8, 64), np.float32), np.ones((9, 2, 64), np.float32)
+    >>> fi_cupy.prefill.single_prefill_with_kv_cache(q, k, k, causal=True).shape
+    (5, 8, 64)
+    """
+    x, kx, vx = view(q, _OP, "q"), view(k, _OP, "k"), view(v, _OP, "v")
+    refuse(_OP, scale_q=scale_q, scale_k=scale_k, scale_v=scale_v, kv_cache_sf=kv_cache_sf)
+    check_backend(_OP, backend)
+    hnd = check_layout(_OP, kv_layout) == "HND"
+    for name, y in (("q", x), ("k", kx), ("v", vx)):
+        check_ndim(_OP, name, y, 3)
+    check_dtype(_OP, "q", x, FLOAT_TYPES)
+    check_device(_OP, x, k=kx, v=vx)
+    (qo_len, heads, dim_qk), dim_vo = x.shape, vx.shape[2]
+    kv_heads, kv_len = kx.shape[not hnd], kx.shape[hnd]
+    has_mask = custom_mask is not None or packed_custom_mask is not None
+    options = read_options(
+        _OP, dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta,
+        x.is_cpu, has_mask,
+    )  # fmt: skip
+    problem = make_problem(
+        _OP, heads, kv_heads, dim_qk, dim_vo, x.dtype, kx.dtype, o_dtype, options, False, has_mask, x.is_cpu
+    )
+    if options.causal and qo_len > kv_len:
+        raise ArgumentError(f"{_OP}: qo_len is {qo_len} with causal=True, expected at most kv_len = {kv_len}")
+    check_rows(_OP, "q", x, (qo_len, heads, dim_qk), x.dtype, "")
+    check_rows(_OP, "k", kx, (*kx.shape[:2], dim_qk), x.dtype, "= [.., .., q.shape[-1]]")
+    check_rows(_OP, "v", vx, (*kx.shape[:2], dim_vo), x.dtype, "= [*k.shape[:2], head_dim_vo]")
+    if custom_mask is not None:
+        check_shape(_OP, "custom_mask", view(custom_mask, _OP, "custom_mask"), (qo_len, kv_len), "= (qo_len, kv_len)")
+    mask = pack_mask(_OP, custom_mask, packed_custom_mask, np.array([qo_len]), np.array([kv_len]), x)
+    scale, out_scale = options.sm_scale * scale_factor(_OP, "k_scale", k_scale), scale_factor(_OP, "v_scale", v_scale)
+    o = x.empty((qo_len, heads, dim_vo))
+    s = x.empty((qo_len, heads), float32) if return_lse else None
+    if x.is_cpu:
+        values, lse = reference.attention.single_prefill(
+            x.numpy(), kx.numpy(), vx.numpy(), kv_layout=kv_layout, sm_scale=scale, v_scale=out_scale,
+            packed_custom_mask=None if mask is None else mask.packed.numpy(), **options.reference(),
+        )  # fmt: skip
+        o.write(values)
+        if s is not None and lse is not None:
+            s.write(lse)
+    else:
+        strides: list[Strides] = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
+        device = device_info(x.device)
+        g, work = _work(problem, options, x, qo_len, kv_len, device)
+        launch(
+            g, work, x, kx, vx, strides[0], strides[1], o, s, options, scale, out_scale,
+            mask=0 if mask is None else mask.packed.ptr, pdl=device.has_pdl and has_driver_binding(),
+        )  # fmt: skip
+    return o.result() if s is None else (o.result(), s.result())
+
+
+single_prefill_with_kv_cache_return_lse = partial(single_prefill_with_kv_cache, return_lse=True)
+
+
+def _work(
+    problem: Problem, options: Options, x: View, qo_len: int, kv_len: int, device: DeviceInfo
+) -> tuple[Geometry, Work]:
+    """The kernels, and the schedule on the device: from the cache, or made and uploaded."""
+    group = problem.num_qo_heads // problem.num_kv_heads
+    g = geometry(problem, min(qo_len * group, 128), device)
+    stream = x.stream()
+    key = (x.device, g, qo_len, kv_len, options.causal, options.window_left)
+    with _lock:
+        found = _schedules.get(key)
+        if found is None:
+            found = _make(g, options, x, qo_len, kv_len, stream, key)
+        else:
+            _schedules.move_to_end(key)
+    _, address, plan = found
+    partial_o = partial_lse = 0
+    if plan.num_slots:
+        layout = g.workspace(plan.num_slots)
+        base, _ = _scratch.get(x, stream, layout.size, 0)
+        partial_o, partial_lse = base + layout.offsets["partial_o"], base + layout.offsets["partial_lse"]
+    work = Work(address, len(plan.items), address + plan.items.nbytes, len(plan.merges), partial_o, partial_lse)
+    return g, work
+
+
+def _make(
+    g: Geometry, options: Options, x: View, qo_len: int, kv_len: int, stream: int, key: tuple[Any, ...]
+) -> tuple[Any, int, PrefillPlan]:
+    import cupy
+    from cupy.cuda import runtime
+
+    plan = plan_prefill(
+        np.array([0, qo_len]), np.array([kv_len]), np.array([0]), group=g.group, num_kv_heads=g.num_kv_heads,
+        tile_q=g.tiles.tile_q, tile_kv=g.tiles.tile_kv, slots=g.slots, causal=options.causal,
+        window_left=options.window_left, mask_offsets=np.array([0]),
+    )  # fmt: skip
+    rows = np.concatenate([plan.items.reshape(-1), plan.merges.reshape(-1)])
+    with cupy.cuda.Device(x.device):
+        pinned = cupy.cuda.alloc_pinned_memory(max(rows.nbytes, 16))
+        np.frombuffer(pinned, np.int32, rows.size)[:] = rows
+        capturing = runtime.streamIsCapturing(stream)
+        # In a capture the copy becomes part of the graph, which reads the pinned memory at each replay.
+        memory = x.empty((rows.size,), int32).array if capturing else cupy.empty(max(rows.size, 4), np.int32)
+        address = view(memory, _OP, "schedule").ptr
+        runtime.memcpyAsync(address, pinned.ptr, rows.nbytes, 1, stream)  # 1: host to device
+        if capturing:
+            _captured.append((pinned, memory))
+            return memory, address, plan
+        runtime.streamSynchronize(stream)  # once a schedule: any stream may use it from here on
+        if len(_schedules) >= _MOST_SCHEDULES:
+            runtime.deviceSynchronize()  # what still runs may read the ones that go
+            for _ in range(_MOST_SCHEDULES // 2):
+                _schedules.popitem(last=False)
+    _schedules[key] = memory, address, plan
+    return _schedules[key]

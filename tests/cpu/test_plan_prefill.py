@@ -1,0 +1,178 @@
+"""The prefill schedule: every visible (row, key) pair once, trimmed, longest first, and shared memory that fits."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fi_cupy.plan.prefill import choose_tiles, max_counts, pad, plan_prefill, smem_bytes
+from fi_cupy.prefill_kernel import _GPUS, Problem, fast_div, geometry, prefill_spec
+from fi_cupy.reference.masks import positional_mask
+
+
+def seen_by(items, merges, group, tile_q, batch, tile_kv):
+    """(request, row, key) counts of the work list as the kernel walks it, and checks of its fields."""
+    counts, slots = {}, []
+    for q_row, qo_len, base, kv_len, q_tile, begin, end, partial, *_ in items.tolist():
+        if qo_len == 0:
+            continue
+        b = batch.index((q_row, base))
+        grid = counts.setdefault(b, np.zeros((qo_len * group, kv_len), int))
+        assert begin % tile_kv == 0 or begin >= end
+        assert 0 <= begin and end <= kv_len
+        grid[q_tile * tile_q : (q_tile + 1) * tile_q, begin:end] += 1
+        if partial >= 0:
+            slots.append(partial)
+    assert sorted(slots) == list(range(len(slots)))
+    assert sum(m[4] for m in merges.tolist()) == len(slots)
+    return counts
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lens=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 900)), min_size=1, max_size=6),
+    group=st.integers(1, 9),
+    kv_heads=st.integers(1, 4),
+    tile_q=st.sampled_from([16, 64, 128]),
+    tile_kv=st.sampled_from([16, 32, 64]),
+    slots=st.integers(1, 500),
+    causal=st.booleans(),
+    window=st.integers(-1, 400),
+    split=st.one_of(st.none(), st.integers(1, 500)),
+    disable=st.booleans(),
+)
+def test_every_visible_pair_is_computed_once(
+    lens, group, kv_heads, tile_q, tile_kv, slots, causal, window, split, disable
+):
+    qo = np.concatenate([[0], np.cumsum([q for q, _ in lens])])
+    kv = np.concatenate([[0], np.cumsum([k for _, k in lens])])
+    # An offset of its own for every request, so that empty ones can be told apart.
+    kv_len, base = np.diff(kv), kv[:-1] + 1000 * np.arange(len(lens))
+    plan = plan_prefill(
+        qo, kv_len, base, group=group, num_kv_heads=kv_heads, tile_q=tile_q, tile_kv=tile_kv, slots=slots,
+        causal=causal, window_left=window, split_keys=split, disable_split=disable,
+    )  # fmt: skip
+    batch = list(zip(qo[:-1].tolist(), base.tolist(), strict=True))
+    counts = seen_by(plan.items, plan.merges, group, tile_q, batch, tile_kv)
+    assert set(counts) == {b for b, (q, _) in enumerate(lens) if q > 0}
+    for b, grid in counts.items():
+        q, k = lens[b]
+        assert grid.max(initial=0) <= 1
+        visible = positional_mask(
+            np.repeat(np.arange(q), group)[:, None], np.arange(k)[None], q, k, causal=causal, window_left=window
+        )
+        assert grid[np.ones_like(grid, bool) if visible is None else visible].all()
+    lengths = -(-(plan.items[:, 6] - plan.items[:, 5]) // tile_kv)
+    assert (np.diff(lengths) <= 0).all()
+    if disable:
+        assert plan.num_slots == 0
+    elif split is None:
+        items, merges = max_counts(int(qo[-1]), len(lens), group, tile_q, -(-slots // kv_heads))
+        assert len(plan.items) <= items and len(plan.merges) <= merges
+
+
+def test_merges_point_at_consecutive_slots_in_key_order():
+    plan = plan_prefill(
+        np.array([0, 4, 8]), np.array([9000, 5000]), np.array([0, 9000]), group=4, num_kv_heads=2, tile_q=16,
+        tile_kv=64, slots=64, causal=True,
+    )  # fmt: skip
+    assert len(plan.merges) == 2 and plan.num_slots == sum(plan.merges[:, 4])
+    for q_row, _, q_tile, first, chunks, *_ in plan.merges.tolist():
+        parts = plan.items[(plan.items[:, 0] == q_row) & (plan.items[:, 4] == q_tile)]
+        parts = parts[np.argsort(parts[:, 5])]
+        assert parts[:, 7].tolist() == list(range(first, first + chunks))
+        assert parts[0, 10] == 1 and not parts[1:, 10].any()
+        assert (parts[1:, 5] == parts[:-1, 6]).all()
+
+
+def test_fixed_split_does_not_depend_on_the_batch():
+    def chunks(kv):
+        qo = np.arange(len(kv) + 1) * 2
+        plan = plan_prefill(
+            qo, np.array(kv), np.zeros(len(kv), int), group=4, num_kv_heads=1, tile_q=16, tile_kv=64, slots=264,
+            causal=True, split_keys=256,
+        )  # fmt: skip
+        return sorted(map(tuple, plan.items[plan.items[:, 0] == 0][:, 5:7].tolist()))
+
+    assert chunks([1000]) == chunks([1000, 70000, 3]) == [(0, 256), (256, 512), (512, 768), (768, 1000)]
+
+
+def test_a_full_device_is_not_split_and_an_empty_one_is():
+    def split(batch, kv_heads):
+        plan = plan_prefill(
+            np.arange(batch + 1) * 512, np.full(batch, 4096), np.arange(batch), group=4, num_kv_heads=kv_heads,
+            tile_q=128, tile_kv=64, slots=264, causal=True,
+        )  # fmt: skip
+        return plan.num_slots
+
+    assert split(16, 8) == 0
+    assert split(1, 1) > 0
+
+
+def test_pad_adds_rows_that_do_nothing():
+    padded = pad(np.ones((2, 12), np.int32), 5)
+    assert padded.shape == (5, 12) and padded[:2].all() and not padded[2:].any()
+
+
+def test_mask_offsets_beyond_32_bits():
+    plan = plan_prefill(
+        np.array([0, 1, 2]), np.array([5, 5]), np.array([0, 5]), group=1, num_kv_heads=1, tile_q=16, tile_kv=64,
+        slots=8, mask_offsets=np.array([7, (3 << 32) + 5]),
+    )  # fmt: skip
+    rows = {r[0]: r[8:10] for r in plan.items.tolist()}
+    assert rows == {0: [7, 0], 1: [5, 3]}
+
+
+@pytest.mark.parametrize("arch", [75, 80, 86, 90])
+@pytest.mark.parametrize("dims", [(8, 8), (64, 64), (80, 80), (128, 128), (192, 128), (256, 256), (128, 256)])
+def test_tiles_fit_the_device_and_keys_do_not_depend_on_rows(arch, dims):
+    tiles = [choose_tiles(rows, *dims, *_GPUS[arch]) for rows in (1, 16, 17, 64, 65, 1000)]
+    assert len({t.tile_kv for t in tiles}) == 1
+    for t in tiles:
+        assert t.smem_bytes <= _GPUS[arch][0]
+        assert t.smem_bytes == smem_bytes(t.warps, t.row_tiles, t.tile_kv, *dims)
+        assert t.ctas_per_sm >= 1
+
+
+def test_hopper_and_ampere_run_two_ctas_of_128_rows_at_head_dim_128():
+    assert choose_tiles(128, 128, 128, *_GPUS[90])[:4] == (4, 2, 64, 2)
+    assert choose_tiles(128, 128, 128, *_GPUS[80])[:4] == (4, 2, 32, 2)
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 16, 17, 100, 4095, 65537, (1 << 30) + 1, (1 << 31) - 1])
+def test_fast_division(divisor):
+    d, magic, shift = fast_div(divisor)
+    assert d == divisor and magic < 1 << 32
+    edges = [0, 1, divisor - 1, divisor, divisor + 1, 2 * divisor - 1, 2 * divisor, (1 << 31) - 1]
+    for n in edges + np.random.default_rng(0).integers(0, 1 << 31, 2000).tolist():
+        if n < 1 << 31:
+            assert (((n * magic) >> 32) + n) >> shift == n // divisor
+            assert ((n * magic) >> 32) + n < 1 << 32
+
+
+def test_kernel_structs_have_the_words_the_plan_writes():
+    kernels = Path(__file__).parents[2] / "kernels" / "attention"
+    for header, struct, words in (("prefill.cuh", "PrefillItem", 12), ("prefill_merge.cuh", "PrefillMergeItem", 8)):
+        body = re.search(rf"struct alignas\(16\) {struct} {{(.*?)\n}};", (kernels / header).read_text(), re.S)[1]
+        body = re.sub(r"//.*", "", body)
+        fields = re.findall(r"(\w+)(?:\[(\d+)\])?\s*(?=[,;])", body)
+        assert sum(int(n or 1) for _, n in fields) == words
+
+
+def test_specs_are_cached_and_named_by_what_they_are():
+    from fi_cupy.device import DeviceInfo
+    from fi_cupy.dtypes import bfloat16
+
+    device = DeviceInfo(90, "90a", 132, *_GPUS[90], 50 << 20)
+    problem = Problem(9, 3, 64, 64, bfloat16, True, False, False, False)
+    g = geometry(problem, 128, device)
+    assert g is geometry(problem, 128, device)
+    assert g.spec.symbol == "prefill_bf16_d64_q128k64_paged"
+    assert g.spec is prefill_spec(bfloat16, 64, 64, g.tiles, paged=True, custom_mask=False, alibi=False, soft_cap=False,
+                                  positive_scale=True)  # fmt: skip
+    assert g.negative_spec.symbol.endswith("_neg")
