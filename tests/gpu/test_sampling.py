@@ -99,6 +99,7 @@ def test_large_vocabularies(rng, vocab):
     check(sampling.sampling_from_logits, logits, "plain", seed=1)
 
 
+@pytest.mark.older_archs
 def test_trap_18_indices_and_streams(rng):
     probs = rows_of(rng, 6, 700, "float32", False)
     for kind in (np.int32, np.int64):
@@ -192,6 +193,7 @@ def test_softmax(rng, dtype, shape):
         assert (cupy.asnumpy(sampling.softmax(on_gpu(logits), on_gpu(t))) == cupy.asnumpy(got)).all()
 
 
+@pytest.mark.older_archs
 def test_trap_21_softmax_special_rows():
     logits = np.full((3, 2500), -INF, np.float32)
     logits[1, :4] = [1, 2, 3, 4]
