@@ -22,9 +22,6 @@ MODULES: tuple[str, ...] = (
 
 def family_specs(module: str) -> list[KernelSpec]:
     """The canonical kernels of one op module, e.g. "norm"."""
-    import importlib.util  # TEMPORARY
-
-    if importlib.util.find_spec(f"fi_cupy.{module}") is None or not hasattr(importlib.import_module(f"fi_cupy.{module}"), "kernel_specs"): return []
     specs: list[KernelSpec] = importlib.import_module(f"fi_cupy.{module}").kernel_specs()
     return specs
 

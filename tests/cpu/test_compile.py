@@ -1,0 +1,208 @@
+"""Every canonical kernel compiles for every architecture it claims, without a GPU and without unexplained spills."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from kernel_jobs import ROOT, run_python
+
+import fi_cupy
+from fi_cupy.errors import ArgumentError, CompileError, GPUArchitectureError, MissingKernelError
+from fi_cupy.jit.build import build, build_many, stats
+from fi_cupy.jit.cache import CachedKernel
+from fi_cupy.jit.render import render
+from fi_cupy.jit.sources import header_closure, kernel_root
+from fi_cupy.jit.spec import ARCHS, KernelSpec, UserSource, arch_number
+from fi_cupy.profiles import MODULES, all_specs, default_archs, family_specs, parse_archs, preload, profile_specs
+
+pytest.importorskip("cupy", reason="compiling needs CuPy's NVRTC binding")
+
+#: Kept between runs: a key covers all that matters, so only what has changed is compiled again.
+COMPILED = Path(os.environ.get("FI_CUPY_TEST_CACHE") or ROOT / "build" / "test-kernels")
+
+#: Dynamic shared memory that one CTA can have, bytes (CUDA programming guide, compute capabilities).
+SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+
+
+@pytest.fixture
+def cold(tmp_path, monkeypatch) -> Path:
+    """A cold cache of this test's own."""
+    monkeypatch.setenv("FI_CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    for variable in ("FI_CUPY_NO_COMPILE", "FLASHINFER_DISABLE_JIT", "FI_CUPY_TARGET", "FI_CUPY_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(variable, raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("module", MODULES)
+def test_every_kernel_compiles_without_spills(module, arch, monkeypatch, record_property):
+    monkeypatch.setenv("FI_CUPY_CACHE_DIR", str(COMPILED))
+    monkeypatch.delenv("FI_CUPY_NO_COMPILE", raising=False)
+    specs = {spec.symbol: spec for spec in family_specs(module)}
+    problems = []
+    for job, outcome in build_many(specs.values(), [arch], processes=1):
+        if not isinstance(outcome, CachedKernel):
+            problems.append(f"{outcome}\n{outcome.log[-2000:] if isinstance(outcome, CompileError) else ''}")
+            continue
+        meta = outcome.meta
+        record_property(f"{job.symbol}-{arch}", f"{meta.registers} registers, {meta.spill_bytes} B of spills")
+        if meta.spill_bytes and not specs[job.symbol].spills:
+            problems.append(f"{job.symbol} for {arch}: {meta.spill_bytes} bytes of spills, {meta.registers} registers")
+        if meta.registers * specs[job.symbol].threads * max(1, specs[job.symbol].min_blocks) > 65536:
+            problems.append(f"{job.symbol} for {arch}: {meta.registers} registers a thread do not fit")
+    assert not problems, "\n".join(problems)
+
+
+def test_every_module_has_kernels():
+    for module in MODULES:
+        assert family_specs(module), module
+
+
+def test_symbols_are_unique():
+    # The symbol is in the cache folder's name, the profiler and error texts: two kernels must not share one.
+    assert [s for s, n in Counter(spec.symbol for spec in all_specs()).items() if n > 1] == []
+    assert all(re.fullmatch(r"[a-z][a-z0-9_]*", spec.symbol) for spec in all_specs())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_launch_limits_hold_on_every_architecture(module):
+    for spec in family_specs(module):
+        assert spec.threads % 32 == 0
+        assert 32 <= spec.threads <= 1024, spec.symbol
+        assert spec.params.size <= 4096, spec.symbol
+        for arch in filter(spec.supports, ARCHS):
+            limit = SHARED_MEMORY[arch_number(arch)] * 1024
+            assert spec.smem_bytes <= limit, (
+                f"{spec.symbol} asks for {spec.smem_bytes} bytes on {arch}: {limit} at most"
+            )
+
+
+def test_every_header_belongs_to_a_kernel():
+    used = {name for spec in all_specs() for name in header_closure(render(spec).encode())}
+    there = {str(path.relative_to(kernel_root())) for path in kernel_root().rglob("*.cuh")}
+    assert there - used == set()
+
+
+def test_no_compile_names_the_kernel_and_the_command(cold, monkeypatch):
+    monkeypatch.setenv("FI_CUPY_NO_COMPILE", "1")
+    spec = family_specs("norm")[0]
+    with pytest.raises(MissingKernelError, match=rf"^{spec.symbol}: .*fi-cupy warmup --arch 90a"):
+        build(spec, "90a")
+    assert not cold.exists()
+
+
+def test_unsupported_architecture_is_refused(cold):
+    from dataclasses import replace
+
+    spec = replace(family_specs("norm")[0], min_arch=80, max_arch=90)
+    for arch, text in (("75", "sm_80 to sm_90"), ("100a", "sm_80 to sm_90")):
+        with pytest.raises(GPUArchitectureError, match=f"got target {arch}, expected {text}"):
+            build(spec, arch)
+    assert build(spec, "80").code
+
+
+def test_struct_that_does_not_match_is_a_compile_error(cold):
+    from dataclasses import replace
+
+    from fi_cupy.jit.params import ParamsStruct
+
+    spec = family_specs("norm")[0]
+    fields = list(spec.params.fields)
+    fields[0], fields[-1] = fields[-1], fields[0]
+    with pytest.raises(CompileError, match=r"NormParams"):
+        build(replace(spec, params=ParamsStruct("NormParams", fields)), "80")
+
+
+def test_user_text_errors_point_into_the_users_own_lines(cold):
+    from dataclasses import replace
+
+    spec = replace(family_specs("norm")[0], user=UserSource("variant", "mine", "int ok;\nint bad = nothing;"))
+    with pytest.raises(CompileError, match=r"variant:mine:2: error.*nothing") as caught:
+        build(spec, "80")
+    assert "int bad = nothing;" in caught.value.source
+
+
+def test_ptx_for_an_older_architecture(cold):
+    kernel = build(family_specs("norm")[0], "compute_75")
+    assert kernel.path is not None
+    assert kernel.path.name == "kernel.ptx"
+    assert b".target sm_75" in kernel.code
+
+
+# --- profiles and preload ------------------------------------------------------------------------------------------
+
+
+def test_profiles():
+    assert set(profile_specs("norm,rope")) == {*family_specs("norm"), *family_specs("rope")}
+    assert profile_specs("norm, norm") == profile_specs("norm")
+    assert profile_specs("all") == all_specs()
+    assert all(isinstance(spec, KernelSpec) for spec in all_specs())
+    with pytest.raises(ArgumentError, match=r"profile: 'nothing' is unknown, expected one of all, norm"):
+        profile_specs("nothing")
+
+
+@pytest.mark.parametrize(
+    "text,targets",
+    [
+        ("8.0 9.0a", ("80", "90a")),
+        ("7.5,8.6;8.9", ("75", "86", "89")),
+        ("9.0 10.0 12.0f", ("90a", "100a", "120a")),
+        ("sm_90a sm_120 80", ("90a", "120a", "80")),
+        ("compute_80", ("compute_80",)),
+        ("9.0 90a sm_90", ("90a",)),
+        ("all", ARCHS),
+    ],
+)
+def test_architecture_lists(text, targets):
+    assert parse_archs(text) == targets
+
+
+@pytest.mark.parametrize("text", ["", "5.0", "hopper", "9.0+PTX", "compute_70", "compute_x", "8"])
+def test_bad_architectures_are_refused(text):
+    with pytest.raises(ArgumentError, match="arch: "):
+        parse_archs(text)
+
+
+def test_default_architectures_come_from_the_environment(cold, monkeypatch):
+    monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "8.0")
+    assert default_archs() == ("80",)
+    monkeypatch.setenv("FI_CUPY_CUDA_ARCH_LIST", "9.0a 12.0f")
+    assert default_archs() == ("90a", "120a")
+    monkeypatch.setenv("FI_CUPY_TARGET", "compute_75")
+    assert default_archs() == ("compute_75",)
+
+
+def test_preload_compiles_once(cold):
+    count = len(family_specs("page"))
+    before = stats.compiled
+    assert preload("page", arch="8.0", processes=2) == count
+    assert stats.compiled - before == count
+    assert preload(family_specs("page")[:2], arch="8.0") == 2
+    assert stats.compiled - before == count
+    assert fi_cupy.preload is preload
+
+
+def test_preload_raises_what_failed_after_trying_all(cold, monkeypatch):
+    assert preload(family_specs("page")[:1], arch="8.0") == 1
+    monkeypatch.setenv("FI_CUPY_NO_COMPILE", "1")
+    with pytest.raises(MissingKernelError):
+        preload(family_specs("page")[:3], arch="8.0")
+
+
+def test_preload_at_import(cold):
+    code = "import fi_cupy; from fi_cupy.jit.build import stats; print(stats.compiled, stats.cached)"
+    environment = {"FI_CUPY_PRELOAD": "page", "FI_CUPY_CUDA_ARCH_LIST": "8.0"}
+    count = len(family_specs("page"))
+    assert run_python(code, **environment).split() == [str(count), "0"]
+    assert run_python(code, **environment).split() == ["0", str(count)]
+    # A second process that may not compile imports too, and one that lacks a kernel says which.
+    assert run_python(code, **environment, FI_CUPY_NO_COMPILE="1").split() == ["0", str(count)]
+    text = run_python(
+        "try:\n import fi_cupy\nexcept Exception as error:\n print(type(error).__name__, error)",
+        FI_CUPY_PRELOAD="norm", FI_CUPY_CUDA_ARCH_LIST="8.0", FI_CUPY_NO_COMPILE="1",
+    )  # fmt: skip
+    assert text.startswith("MissingKernelError")
