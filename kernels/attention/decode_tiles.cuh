@@ -1,0 +1,184 @@
+// Tiles of 16 keys for the decode kernel: from the page table to shared memory, and from there to mma fragments.
+#pragma once
+#include "attention/decode_params.cuh"
+#include "common/math.cuh"
+#include "common/vec.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/mma.cuh"
+
+namespace fi::decode_detail {
+
+
+template <bool b, typename A, typename B>
+struct select_type {
+  using type = A;
+};
+template <typename A, typename B>
+struct select_type<false, A, B> {
+  using type = B;
+};
+
+// Two fp8 values (low byte first) as a pair of halves; exact.
+template <typename KV>
+FI_DEVICE uint32_t halves_of(uint32_t pair) {
+  const __half2_raw h = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair),
+                                                   is_same_v<KV, __nv_fp8_e4m3> ? __NV_E4M3 : __NV_E5M2);
+  return uint32_t(h.x) | (uint32_t(h.y) << 16);
+}
+
+// 16-bit keys: A fragment = rows of 16 keys, 16 dims at a time.
+// fp8: ldmatrix hands a lane 4 neighbouring dims, so k index 2t, 2t+1, 2t+8, 2t+9 of a step means dims 4t..4t+3, and
+// q is loaded likewise.
+template <class Tr>
+struct Fragments {
+  using KV = typename Tr::KV;
+  static constexpr int kQueryStride = Tr::kFp8 ? 4 : 2;  // dims between neighbouring lanes' first q element
+  static constexpr int kQuerySecond = Tr::kFp8 ? 2 : 8;  // dims from the first to the second register
+
+  // a[0] and, for fp8 which loads two steps at once, a[1].
+  FI_DEVICE static void keys(uint32_t (&a)[2][4], const uint8_t* lane_row, int step) {
+    if constexpr (!Tr::kFp8) {
+      ptx::ldmatrix_x4(a[0], lane_row + step * 32);
+    } else {
+      uint32_t r[4];
+      ptx::ldmatrix_x4(r, lane_row + step * 16);
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        a[s][0] = halves_of<KV>(r[2 * s] & 0xffffu);
+        a[s][1] = halves_of<KV>(r[2 * s + 1] & 0xffffu);
+        a[s][2] = halves_of<KV>(r[2 * s] >> 16);
+        a[s][3] = halves_of<KV>(r[2 * s + 1] >> 16);
+      }
+    }
+  }
+  // fp8: a transposed ldmatrix moves pairs of dims, so row g of the product is dim 2g and row g + 8 is dim 2g + 1.
+  FI_DEVICE static void values(uint32_t (&a)[2][4], const uint8_t* lane_row, int step) {
+    if constexpr (!Tr::kFp8) {
+      ptx::ldmatrix_x4_trans(a[0], lane_row + step * 32);
+    } else {
+      uint32_t r[4];
+      ptx::ldmatrix_x4_trans(r, lane_row + step * 16);
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const uint32_t lo = __byte_perm(r[s], 0, 0x3120), hi = __byte_perm(r[s + 2], 0, 0x3120);
+        a[s][0] = halves_of<KV>(lo & 0xffffu);
+        a[s][1] = halves_of<KV>(lo >> 16);
+        a[s][2] = halves_of<KV>(hi & 0xffffu);
+        a[s][3] = halves_of<KV>(hi >> 16);
+      }
+    }
+  }
+  FI_DEVICE static int out_dim(int step, int g, int half) {
+    return step * 16 + (Tr::kFp8 ? 2 * g + half : g + 8 * half);
+  }
+};
+
+// Two elements of a query row as a register of M pairs.
+template <typename T, typename M>
+FI_DEVICE uint32_t query_pair(const T* p) {
+  if constexpr (is_same_v<T, M>) {
+    return *reinterpret_cast<const uint32_t*>(p);
+  } else {
+    const auto v = Vec<T, 2>::load(p);
+    return ptx::pack2<M>(to_float(v[0]), to_float(v[1]));
+  }
+}
+
+// Rotates (lo, hi), two neighbouring pairs of features, to `position`.
+FI_DEVICE void rotate(float (&lo)[2], float (&hi)[2], const uint64_t* turns, uint32_t position) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint64_t turn = turns[i];
+    // The angle's fraction of a turn in 32 bits; as a signed number it is in (-1/2, 1/2) turns.
+    const uint32_t fraction = position * uint32_t(turn >> 32) + __umulhi(position, uint32_t(turn));
+    const float angle = float(int32_t(fraction)) * (3.14159265358979f * 0x1p-31f);
+    const float c = math::ptx_cos(angle), s = math::ptx_sin(angle);
+    const float x = lo[i], y = hi[i];
+    lo[i] = x * c - y * s;
+    hi[i] = y * c + x * s;
+  }
+}
+template <typename M>
+FI_DEVICE void rotate(uint32_t& lo, uint32_t& hi, const uint64_t* turns, uint32_t position) {
+  float x[2], y[2];
+  reinterpret_cast<const Vec<M, 2>&>(lo).to_floats(x);
+  reinterpret_cast<const Vec<M, 2>&>(hi).to_floats(y);
+  rotate(x, y, turns, position);
+  lo = ptx::pack2<M>(x[0], x[1]);
+  hi = ptx::pack2<M>(y[0], y[1]);
+}
+
+// Where a tile's rows lie, and the cp.async of one tile. Everything about addresses of the cache is here.
+template <class Config, class Tr>
+struct TileSource {
+  using KV = typename Tr::KV;
+  const KV *k, *v;  // at this kv head
+  const DecodeParams& params;
+  const DecodeItem& item;
+  int origin;  // key of row 0 of tile 0
+
+  FI_DEVICE TileSource(const DecodeParams& p, const DecodeItem& i, uint32_t kv_head)
+      : k(static_cast<const KV*>(p.k) + kv_head * p.k_stride_head),
+        v(static_cast<const KV*>(p.v) + kv_head * p.v_stride_head),
+        params(p),
+        item(i),
+        // With whole tiles inside pages the tiles start at multiples of 16 keys.
+        origin(Config::kTileInPage ? i.kv_begin & ~(Tr::kTile - 1) : i.kv_begin) {}
+
+  FI_DEVICE int num_tiles() const { return (item.kv_end - origin + Tr::kTile - 1) / Tr::kTile; }
+
+  // The key whose page this lane looks up.
+  FI_DEVICE int lookup_key(int tile) const {
+    const int first = origin + tile * Tr::kTile;
+    return Config::kTileInPage ? first : min(first + (lane_id() & 15), item.kv_end - 1);
+  }
+  // Page number for this lane's row (kTileInPage: of the whole tile). Contiguous keys are page 0.
+  FI_DEVICE int page_of(int tile, int tiles) const {
+    if (params.indices == nullptr || tile >= tiles) return 0;
+    return params.indices[item.page_begin + uint32_t(lookup_key(tile)) / params.page_size];
+  }
+
+  FI_DEVICE void issue(uint8_t* slot, int tile, int page) const {
+    constexpr int kLoads = ceil_div(Tr::kTile * Tr::kChunks, 32);
+    constexpr int kElements = 16 / int(sizeof(KV));
+    const int first = origin + tile * Tr::kTile;
+    const int64_t in_page = uint32_t(lookup_key(tile)) % params.page_size;
+    const int64_t k_lane = page * params.k_stride_page + in_page * params.k_stride_token;
+    const int64_t v_lane = page * params.v_stride_page + in_page * params.v_stride_token;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int index = lane_id() + 32 * i;
+      const int row = index / Tr::kChunks, chunk = index % Tr::kChunks;
+      int64_t k_offset, v_offset;
+      if constexpr (Config::kTileInPage) {
+        k_offset = k_lane + row * params.k_stride_token;
+        v_offset = v_lane + row * params.v_stride_token;
+      } else {  // the lane that looked the row up has its offset
+        k_offset = __shfl_sync(kFullMask, k_lane, row & 15);
+        v_offset = __shfl_sync(kFullMask, v_lane, row & 15);
+      }
+      if (Tr::kTile * Tr::kChunks % 32 != 0 && row >= Tr::kTile) continue;
+      const bool inside = first + row >= item.kv_begin && first + row < item.kv_end;
+      const bool valid = inside && (Tr::kChunks == Tr::kChunksRead || chunk < Tr::kChunksRead);
+      // Rows outside become zeros: 0 * NaN from a stale page would be NaN. Their addresses may leave the allocation.
+      const int64_t k_element = valid ? k_offset + chunk * kElements : 0;
+      const int64_t v_element = valid ? v_offset + chunk * kElements : 0;
+      uint8_t* k_slot = slot + row * Tr::kPitch + chunk * 16;
+      ptx::cp_async_16(k_slot, k + k_element, valid);
+      ptx::cp_async_16(k_slot + Tr::kTileBytes, v + v_element, valid);
+    }
+  }
+};
+
+FI_DEVICE DecodeItem load_item(const DecodeParams& params, int index) {
+  if (params.items) {
+    const int4* words = reinterpret_cast<const int4*>(params.items + index);
+    const int4 a = __ldg(words), b = __ldg(words + 1);
+    return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  }
+  const int start = (params.first_key & -16) + index * params.chunk_keys;
+  const int stop = min(start + params.chunk_keys, params.kv_len);
+  return {0, max(start, params.first_key), stop, 0, 0, params.num_chunks, index, params.kv_len};
+}
+
+}  // namespace fi::decode_detail
