@@ -9,46 +9,26 @@ end-of-text token is seen late, and then the one token drawn after it is thrown 
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
 from fi_cupy.decode import BatchDecodeWithPagedKVCacheWrapper
 from fi_cupy.models import ModelError, sampler
-from fi_cupy.models.backend import Fetch, NumpyBackend, Step
-from fi_cupy.models.kv_cache import Int32, PagedKVCache, page_table, page_tables, pages_for
+from fi_cupy.models.backend import Fetch, Step
+from fi_cupy.models.kv_cache import PagedKVCache, page_table, page_tables, pages_for
 from fi_cupy.models.llama import Batch, Llama, Workspace, padded_vocab
+from fi_cupy.models.requests import Inputs, Request, RunningBatch, sampling_fields
 from fi_cupy.models.sampler import SamplingParams
 from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
 
 Array = Any
 PAGE_SIZE = 16
 WORKSPACE_BYTES = 32 << 20
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt and what has become of it.
-
-    `finish_reason` is None while it runs, then 'stop' (end-of-text token), 'length' (`max_tokens`) or 'context'.
-    """
-
-    prompt_ids: list[int]
-    params: SamplingParams
-    on_token: Callable[[Request, int], None] | None = None
-    output_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    pages: list[int] = field(default_factory=list, repr=False)
-    #: Prompt tokens in the cache once all that is launched has run.
-    prefilled: int = field(default=0, repr=False)
-    #: Most tokens that will be drawn, by `max_tokens` and the context.
-    limit: int = field(default=0, repr=False)
 
 
 @dataclass
@@ -73,111 +53,6 @@ class _Launch:
     prompt_tokens: int
 
 
-class _Inputs:
-    """Small arrays that the host writes for every step, in one piece of memory and so in one copy.
-
-    There are several host sides, used in turn: a copy may still be reading one while the host writes the next.
-    """
-
-    def __init__(self, backend: NumpyBackend, fields: dict[str, tuple[DTypeLike, int]]) -> None:
-        self._backend = backend
-        self._spans: dict[str, tuple[int, int, np.dtype[Any]]] = {}
-        size = 0
-        for name, (dtype, length) in fields.items():
-            nbytes = length * np.dtype(dtype).itemsize
-            self._spans[name] = (size, size + nbytes, np.dtype(dtype))
-            size += -(-nbytes // 16) * 16
-        self._memory = backend.zeros((max(size, 16),), np.uint8)
-        self.device: dict[str, Array] = self._views(self._memory)
-        buffers = [backend.host_buffer(max(size, 16)) for _ in range(backend.lookahead + 2)]
-        self._turns = itertools.cycle([(buffer, self._views(buffer)) for buffer in buffers])
-        self._current: tuple[NDArray[np.uint8], dict[str, NDArray[Any]]] = next(self._turns)
-
-    def _views(self, memory: Any) -> dict[str, Any]:
-        return {name: memory[start:stop].view(dtype) for name, (start, stop, dtype) in self._spans.items()}
-
-    def host(self) -> dict[str, NDArray[Any]]:
-        """Arrays to write; `push` sends them."""
-        self._current = next(self._turns)
-        return self._current[1]
-
-    def push(self) -> None:
-        """Copy what was written to the device, in stream order."""
-        self._backend.upload(self._current[0], self._memory)
-
-
-def _sampling_fields(rows: int) -> dict[str, tuple[DTypeLike, int]]:
-    return {name: (dtype, rows) for name, dtype in sampler.FIELDS.items()}
-
-
-class _RunningBatch:
-    """What the host knows of the running requests, a row each, in arrays: a decode step costs no loop over requests."""
-
-    def __init__(self, max_batch: int, num_pages: int, vocab_size: int, page_size: int) -> None:
-        self.requests: list[Request] = []
-        self._page_size = page_size
-        self._vocab_size = vocab_size
-        #: Tokens in the cache, and tokens drawn, once all that is launched has run.
-        self._kv_len = np.zeros(max_batch, np.int32)
-        self._drawn = np.zeros(max_batch, np.int64)
-        self._limit = np.zeros(max_batch, np.int64)
-        self._pages = np.zeros((max_batch, num_pages), np.int32)
-        self._columns: dict[str, NDArray[Any]] = {
-            name: np.zeros(max_batch, dtype) for name, dtype in sampler.FIELDS.items()
-        }
-
-    def __len__(self) -> int:
-        return len(self.requests)
-
-    def _arrays(self) -> list[NDArray[Any]]:
-        return [self._kv_len, self._drawn, self._limit, self._pages, *self._columns.values()]
-
-    @property
-    def greedy(self) -> bool:
-        """Whether no request draws random numbers."""
-        return bool(self._columns["greedy"][: len(self)].all())
-
-    def join(self, request: Request) -> int:
-        """Add a request whose prompt is in the cache and whose first token is drawn; the row it gets."""
-        row = len(self)
-        self.requests.append(request)
-        self._kv_len[row] = len(request.prompt_ids)
-        self._drawn[row] = 1
-        self._limit[row] = request.limit
-        self._pages[row, : len(request.pages)] = request.pages
-        request.params.write(self._columns, row, 1, self._vocab_size)
-        return row
-
-    def leave(self, request: Request) -> tuple[int, int]:
-        """Remove a request; the last row moves into its place. The two rows, equal if nothing moved."""
-        row, last = self.requests.index(request), len(self) - 1
-        self.requests[row] = self.requests[last]
-        self.requests.pop()
-        for array in self._arrays():
-            array[row] = array[last]
-        return row, last
-
-    def advance(self) -> list[Request]:
-        """Count one more token for everybody; the requests that have all they may draw."""
-        n = len(self)
-        self._kv_len[:n] += 1
-        self._drawn[:n] += 1
-        self._columns["offset"][:n] += np.uint64(sampler.OFFSET_STRIDE)
-        return [self.requests[row] for row in np.flatnonzero(self._drawn[:n] == self._limit[:n])]
-
-    def write(self, host: dict[str, NDArray[Any]], rows: int) -> tuple[Int32, Int32, Int32]:
-        """Fill the inputs of a step of `rows` rows and return the page tables that hold with the newest tokens in."""
-        n = len(self)
-        host["positions"][:n] = self._kv_len[:n]
-        host["positions"][n:] = 0
-        host["batch_indices"][:n] = np.arange(n)
-        host["batch_indices"][n:] = -1
-        for name, column in self._columns.items():
-            host[name][:n] = column[:n]
-            host[name][n:] = 1
-        return page_tables(self._pages[:n], self._kv_len[:n] + 1, self._page_size, rows)
-
-
 class _DecodeStep:
     """The decode step for `rows` requests: fixed arrays, a planned wrapper, and a capture for each way of sampling."""
 
@@ -185,8 +60,8 @@ class _DecodeStep:
         backend, table_size = engine.backend, max(engine.cache.num_pages, 1)
         self.rows = rows
         self._engine = engine
-        self.inputs = _Inputs(
-            backend, {"positions": (np.int32, rows), "batch_indices": (np.int32, rows), **_sampling_fields(rows)}
+        self.inputs = Inputs(
+            backend, {"positions": (np.int32, rows), "batch_indices": (np.int32, rows), **sampling_fields(rows)}
         )
         indptr = backend.zeros((rows + 1,), np.int32)
         indices = backend.zeros((table_size,), np.int32)
@@ -211,7 +86,7 @@ class _DecodeStep:
         self._ws = engine.workspace.first(rows)
         self._replays: dict[bool, Step] = {}
 
-    def prepare(self, running: _RunningBatch) -> None:
+    def prepare(self, running: RunningBatch) -> None:
         """Plan and upload for a step in which each request's newest token enters the cache."""
         engine, c = self._engine, self._engine.model.config
         indptr, indices, last_page_len = running.write(self.inputs.host(), self.rows)
@@ -239,7 +114,7 @@ class _DecodeStep:
         if greedy not in self._replays:
             backend, tokens = self._engine.backend, self._batch.tokens
             start = time.perf_counter()
-            self.prepare(_RunningBatch(0, 0, 1, self._engine.cache.page_size))
+            self.prepare(RunningBatch(0, 0, 1, self._engine.cache.page_size))
             saved = tokens.copy()
             self._replays[greedy] = backend.capture(lambda: self._run(greedy))
             tokens[...] = saved
@@ -314,7 +189,7 @@ class Engine:
             self.tokens = backend.zeros((rows,), np.int32)
             self._last_hidden = backend.empty((rows, config.hidden_size))
             self._first_tokens = backend.zeros((rows,), np.int32)
-            self._prefill_inputs = _Inputs(
+            self._prefill_inputs = Inputs(
                 backend,
                 {
                     **{name: (np.int32, max_prefill_tokens) for name in ("tokens", "positions", "batch_indices")},
@@ -322,14 +197,14 @@ class Engine:
                     "kv_indptr": (np.int32, max_batch + 1),
                     "kv_last_page_len": (np.int32, max_batch),
                     "kv_indices": (np.int32, max(num_pages, 1)),
-                    **_sampling_fields(max_batch),
+                    **sampling_fields(max_batch),
                 },
             )
             self._prefill_wrapper = BatchPrefillWithPagedKVCacheWrapper(self.attention_workspace)
         self._steps: dict[int, _DecodeStep] = {}
         self._waiting: deque[Request] = deque()
         self._prefilling: list[Request] = []
-        self._running = _RunningBatch(max_batch, num_pages, config.vocab_size, page_size)
+        self._running = RunningBatch(max_batch, num_pages, config.vocab_size, page_size)
         self._in_flight: deque[_Launch] = deque()
         self._decode_turn = False
         self._mark = (0.0, 0.0)

@@ -10,10 +10,11 @@ from typing import TextIO
 from fi_cupy import jit
 from fi_cupy.models import ModelError
 from fi_cupy.models.backend import select_backend
-from fi_cupy.models.engine import PAGE_SIZE, Engine, Request
+from fi_cupy.models.engine import PAGE_SIZE, Engine
 from fi_cupy.models.kv_cache import pages_for
 from fi_cupy.models.llama import Llama
 from fi_cupy.models.loader import GGUFModel, default_model_path
+from fi_cupy.models.requests import Request
 from fi_cupy.models.sampler import SamplingParams
 from fi_cupy.models.tokenizer import Tokenizer
 

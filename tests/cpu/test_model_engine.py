@@ -12,10 +12,11 @@ from tiny_llama import TinyLlama
 
 from fi_cupy.models import ModelError
 from fi_cupy.models.backend import NumpyBackend, select_backend
-from fi_cupy.models.engine import Engine, Request
+from fi_cupy.models.engine import Engine
 from fi_cupy.models.kv_cache import page_table, page_tables
 from fi_cupy.models.llama import Llama
 from fi_cupy.models.loader import GGUFModel
+from fi_cupy.models.requests import Request
 from fi_cupy.models.sampler import SamplingParams
 
 pytest.importorskip("gguf", reason="the package gguf is not installed")

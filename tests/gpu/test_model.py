@@ -20,10 +20,11 @@ pytest.importorskip("gguf", reason="the package gguf is not installed")
 
 from fi_cupy.models import ModelError
 from fi_cupy.models.backend import CupyBackend, NumpyBackend
-from fi_cupy.models.engine import Engine, Request
+from fi_cupy.models.engine import Engine
 from fi_cupy.models.generate import run_generate
 from fi_cupy.models.llama import Llama
 from fi_cupy.models.loader import GGUFModel, default_model_path
+from fi_cupy.models.requests import Request
 from fi_cupy.models.sampler import SamplingParams
 
 TINY = TinyLlama(heads=6, kv_heads=2, head_dim=64, hidden=128, ffn=256, context=128)
