@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 #: dtype name -> (relative L2 error, largest error of one element relative to the largest reference value).
-#: One rounding to a type of p bits gives a relative L2 error near 2^-p / 2.4 and at most 2^-p an element.
+#: One rounding to a type of p bits gives a relative L2 error near 2^-p / 2.4, and up to 2^-p where values are few.
 ELEMENTWISE = {
     "float32": (2e-6, 4e-6),
-    "float16": (4e-4, 1.2e-3),
+    "float16": (6e-4, 1.2e-3),
     "bfloat16": (3e-3, 9e-3),
     "float8_e4m3fn": (4e-2, 7e-2),
     "float8_e5m2": (8e-2, 1.4e-1),

@@ -76,7 +76,7 @@ def test_logits_follow_the_cpu_in_bf16(tiny: GGUFModel, llama: Llama) -> None:
         want = engine.logits[0, :VOCAB]
         scale = np.abs(want).max()
         assert np.abs(got - want).max() < 0.03 * scale, f"step {step}"
-        assert np.abs(got - TINY.logits(ids + request.output_ids[:step])[-1]).max() < 0.06 * scale, f"step {step}"
+        assert np.abs(got - TINY.logits(ids + request.output_ids[:step])[-1]).max() < 0.12 * scale, f"step {step}"
 
 
 def alone(llama: Llama, ids: list[int], params: SamplingParams) -> Request:
