@@ -226,8 +226,9 @@ def plan_decode(
     """
     batch = len(kv_len)
     begin = np.maximum(kv_len - (1 + window_left), 0) if window_left >= 0 else np.zeros_like(kv_len)
-    base = begin & -TILE
-    span = kv_len - base  # keys from the first tile's start
+    # Whole tiles from the first on; a fixed split counts from the first key, so that no chunk is empty.
+    base = begin & -TILE if split_keys is None else begin
+    span = kv_len - base
     if disable_split:
         chunks, step = None, span
     elif split_keys is not None:
