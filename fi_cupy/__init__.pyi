@@ -6,6 +6,7 @@ from . import (
     errors as errors,
     gemm as gemm,
     jit as jit,
+    lookup as lookup,
     norm as norm,
     page as page,
     prefill as prefill,

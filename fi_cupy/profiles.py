@@ -16,7 +16,7 @@ from fi_cupy.jit.spec import ARCHS, KernelSpec
 
 #: The modules that hold kernels, each with ``kernel_specs()``.
 MODULES: tuple[str, ...] = (
-    "norm", "activation", "rope", "page", "quantization", "cascade", "sampling", "decode", "prefill", "gemm",
+    "norm", "lookup", "activation", "rope", "page", "quantization", "cascade", "sampling", "decode", "prefill", "gemm",
 )  # fmt: skip
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import zlib
 
+# Test processes share the cores: BLAS threads of each on top make matrix products several times slower.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 

@@ -107,7 +107,7 @@ class _DecodeStep:
         engine = self._engine
         hidden = engine.model.forward(self._batch, engine.cache.layers, self._ws)
         logits = engine.model.logits(hidden, engine.logits[: self.rows])
-        sampler.sample(engine.backend, logits, self.inputs.device, self._batch.tokens, greedy=greedy)
+        sampler.sample(logits, self.inputs.device, self._batch.tokens, greedy=greedy)
 
     def replay(self, greedy: bool) -> Step:
         """The step as one call; captured at first use, which leaves the cache and the tokens as they were."""
@@ -384,7 +384,7 @@ class Engine:
         self.model.gather_rows(hidden, device["last_rows"][:count], last)
         logits = self.model.logits(last, self.logits[:count])
         columns = {name: device[name][:count] for name in sampler.FIELDS}
-        sampler.sample(self.backend, logits, columns, ids, greedy=all(r.params.greedy for r in requests))
+        sampler.sample(logits, columns, ids, greedy=all(r.params.greedy for r in requests))
         for i, request in enumerate(requests):
             self._prefilling.remove(request)
             if request.limit > 1:

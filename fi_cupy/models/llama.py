@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fi_cupy import activation, gemm, norm, page, rope
+from fi_cupy import activation, gemm, lookup, norm, page, rope
 from fi_cupy.models.backend import NumpyBackend
 from fi_cupy.models.loader import GGUFModel, LlamaConfig
 
@@ -108,9 +108,7 @@ class Llama:
         self.layers = layers
         self.output_norm = output_norm
         self.lm_head = lm_head
-        # Rows are copied, not computed with: as plain words, so that the array module need not know the float type.
-        self._word = np.dtype(f"u{embedding.dtype.itemsize}")
-        self._embedding_words = embedding.view(self._word)
+        self._embedding = embedding
         self._cos_sin = self._scaled_cos_sin_cache()
 
     @classmethod
@@ -165,7 +163,7 @@ class Llama:
 
     def gather_rows(self, source: Array, rows: Array, out: Array) -> None:
         """``out[i] = source[rows[i]]``."""
-        self.backend.xp.take(source.view(self._word), rows, axis=0, out=out.view(self._word))
+        lookup.gather_rows(source, rows, out=out, enable_pdl=self.backend.pdl)
 
     def forward(self, batch: Batch, kv_cache: list[tuple[Array, Array]], ws: Workspace) -> Array:
         """Run every layer over the tokens of `batch`.
@@ -192,7 +190,7 @@ class Llama:
         )
         attention = ws.attention.reshape(n, qo * d)
         residual, x = ws.residual, ws.hidden
-        self.gather_rows(self._embedding_words, batch.tokens, residual)
+        self.gather_rows(self._embedding, batch.tokens, residual)
         norm.rmsnorm(residual, self.layers[0].attn_norm, c.rms_norm_eps, out=x)
         next_norms = [layer.attn_norm for layer in self.layers[1:]] + [self.output_norm]
         for layer, cache, next_norm in zip(self.layers, kv_cache, next_norms, strict=True):

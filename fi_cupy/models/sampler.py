@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fi_cupy import sampling
+from fi_cupy import lookup, sampling
 from fi_cupy.models import ModelError
 
 Array = Any
@@ -88,17 +88,11 @@ class SamplingParams:
         columns["offset"][row] = step * OFFSET_STRIDE
 
 
-def argmax(backend: Any, logits: Array, out: Array) -> None:
-    """Index of the largest logit of every row, the lowest one among equals, into int32 `out`."""
-    out[...] = backend.xp.argmax(logits, axis=1)
-
-
-def sample(backend: Any, logits: Array, columns: dict[str, Array], out: Array, *, greedy: bool) -> None:
+def sample(logits: Array, columns: dict[str, Array], out: Array, *, greedy: bool) -> None:
     """Write one token id a row to `out`.
 
     Parameters
     ----------
-    backend : NumpyBackend
     logits : [rows, vocab], float32
     columns : dict
         One array ``[rows]`` for each of `FIELDS`, on the device.
@@ -106,11 +100,12 @@ def sample(backend: Any, logits: Array, columns: dict[str, Array], out: Array, *
     greedy : bool
         Whether every row is greedy; the random part is left out then.
     """
-    argmax(backend, logits, out)
     if greedy:
+        lookup.argmax(logits, out=out)
         return
     probs = sampling.softmax(logits, temperature=columns["temperature"])
     drawn = sampling.top_k_top_p_sampling_from_probs(
         probs, columns["top_k"], columns["top_p"], seed=columns["seed"], offset=columns["offset"]
     )
-    out[...] = backend.xp.where(columns["greedy"] != 0, out, drawn)
+    out[...] = drawn
+    lookup.argmax(logits, out=out, select=columns["greedy"])
