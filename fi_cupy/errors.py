@@ -79,6 +79,10 @@ class CompileError(FiCupyError, RuntimeError):
         self.log = log
 
 
+class TracingError(CompileError, TypeError):
+    """A Python function of an attention variant does what cannot become a kernel; the message holds file and line."""
+
+
 class MissingKernelError(FiCupyError, RuntimeError):
     """Compilation is switched off and the kernel is not in the cache."""
 

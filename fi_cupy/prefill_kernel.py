@@ -16,6 +16,7 @@ from fi_cupy.plan.workspace import WorkspaceLayout
 
 if TYPE_CHECKING:
     from fi_cupy.device import DeviceInfo
+    from fi_cupy.jit.lower import Lowered
 
 LOG2E = math.log2(math.e)
 #: window_left that is off: far enough left of any key, and no overflow when it is subtracted.
@@ -172,6 +173,7 @@ class Problem(NamedTuple):
     custom_mask: bool
     alibi: bool
     soft_cap: bool
+    variant: Lowered | None = None
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,8 @@ class Geometry:
     slots : int
         CTAs the device runs at once.
     head_dim_vo : int
+    splittable : bool
+        Whether a tile's keys may be split: a variant may not be mergeable.
     """
 
     spec: KernelSpec
@@ -198,6 +202,7 @@ class Geometry:
     num_kv_heads: int
     slots: int
     head_dim_vo: int
+    splittable: bool = True
 
     def workspace(self, num_slots: int, most_slots: int = 0) -> WorkspaceLayout:
         """Layout of the partial results of `num_slots` chunks; room for the lse of `most_slots` keeps its offsets."""
@@ -225,9 +230,12 @@ def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry
         )
         for positive in (True, False)
     )  # fmt: skip
+    if p.variant is not None:
+        spec = negative = p.variant.specialise(spec, "PrefillVariantParams", p.alibi, p.soft_cap)
     return Geometry(
         spec, negative, merge_spec(p.dtype, p.head_dim_vo, tiles.tile_q), tiles, p.num_qo_heads // p.num_kv_heads,
         p.num_kv_heads, device.num_sms * tiles.ctas_per_sm, p.head_dim_vo,
+        p.variant is None or p.variant.splittable,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedErro
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.prefill_kernel import NO_WINDOW, Geometry, Problem, check_problem, fast_div, scale_floats
 from fi_cupy.workspace import copy_to_device
+
+if TYPE_CHECKING:
+    from fi_cupy.jit.lower import Lowered
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 
@@ -63,6 +66,7 @@ def read_options(
 def make_problem(
     op: str, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int, head_dim_vo: int | None, q_data_type: Any,
     kv_data_type: Any, o_data_type: Any, options: Options, paged: bool, has_mask: bool, on_cpu: bool,
+    variant: Lowered | None = None,
 ) -> Problem:  # fmt: skip
     """The problem of a plan, checked."""
     dtype = to_dtype(q_data_type)
@@ -71,7 +75,7 @@ def make_problem(
             raise UnsupportedError(f"{op}: {name} is {to_dtype(other).name}, expected {dtype.name} = q_data_type")
     problem = Problem(
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo, dtype, paged,
-        has_mask, options.pos_encoding_mode == "ALIBI", options.logits_soft_cap > 0,
+        has_mask, options.pos_encoding_mode == "ALIBI", options.logits_soft_cap > 0, variant,
     )  # fmt: skip
     check_problem(op, problem, on_cpu)
     return problem
@@ -199,9 +203,9 @@ Strides = tuple[int, int, int]
 def launch(
     g: Geometry, work: Work, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides, o: View,
     s: View | None, options: Options, scale: float, out_scale: float, *, kv_indices: int = 0, page_size: int = 1,
-    mask: int = 0, sinks: int = 0, pdl: bool = False,
+    mask: int = 0, sinks: int = 0, variant_values: tuple[Any, ...] = (), pdl: bool = False,
 ) -> None:  # fmt: skip
-    """Queue the kernel and, if any tile is split, the merge."""
+    """Queue the kernel and, if any tile is split, the merge; `variant_values` are a variant's own parameters."""
     stream, heads, lse = x.stream(), x.shape[1], 0 if s is None else s.ptr
     group = fast_div(g.group)
     load_kernel(g.spec if scale > 0 else g.negative_spec, x.device).launch(
@@ -210,7 +214,7 @@ def launch(
         x.strides[0], x.strides[1], *k_strides, *v_strides, o.strides[0], o.strides[1],
         *group, *fast_div(page_size), heads, options.causal,
         options.window_left if options.window_left >= 0 else NO_WINDOW,
-        *scale_floats(scale, out_scale, options.logits_soft_cap),
+        *scale_floats(scale, out_scale, options.logits_soft_cap), *variant_values,
         pdl=pdl,
     )  # fmt: skip
     if work.num_merges:

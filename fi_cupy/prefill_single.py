@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +34,9 @@ from fi_cupy.prefill_plan import (
     refuse,
 )
 from fi_cupy.workspace import ScratchPool
+
+if TYPE_CHECKING:
+    from fi_cupy.variants import AttentionVariant
 
 _OP = "single_prefill_with_kv_cache"
 #: Partial results of split tiles, one set a (device, stream): calls on one stream run one after the other.
@@ -68,6 +72,9 @@ def single_prefill_with_kv_cache(
     kv_cache_sf: Any = None,
     k_scale: float | None = None,
     v_scale: float | None = None,
+    *,
+    variant: AttentionVariant | None = None,
+    variant_args: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {}),
 ) -> Any:
     """Attention of one request: ``softmax(mask(sm_scale * q k^T)) v``.
 
@@ -103,6 +110,10 @@ def single_prefill_with_kv_cache(
     return_lse : bool
     k_scale, v_scale : float, optional
         Dequantisation factors: the first multiplies `sm_scale`, the second the output.
+    variant : AttentionVariant, optional
+        See `fi_cupy.jit.define_variant`; `causal` and the mask arguments count here, not its `mask_mode`.
+    variant_args : (tuple, mapping)
+        The variant's tensors and scalars in the order of their declaration, and by name.
 
     Returns
     -------
@@ -138,9 +149,11 @@ def single_prefill_with_kv_cache(
         _OP, dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta,
         x.is_cpu, has_mask,
     )  # fmt: skip
+    bound = None if variant is None else variant.bind(_OP, *variant_args, x)
     problem = make_problem(
-        _OP, heads, kv_heads, dim_qk, dim_vo, x.dtype, kx.dtype, o_dtype, options, False, has_mask, x.is_cpu
-    )
+        _OP, heads, kv_heads, dim_qk, dim_vo, x.dtype, kx.dtype, o_dtype, options, False, has_mask, x.is_cpu,
+        None if bound is None else bound.lowered,
+    )  # fmt: skip
     if options.causal and qo_len > kv_len:
         raise ArgumentError(f"{_OP}: qo_len is {qo_len} with causal=True, expected at most kv_len = {kv_len}")
     check_rows(_OP, "q", x, (qo_len, heads, dim_qk), x.dtype, "")
@@ -155,7 +168,8 @@ def single_prefill_with_kv_cache(
     if x.is_cpu:
         values, lse = reference.attention.single_prefill(
             x.numpy(), kx.numpy(), vx.numpy(), kv_layout=kv_layout, sm_scale=scale, v_scale=out_scale,
-            packed_custom_mask=None if mask is None else mask.packed.numpy(), **options.reference(),
+            packed_custom_mask=None if mask is None else mask.packed.numpy(), variant=bound,
+            params=None if bound is None else bound.params(), **options.reference(),
         )  # fmt: skip
         o.write(values)
         if s is not None and lse is not None:
@@ -167,6 +181,7 @@ def single_prefill_with_kv_cache(
         launch(
             g, work, x, kx, vx, strides[0], strides[1], o, s, options, scale, out_scale,
             mask=0 if mask is None else mask.packed.ptr, pdl=device.has_pdl and has_driver_binding(),
+            variant_values=() if bound is None else bound.kernel_values(),
         )  # fmt: skip
     return o.result() if s is None else (o.result(), s.result())
 
@@ -207,7 +222,7 @@ def _make(
     plan = plan_prefill(
         np.array([0, qo_len]), np.array([kv_len]), np.array([0]), group=g.group, num_kv_heads=g.num_kv_heads,
         tile_q=g.tiles.tile_q, tile_kv=g.tiles.tile_kv, slots=g.slots, causal=options.causal,
-        window_left=options.window_left, mask_offsets=np.array([0]),
+        window_left=options.window_left, mask_offsets=np.array([0]), disable_split=not g.splittable,
     )  # fmt: skip
     rows = np.concatenate([plan.items.reshape(-1), plan.merges.reshape(-1)])
     with cupy.cuda.Device(x.device):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fi_cupy.jit.build import BuildStats, build_many, cache
 from fi_cupy.jit.build import stats as _stats
 from fi_cupy.jit.kernel import Kernel, load_kernel
@@ -20,7 +22,10 @@ __all__ = [
     "UserSource",
     "build_many",
     "cache",
+    "compile",
+    "define_variant",
     "load_kernel",
+    "ops",
     "render",
     "stats",
 ]
@@ -29,3 +34,16 @@ __all__ = [
 def stats() -> BuildStats:
     """What this process has compiled and taken from the cache so far."""
     return _stats
+
+
+def __getattr__(name: str) -> Any:
+    """Variants stand above this package: they are imported on first use."""
+    if name in ("compile", "define_variant"):
+        from fi_cupy import variants
+
+        return getattr(variants, name)
+    if name == "ops":
+        import importlib
+
+        return importlib.import_module("fi_cupy.jit.ops")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

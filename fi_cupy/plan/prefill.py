@@ -106,7 +106,7 @@ class PrefillPlan:
     ----------
     items : int32 [num_items, ITEM_WORDS]
         Struct PrefillItem: q_row, qo_len, kv_base, kv_len, q_tile, kv_begin, kv_end, partial, mask_low, mask_high,
-        first_chunk, unused.
+        first_chunk, request.
     merges : int32 [num_merges, MERGE_WORDS]
         Struct PrefillMergeItem: q_row, qo_len, q_tile, first_slot, num_chunks, unused.
     num_slots : int
@@ -188,6 +188,7 @@ def plan_prefill(
     if mask_offsets is not None:
         items[:, 8:10] = mask_offsets[owner][order].astype("<i8").view("<i4").reshape(-1, 2)
     items[:, 10] = (number == 0)[order]
+    items[:, 11] = owner[order]
 
     split = np.flatnonzero(is_split)
     merges = np.zeros((len(split), MERGE_WORDS), np.int32)

@@ -1,0 +1,218 @@
+"""From an attention variant to CUDA: ``struct Variant``, the parameters it adds to a kernel's, and its spec."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from fi_cupy.dtypes import DType, bfloat16, bool_, float16, float32, int32, uint8
+from fi_cupy.jit.emit import statements
+from fi_cupy.jit.params import ParamsStruct
+from fi_cupy.jit.spec import CppType, KernelSpec, UserSource
+from fi_cupy.jit.trace import BOOL, FLOAT, INT, trace
+
+_ON_SCORES = ("batch", "qo_idx", "kv_idx", "qo_head", "kv_head", "qo_len", "kv_len")
+_ON_ROWS = ("batch", "qo_idx", "qo_head", "kv_head", "qo_len", "kv_len", "dim_idx")
+_ON_KEYS = ("batch", "kv_idx", "kv_head", "qo_len", "kv_len", "dim_idx")
+_EVERY_INDEX = (*_ON_SCORES, "dim_idx")
+
+
+class Stage(NamedTuple):
+    """One kind of function: its argument, result, the indices it has, and its names in the variant struct."""
+
+    argument: str | None
+    result: str
+    indices: tuple[str, ...]
+    method: str
+    flag: str
+
+
+STAGES: dict[str, Stage] = {
+    "score_fn": Stage("score", FLOAT, _ON_SCORES, "score", "kHasScore"),
+    "mask_fn": Stage(None, BOOL, _ON_SCORES, "mask", "kHasMask"),
+    "query_fn": Stage("q", FLOAT, _ON_ROWS, "query", "kHasQuery"),
+    "key_fn": Stage("k", FLOAT, _ON_KEYS, "key", "kHasKey"),
+    "post_process_fn": Stage("out", FLOAT, _ON_ROWS, "output", "kHasOutput"),
+}
+
+#: Element types of a user's array, and what an element is in an expression.
+TENSOR_KINDS: dict[DType, str] = {
+    float32: FLOAT, float16: FLOAT, bfloat16: FLOAT, int32: INT, uint8: INT, bool_: BOOL,
+}  # fmt: skip
+SCALAR_KINDS: dict[DType, str] = {float32: FLOAT, int32: INT}
+#: Names that a user's array or scalar cannot have: they mean something in a function's text.
+RESERVED = frozenset(
+    (*_EVERY_INDEX, "score", "q", "k", "v", "out", "params", "ctx", "sm_scale", "ops", "math", "fi", "user")
+)
+_CPP_WORDS = frozenset(
+    "alignas alignof and asm auto bool break case catch char class const constexpr continue default delete do double "
+    "else enum explicit extern false float for friend goto if inline int long namespace new not operator or private "
+    "protected public register return short signed sizeof static struct switch template this throw true try typedef "
+    "typename union unsigned using virtual void volatile while xor half".split()
+)
+#: Dimensions of an array that only CUDA text uses.
+TEXT_RANK = 4
+
+
+def is_name(name: object) -> bool:
+    """Whether `name` is an identifier of Python's and C++'s alphabet."""
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) is not None
+
+
+def is_variable(name: object) -> bool:
+    """Whether a user's array or number can be called `name`."""
+    return is_name(name) and name not in _CPP_WORDS
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A variant ready for a kernel.
+
+    Attributes
+    ----------
+    name : str
+    tensors : tuple of (name, dtype, rank, exact)
+        Rank in the kernel; `exact` is False where CUDA text indexes it and any rank up to that will do.
+    scalars : tuple of (name, dtype)
+    text : str
+        ``struct VariantUser`` and ``struct Variant``.
+    stages : frozenset of str
+        The functions it has.
+    use_softmax : bool
+    """
+
+    name: str
+    tensors: tuple[tuple[str, DType, int, bool], ...]
+    scalars: tuple[tuple[str, DType], ...]
+    text: str
+    stages: frozenset[str]
+    use_softmax: bool
+
+    @property
+    def splittable(self) -> bool:
+        """Whether partial results over ranges of keys can be merged by their lse afterwards."""
+        return self.use_softmax and "post_process_fn" not in self.stages
+
+    def fields(self) -> list[tuple[str, str]]:
+        """Fields of ``struct VariantUser``, as `ParamsStruct` lists them."""
+        fields: list[tuple[str, str]] = []
+        for name, _, rank, _ in self.tensors:
+            fields.append((f"user.{name}.data", "ptr"))
+            fields += [(f"user.{name}.{part}[{d}]", "i64") for part in ("stride", "extent") for d in range(rank)]
+        fields += [(f"user.{name}", "f32" if dtype is float32 else "i32") for name, dtype in self.scalars]
+        return fields
+
+    def specialise(self, spec: KernelSpec, params: str, alibi: bool, soft_cap: bool) -> KernelSpec:
+        """`spec` (of kernels/attention) with this variant between the product and the softmax.
+
+        Parameters
+        ----------
+        spec : KernelSpec
+            The plain instance; its config member ``Logits`` is replaced.
+        params : str
+            Name of the parameter struct: ``spec.params`` and the variant's fields behind it.
+        alibi, soft_cap : bool
+            The built-in bias comes before, the cap after the variant's score function.
+        """
+        flags = ", ".join("true" if on else "false" for on in (alibi, soft_cap))
+        logits = CppType(f"fi::VariantLogits<fi::Variant, {flags}>")
+        user = "  VariantUser user;\n" if self.tensors or self.scalars else ""
+        text = f"{self.text}\nstruct {params} : {spec.params.name} {{\n{user}}};"
+        return replace(
+            spec,
+            symbol=f"{spec.symbol}_v_{self.name}",
+            params=ParamsStruct(params, [*spec.params.fields, *self.fields()]),
+            config=tuple((n, logits if n == "Logits" else value) for n, value in spec.config),
+            user=UserSource("variant", self.name, text),
+        )
+
+
+def lower(
+    name: str,
+    functions: Mapping[str, str | Callable[..., object]],
+    use_softmax: bool,
+    tensors: tuple[tuple[str, DType], ...],
+    scalars: tuple[tuple[str, DType], ...],
+) -> Lowered:
+    """Trace what is Python, wrap what is CUDA text, and make the variant struct.
+
+    Raises
+    ------
+    TracingError
+    """
+    ranks: dict[str, int] = {}
+    bodies: dict[str, str] = {}
+    texts = [stage for stage, f in functions.items() if isinstance(f, str)]
+    for stage, function in functions.items():
+        if not isinstance(function, str):
+            bodies[stage] = _traced_body(name, stage, function, tensors, scalars, ranks)
+    exact = {t: t in ranks for t, _ in tensors}
+    for stage in texts:
+        file = f"variant:{name}" if len(texts) == 1 else f"variant:{name}.{stage}"
+        bodies[stage] = _text_body(file, STAGES[stage], str(functions[stage]), tensors, scalars)
+    full = tuple((t, dtype, ranks.get(t, TEXT_RANK), exact[t] and not texts) for t, dtype in tensors)
+    members = [f"  TensorRef<{dtype.cpp}, {rank}> {t};" for t, dtype, rank, _ in full]
+    members += [f"  {'float' if dtype is float32 else 'int'} {s};" for s, dtype in scalars]
+    lines = [f'#line 1 "fi_cupy, for variant {name}"']
+    if members:
+        lines += ["struct VariantUser {", *members, "};"]
+    lines += ["struct Variant {"]
+    lines += [
+        f"  static constexpr bool {stage.flag} = {'true' if key in functions else 'false'};"
+        for key, stage in STAGES.items()
+    ]
+    lines += [f"  static constexpr bool kUseSoftmax = {'true' if use_softmax else 'false'};"]
+    for key, body in bodies.items():
+        info = STAGES[key]
+        arguments = "const Params& params, const VariantContext& ctx"
+        arguments += f", float {info.argument}" if info.argument else ""
+        lines += [
+            "  template <class Params>",
+            f"  FI_DEVICE static {info.result} {info.method}({arguments}) {{",
+            body,
+            "  }",
+        ]
+    lines += ["};"]
+    return Lowered(name, full, scalars, "\n".join(lines), frozenset(functions), use_softmax)
+
+
+def _traced_body(
+    name: str,
+    stage: str,
+    function: Callable[..., object],
+    tensors: tuple[tuple[str, DType], ...],
+    scalars: tuple[tuple[str, DType], ...],
+    ranks: dict[str, int],
+) -> str:
+    info = STAGES[stage]
+    root = trace(
+        function,
+        f"variant {name}: {stage}",
+        argument=info.argument,
+        indices=info.indices,
+        absent=[i for i in _EVERY_INDEX if i not in info.indices],
+        tensors={t: TENSOR_KINDS[dtype] for t, dtype in tensors},
+        scalars={s: SCALAR_KINDS[dtype] for s, dtype in scalars},
+        ranks=ranks,
+        result=info.result,
+    )
+    return "\n".join("    " + line for line in statements(root))
+
+
+def _text_body(
+    file: str, stage: Stage, text: str, tensors: tuple[tuple[str, DType], ...], scalars: tuple[tuple[str, DType], ...]
+) -> str:
+    """The user's CUDA text with its names in scope: an expression, or statements that return.
+
+    No line marker follows the text before its function is closed: an error that the compiler meets only behind the
+    text (a parenthesis left open) still points into it.
+    """
+    lines = [f"    const int {i} = ctx.{i};" for i in stage.indices]
+    lines += [f"    const auto& {t} = params.user.{t};" for t, _ in tensors]
+    lines += [f"    const {'float' if dtype is float32 else 'int'} {s} = params.user.{s};" for s, dtype in scalars]
+    statement = re.search(r"\breturn\b|;", text) is not None
+    lines.append("    {" if statement else f"    return {stage.result}(")
+    lines += [f'#line 1 "{file}"', text, "    }" if statement else "    );"]
+    return "\n".join(lines)

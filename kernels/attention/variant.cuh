@@ -1,0 +1,75 @@
+// What the text of an attention variant is written with: the context of one element, the user's arrays, and functions.
+// A variant is `struct Variant` with the constants kHasScore, kHasMask, kHasQuery, kHasKey, kHasOutput, kUseSoftmax and a
+// static function for each that is true: (params, ctx, value). Its arrays and scalars are the members of params.user.
+#pragma once
+#include "attention/logits.cuh"
+#include "common/vec.cuh"
+
+namespace fi {
+
+struct VariantContext {
+  int batch, qo_idx, kv_idx, qo_head, kv_head, qo_len, kv_len;
+  int dim_idx;  // of query, key and output functions
+};
+
+template <typename T>
+FI_DEVICE auto variant_load(const T* p) {
+  if constexpr (is_same_v<T, bool>)
+    return __ldg(reinterpret_cast<const uint8_t*>(p)) != 0;
+  else if constexpr (is_same_v<T, uint8_t> || is_same_v<T, int32_t>)
+    return int(__ldg(p));
+  else
+    return to_float(__ldg(p));
+}
+
+// A user's array of up to kRank dimensions. Indices outside an extent are clamped to it: kernels compute padding
+// elements beyond the last row and key, and no index of a user may read memory that is not the array's.
+template <typename T, int kRank>
+struct TensorRef {
+  const T* data;
+  int64_t stride[kRank];  // elements
+  int64_t extent[kRank];
+
+  template <class... Indices>
+  FI_DEVICE auto operator()(Indices... indices) const {
+    static_assert(sizeof...(Indices) <= kRank, "more indices than dimensions");
+    const int index[] = {int(indices)...};
+    int64_t offset = 0;
+#pragma unroll
+    for (int d = 0; d < int(sizeof...(Indices)); ++d)
+      offset += min(max(index[d], 0), int(extent[d]) - 1) * stride[d];
+    return variant_load(data + offset);
+  }
+  FI_DEVICE auto operator[](int index) const { return (*this)(index); }
+};
+
+// Python's and NumPy's functions by what the hardware has.
+namespace ops {
+
+FI_DEVICE float exp(float x) { return math::ptx_exp2(x * math::log2e); }
+FI_DEVICE float log(float x) { return math::ptx_log2(x) * math::loge2; }
+FI_DEVICE float tanh(float x) { return tanh_from_exp(x); }
+FI_DEVICE float sigmoid(float x) { return math::ptx_rcp(1.f + exp(-x)); }
+
+// Rounded towards minus infinity, the remainder with the divisor's sign; an integer divided by 0 is 0.
+FI_DEVICE int floor_div(int a, int b) {
+  if (b == 0) return 0;
+  const int q = a / b;
+  return q - (a % b != 0 && (a < 0) != (b < 0));
+}
+FI_DEVICE int floor_mod(int a, int b) {
+  if (b == 0) return 0;
+  const int r = a % b;
+  return r != 0 && (r < 0) != (b < 0) ? r + b : r;
+}
+FI_DEVICE float floor_mod(float a, float b) {
+  const float r = fmodf(a, b);
+  return r != 0.f && (r < 0.f) != (b < 0.f) ? r + b : r;
+}
+FI_DEVICE float floor_div(float a, float b) {
+  const float q = (a - floor_mod(a, b)) / b, down = floorf(q);
+  return q - down > 0.5f ? down + 1.f : down;
+}
+
+}  // namespace ops
+}  // namespace fi

@@ -1,0 +1,267 @@
+"""Attention variants on NumPy arrays against formulas written out here, their CUDA text, and their errors."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fi_cupy
+from fi_cupy.arrays import view
+from fi_cupy.errors import ArgumentError, CompileError, DTypeError, ShapeError, TracingError, UnsupportedError
+from fi_cupy.jit import ops
+from fi_cupy.variants import AttentionVariant
+
+define = fi_cupy.jit.define_variant
+
+
+def _inputs(qo_len=11, kv_len=19, heads=6, kv_heads=2, dim=32, seed=0):
+    rng = np.random.default_rng(seed)
+    q = rng.normal(size=(qo_len, heads, dim)).astype(np.float32)
+    k, v = (rng.normal(size=(kv_len, kv_heads, dim)).astype(np.float32) for _ in range(2))
+    return q, k, v
+
+
+def _naive(q, k, v, score=lambda s, i, j, h: s, seen=lambda i, j, h: True, softmax=True):
+    """Loops over every element, in float64."""
+    qo_len, heads, dim = q.shape
+    kv_len, kv_heads, _ = k.shape
+    out = np.zeros((qo_len, heads, v.shape[2]))
+    for h in range(heads):
+        g = h // (heads // kv_heads)
+        for i in range(qo_len):
+            s = [score(float(q[i, h].astype(float) @ k[j, g].astype(float)) / dim**0.5, i, j, h) for j in range(kv_len)]
+            keep = np.array([bool(seen(i, j, h)) for j in range(kv_len)])
+            if softmax:
+                p = np.where(keep, np.exp(np.array(s) - max(s)), 0)
+                p = p / p.sum() if p.sum() else p
+            else:
+                p = np.where(keep, s, 0)
+            out[i, h] = p @ v[:, g].astype(float)
+    return out
+
+
+def _close(actual, wanted):
+    np.testing.assert_allclose(actual, wanted, rtol=2e-4, atol=2e-5)
+
+
+def test_soft_cap_is_the_built_in_option():
+    q, k, v = _inputs()
+    variant = define(name="cap", score_fn=lambda s, ctx: ctx.cap * ops.tanh(s / ctx.cap), scalars=["cap"])
+    out, lse = fi_cupy.jit.compile(variant).run(q, k, v, cap=2.0, return_lse=True)
+    wanted, wanted_lse = fi_cupy.prefill.single_prefill_with_kv_cache(q, k, v, logits_soft_cap=2.0, return_lse=True)
+    _close(out, wanted)
+    _close(lse, wanted_lse)
+
+
+def test_alibi_with_slopes_as_a_tensor():
+    q, k, v = _inputs(heads=8)
+    slopes = np.asarray(fi_cupy.reference.attention.get_alibi_slopes(8))
+    variant = define(
+        name="alibi", mask_mode="causal", tensors=["slopes"],
+        score_fn=lambda s, ctx: s + ctx.slopes[ctx.qo_head] * (ctx.kv_idx - ctx.qo_idx),
+    )  # fmt: skip
+    out = fi_cupy.jit.compile(variant).run(q, k, v, slopes)
+    _close(out, fi_cupy.prefill.single_prefill_with_kv_cache(q, k, v, causal=True, pos_encoding_mode="ALIBI"))
+
+
+def test_relative_bias_and_window():
+    q, k, v = _inputs()
+    bias = np.random.default_rng(3).normal(size=(6, 64)).astype(np.float32)
+    variant = define(
+        name="relative", tensors={"bias": "float32"}, scalars={"width": 4},
+        score_fn=lambda s, ctx: s + ctx.bias[ctx.qo_head, ctx.kv_idx - ctx.qo_idx + 16],
+        mask_fn=lambda ctx: abs(ctx.qo_idx - ctx.kv_idx) <= ctx.width,
+    )  # fmt: skip
+    kernel = fi_cupy.jit.compile(variant)
+    for width in (4, 7):
+        out = kernel.run(q, k, v, bias=bias, width=width)
+        wanted = _naive(
+            q, k, v, lambda s, i, j, h: s + bias[h, j - i + 16], lambda i, j, h, w=width: abs(i - j) <= w
+        )  # fmt: skip
+        _close(out, wanted)
+    _close(kernel.run(q, k, v, bias), kernel.run(q, k, v, bias=bias, width=4))
+
+
+def test_document_mask_with_integers():
+    q, k, v = _inputs(qo_len=19)
+    ids = np.repeat(np.arange(5), 4)[:19].astype(np.int32)
+    variant = define(
+        name="document", mask_mode="causal", tensors={"ids": np.int32},
+        mask_fn=lambda ctx: ctx.ids[ctx.qo_idx] == ctx.ids[ctx.kv_idx],
+    )  # fmt: skip
+    out = fi_cupy.jit.compile(variant).run(q, k, v, ids=ids)
+    _close(out, _naive(q, k, v, seen=lambda i, j, h: ids[i] == ids[j] and j <= i))
+
+
+def test_sigmoid_without_softmax():
+    q, k, v = _inputs()
+    variant = define(
+        name="sigmoid", use_softmax=False, scalars={"bias": -0.5}, score_fn=lambda s, ctx: ops.sigmoid(s + ctx.bias),
+        mask_fn=lambda ctx: ctx.kv_idx != 3,
+    )  # fmt: skip
+    kernel = fi_cupy.jit.compile(variant)
+    wanted = _naive(
+        q, k, v, lambda s, i, j, h: 1 / (1 + np.exp(0.5 - s)), lambda i, j, h: j != 3, softmax=False
+    )  # fmt: skip
+    _close(kernel.run(q, k, v), wanted)
+    with pytest.raises(ArgumentError, match="no lse"):
+        kernel.run(q, k, v, return_lse=True)
+
+
+def test_element_functions():
+    q, k, v = _inputs()
+    gain = np.linspace(0.5, 1.5, 32).astype(np.float32)
+    variant = define(
+        name="elements", tensors=["gain"],
+        query_fn=lambda q, ctx: q * ctx.gain[ctx.dim_idx] * (ctx.qo_head + 1),
+        key_fn=lambda k, ctx: ops.where(ctx.kv_idx % 2 == 0, k, -k) * (ctx.kv_head + 1),
+        post_process_fn=lambda out, ctx: ops.silu(out) + ctx.qo_idx,
+    )  # fmt: skip
+    out = fi_cupy.jit.compile(variant).run(q, k, v, gain)
+    changed_q = q * gain * (np.arange(6)[None, :, None] + 1)
+    changed_k = k * np.where(np.arange(19) % 2 == 0, 1, -1)[:, None, None] * (np.arange(2)[None, :, None] + 1)
+    wanted = _naive(changed_q.astype(np.float32), changed_k.astype(np.float32), v)
+    wanted = wanted / (1 + np.exp(-wanted)) + np.arange(11)[:, None, None]
+    np.testing.assert_allclose(out, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_custom_mask_and_options_combine():
+    q, k, v = _inputs()
+    mask = np.random.default_rng(5).random((11, 19)) < 0.6
+    variant = define(name="even", mask_mode="custom", mask_fn=lambda ctx: ctx.kv_idx % 2 == 0)
+    kernel = fi_cupy.jit.compile(variant)
+    out = kernel.run(q, k, v, custom_mask=mask, window_left=6)
+    wanted = _naive(q, k, v, seen=lambda i, j, h: mask[i, j] and j % 2 == 0 and j + 6 >= i + 8)
+    _close(out, wanted)
+    with pytest.raises(ArgumentError, match="no custom_mask"):
+        kernel.run(q, k, v)
+    with pytest.raises(ArgumentError, match="a custom_mask"):
+        fi_cupy.jit.compile(define(name="plain")).run(q, k, v, custom_mask=mask)
+
+
+def test_indices_beyond_an_array_are_clamped():
+    q, k, v = _inputs()
+    bias = np.arange(3, dtype=np.float32)
+    variant = define(name="clamped", tensors=["bias"], score_fn=lambda s, ctx: s + ctx.bias[ctx.kv_idx - 8])
+    wanted = _naive(q, k, v, lambda s, i, j, h: s + bias[min(max(j - 8, 0), 2)])
+    _close(fi_cupy.jit.compile(variant).run(q, k, v, bias), wanted)
+
+
+def test_torch_arrays_and_bfloat16():
+    torch = pytest.importorskip("torch")
+    q, k, v = _inputs()
+    variant = define(name="table", tensors={"bias": "bfloat16"}, score_fn=lambda s, ctx: s * ctx.bias[ctx.qo_head])
+    bias = np.linspace(0.5, 2, 6).astype(ml_dtypes.bfloat16)
+    wanted = _naive(q, k, v, lambda s, i, j, h: s * float(bias[h]))
+    kernel = fi_cupy.jit.compile(variant)
+    _close(kernel.run(q, k, v, bias), wanted)
+    out = kernel.run(*map(torch.from_numpy, (q, k, v)), torch.from_numpy(bias.astype(np.float32)).to(torch.bfloat16))
+    assert isinstance(out, torch.Tensor)
+    _close(out.numpy(), wanted)
+
+
+def test_hnd_layout():
+    q, k, v = _inputs()
+    kernel = fi_cupy.jit.compile(define(name="half", score_fn=lambda s, ctx: s / 2))
+    out = kernel.run(q, k.swapaxes(0, 1).copy(), v.swapaxes(0, 1).copy(), kv_layout="HND")
+    _close(out, kernel.run(q, k, v))
+
+
+def test_the_same_definition_is_equal_and_compiles_once():
+    def score(s, ctx):
+        return s * 2
+
+    a, b = (define(name="twice", score_fn=score, tensors={"x": "int32"}) for _ in range(2))
+    assert a == b and hash(a) == hash(b) and a.lowered() is b.lowered()
+    assert isinstance(a, AttentionVariant)
+    with pytest.raises(AttributeError):
+        a.name = "other"
+    # Another function object with the same meaning gives the same text, which is the key of the compiled kernel.
+    pairs = (lambda s, ctx: s * 2, lambda x, c: x * 2.0)
+    first, second = (define(name="twice", score_fn=f) for f in pairs)
+    assert first != second and first.lowered() == second.lowered()
+
+
+def test_generated_source():
+    variant = define(
+        name="shown", tensors={"bias": "float16"}, scalars={"cap": 30.0, "width": 4},
+        score_fn=lambda s, ctx: ctx.cap * ops.tanh(s / ctx.cap) + ctx.bias[ctx.qo_head, ctx.kv_idx],
+        mask_fn=lambda ctx: ctx.qo_idx - ctx.kv_idx < ctx.width,
+    )  # fmt: skip
+    source = fi_cupy.jit.compile(variant).source
+    assert "TensorRef<__half, 2> bias;" in source and "float cap;" in source and "int width;" in source
+    assert "ops::tanh(score * (1.f / params.user.cap))" in source
+    assert "params.user.bias(ctx.qo_head, ctx.kv_idx)" in source
+    assert "kHasMask = true" in source and "kHasQuery = false" in source and "kUseSoftmax = true" in source
+
+
+def test_kernel_values_follow_the_struct():
+    variant = define(
+        name="packed", tensors=["a", "b"], scalars={"n": 3, "x": "float32"},
+        score_fn=lambda s, ctx: s + ctx.a[ctx.qo_idx, ctx.kv_idx] + ctx.b[0] * ctx.n + ctx.x,
+    )  # fmt: skip
+    a, b = np.zeros((4, 6), np.float32)[:, ::2], np.zeros(7, np.float32)
+    bound = variant.bind("op", (a, b), {"x": 0.5}, view(a))
+    assert bound.kernel_values() == (0, 6, 2, 4, 3, 0, 1, 7, 3, 0.5)
+    kinds = [kind for _, kind in variant.lowered().fields()]
+    assert kinds == ["ptr", *["i64"] * 4, "ptr", *["i64"] * 2, "i32", "f32"]
+
+
+def test_cuda_text_runs_on_gpus_only():
+    q, k, v = _inputs()
+    variant = define(name="text", score_fn="score * 2.f")
+    with pytest.raises(UnsupportedError, match="score_fn is CUDA text"):
+        fi_cupy.jit.compile(variant).run(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"name": "two words"}, "identifier"), ({"name": ""}, "identifier"), ({"mask_mode": "diagonal"}, "'diagonal'"),
+     ({"score_fn": 3}, "score_fn is 3"), ({"score_fn": "  "}, "empty text"),
+     ({"tensors": ["kv_idx"]}, "kv_idx has a meaning"),
+     ({"tensors": ["a"], "scalars": ["a"]}, "declared twice"), ({"tensors": ["a b"]}, "'a b'"),
+     ({"scalars": ["return_lse"]}, "return_lse"), ({"scalars": ["float"]}, "'float'")],
+)  # fmt: skip
+def test_definition_errors(options, text):
+    with pytest.raises(ArgumentError, match=text):
+        define(**{"name": "x", **options})
+
+
+@pytest.mark.parametrize(
+    "options", [{"tensors": {"a": "float64"}}, {"tensors": {"a": "what"}}, {"scalars": {"a": "int64"}}]
+)
+def test_definition_dtype_errors(options):
+    with pytest.raises(DTypeError):
+        define(name="x", **options)
+
+
+def test_tracing_errors_appear_at_the_definition():
+    with pytest.raises(TracingError, match=r"variant branch: score_fn: .*test_variants\.py:\d+: .*ops\.where"):
+        define(name="branch", score_fn=lambda s, ctx: s if s > 0 else 0)
+    with pytest.raises(CompileError, match=r"ctx\.bais is unknown"):
+        define(name="typo", tensors=["bias"], score_fn=lambda s, ctx: s + ctx.bais[ctx.kv_idx])
+    with pytest.raises(TracingError, match="expected a condition"):
+        define(name="mask", mask_fn=lambda ctx: ctx.kv_idx - ctx.qo_idx)
+
+
+@pytest.mark.parametrize(
+    ("args", "extra", "error", "text"),
+    [((), {}, ArgumentError, "bias .float32 array. is missing"),
+     ((np.zeros((6, 4), np.float32),), {}, ArgumentError, "cap .float32 number. is missing"),
+     ((np.zeros((6, 4), np.float32), 1.0, 2), {}, ArgumentError, "3 extra arguments"),
+     ((np.zeros((6, 4), np.float32), 1.0), {"capp": 1}, ArgumentError, "capp is unknown; it takes bias, cap"),
+     ((np.zeros((6, 4), np.float32), 1.0), {"cap": 1}, ArgumentError, "cap is given twice"),
+     ((np.zeros((6, 4), np.int32), 1.0), {}, DTypeError, "bias has dtype int32"),
+     ((np.zeros(6, np.float32), 1.0), {}, ShapeError, "expected 2 dimensions"),
+     ((np.zeros((0, 4), np.float32), 1.0), {}, ShapeError, "at least one element"),
+     ((np.zeros((6, 4), np.float32), "3"), {}, DTypeError, "cap is '3'")],
+)  # fmt: skip
+def test_run_errors(args, extra, error, text):
+    variant = define(
+        name="strict", tensors=["bias"], scalars=["cap"], score_fn=lambda s, ctx: s + ctx.bias[ctx.qo_head, 0] * ctx.cap
+    )  # fmt: skip
+    with pytest.raises(error, match=text):
+        fi_cupy.jit.compile(variant).run(*_inputs(), *args, **extra)
+    with pytest.raises(ArgumentError, match="expected a variant"):
+        fi_cupy.jit.compile(args)
