@@ -239,10 +239,12 @@ def check_problem(op: str, p: Problem) -> None:
         )
     if p.out not in (*HALF_TYPES, float32):
         raise DTypeError(f"{op}: o_data_type is {p.out.name}, expected float16, bfloat16 or float32")
-    step = 8 if p.kv.itemsize == 2 else 16
+    # Rows are whole 16-byte chunks; a rotation's two halves must lie in the same lane's registers.
+    step = (8 if p.kv.itemsize == 2 else 16) * (4 if p.rope else 1)
     if p.head_dim % step or not 0 < p.head_dim <= 256:
+        rotated = " with ROPE_LLAMA" if p.rope else ""
         raise ShapeError(
-            f"{op}: head_dim is {p.head_dim}, expected a multiple of {step} up to 256 for a {p.kv.name} cache"
+            f"{op}: head_dim is {p.head_dim}, expected a multiple of {step} up to 256 for a {p.kv.name} cache{rotated}"
         )
 
 

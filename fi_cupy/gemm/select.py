@@ -206,14 +206,16 @@ def tiled_config(
     # Two 128 x 128 CTAs a multiprocessor, so that one computes in the other's prologue and epilogue.
     large = block_m + block_n == 256
     kilobytes = device.smem_per_sm >> 10
-    if kilobytes >= 200:  # sm_90, sm_100: 2 x 96 KB; half the barriers with 64 columns a stage
+    if (
+        device.code_number < 80
+    ):  # Turing's code: 64 KB and no asynchronous copies, more than two stages would hide nothing
+        block_k, stages = 32, 2
+    elif kilobytes >= 200:  # sm_90, sm_100: 2 x 96 KB; half the barriers with 64 columns a stage
         block_k, stages = 64, 3 if large else 4
     elif kilobytes >= 128:  # sm_80, sm_87: 2 x 64 KB
         block_k, stages = 32, 4
-    elif device.code_number >= 80:  # sm_86, sm_89, sm_120: 2 x 48 KB
+    else:  # sm_86, sm_89, sm_120: 2 x 48 KB
         block_k, stages = 32, 3 if large else 4
-    else:  # sm_75 has 64 KB and no asynchronous copies: more than two stages would hide nothing
-        block_k, stages = 32, 2
     # About 2 CTAs a multiprocessor run at a time; groups of the square root of that many tile rows read the fewest
     # distinct rows of a and columns of b: 16 of 264 on 132 multiprocessors.
     return block_m, block_n, block_k, stages, 16 if device.num_sms >= 64 else 8
