@@ -313,7 +313,7 @@ def test_trap_28_graph_follows_later_plans(rng):
     out, lse = first.run(wrapper)
     check(out, lse, *first.expect(causal=True))
     pages = max(first.cache.shape[0], 2000)
-    cache = cupy.zeros((pages, *first.cache.shape[1:]), first.gpu_kv[0].dtype)
+    cache = cupy.zeros((pages, *first.cache.shape[1:]), cupy.uint16).view(first.gpu_kv[0].dtype)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
@@ -325,8 +325,8 @@ def test_trap_28_graph_follows_later_plans(rng):
         rows = batch.q.shape[0]
         with stream:
             batch.plan(wrapper, causal=True)
-            cache[: batch.cache.shape[0]] = batch.gpu_kv[0]
-            first.gpu_q[:rows] = batch.gpu_q
+            cache.view("u2")[: batch.cache.shape[0]] = batch.gpu_kv[0].view("u2")
+            first.gpu_q.view("u2")[:rows] = batch.gpu_q.view("u2")
             out.view("u2")[...] = 0xFFFF
             lse.view("u4")[...] = 0xFFFFFFFF
             graph.launch()
@@ -334,7 +334,7 @@ def test_trap_28_graph_follows_later_plans(rng):
         check(out[:rows], lse[:rows], *batch.expect(causal=True))
         assert np.isnan(to_float64(out[rows:])).all()
     with pytest.raises(errors.PlanError, match="exceed"):
-        PagedBatch(rng, [(3000, 3000), (1, 1), (1, 1)], 8, 2, 128).plan(wrapper, causal=True)
+        PagedBatch(rng, [(9000, 9000), (1, 1), (1, 1)], 8, 2, 128).plan(wrapper, causal=True)
 
 
 def test_single_in_a_graph(rng):
