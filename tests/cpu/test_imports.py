@@ -19,7 +19,8 @@ LAYERS = {
     "errors": BASE, "dtypes": BASE,
     "plan": NUMPY_ONLY, "reference": NUMPY_ONLY,
     "jit.env": SPECIFICATION, "jit.params": SPECIFICATION, "jit.spec": SPECIFICATION, "jit.sources": SPECIFICATION,
-    "jit.render": SPECIFICATION,
+    "jit.render": SPECIFICATION, "jit.trace": SPECIFICATION, "jit.ops": SPECIFICATION, "jit.emit": SPECIFICATION,
+    "jit.lower": SPECIFICATION,
     "jit": EXECUTION, "device": EXECUTION,
     "arrays": ARRAYS, "imported": ARRAYS, "checks": ARRAYS, "workspace": ARRAYS, "kv_cache": ARRAYS,
     "random_state": ARRAYS,
@@ -31,7 +32,7 @@ LAYERS = {
 ALLOWED = {
     BASE: {"numpy", "ml_dtypes"},
     NUMPY_ONLY: {"numpy", "ml_dtypes"},
-    SPECIFICATION: set(),
+    SPECIFICATION: {"numpy"},
     EXECUTION: set(),
     ARRAYS: {"numpy", "ml_dtypes"},
     OPERATORS: {"numpy", "ml_dtypes"},
@@ -59,11 +60,16 @@ def _layer(name: str) -> int:
 
 
 def _imports(name: str) -> Iterator[tuple[str, bool]]:
-    """(imported module, whether at module level) for each import of a module; typing-only imports are left out."""
+    """(imported module, whether at module level) for each import of a module.
+
+    Left out: typing-only imports, and those in a package's own ``__getattr__``, which hands on names from above.
+    """
 
     def walk(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.FunctionDef) and child.name == "__getattr__" and isinstance(node, ast.Module):
                 continue
             if isinstance(child, ast.Import):
                 yield from ((alias.name, top) for alias in child.names)
