@@ -16,6 +16,7 @@ from fi_cupy.checks import check_device, check_shape
 from fi_cupy.dtypes import float32, int32, uint8
 from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
 from fi_cupy.kv_cache import check_layout, check_paged_kv, paged_kv, token_strides
+from fi_cupy.multi_item import read_multi_item
 from fi_cupy.plan.decode import check_page_table, kv_lengths
 from fi_cupy.prefill_batch import BatchPrefill, Planned
 from fi_cupy.prefill_kernel import kernel_specs
@@ -193,6 +194,14 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             float16 or bfloat16 (the CPU takes float32 too), the same for all three.
         non_blocking : bool
             False: wait until the schedule has arrived.
+        prefix_len_ptr : int [batch], optional
+            Multi-item scoring: the keys of each request are a prefix of so many tokens, then delimiters and items. A
+            token sees the prefix and its own item, causally; a delimiter the prefix alone. Becomes a custom mask of
+            ``qo_len * kv_len`` bits, made on the host.
+        token_pos_in_items_ptr : int [batch * token_pos_in_items_len], optional
+            Position of each token behind the prefix inside its item, 0 for a delimiter; padded a request.
+        max_item_len_ptr : int [batch], optional
+            Longest item; a hint of FlashInfer's kernels.
         seq_lens : int [batch], optional
             Keys of every request; if given, `paged_kv_last_page_len` is not read back from the GPU.
         seq_lens_q, max_token_per_sequence, max_sequence_kv : optional
@@ -237,13 +246,14 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         max_token_per_sequence: int | None = None, max_sequence_kv: int | None = None,
         fixed_split_size: int | None = None, disable_split_kv: bool = False,
     ) -> _PagedPlan:  # fmt: skip
-        refuse(
-            op, prefix_len_ptr=prefix_len_ptr, token_pos_in_items_ptr=token_pos_in_items_ptr,
-            token_pos_in_items_len=token_pos_in_items_len, max_item_len_ptr=max_item_len_ptr, block_tables=block_tables,
+        refuse(op, block_tables=block_tables)
+        items = read_multi_item(
+            op, prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr, custom_mask,
+            packed_custom_mask,
         )  # fmt: skip
         if page_size < 1:
             raise ArgumentError(f"{op}: page_size is {page_size}, expected at least 1")
-        has_mask = custom_mask is not None or packed_custom_mask is not None
+        has_mask = custom_mask is not None or packed_custom_mask is not None or items is not None
         options = read_options(
             op, head_dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta,
             self.device < 0, has_mask,
@@ -262,6 +272,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         last = self._last_page_len(op, indptr, last_page_len, seq_lens, page_size)
         check_page_table(op, indptr, last, page_size, indices.shape[0])
         kv_len = kv_lengths(indptr, last, page_size)
+        if items is not None:
+            packed_custom_mask = items.packed_mask(op, np.diff(qo), kv_len)
         p = _PagedPlan(
             problem, options, qo, kv_len,
             pack_mask(op, custom_mask, packed_custom_mask, np.diff(qo), kv_len, self._workspace),

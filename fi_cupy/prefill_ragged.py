@@ -13,6 +13,7 @@ from fi_cupy.checks import check_device
 from fi_cupy.dtypes import int32, uint8
 from fi_cupy.errors import ArgumentError, PlanError
 from fi_cupy.kv_cache import check_layout
+from fi_cupy.multi_item import read_multi_item
 from fi_cupy.prefill_batch import BatchPrefill, Planned
 from fi_cupy.prefill_plan import (
     Ints,
@@ -128,6 +129,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         ----------
         qo_indptr, kv_indptr : int [batch + 1]
             Request b has rows ``q[qo_indptr[b] : qo_indptr[b + 1]]`` and keys ``k[kv_indptr[b] : kv_indptr[b + 1]]``.
+        prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr : optional
+            Multi-item scoring, see `BatchPrefillWithPagedKVCacheWrapper.plan`.
         fixed_split_size : int, optional
             Keys of every chunk.
         seq_lens, seq_lens_q, max_token_per_sequence, max_sequence_kv : optional
@@ -169,12 +172,12 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         seq_lens_q: Any = None, max_token_per_sequence: int | None = None, max_sequence_kv: int | None = None,
         v_indptr: Any = None, o_indptr: Any = None,
     ) -> _RaggedPlan:  # fmt: skip
-        refuse(
-            op, prefix_len_ptr=prefix_len_ptr, token_pos_in_items_ptr=token_pos_in_items_ptr,
-            token_pos_in_items_len=token_pos_in_items_len, max_item_len_ptr=max_item_len_ptr, v_indptr=v_indptr,
-            o_indptr=o_indptr,
+        refuse(op, v_indptr=v_indptr, o_indptr=o_indptr)
+        items = read_multi_item(
+            op, prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr, custom_mask,
+            packed_custom_mask,
         )  # fmt: skip
-        has_mask = custom_mask is not None or packed_custom_mask is not None
+        has_mask = custom_mask is not None or packed_custom_mask is not None or items is not None
         options = read_options(
             op, head_dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta,
             self.device < 0, has_mask,
@@ -190,6 +193,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         if len(kv) != len(qo):
             raise ArgumentError(f"{op}: kv_indptr has {len(kv)} entries, expected {len(qo)} = len(qo_indptr)")
         kv_len = np.diff(kv)
+        if items is not None:
+            packed_custom_mask = items.packed_mask(op, np.diff(qo), kv_len)
         p = _RaggedPlan(
             problem, options, qo, kv_len,
             pack_mask(op, custom_mask, packed_custom_mask, np.diff(qo), kv_len, self._workspace),
