@@ -38,6 +38,16 @@ _PARAMS = ParamsStruct(
 )
 
 
+def _lanes(vectors: int) -> int:
+    """Threads of one row: a vector each until 256, then up to four vectors each, then more threads."""
+    lanes = 1
+    while lanes < vectors and lanes < 256:
+        lanes *= 2
+    while lanes < 1024 and -(-vectors // lanes) > 4:
+        lanes *= 2
+    return lanes
+
+
 @lru_cache(maxsize=512)
 def norm_spec(
     dtype: DType, weight: DType, out: DType, hidden: int, vec: int, *, residual: bool = False, layer: bool = False
@@ -49,11 +59,7 @@ def norm_spec(
     flight, which reaches the memory's bandwidth. Rows of a warp or less (the norm of heads) share a CTA.
     """
     vectors = -(-hidden // vec)
-    lanes = 1
-    while lanes < vectors and lanes < 256:
-        lanes *= 2
-    while lanes < 1024 and -(-vectors // lanes) > 4:
-        lanes *= 2
+    lanes = _lanes(vectors)
     vecs = 1
     while vecs < 4 and vecs * lanes < vectors:
         vecs *= 2
@@ -81,14 +87,16 @@ def norm_spec(
             ("kQuantize", quantize),
         ),
         threads=threads,
+        # Left alone, ptxas aims at an occupancy that spills a few registers on some architectures.
+        min_blocks=(5 if vecs <= 2 else 4) if residual and threads == 256 else 0,
     )
 
 
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances."""
     specs = []
-    for dtype in (bfloat16, float16):
-        for hidden in (128, 576, 2048, 4096, 8192):
+    for dtype, widths in ((bfloat16, (128, 576, 2048, 4096, 8192)), (float16, (4096,))):
+        for hidden in widths:
             specs.append(norm_spec(dtype, dtype, dtype, hidden, 8))
             specs.append(norm_spec(dtype, dtype, dtype, hidden, 8, residual=True))
         specs.append(norm_spec(dtype, dtype, float8_e4m3fn, 4096, 8))
@@ -143,7 +151,7 @@ def _launch(
     kernel = load_kernel(spec, x.device)
     rows, inner = (shape[0], shape[0]) if len(shape) == 2 else (shape[0] * shape[1], shape[1])
     on_device = isinstance(scale, View)
-    rows_per_cta = 1 if hidden > 32 * vec else spec.threads // dict(spec.config)["kLanes"]
+    rows_per_cta = 1 if hidden > 32 * vec else spec.threads // _lanes(-(-hidden // vec))
     kernel.launch(
         -(-rows // rows_per_cta), x.stream(),
         x.ptr, out.ptr, residual_ptr, weight.ptr, bias_ptr,

@@ -60,6 +60,8 @@ def build(spec: KernelSpec, arch: str, worker: Worker | None = None) -> CachedKe
     """
     if not spec.supports(arch):
         wanted = f"sm_{spec.min_arch} or later" if not spec.max_arch else f"sm_{spec.min_arch} to sm_{spec.max_arch}"
+        if spec.smem_bytes > 48 * 1024:
+            wanted += f" with {spec.smem_bytes} bytes of shared memory a CTA"
         raise GPUArchitectureError(f"{spec.symbol}: got target {arch}, expected {wanted}")
     return build_job(job_for(spec, arch), worker)
 

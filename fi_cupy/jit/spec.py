@@ -82,16 +82,23 @@ class KernelSpec:
         object.__setattr__(self, "_hash", hash((self.symbol, self.header, self.function, self.config, self.user)))
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined,no-any-return]
+        return self._hash  # type: ignore[attr-defined]
 
     def supports(self, arch: str) -> bool:
         """Whether the kernel can be compiled for `arch` ("75", "90a", "compute_80", ...)."""
         number = arch_number(arch)
-        return number >= self.min_arch and (self.max_arch == 0 or number <= self.max_arch)
+        in_range = number >= self.min_arch and (self.max_arch == 0 or number <= self.max_arch)
+        return in_range and self.smem_bytes <= shared_memory(number)
 
 
 #: The architectures every kernel is compiled for by the tests and by ``warmup --arch all``.
 ARCHS: tuple[str, ...] = ("75", "80", "86", "89", "90a", "100a", "120a")
+
+
+def shared_memory(number: int) -> int:
+    """Shared memory that one CTA can have at a compute capability (times ten), bytes (CUDA programming guide)."""
+    kilobytes = {75: 64, 80: 163, 87: 163}.get(number, 227 if 90 <= number < 120 else 99)
+    return kilobytes * 1024
 
 
 def arch_number(arch: str) -> int:

@@ -9,9 +9,10 @@ import pickle
 import struct
 import sys
 import time
+from typing import Any
 
 
-def compile_one(job: dict) -> dict:
+def compile_one(job: dict[str, Any]) -> dict[str, Any]:
     from cupy.cuda import nvrtc
 
     begin = time.perf_counter()
