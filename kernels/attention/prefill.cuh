@@ -263,17 +263,19 @@ FI_DEVICE void prefill(const PrefillParams& params) {
   constexpr int kLookups = ceil_div(kTileKv, kThreads);
   int32_t page[kLookups];
   auto find_pages = [&](int start) {
+    const int thread = thread_again();
 #pragma unroll
     for (int i = 0; i < kLookups; ++i) {
-      const int row = threadIdx.x + i * kThreads;
+      const int row = thread + i * kThreads;
       page[i] = 0;  // a request's page table is not read past its last key
       if (row < kTileKv && start + row < kv_end) page[i] = shared.pages[params.page_size.quotient(start + row)];
     }
   };
   auto store_pages = [&](int start) {
+    const int thread = thread_again();
 #pragma unroll
     for (int i = 0; i < kLookups; ++i) {
-      const int row = threadIdx.x + i * kThreads;
+      const int row = thread + i * kThreads;
       const int entry = start + row - params.page_size.quotient(start + row) * params.page_size.divisor;
       if (row < kTileKv)
         offsets[parity(start) * kTileKv + row] = {page[i] * params.k_stride_page + entry * params.k_stride_n,
@@ -382,7 +384,7 @@ FI_DEVICE void prefill(const PrefillParams& params) {
         for (int n = 0; n < kKeyTiles; ++n) s[i][n][0] = s[i][n][1] = s[i][n][2] = s[i][n][3] = 0.f;
       const int thread = thread_again();
       const uint32_t q_tile = q_address(thread), k_tile = k_address(thread, start);
-#pragma unroll
+#pragma unroll 4  // the 128 bytes that an XOR spans; all steps at once cost more registers than there are
       for (int step = 0; step < kSteps; ++step) {
         uint32_t a[kRowTiles][4];
 #pragma unroll
