@@ -143,7 +143,9 @@ def _is_cached(spec: Any, arch: str) -> bool:
 @click.option(
     "--arch", help="Targets, e.g. \"8.0 9.0a\", compute_80 or all. [default: the environment's, or the GPU's]"
 )
-@click.option("--profile", default="all", show_default=True, help="An op family, or several with commas between.")
+@click.option(
+    "--profile", default="all", show_default=True, help="A model or an op family, or several with commas between."
+)
 @click.option("-j", "--jobs", type=click.IntRange(1, 256), help="Compiler processes. [default: one a CPU, at most 16]")
 @click.option("-v", "--verbose", is_flag=True, help="A row a kernel instead of a row a header.")
 def warmup(arch: str | None, profile: str, jobs: int | None, verbose: bool) -> None:
@@ -152,17 +154,16 @@ def warmup(arch: str | None, profile: str, jobs: int | None, verbose: bool) -> N
 
     from fi_cupy.jit.build import build_many
     from fi_cupy.jit.compiler import nvrtc_version
-    from fi_cupy.profiles import default_archs, default_processes, parse_archs, profile_specs
+    from fi_cupy.profiles import default_archs, default_processes, parse_archs, profile_targets
 
     archs = parse_archs(arch) if arch else default_archs()
-    specs = profile_specs(profile)
+    targets = profile_targets(profile, archs)
     nvrtc_version()  # without NVRTC there is one error, not one a kernel
-    total = sum(spec.supports(target) for spec in specs for target in archs)
     begin, outcomes = time.time(), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_console(), disable=not sys.stdout.isatty()) as progress:
-        task = progress.add_task(f"compiling for {' '.join(archs)}", total=total)
-        for outcome in build_many(specs, archs, jobs or default_processes()):
+        task = progress.add_task(f"compiling for {' '.join(archs)}", total=len(targets))
+        for outcome in build_many(targets, jobs or default_processes()):
             outcomes.append(outcome)
             progress.update(task, advance=1, description=outcome[0].symbol[:48].ljust(48))
     _warmup_report(outcomes, begin, verbose)

@@ -7,8 +7,9 @@ import importlib
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from fi_cupy.device import default_target, device_info, num_devices
+from fi_cupy.device import DeviceInfo, default_target, device_info, num_devices
 from fi_cupy.errors import ArgumentError
 from fi_cupy.jit import env
 from fi_cupy.jit.cache import CachedKernel
@@ -31,13 +32,83 @@ def all_specs() -> list[KernelSpec]:
     return list(dict.fromkeys(spec for module in MODULES for spec in family_specs(module)))
 
 
+@dataclass(frozen=True)
+class ModelShape:
+    """What decides the kernels of a Llama-architecture model in bf16."""
+
+    hidden: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    page_size: int = 16
+
+
+#: The models whose kernels are profiles of their own.
+MODELS: dict[str, ModelShape] = {
+    "smollm2": ModelShape(576, 9, 3, 64, 1536, 49152),
+    "llama3-8b": ModelShape(4096, 32, 8, 128, 14336, 128256),
+}
+
+#: A usual GPU of each architecture: choices that depend on the device are made for it when that device is not here.
+TYPICAL: dict[str, DeviceInfo] = {
+    "75": DeviceInfo(75, "75", 40, 64 << 10, 64 << 10, 4 << 20, "T4"),
+    "80": DeviceInfo(80, "80", 108, 163 << 10, 164 << 10, 40 << 20, "A100"),
+    "86": DeviceInfo(86, "86", 84, 99 << 10, 100 << 10, 6 << 20, "A40"),
+    "89": DeviceInfo(89, "89", 142, 99 << 10, 100 << 10, 96 << 20, "L40S"),
+    "90a": DeviceInfo(90, "90a", 132, 227 << 10, 228 << 10, 50 << 20, "H100"),
+    "100a": DeviceInfo(100, "100a", 148, 227 << 10, 228 << 10, 126 << 20, "B200"),
+    "120a": DeviceInfo(120, "120a", 170, 99 << 10, 100 << 10, 96 << 20, "RTX 5090"),
+}
+
+
 def names() -> tuple[str, ...]:
     """Every profile's name."""
-    return ("all", *MODULES)
+    return ("all", *MODELS, *MODULES)
 
 
-def profile_specs(name: str) -> list[KernelSpec]:
-    """The kernels of a profile: "all", an op module's name, or several of them with commas between.
+def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
+    """The kernels that serving a model takes on `device`: batches of 1 to 256 requests, prompts of any length."""
+    from fi_cupy import activation, decode_kernel, lookup, norm, page, prefill_kernel, rope, sampling
+    from fi_cupy.dtypes import bfloat16, float32, int32
+    from fi_cupy.gemm.select import select_mm_kernel
+
+    h, d, kv = shape.hidden, shape.head_dim, shape.num_kv_heads
+    qo = shape.num_qo_heads
+    specs: list[KernelSpec] = [
+        norm.norm_spec(bfloat16, bfloat16, bfloat16, h, 8),
+        norm.norm_spec(bfloat16, bfloat16, bfloat16, h, 8, residual=True),
+        *lookup.kernel_specs(),
+        *(activation.activation_spec("silu", bfloat16, 8, unroll) for unroll in (1, 2)),
+        rope.rope_spec(bfloat16, int32, d, 8, rope._threads((qo + kv) * d // 16)),
+        *(page.append_spec(2 * d, 2 * d, 16, unroll) for unroll in (1, 4)),
+        *sampling.kernel_specs()[:9],
+    ]
+    products = [((qo + 2 * kv) * d, h), (h, qo * d), (2 * shape.intermediate, h), (h, shape.intermediate)]
+    for m in (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096):
+        specs += [select_mm_kernel(m, n, k, device)[0] for n, k in products]
+        specs.append(select_mm_kernel(m, shape.vocab, h, device, out=float32)[0])
+    for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        problem = decode_kernel.Problem(
+            batch, qo, kv, d, bfloat16, bfloat16, bfloat16, shape.page_size % 16 == 0, False, False, False, False
+        )
+        specs.append(decode_kernel.geometry(problem, device).spec)
+    prefill = prefill_kernel.Problem(qo, kv, d, d, bfloat16, True, False, False, False)
+    for rows in (16, 32, 64, 128, 256, 1024):
+        chosen = prefill_kernel.geometry(prefill, rows, device)
+        specs += [chosen.spec, chosen.merge]
+    return list(dict.fromkeys(specs))
+
+
+def profile_specs(name: str, device: DeviceInfo | None = None) -> list[KernelSpec]:
+    """The kernels of a profile: "all", a model, an op module's name, or several of them with commas between.
+
+    Parameters
+    ----------
+    name : str
+    device : DeviceInfo, optional
+        Whose kernels a model takes; None means a usual GPU of each architecture.
 
     Raises
     ------
@@ -48,11 +119,26 @@ def profile_specs(name: str) -> list[KernelSpec]:
     for part in (p.strip() for p in name.split(",")):
         if part == "all":
             specs += all_specs()
+        elif part in MODELS:
+            for each in [device] if device else TYPICAL.values():
+                specs += model_specs(MODELS[part], each)
         elif part in MODULES:
             specs += family_specs(part)
         else:
             raise ArgumentError(f"profile: {part!r} is unknown, expected one of {', '.join(names())}")
     return list(dict.fromkeys(specs))
+
+
+def profile_targets(name: str, archs: Iterable[str]) -> list[tuple[KernelSpec, str]]:
+    """Every (kernel, architecture) of a profile, chosen for this machine's GPU where it is one of `archs`."""
+    here = _current_device()
+    targets = []
+    for arch in archs:
+        info = device_info(here) if here is not None else None
+        if info is None or info.arch != arch:
+            info = TYPICAL.get(arch)
+        targets += [(spec, arch) for spec in profile_specs(name, info) if spec.supports(arch)]
+    return targets
 
 
 def find_specs(pattern: str) -> list[KernelSpec]:
@@ -152,26 +238,29 @@ def preload(profile: str | Iterable[KernelSpec] = "all", arch: str | None = None
     """
     from fi_cupy.jit.build import build_many
 
-    specs = profile_specs(profile) if isinstance(profile, str) else list(profile)
     device = _current_device()
     if arch is None and device is not None:
         targets: tuple[str, ...] = (device_info(device).arch,)
     else:
         targets = parse_archs(arch) if arch else default_archs()
+    if isinstance(profile, str):
+        jobs = profile_targets(profile, targets)
+    else:
+        jobs = [(spec, target) for spec in profile for target in targets if spec.supports(target)]
     ready = 0
     failure: BaseException | None = None
-    for _, outcome in build_many(specs, targets, processes or default_processes()):
+    for _, outcome in build_many(jobs, processes or default_processes()):
         if isinstance(outcome, CachedKernel):
             ready += 1
         else:
             failure = failure or outcome
     if failure is not None:
         raise failure
-    if device is not None and device_info(device).arch in targets:
+    if device is not None:
         from fi_cupy.jit.kernel import load_kernel
 
-        for spec in specs:
-            if spec.supports(device_info(device).arch):
+        for spec, target in jobs:
+            if target == device_info(device).arch:
                 load_kernel(spec, device)
     return ready
 

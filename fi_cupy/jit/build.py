@@ -95,9 +95,7 @@ def build_job(job: CompileJob, worker: Worker | None = None) -> CachedKernel:
 
 
 def build_many(
-    specs: Iterable[KernelSpec], archs: Iterable[str], processes: int
+    targets: Iterable[tuple[KernelSpec, str]], processes: int
 ) -> Iterator[tuple[CompileJob, CachedKernel | BaseException]]:
-    """Build every spec for every arch it supports, on `processes` compiler children; yield each as it ends."""
-    targets = list(archs)
-    jobs = [job_for(spec, arch) for spec in specs for arch in targets if spec.supports(arch)]
-    yield from compile_many(jobs, processes, build_job)
+    """Build every (spec, arch), which `spec` must support, on `processes` compiler children; yield each as it ends."""
+    yield from compile_many([job_for(spec, arch) for spec, arch in targets], processes, build_job)

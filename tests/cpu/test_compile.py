@@ -17,7 +17,17 @@ from fi_cupy.jit.cache import CachedKernel
 from fi_cupy.jit.render import render
 from fi_cupy.jit.sources import header_closure, kernel_root
 from fi_cupy.jit.spec import ARCHS, KernelSpec, UserSource, arch_number
-from fi_cupy.profiles import MODULES, all_specs, default_archs, family_specs, parse_archs, preload, profile_specs
+from fi_cupy.profiles import (
+    MODELS,
+    MODULES,
+    all_specs,
+    default_archs,
+    family_specs,
+    parse_archs,
+    preload,
+    profile_specs,
+    profile_targets,
+)
 
 pytest.importorskip("cupy", reason="compiling needs CuPy's NVRTC binding")
 
@@ -44,7 +54,7 @@ def test_every_kernel_compiles_without_spills(module, arch, monkeypatch, record_
     monkeypatch.delenv("FI_CUPY_NO_COMPILE", raising=False)
     specs = {spec.symbol: spec for spec in family_specs(module)}
     problems = []
-    for job, outcome in build_many(specs.values(), [arch], processes=1):
+    for job, outcome in build_many([(s, arch) for s in specs.values() if s.supports(arch)], processes=1):
         if not isinstance(outcome, CachedKernel):
             problems.append(f"{outcome}\n{outcome.log[-2000:] if isinstance(outcome, CompileError) else ''}")
             continue
@@ -55,6 +65,16 @@ def test_every_kernel_compiles_without_spills(module, arch, monkeypatch, record_
         if meta.registers * specs[job.symbol].threads * max(1, specs[job.symbol].min_blocks) > 65536:
             problems.append(f"{job.symbol} for {arch}: {meta.registers} registers a thread do not fit")
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_models_profile_holds_a_kernel_of_every_step(name, arch):
+    targets = profile_targets(name, [arch])
+    assert {a for _, a in targets} == {arch}
+    headers = {spec.header.split("/")[0] for spec, _ in targets}
+    assert {"norm.cuh", "lookup.cuh", "rope.cuh", "page.cuh", "activation.cuh", "gemm", "attention"} <= headers
+    assert {spec.header for spec, _ in targets} >= {"attention/decode.cuh", "attention/prefill.cuh"}
 
 
 def test_every_module_has_kernels():
