@@ -1,6 +1,7 @@
 from . import (
     activation as activation,
     cascade as cascade,
+    cascade_attention as cascade_attention,
     decode as decode,
     dtypes as dtypes,
     errors as errors,
@@ -25,6 +26,11 @@ from .cascade import (
     merge_state as merge_state,
     merge_state_in_place as merge_state_in_place,
     merge_states as merge_states,
+)
+from .cascade_attention import (
+    BatchDecodeWithSharedPrefixPagedKVCacheWrapper as BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
+    BatchPrefillWithSharedPrefixPagedKVCacheWrapper as BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
+    MultiLevelCascadeAttentionWrapper as MultiLevelCascadeAttentionWrapper,
 )
 from .decode import (
     BatchDecodeWithPagedKVCacheWrapper as BatchDecodeWithPagedKVCacheWrapper,

@@ -297,3 +297,18 @@ def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
             items, heads, states,
         )  # fmt: skip
     return out.result(), lse.result()
+
+
+#: Wrappers that build on this module, under FlashInfer's address.
+_WRAPPERS = (
+    "BatchDecodeWithSharedPrefixPagedKVCacheWrapper", "BatchPrefillWithSharedPrefixPagedKVCacheWrapper",
+    "MultiLevelCascadeAttentionWrapper",
+)  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WRAPPERS:
+        from fi_cupy import cascade_attention
+
+        return getattr(cascade_attention, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
