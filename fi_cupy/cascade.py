@@ -103,8 +103,8 @@ def merge_states_spec(dtype: DType, head_dim: int, vec: int) -> KernelSpec:
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances."""
     specs = []
-    for dtype, vec in ((bfloat16, 8), (float16, 8), (float32, 4)):
-        for dim in (64, 128, 256, 512):
+    for dtype, vec, dims in ((bfloat16, 8, (64, 128, 256, 512)), (float16, 8, (128,)), (float32, 4, (128,))):
+        for dim in dims:
             specs += [merge_pair_spec(dtype, dim, vec), merge_states_spec(dtype, dim, vec)]
     return specs
 

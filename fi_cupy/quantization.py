@@ -82,10 +82,10 @@ def segment_packbits_spec(dtype: DType, index: DType, big: bool) -> KernelSpec:
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: booleans and the common number types."""
     specs = []
-    for big in (True, False):
-        specs += [packbits_spec(t, big) for t in (bool_, float16, int32, float32, int64)]
-        specs += [segment_packbits_spec(bool_, i, big) for i in (int32, int64)]
-        specs.append(segment_packbits_spec(float32, int32, big))
+    specs += [packbits_spec(t, True) for t in (bool_, float16, int32, float32, int64)]
+    specs.append(packbits_spec(bool_, False))
+    specs += [segment_packbits_spec(bool_, i, big) for i in (int32, int64) for big in (True, False)]
+    specs.append(segment_packbits_spec(float32, int32, True))
     return specs
 
 
