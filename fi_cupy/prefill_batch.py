@@ -150,7 +150,7 @@ class BatchPrefill:
         items, merges, num_slots, most_slots = self._schedule(p, kv_base)
         layout = p.geometry.workspace(num_slots, most_slots)
         layout.check(f"{self._op}.plan", self._workspace_bytes)
-        load_kernel(p.geometry.spec, self.device)
+        p.geometry.kernel(1.0, self.device)
         if len(merges):
             load_kernel(p.geometry.merge, self.device)
         words, tail = items.size + merges.size, 0 if indices is None else len(indices)

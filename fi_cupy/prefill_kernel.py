@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fi_cupy.dtypes import HALF_TYPES, DType, bfloat16, float16
 from fi_cupy.errors import ArgumentError, DTypeError, ShapeError
+from fi_cupy.jit.kernel import Kernel, load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec
-from fi_cupy.plan.prefill import PrefillTiles, choose_tiles
+from fi_cupy.plan.prefill import PrefillTiles, choose_tiles, narrow_tiles
 from fi_cupy.plan.workspace import WorkspaceLayout
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ MERGE_PARAMS = ParamsStruct(
     ],
 )
 _MERGE_WARPS = 4
+_MOST_SPILLED = 64
 
 
 @lru_cache(maxsize=256)
@@ -192,6 +194,8 @@ class Geometry:
     head_dim_vo : int
     splittable : bool
         Whether a tile's keys may be split: a variant may not be mergeable.
+    narrow_spec : KernelSpec or None
+        A variant's kernel with twice the warps and half the rows a warp, for when `spec` spills registers.
     """
 
     spec: KernelSpec
@@ -203,6 +207,18 @@ class Geometry:
     slots: int
     head_dim_vo: int
     splittable: bool = True
+    narrow_spec: KernelSpec | None = None
+
+    def kernel(self, scale: float, device: int) -> Kernel:
+        """The loaded kernel for an sm_scale.
+
+        The wide shape leaves some 60 registers to what is not an accumulator. A few spilled values cost less than its
+        two row tiles gain; beyond `_MOST_SPILLED` bytes the narrow shape is taken.
+        """
+        found = load_kernel(self.spec if scale > 0 else self.negative_spec, device)
+        if self.narrow_spec is not None and found.meta.spill_bytes > _MOST_SPILLED:
+            found = load_kernel(self.narrow_spec, device)
+        return found
 
     def workspace(self, num_slots: int, most_slots: int = 0) -> WorkspaceLayout:
         """Layout of the partial results of `num_slots` chunks; room for the lse of `most_slots` keeps its offsets."""
@@ -221,6 +237,7 @@ class Geometry:
 def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry:
     """Kernels for requests of about `packed_rows` packed rows (a tile size is enough) on `device`."""
     p = problem
+    narrow: KernelSpec | None = None
     smem_per_block = 65536 if device.code_number < 80 else device.smem_per_block
     tiles = choose_tiles(packed_rows, p.head_dim_qk, p.head_dim_vo, smem_per_block, device.smem_per_sm)
     spec, negative = (
@@ -231,11 +248,17 @@ def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry
         for positive in (True, False)
     )  # fmt: skip
     if p.variant is not None:
-        spec = negative = p.variant.specialise(spec, "PrefillVariantParams", p.alibi, p.soft_cap)
+        spec = negative = p.variant.specialise(spec, p.alibi, p.soft_cap)
+        if tiles.row_tiles == 2:
+            narrow = prefill_spec(
+                p.dtype, p.head_dim_qk, p.head_dim_vo, narrow_tiles(tiles, p.head_dim_qk, p.head_dim_vo), paged=p.paged,
+                custom_mask=p.custom_mask,
+            )  # fmt: skip
+            narrow = p.variant.specialise(narrow, p.alibi, p.soft_cap)
     return Geometry(
         spec, negative, merge_spec(p.dtype, p.head_dim_vo, tiles.tile_q), tiles, p.num_qo_heads // p.num_kv_heads,
         p.num_kv_heads, device.num_sms * tiles.ctas_per_sm, p.head_dim_vo,
-        p.variant is None or p.variant.splittable,
+        p.variant is None or p.variant.splittable, narrow,
     )  # fmt: skip
 
 

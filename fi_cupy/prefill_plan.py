@@ -208,7 +208,7 @@ def launch(
     """Queue the kernel and, if any tile is split, the merge; `variant_values` are a variant's own parameters."""
     stream, heads, lse = x.stream(), x.shape[1], 0 if s is None else s.ptr
     group = fast_div(g.group)
-    load_kernel(g.spec if scale > 0 else g.negative_spec, x.device).launch(
+    g.kernel(scale, x.device).launch(
         (work.num_items, g.num_kv_heads, 1), stream,
         x.ptr, k.ptr, v.ptr, o.ptr, lse, work.items, kv_indices, mask, sinks, work.partial_o, work.partial_lse,
         x.strides[0], x.strides[1], *k_strides, *v_strides, o.strides[0], o.strides[1],

@@ -18,6 +18,7 @@ from fi_cupy.checks import check_device
 from fi_cupy.dtypes import DType, float32, float64, int32
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
+from fi_cupy.jit.emit import RECIPROCAL
 from fi_cupy.jit.lower import RESERVED, SCALAR_KINDS, STAGES, TENSOR_KINDS, Lowered, is_name, is_variable, lower
 from fi_cupy.jit.trace import FLOAT
 
@@ -155,6 +156,8 @@ def define_variant(
             raise ArgumentError(f"define_variant: {n!r} cannot be the name of a tensor or scalar")
         if n in RESERVED or n in _RUN_OPTIONS:
             raise ArgumentError(f"define_variant: {n} has a meaning of its own; give the tensor or scalar another name")
+        if n.endswith(RECIPROCAL) and n.removesuffix(RECIPROCAL) in names:
+            raise ArgumentError(f"define_variant: {n} is the name of a reciprocal; give it another name")
         if names.count(n) > 1:
             raise ArgumentError(f"define_variant: {n} is declared twice")
     variant.lowered()
@@ -293,7 +296,12 @@ class BoundVariant:
         for (_, _, rank, _), x in zip(self.lowered.tensors, self._tensors, strict=True):
             missing = rank - len(x.shape)
             values += [x.ptr, *x.strides, *[0] * missing, *x.shape, *[1] * missing]
-        return (*values, *(self._values[name] for name, _ in self.lowered.scalars))
+        for name, _ in self.lowered.scalars:
+            value = self._values[name]
+            values.append(value)
+            if name in self.lowered.reciprocals:
+                values.append(1.0 / value if value else float("inf"))
+        return tuple(values)
 
     def _on_reference(self, stage: str) -> Callable[..., Any] | None:
         function = getattr(self.variant, stage)

@@ -214,8 +214,10 @@ def compile_job(job: CompileJob, worker: Worker | None = None) -> CompileResult:
     try:
         answer = (worker or _worker).request(message, timeout)
     except WorkerDied as died:
+        text = _USER_TEXT.search(job.source)
+        where = f"{text[1]}:1: " if text else ""
         raise CompileError(
-            f"{job.symbol}: the compiler {died} on this source for {job.arch}. "
+            f"{job.symbol}: {where}the compiler {died} on this source for {job.arch}. "
             f"To see the source: `fi-cupy render {job.symbol}`, or this error's .source",
             symbol=job.symbol,
             source=job.source,
@@ -232,6 +234,9 @@ _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 _DIAGNOSTIC = re.compile(
     r"^(?P<file>[^\s(][^(\n]*)\((?P<line>\d+)\): (?P<text>(?:catastrophic )?error.*)$", re.MULTILINE
 )
+#: What users wrote is compiled under names with a colon, "variant:name".
+_USER_TEXT = re.compile(r'^#line 1 "(\w+:[^"]+)"', re.MULTILINE)
+_CALLED_FROM = re.compile(r"at line (?P<line>\d+) of (?P<file>\w+:\S+)")
 
 
 def ptxas_figures(log: str) -> tuple[int, int, int]:
@@ -247,11 +252,12 @@ def _diagnose(job: CompileJob, log: str) -> str:
     if match is None:
         first = log.strip().splitlines()[0] if log.strip() else "no log"
         return f"{job.symbol}: NVRTC refused the source for {job.arch}: {first}"
-    where = match["file"]
+    where, line = match["file"], match["line"]
+    caller = _CALLED_FROM.search(log)
+    if ":" not in where and caller is not None:  # an error inside our functions that the user's text calls
+        where, line = caller["file"], caller["line"]
     where = f"kernels/{where}" if where in own else where
-    return (
-        f"{job.symbol}: {where}:{match['line']}: {match['text']} (target {job.arch}; the whole log: this error's .log)"
-    )
+    return f"{job.symbol}: {where}:{line}: {match['text']} (target {job.arch}; the whole log: this error's .log)"
 
 
 def compile_many(

@@ -16,14 +16,16 @@ _INFIX = {
 _CALLS = {
     "floordiv": "ops::floor_div", "mod": "ops::floor_mod", "pow": "powf", "exp": "ops::exp", "exp2": "math::ptx_exp2",
     "expm1": "expm1f", "log": "ops::log", "log2": "math::ptx_log2", "log1p": "log1pf", "sqrt": "sqrtf",
-    "rsqrt": "math::rsqrt", "tanh": "ops::tanh", "sigmoid": "ops::sigmoid", "sin": "sinf", "cos": "cosf",
-    "tan": "tanf", "arctan": "atanf", "erf": "erff", "floor": "floorf", "ceil": "ceilf", "trunc": "truncf",
+    "rsqrt": "math::rsqrt", "tanh": "ops::tanh", "sigmoid": "ops::sigmoid", "sin": "ops::sin", "cos": "ops::cos",
+    "tan": "ops::tan", "arctan": "atanf", "erf": "erff", "floor": "floorf", "ceil": "ceilf", "trunc": "truncf",
     "rint": "rintf",
 }  # fmt: skip
 _BY_KIND = {
     ("minimum", FLOAT): "fminf", ("maximum", FLOAT): "fmaxf", ("minimum", INT): "min", ("maximum", INT): "max",
     ("abs", FLOAT): "fabsf", ("abs", INT): "abs",
 }  # fmt: skip
+#: Behind a float scalar's name: its reciprocal, which the host computes beside it.
+RECIPROCAL = "_rcp"
 #: An expression longer than this becomes a local of its own.
 _LINE = 72
 
@@ -128,7 +130,7 @@ def _expression(node: Node, of: Callable[[Node], str]) -> str:
 
 
 def _times_reciprocal(args: tuple[Node, ...], of: Callable[[Node], str]) -> str:
-    """Division by what is the same for every element: one reciprocal, then a product (1 ulp from the quotient)."""
+    """Division by what is the same for every element: one reciprocal, then a product (2 ulp from the quotient)."""
     x, divisor = args
     if divisor.op == "const":
         with np.errstate(all="ignore"):
@@ -136,4 +138,6 @@ def _times_reciprocal(args: tuple[Node, ...], of: Callable[[Node], str]) -> str:
         if math.isfinite(reciprocal) and abs(reciprocal) >= 2.0**-126:
             return f"({of(x)} * {literal(reciprocal, FLOAT)})"
         return f"({of(x)} / {of(divisor)})"
-    return f"({of(x)} * (1.f / {of(divisor)}))"
+    if divisor.op == "scalar":
+        return f"({of(x)} * {of(divisor)}{RECIPROCAL})"
+    return f"({of(x)} * ops::reciprocal({_bare(of(divisor))}))"

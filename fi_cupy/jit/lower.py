@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from fi_cupy.dtypes import DType, bfloat16, bool_, float16, float32, int32, uint8
-from fi_cupy.jit.emit import statements
+from fi_cupy.errors import CompileError
+from fi_cupy.jit.emit import RECIPROCAL, statements
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec, UserSource
 from fi_cupy.jit.trace import BOOL, FLOAT, INT, trace
@@ -76,6 +77,8 @@ class Lowered:
     tensors : tuple of (name, dtype, rank, exact)
         Rank in the kernel; `exact` is False where CUDA text indexes it and any rank up to that will do.
     scalars : tuple of (name, dtype)
+    reciprocals : frozenset of str
+        Scalars that something is divided by: the kernel gets 1 / x beside x.
     text : str
         ``struct VariantUser`` and ``struct Variant``.
     stages : frozenset of str
@@ -86,6 +89,7 @@ class Lowered:
     name: str
     tensors: tuple[tuple[str, DType, int, bool], ...]
     scalars: tuple[tuple[str, DType], ...]
+    reciprocals: frozenset[str]
     text: str
     stages: frozenset[str]
     use_softmax: bool
@@ -101,31 +105,35 @@ class Lowered:
         for name, _, rank, _ in self.tensors:
             fields.append((f"user.{name}.data", "ptr"))
             fields += [(f"user.{name}.{part}[{d}]", "i64") for part in ("stride", "extent") for d in range(rank)]
-        fields += [(f"user.{name}", "f32" if dtype is float32 else "i32") for name, dtype in self.scalars]
+        for name, dtype in self.scalars:
+            fields.append((f"user.{name}", "f32" if dtype is float32 else "i32"))
+            if name in self.reciprocals:
+                fields.append((f"user.{name}{RECIPROCAL}", "f32"))
         return fields
 
-    def specialise(self, spec: KernelSpec, params: str, alibi: bool, soft_cap: bool) -> KernelSpec:
-        """`spec` (of kernels/attention) with this variant between the product and the softmax.
+    def specialise(self, spec: KernelSpec, alibi: bool, soft_cap: bool) -> KernelSpec:
+        """`spec` (of the prefill kernel) with this variant between the product and the softmax.
 
         Parameters
         ----------
         spec : KernelSpec
-            The plain instance; its config member ``Logits`` is replaced.
-        params : str
-            Name of the parameter struct: ``spec.params`` and the variant's fields behind it.
+            The plain instance: its config member ``Logits`` is replaced, the variant's fields follow its parameters.
         alibi, soft_cap : bool
             The built-in bias comes before, the cap after the variant's score function.
         """
         flags = ", ".join("true" if on else "false" for on in (alibi, soft_cap))
         logits = CppType(f"fi::VariantLogits<fi::Variant, {flags}>")
         user = "  VariantUser user;\n" if self.tensors or self.scalars else ""
+        params = f"{spec.params.name.removesuffix('Params')}VariantParams"
         text = f"{self.text}\nstruct {params} : {spec.params.name} {{\n{user}}};"
         return replace(
             spec,
+            header="attention/prefill_variant.cuh",
             symbol=f"{spec.symbol}_v_{self.name}",
             params=ParamsStruct(params, [*spec.params.fields, *self.fields()]),
             config=tuple((n, logits if n == "Logits" else value) for n, value in spec.config),
             user=UserSource("variant", self.name, text),
+            spills="a variant's values come on top of a full register file",
         )
 
 
@@ -140,7 +148,7 @@ def lower(
 
     Raises
     ------
-    TracingError
+    TracingError, CompileError
     """
     ranks: dict[str, int] = {}
     bodies: dict[str, str] = {}
@@ -154,7 +162,12 @@ def lower(
         bodies[stage] = _text_body(file, STAGES[stage], str(functions[stage]), tensors, scalars)
     full = tuple((t, dtype, ranks.get(t, TEXT_RANK), exact[t] and not texts) for t, dtype in tensors)
     members = [f"  TensorRef<{dtype.cpp}, {rank}> {t};" for t, dtype, rank, _ in full]
-    members += [f"  {'float' if dtype is float32 else 'int'} {s};" for s, dtype in scalars]
+    code = "\n".join(bodies.values())
+    reciprocals = frozenset(s for s, _ in scalars if f"params.user.{s}{RECIPROCAL}" in code)
+    for s, dtype in scalars:
+        members.append(f"  {'float' if dtype is float32 else 'int'} {s};")
+        if s in reciprocals:
+            members.append(f"  float {s}{RECIPROCAL};")
     lines = [f'#line 1 "fi_cupy, for variant {name}"']
     if members:
         lines += ["struct VariantUser {", *members, "};"]
@@ -175,7 +188,7 @@ def lower(
             "  }",
         ]
     lines += ["};"]
-    return Lowered(name, full, scalars, "\n".join(lines), frozenset(functions), use_softmax)
+    return Lowered(name, full, scalars, reciprocals, "\n".join(lines), frozenset(functions), use_softmax)
 
 
 def _traced_body(
@@ -201,6 +214,37 @@ def _traced_body(
     return "\n".join("    " + line for line in statements(root))
 
 
+_NOT_CODE = re.compile(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'", re.DOTALL)
+_CLOSES = {")": "(", "]": "[", "}": "{"}
+
+
+def _check_text(file: str, text: str) -> bool:
+    """Whether `text` is statements, not an expression. What would break out of its function is an error here.
+
+    The compiler would report an open bracket behind the text, somewhere in code that the user has not written.
+    """
+
+    def fail(line: int, what: str) -> NoReturn:
+        raise CompileError(f"{file}:{line}: error: {what}", source=text)
+
+    code = _NOT_CODE.sub(lambda m: " " + "\n" * m[0].count("\n"), text)
+    open_at: list[tuple[str, int]] = []
+    for line, content in enumerate(code.split("\n"), 1):
+        for c in content:
+            if c in "([{":
+                open_at.append((c, line))
+            elif c in _CLOSES:
+                if not open_at or open_at[-1][0] != _CLOSES[c]:
+                    fail(line, f"'{c}' closes nothing")
+                open_at.pop()
+    if open_at:
+        fail(open_at[-1][1], f"'{open_at[-1][0]}' is not closed")
+    statement = ";" in code or re.search(r"\breturn\b", code) is not None
+    if statement and re.search(r"\breturn\b", code) is None:
+        fail(code.count("\n") + 1, "statements must return a value; write an expression, or return")
+    return statement
+
+
 def _text_body(
     file: str, stage: Stage, text: str, tensors: tuple[tuple[str, DType], ...], scalars: tuple[tuple[str, DType], ...]
 ) -> str:
@@ -212,7 +256,7 @@ def _text_body(
     lines = [f"    const int {i} = ctx.{i};" for i in stage.indices]
     lines += [f"    const auto& {t} = params.user.{t};" for t, _ in tensors]
     lines += [f"    const {'float' if dtype is float32 else 'int'} {s} = params.user.{s};" for s, dtype in scalars]
-    statement = re.search(r"\breturn\b|;", text) is not None
+    statement = _check_text(file, text)
     lines.append("    {" if statement else f"    return {stage.result}(")
     lines += [f'#line 1 "{file}"', text, "    }" if statement else "    );"]
     return "\n".join(lines)

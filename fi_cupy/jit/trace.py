@@ -455,7 +455,7 @@ def _result(graph: Graph, function: Callable[..., Any], value: Any, result: str)
         node = value._node
     elif value is None:
         raise TracingError(f"{graph.label}: {where}: it returns None, expected a value")
-    elif isinstance(value, (bool, int, float, np.generic)):
+    elif isinstance(value, (bool, int, float, np.generic)) or (isinstance(value, np.ndarray) and value.ndim == 0):
         node = graph.constant(value)
     else:
         raise TracingError(f"{graph.label}: {where}: it returns {type(value).__name__}, expected one number")

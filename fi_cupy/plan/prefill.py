@@ -81,6 +81,14 @@ def choose_tiles(
     return PrefillTiles(warps, row_tiles, tile_kv, ctas, smem)
 
 
+def narrow_tiles(tiles: PrefillTiles, head_dim_qk: int, head_dim_vo: int) -> PrefillTiles:
+    """The same rows and keys with one 16-row tile a warp: half the registers, twice the shared-memory reads."""
+    warps = tiles.warps * tiles.row_tiles
+    return PrefillTiles(
+        warps, 1, tiles.tile_kv, 1, smem_bytes(warps, 1, tiles.tile_kv, head_dim_qk, head_dim_vo)
+    )  # fmt: skip
+
+
 def _key_tile(head_dim_qk: int, head_dim_vo: int, smem_per_block: int, smem_per_sm: int) -> tuple[int, int]:
     """(keys a tile, largest query tile): as many rows as fit; then 64 keys unless 32 let more CTAs share an SM."""
     for keys in ((64, 32), (16,)):

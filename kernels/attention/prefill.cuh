@@ -31,7 +31,7 @@ struct alignas(16) PrefillItem {
   int32_t partial;   // -1: write the output; else the slot of this chunk's partial result
   int32_t mask_low, mask_high;  // byte offset of the request's custom mask
   int32_t first_chunk;          // 1 for the chunk that adds the attention sink
-  int32_t unused;
+  int32_t request;              // the request's number, for variants
 };
 
 struct PrefillParams {
@@ -147,10 +147,11 @@ constexpr int kWarpQBytes =
 
 // Normalise the accumulators and write them: the output through this warp's own rows of shared memory (Q is dead) with
 // 16-byte stores, or a partial result in fp32 straight from registers.
-template <class Config, int kRowTiles, int kDimTiles>
-FI_DEVICE void store_output(const PrefillParams& params, const PrefillItem& item, uint8_t* smem,
+template <class Config, class Params, int kRowTiles, int kDimTiles>
+FI_DEVICE void store_output(const Params& params, const PrefillItem& item, uint8_t* smem,
                             const float (&o)[kRowTiles][kDimTiles][4], const SoftmaxState<kRowTiles>& state, float scale) {
   using T = typename Config::T;
+  using Logits = typename Config::Logits;
   using LayoutVO = TileLayout<Config::kHeadDimVO>;
   constexpr int kWarpRows = 16 * kRowTiles, kTileQ = Config::kWarps * kWarpRows;
   const int thread = thread_again(), lane = thread & 31;
@@ -177,8 +178,10 @@ FI_DEVICE void store_output(const PrefillParams& params, const PrefillItem& item
           m = top;
         }
       }
+      if constexpr (Logits::kHasOutput) Logits::update(params, item, qo_head, m, d, weight);
       const bool empty = m == -FI_INF;
-      const float norm = empty ? 0.f : weight / d * (item.partial < 0 ? params.out_scale : 1.f);
+      float norm = empty ? 0.f : weight / d * (item.partial < 0 ? params.out_scale : 1.f);
+      if constexpr (!Logits::kUseSoftmax) norm = params.out_scale;  // such tiles are never split
       const float lse = empty ? -FI_INF : m + math::ptx_log2(d);
       const int64_t slot = int64_t(item.partial) * gridDim.y + kv_head;
       if ((lane & 3) == 0 && packed < packed_rows) {
@@ -189,7 +192,12 @@ FI_DEVICE void store_output(const PrefillParams& params, const PrefillItem& item
       }
 #pragma unroll
       for (int n = 0; n < kDimTiles; ++n) {
-        const float x = o[i][n][2 * h] * norm, y = o[i][n][2 * h + 1] * norm;
+        float x = o[i][n][2 * h] * norm, y = o[i][n][2 * h + 1] * norm;
+        if constexpr (Logits::kHasOutput) {
+          const auto row = Logits::row(params, item, qo_idx, qo_head, kv_head);
+          x = Logits::output(params, row, o[i][n][2 * h], x, m, d, weight, n * 8 + 2 * (lane & 3));
+          y = Logits::output(params, row, o[i][n][2 * h + 1], y, m, d, weight, n * 8 + 2 * (lane & 3) + 1);
+        }
         if (item.partial < 0) {
           const int row = i * 16 + h * 8 + (lane >> 2);
           *reinterpret_cast<uint32_t*>(smem_o + LayoutVO::offset(row, n) + (lane & 3) * 4) = ptx::pack2<T>(x, y);
@@ -214,9 +222,9 @@ FI_DEVICE void store_output(const PrefillParams& params, const PrefillItem& item
 }
 
 // Config: T (q, k, v, o), kHeadDimQK, kHeadDimVO (multiples of 8), kWarps, kRowTiles (1 or 2), kTileKv (multiple of 16),
-// kPaged, kCustomMask, Logits
-template <class Config>
-FI_DEVICE void prefill(const PrefillParams& params) {
+// kPaged, kCustomMask, Logits. Params: PrefillParams, or what a variant derives from it.
+template <class Config, class Params>
+FI_DEVICE void prefill(const Params& params) {
   using T = typename Config::T;
   using Logits = typename Config::Logits;
   using LayoutQK = TileLayout<Config::kHeadDimQK>;
@@ -369,6 +377,16 @@ FI_DEVICE void prefill(const PrefillParams& params) {
     const bool more = start + kTileKv < kv_end;
     ptx::cp_async_wait<1>();
     __syncthreads();  // K of this tile is there; every warp is done with K of the tile before
+    if constexpr (Logits::kHasQuery) {
+      if (start == kv_begin) {
+        Logits::template transform_queries<Config>(params, shared.item, smem + warp * kWarpQBytes<Config>, warp_row, kv_head);
+        __syncwarp();  // a warp reads its own rows of Q alone
+      }
+    }
+    if constexpr (Logits::kHasKey) {
+      Logits::template transform_keys<Config>(params, shared.item, smem_k + parity(start) * kKBytes, start, kv_head);
+      __syncthreads();  // the whole tile is transformed
+    }
     const WarpRange range = ranges[thread_again() >> 5];
     const bool active = start < range.seen_end && start + kTileKv > range.seen_begin;
     const bool plain = start >= range.plain_begin && start + kTileKv <= range.plain_end;
@@ -412,7 +430,7 @@ FI_DEVICE void prefill(const PrefillParams& params) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const int packed = row_of(thread, i, h), qo_idx = params.group.quotient(packed);
-            const auto row = Logits::row(params, qo_idx, kv_head * group + packed - qo_idx * group);
+            const auto row = Logits::row(params, shared.item, qo_idx, kv_head * group + packed - qo_idx * group, kv_head);
 #pragma unroll
             for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
@@ -421,13 +439,14 @@ FI_DEVICE void prefill(const PrefillParams& params) {
           }
       }
       // Masking costs nothing on tiles that every row sees whole: the branch is the same for the whole warp.
-      if (Config::kCustomMask || !plain) {
+      if (Config::kCustomMask || Logits::kHasMask || !plain) {
         const int thread = thread_again();
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int qo_idx = params.group.quotient(row_of(thread, i, h)), own = qo_idx + shared.item.kv_len - shared.item.qo_len;
+            const int packed = row_of(thread, i, h), qo_idx = params.group.quotient(packed);
+            const int own = qo_idx + shared.item.kv_len - shared.item.qo_len;
             const int last = params.causal ? min(own, kv_end - 1) : kv_end - 1, first = own - params.window_left;
 #pragma unroll
             for (int n = 0; n < kKeyTiles; ++n)
@@ -442,11 +461,15 @@ FI_DEVICE void prefill(const PrefillParams& params) {
                     seen = params.mask[base + (bit >> 3)] >> (bit & 7) & 1;
                   }
                 }
-                if (!seen) s[i][n][2 * h + j] = -FI_INF;
+                if constexpr (Logits::kHasMask) {
+                  const auto row = Logits::row(params, shared.item, qo_idx, kv_head * group + packed - qo_idx * group, kv_head);
+                  seen = seen && Logits::mask(params, row, kv);
+                }
+                if (!seen) s[i][n][2 * h + j] = Logits::kUseSoftmax ? -FI_INF : 0.f;
               }
           }
       }
-      state.update(s, o, scale);
+      if constexpr (Logits::kUseSoftmax) state.update(s, o, scale);
     }
 
     ptx::cp_async_wait<1>();

@@ -1,6 +1,6 @@
 // From a tile's q k^T to base-2 logits, for kernels that hold rows in registers. A logits type has kLinear (the kernel
 // multiplies by sm_scale * log2(e) inside its exponent and calls nothing) or row() once a row and tile, and apply() for
-// each element.
+// each element. The other constants say what else a variant's type has (attention/prefill_variant.cuh).
 #pragma once
 #include "attention/logits.cuh"
 
@@ -11,13 +11,14 @@ namespace fi {
 template <bool kAlibi, bool kSoftCap, bool kPositiveScale = true>
 struct PrefillLogits {
   static constexpr bool kLinear = !kAlibi && !kSoftCap && kPositiveScale;
+  static constexpr bool kHasMask = false, kHasQuery = false, kHasKey = false, kHasOutput = false, kUseSoftmax = true;
   struct Row {
     float slope;
     int qo_idx;
   };
 
-  template <class Params>
-  FI_DEVICE static Row row(const Params& params, int qo_idx, int qo_head) {
+  template <class Params, class Item>
+  FI_DEVICE static Row row(const Params& params, const Item&, int qo_idx, int qo_head, int) {
     return {kAlibi ? alibi_slope(qo_head, params.num_qo_heads) : 0.f, qo_idx};
   }
   template <class Params>

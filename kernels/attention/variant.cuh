@@ -49,7 +49,18 @@ namespace ops {
 FI_DEVICE float exp(float x) { return math::ptx_exp2(x * math::log2e); }
 FI_DEVICE float log(float x) { return math::ptx_log2(x) * math::loge2; }
 FI_DEVICE float tanh(float x) { return tanh_from_exp(x); }
+FI_DEVICE float reciprocal(float x) { return math::ptx_rcp(x); }
 FI_DEVICE float sigmoid(float x) { return math::ptx_rcp(1.f + exp(-x)); }
+
+// sin and cos to 1e-6 absolute for |x| < 1e5: the hardware's, after a reduction to [-pi, pi] by 2 pi in two floats. The
+// exact ones have a slow path that would be compiled once an element.
+FI_DEVICE float reduce_angle(float x) {
+  const float turns = rintf(x * 0.159154943f);
+  return fmaf(turns, 1.74845553e-7f, fmaf(turns, -6.28318548f, x));
+}
+FI_DEVICE float sin(float x) { return __sinf(reduce_angle(x)); }
+FI_DEVICE float cos(float x) { return __cosf(reduce_angle(x)); }
+FI_DEVICE float tan(float x) { return sin(x) / cos(x); }
 
 // Rounded towards minus infinity, the remainder with the divisor's sign; an integer divided by 0 is 0.
 FI_DEVICE int floor_div(int a, int b) {

@@ -38,6 +38,10 @@ namespace ops {
 static float exp(float x) { return expf(x); }
 static float log(float x) { return logf(x); }
 static float tanh(float x) { return tanhf(x); }
+static float reciprocal(float x) { return 1.f / x; }
+static float sin(float x) { return sinf(x); }
+static float cos(float x) { return cosf(x); }
+static float tan(float x) { return tanf(x); }
 static float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 static int floor_div(int a, int b) {
   if (b == 0) return 0;
@@ -59,7 +63,7 @@ static float floor_div(float a, float b) {
 }
 struct Ctx { int batch, qo_idx, kv_idx, qo_head, kv_head, qo_len, kv_len; };
 struct User {
-  float cap; int width;
+  float cap; int width; float cap_rcp = 1.f / cap, width_rcp = 1.f / float(width);
   static float bias(int i, int j) { return float(i) - 0.25f * float(j); }
   static int ids(int i) { return i / 3; }
   static bool flags(int i) { return i % 2 == 1; }
@@ -286,7 +290,7 @@ def test_equal_expressions_are_one_node():
 
 def test_division_by_what_is_uniform_is_a_product():
     assert statements(_traced(lambda s, c: s / 4)) == ["return score * 0.25f;"]
-    assert statements(_traced(lambda s, c: s / c.cap)) == ["return score * (1.f / params.user.cap);"]
+    assert statements(_traced(lambda s, c: s / c.cap)) == ["return score * params.user.cap_rcp;"]
     assert statements(_traced(lambda s, c: s / (c.kv_idx + 1))) == ["return score / float(ctx.kv_idx + 1);"]
 
 

@@ -191,7 +191,7 @@ def test_generated_source():
     )  # fmt: skip
     source = fi_cupy.jit.compile(variant).source
     assert "TensorRef<__half, 2> bias;" in source and "float cap;" in source and "int width;" in source
-    assert "ops::tanh(score * (1.f / params.user.cap))" in source
+    assert "ops::tanh(score * params.user.cap_rcp)" in source
     assert "params.user.bias(ctx.qo_head, ctx.kv_idx)" in source
     assert "kHasMask = true" in source and "kHasQuery = false" in source and "kUseSoftmax = true" in source
 
@@ -265,3 +265,99 @@ def test_run_errors(args, extra, error, text):
         fi_cupy.jit.compile(variant).run(*_inputs(), *args, **extra)
     with pytest.raises(ArgumentError, match="expected a variant"):
         fi_cupy.jit.compile(args)
+
+
+TEXT_ERRORS = {
+    "syntax": ({"score_fn": "score *\n* 2.f +"}, r"variant:syntax:[23]: error"),
+    "parenthesis": ({"score_fn": "1.f +\ntanhf(score"}, r"variant:parenthesis:2: error: '\(' is not closed"),
+    "brace": ({"score_fn": "if (kv_idx > 3) {\n  return score;\nreturn 0.f;"}, r"variant:brace:1: error: '{' is not"),
+    "escape": ({"score_fn": "score; }\n}"}, r"variant:escape:1: error: '}' closes nothing"),
+    "nothing": ({"score_fn": "float x = score;"}, r"variant:nothing:1: error: statements must return"),
+    "unknown": ({"score_fn": "score +\n bais(qo_idx)", "tensors": ["bias"]}, r'variant:unknown:2: .*identifier "bais"'),
+    "body": ({"score_fn": "\n\nconst float x = y;\nreturn x;"}, r'variant:body:3: error: identifier "y"'),
+    "two": ({"score_fn": "score", "mask_fn": "kv_idx < foo"}, r'variant:two\.mask_fn:1: error: identifier "foo"'),
+    "rank": ({"score_fn": "score\n + bias(1, 2, 3, 4, 5)", "tensors": ["bias"]}, r"variant:rank:[23]: .*more indices"),
+}  # fmt: skip
+
+
+def _compile(variant, arch="80", **options):
+    from fi_cupy.jit.build import job_for
+    from fi_cupy.jit.compiler import compile_job
+    from fi_cupy.plan.prefill import choose_tiles
+    from fi_cupy.prefill_kernel import prefill_spec
+
+    tiles = choose_tiles(16, 64, 64, 65536, 65536)  # few rows: the compiler unrolls less
+    spec = prefill_spec(fi_cupy.dtypes.float16, 64, 64, tiles, paged=False)
+    return compile_job(job_for(variant.lowered().specialise(spec, False, False), arch))
+
+
+@pytest.mark.parametrize("name", TEXT_ERRORS)
+def test_compile_errors_point_into_the_users_text(name):
+    pytest.importorskip("cupy")
+    options, pattern = TEXT_ERRORS[name]
+    with pytest.raises(CompileError, match=pattern):
+        _compile(define(name=name, **options))
+
+
+def test_a_crash_of_the_compiler_is_a_compile_error(monkeypatch):
+    from fi_cupy.jit import compiler
+
+    def die(self, message, timeout):
+        raise compiler.WorkerDied("crashed (SIGSEGV)")
+
+    monkeypatch.setattr(compiler.Worker, "request", die)
+    with pytest.raises(CompileError, match=r"variant:crashing:1: the compiler crashed \(SIGSEGV\)"):
+        _compile(define(name="crashing", score_fn="score"))
+
+
+COMPILED = {
+    "traced": {
+        "tensors": {"bias": "float16", "ids": "int32", "flags": "bool", "x": "bfloat16", "y": "uint8"},
+        "scalars": {"cap": 30.0, "width": 4},
+        "score_fn": lambda s, c: c.cap * ops.tanh(s / c.cap) + c.bias[c.qo_head, c.kv_idx] + c.x[0] * c.y[c.kv_head],
+        "mask_fn": lambda c: (c.ids[c.qo_idx] == c.ids[c.kv_idx]) & c.flags[c.kv_idx] & (c.qo_idx - c.kv_idx < c.width),
+    },
+    "elements": {
+        "query_fn": lambda q, c: q * ops.cos(c.dim_idx * 0.1),
+        "key_fn": lambda k, c: ops.where(c.kv_idx % 2 == 0, k, -k),
+        "post_process_fn": lambda out, c: ops.silu(out),
+    },
+    "everything": {
+        "use_softmax": False,
+        "score_fn": lambda s, c: (
+            ops.exp(s) + ops.exp2(s) + ops.expm1(s) + ops.log(s) + ops.log2(s) + ops.log1p(s) + ops.sqrt(s)
+            + ops.rsqrt(s) + ops.sigmoid(s) + ops.sin(s) + ops.tan(s) + ops.arctan(s) + ops.erf(s) + ops.floor(s)
+            + ops.ceil(s) + ops.trunc(s) + ops.rint(s) + s**1.5 + s // 2 + s % 2 + c.qo_idx // 3 + c.qo_idx % 3
+            + ops.minimum(s, c.kv_idx) + abs(c.qo_idx - c.kv_idx) + (c.batch << 1) + ~c.kv_head + s / c.sm_scale
+            + ops.where(~(s > 0) | (c.qo_idx == c.qo_len - 1) ^ (c.kv_len > 3), -s, math_inf)
+        ),
+    },
+    "text": {
+        "tensors": ["bias"],
+        "scalars": {"cap": 30.0, "width": 4},
+        "score_fn": "cap * ops::tanh(score / cap) + bias(qo_head, kv_idx) // a comment",
+        "mask_fn": "const int distance = qo_idx - kv_idx;  // }\nreturn distance < width;",
+        "query_fn": "q * (dim_idx + 1)",
+        "key_fn": "k + kv_head",
+        "post_process_fn": "out * batch",
+    },
+}  # fmt: skip
+math_inf = float("inf")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("arch", ["75", "90a"])
+def test_variants_compile(name, arch):
+    pytest.importorskip("cupy")
+    result = _compile(define(name=name, **COMPILED[name]), arch)
+    assert result.code and "error" not in result.log
+    assert result.spill_bytes <= 64
+
+
+def test_plain_kernels_know_nothing_of_variants():
+    from fi_cupy.jit.render import render
+    from fi_cupy.jit.sources import header_closure
+
+    source = render(fi_cupy.prefill.kernel_specs()[0])
+    assert "ariant" not in source
+    assert not [name for name in header_closure(source.encode()) if "variant" in name]
