@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partialmethod
 from typing import Any
 
@@ -33,6 +34,7 @@ from fi_cupy.prefill_plan import (
 )
 from fi_cupy.prefill_ragged import BatchPrefillWithRaggedKVCacheWrapper
 from fi_cupy.prefill_single import single_prefill_with_kv_cache, single_prefill_with_kv_cache_return_lse
+from fi_cupy.variants import AttentionVariant, variant_of
 from fi_cupy.workspace import copy_device
 
 __all__ = [
@@ -70,8 +72,10 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         CUDA-graph mode with a custom mask: room for the packed mask and for its offsets.
     backend : "auto" or "fa2"
         There is one implementation.
-    jit_args, jit_kwargs : None
-        Kept for FlashInfer's signature.
+    jit_args, jit_kwargs : tuple, mapping, optional
+        A variant in FlashInfer's form: the arguments of ``gen_customize_batch_prefill_module`` after `backend`.
+    variant : AttentionVariant, optional
+        See `fi_cupy.jit.define_variant`. `causal` and the masks given to `plan` count, not its `mask_mode`.
 
     Source
     ------
@@ -103,9 +107,10 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         backend: str = "auto",
         jit_args: Any = None,
         jit_kwargs: Any = None,
+        *,
+        variant: AttentionVariant | None = None,
     ) -> None:
         check_backend(self._op, backend)
-        refuse(self._op, jit_args=jit_args, jit_kwargs=jit_kwargs)
         self._layout = check_layout(self._op, kv_layout)
         super().__init__(
             float_workspace_buffer,
@@ -118,6 +123,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
                 "custom_mask_buf": (custom_mask_buf, uint8),
                 "mask_indptr_buf": (mask_indptr_buf, int32),
             },
+            variant_of(self._op, variant, jit_args, jit_kwargs),
         )
 
     def plan(
@@ -260,7 +266,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         )  # fmt: skip
         problem = make_problem(
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
-            True, has_mask, self.device < 0,
+            True, has_mask, self.device < 0, self._lowered,
         )  # fmt: skip
         _, qo = host_ints(op, "qo_indptr", qo_indptr)
         _, indptr = host_ints(op, "paged_kv_indptr", kv_indptr)
@@ -279,7 +285,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             pack_mask(op, custom_mask, packed_custom_mask, np.diff(qo), kv_len, self._workspace),
         )  # fmt: skip
         p.page_size, p.indptr, p.indices, p.last_page_len = page_size, indptr, indices, last
-        p.disable_split = disable_split_kv
+        p.disable_split = disable_split_kv or not self._splittable
         p.fixed_split = fixed_split_size * page_size if fixed_split_size and fixed_split_size > 0 else None
         self._read_indices(op, p)
         return p
@@ -356,6 +362,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         window_left: int | None = None,
         sinks: Any = None,
         kv_cache_sf: Any = None,
+        variant_args: Mapping[str, Any] | None = None,
     ) -> Any:
         """Attention of the planned batch; no synchronisation, and no allocation with `out` (and `lse`).
 
@@ -379,6 +386,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             Must be the planned one.
         sinks : float32 array, [num_qo_heads], optional
             Raw logits that join the denominator.
+        *args, variant_args : optional
+            The variant's tensors and scalars, in the order of their declaration, and by name.
 
         Returns
         -------
@@ -394,10 +403,11 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         p: _PagedPlan | None = self._planned
         if p is None:
             raise PlanError(f"{op}: plan() must come first")
-        refuse(op, extra_arguments=args or None, kv_cache_sf=kv_cache_sf)
+        refuse(op, kv_cache_sf=kv_cache_sf)
         if window_left is not None:
             check_planned(op, "window_left", max(window_left, -1), p.options.window_left, p.options.window_left)
         x = self._query(op, p, q)
+        bound = self._bind(op, args, variant_args, x)
         kv = paged_kv(op, paged_kv_cache)
         dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.dtype
         heads, layout = p.problem.num_kv_heads, self._layout
@@ -417,7 +427,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             indices = p.indices.ptr if p.indices_offset is None else p.work.items + p.indices_offset
         return self._run(
             op, p, x, kv.k, kv.v, token_strides(kv.k, layout), token_strides(kv.v, layout),
-            (q_scale, k_scale, v_scale), out, lse, return_lse, enable_pdl, sinks, p.page_size, indices,
+            (q_scale, k_scale, v_scale), out, lse, return_lse, enable_pdl, sinks, p.page_size, indices, bound,
         )  # fmt: skip
 
     run_return_lse = partialmethod(run, return_lse=True)

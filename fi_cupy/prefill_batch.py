@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,13 +12,17 @@ from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner
 from fi_cupy.decode_kernel import scale_factor, sinks_view
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import DType
-from fi_cupy.errors import ArgumentError, PlanError, ShapeError
+from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
 from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.plan.prefill import max_counts, pad, plan_prefill
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
 from fi_cupy.prefill_plan import Ints, Mask, Options, Strides, Work, check_planned, launch, outputs
 from fi_cupy.workspace import PlanBuffer, copy_device, copy_to_device
+
+if TYPE_CHECKING:
+    from fi_cupy.jit.lower import Lowered
+    from fi_cupy.variants import AttentionVariant, BoundVariant
 
 
 class Planned:
@@ -47,8 +52,13 @@ class BatchPrefill:
     _op = ""
 
     def __init__(
-        self, float_workspace_buffer: Any, use_cuda_graph: bool, buffers: dict[str, tuple[Any, DType]]
+        self,
+        float_workspace_buffer: Any,
+        use_cuda_graph: bool,
+        buffers: dict[str, tuple[Any, DType]],
+        variant: AttentionVariant | None = None,
     ) -> None:
+        self._variant = variant
         self._graph = use_cuda_graph
         self._buffers: dict[str, View] = {}
         self._planned: Any = None
@@ -217,6 +227,26 @@ class BatchPrefill:
         items, merges, num_slots, most_slots = self._schedule(p, kv_base)
         return p.geometry.workspace(num_slots, most_slots).size, items.nbytes + merges.nbytes + 4 * indices
 
+    # -- variants -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _lowered(self) -> Lowered | None:
+        return None if self._variant is None else self._variant.lowered()
+
+    @property
+    def _splittable(self) -> bool:
+        return self._variant is None or self._variant.lowered().splittable
+
+    def _bind(
+        self, op: str, args: tuple[Any, ...], named: Mapping[str, Any] | None, x: View
+    ) -> BoundVariant | None:  # fmt: skip
+        """The variant with the arguments of one `run`."""
+        if self._variant is not None:
+            return self._variant.bind(op, args, named or {}, x)
+        if args or named:
+            raise UnsupportedError(f"{op}: extra arguments belong to a variant; give one to the constructor (variant=)")
+        return None
+
     # -- run ----------------------------------------------------------------------------------------------------------
 
     def _query(self, op: str, p: Planned, q: Any) -> View:
@@ -239,8 +269,10 @@ class BatchPrefill:
     def _run(
         self, op: str, p: Planned, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides,
         scales: tuple[Any, Any, Any], out: Any, lse: Any, return_lse: bool, enable_pdl: bool | None, sinks: Any,
-        page_size: int, kv_indices: int,
+        page_size: int, kv_indices: int, bound: BoundVariant | None,
     ) -> Any:  # fmt: skip
+        if bound is not None and not bound.use_softmax and (return_lse or lse is not None):
+            raise ArgumentError(f"{op}: variant {bound.variant.name} has no softmax, and without it there is no lse")
         o, s = outputs(op, x, out, lse, return_lse, p.problem.head_dim_vo)
         sink = None if sinks is None else sinks_view(op, sinks, x, p.problem.num_qo_heads)
         scale = p.options.sm_scale * scale_factor(op, "q_scale", scales[0]) * scale_factor(op, "k_scale", scales[1])
@@ -249,7 +281,8 @@ class BatchPrefill:
             values, log = self._reference(
                 p, x.numpy(), k.numpy(), v.numpy(), sm_scale=scale, v_scale=out_scale,
                 sinks=None if sink is None else sink.numpy(), out_dtype=o.dtype.np, **p.options.reference(),
-                packed_custom_mask=None if p.mask is None else p.mask.packed.numpy(),
+                packed_custom_mask=None if p.mask is None else p.mask.packed.numpy(), variant=bound,
+                params=None if bound is None else bound.params(),
             )  # fmt: skip
             o.write(values)
             if s is not None:
@@ -259,6 +292,7 @@ class BatchPrefill:
                 p.geometry, p.work, x, k, v, k_strides, v_strides, o, s, p.options, scale, out_scale,
                 kv_indices=kv_indices, page_size=page_size, mask=0 if p.mask is None else p.mask.packed.ptr,
                 sinks=0 if sink is None else sink.ptr, pdl=self._pdl if enable_pdl is None else bool(enable_pdl),
+                variant_values=() if bound is None else bound.kernel_values(),
             )  # fmt: skip
         result = o.result() if out is None else out
         if not return_lse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partialmethod
 from typing import Any
 
@@ -27,6 +28,7 @@ from fi_cupy.prefill_plan import (
     read_options,
     refuse,
 )
+from fi_cupy.variants import AttentionVariant, variant_of
 
 
 class _RaggedPlan(Planned):
@@ -73,9 +75,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         backend: str = "auto",
         jit_args: Any = None,
         jit_kwargs: Any = None,
+        *,
+        variant: AttentionVariant | None = None,
     ) -> None:
         check_backend(self._op, backend)
-        refuse(self._op, jit_args=jit_args, jit_kwargs=jit_kwargs)
         self._layout = check_layout(self._op, kv_layout)
         super().__init__(
             float_workspace_buffer,
@@ -86,6 +89,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
                 "custom_mask_buf": (custom_mask_buf, uint8),
                 "mask_indptr_buf": (mask_indptr_buf, int32),
             },
+            variant_of(self._op, variant, jit_args, jit_kwargs),
         )
 
     def plan(
@@ -184,7 +188,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         )  # fmt: skip
         problem = make_problem(
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
-            False, has_mask, self.device < 0,
+            False, has_mask, self.device < 0, self._lowered,
         )  # fmt: skip
         _, qo = host_ints(op, "qo_indptr", qo_indptr)
         _, kv = host_ints(op, "kv_indptr", kv_indptr)
@@ -199,7 +203,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
             problem, options, qo, kv_len,
             pack_mask(op, custom_mask, packed_custom_mask, np.diff(qo), kv_len, self._workspace),
         )  # fmt: skip
-        p.kv_indptr, p.disable_split = kv, disable_split_kv
+        p.kv_indptr, p.disable_split = kv, disable_split_kv or not self._splittable
         p.fixed_split = fixed_split_size if fixed_split_size and fixed_split_size > 0 else None
         return p
 
@@ -235,6 +239,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         enable_pdl: bool | None = None,
         kv_cache_sf: Any = None,
         sinks: Any = None,
+        variant_args: Mapping[str, Any] | None = None,
     ) -> Any:
         """Attention of the planned batch; no synchronisation, and no allocation with `out` (and `lse`).
 
@@ -245,7 +250,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
             HND: ``[num_kv_heads, tokens, dim]``. More tokens than planned are allowed and not read.
         q_scale, k_scale, v_scale, o_scale : float, optional
             Dequantisation factors: the first two multiply `sm_scale`, v_scale the output; o_scale divides the output.
-        out, lse, return_lse, enable_pdl, sinks
+        out, lse, return_lse, enable_pdl, sinks, *args, variant_args
             As in `BatchPrefillWithPagedKVCacheWrapper.run`.
 
         Returns
@@ -260,8 +265,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         p: _RaggedPlan | None = self._planned
         if p is None:
             raise PlanError(f"{op}: plan() must come first")
-        refuse(op, extra_arguments=args or None, kv_cache_sf=kv_cache_sf)
+        refuse(op, kv_cache_sf=kv_cache_sf)
         x = self._query(op, p, q)
+        bound = self._bind(op, args, variant_args, x)
         kx, vx = view(k, op, "k"), view(v, op, "v")
         hnd, tokens = self._layout == "HND", int(p.kv_indptr[-1])
         for name, y, dim in (("k", kx, p.problem.head_dim_qk), ("v", vx, p.problem.head_dim_vo)):
@@ -275,7 +281,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         strides: list[Strides] = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
         return self._run(
             op, p, x, kx, vx, strides[0], strides[1], (q_scale, k_scale, v_scale), out, lse, return_lse, enable_pdl,
-            sinks, 1, 0,
+            sinks, 1, 0, bound,
         )  # fmt: skip
 
     run_return_lse = partialmethod(run, return_lse=True)

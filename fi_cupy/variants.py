@@ -313,7 +313,7 @@ class BoundVariant:
                 "Python (fi_cupy.jit.ops) to run it on the CPU as well"
             )
         if stage in ("score_fn", "mask_fn"):
-            return function  # type: ignore[no-any-return]
+            return function
 
         def on_elements(x: np.ndarray[Any, Any], ctx: Any) -> np.ndarray[Any, Any]:
             ctx = ctx.at(dim_idx=np.arange(x.shape[-1])[None, None, :])
@@ -391,6 +391,17 @@ class VariantKernel:
             sm_scale=sm_scale, window_left=window_left, logits_soft_cap=logits_soft_cap, k_scale=k_scale,
             v_scale=v_scale, return_lse=return_lse, variant=self.variant, variant_args=(args, extra),
         )  # fmt: skip
+
+
+def variant_of(op: str, variant: Any, jit_args: Any, jit_kwargs: Any) -> AttentionVariant | None:
+    """The variant that a wrapper was given, in one of the two forms."""
+    if jit_args is None:
+        if jit_kwargs:
+            raise ArgumentError(f"{op}: jit_kwargs without jit_args")
+        if variant is not None and not isinstance(variant, AttentionVariant):
+            raise ArgumentError(f"{op}: variant is {type(variant).__name__}, expected one from define_variant")
+        return variant
+    raise UnsupportedError(f"{op}: jit_args is not supported; use variant=")
 
 
 def compile(variant: AttentionVariant) -> VariantKernel:

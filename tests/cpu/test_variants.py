@@ -361,3 +361,69 @@ def test_plain_kernels_know_nothing_of_variants():
     source = render(fi_cupy.prefill.kernel_specs()[0])
     assert "ariant" not in source
     assert not [name for name in header_closure(source.encode()) if "variant" in name]
+
+
+class TestWrappers:
+    """Batches give what single requests give, with the request's number in ctx.batch."""
+
+    qo, kv = [3, 0, 7, 5], [9, 4, 16, 5]
+
+    def variant(self):
+        return define(
+            name="batched", tensors=["gain"], scalars={"cap": 4.0},
+            score_fn=lambda s, ctx: ctx.cap * ops.tanh(s / ctx.cap) * ctx.gain[ctx.batch],
+            mask_fn=lambda ctx: ctx.kv_len - ctx.qo_len + ctx.qo_idx - ctx.kv_idx < 4,
+        )  # fmt: skip
+
+    def expect(self, q, k, v, gain, cap=4.0):
+        starts = np.cumsum([0, *self.qo]), np.cumsum([0, *self.kv])
+        outs = []
+        for b, (m, n) in enumerate(zip(self.qo, self.kv, strict=True)):
+            qs, ks, vs = q[starts[0][b] :][:m], k[starts[1][b] :][:n], v[starts[1][b] :][:n]
+            seen = lambda i, j, h, m=m, n=n: n - m + i - j < 4 and j <= n - m + i  # noqa: E731
+            outs.append(_naive(qs, ks, vs, lambda s, i, j, h, b=b: cap * np.tanh(s / cap) * gain[b], seen))
+        return np.concatenate(outs)
+
+    def test_ragged(self):
+        q, k, v = _inputs(15, 34)
+        gain = np.array([1, 2, 3, 0.5], np.float32)
+        wrapper = fi_cupy.prefill.BatchPrefillWithRaggedKVCacheWrapper(
+            np.empty(1 << 16, np.uint8), variant=self.variant()
+        )
+        indptr = np.cumsum([0, *self.qo]), np.cumsum([0, *self.kv])
+        wrapper.plan(*indptr, 6, 2, 32, causal=True, q_data_type="float32")
+        _close(wrapper.run(q, k, v, gain), self.expect(q, k, v, gain))
+        out, lse = wrapper.run(q, k, v, gain, 2.0, return_lse=True)
+        _close(out, self.expect(q, k, v, gain, 2.0))
+        assert lse.shape == (15, 6)
+        _close(wrapper.run(q, k, v, variant_args={"gain": gain, "cap": 2.0}), out)
+        with pytest.raises(ArgumentError, match=r"gain .float32 array. is missing"):
+            wrapper.run(q, k, v)
+
+    def test_paged(self):
+        q, k, v = _inputs(15, 34)
+        gain = np.array([1, 2, 3, 0.5], np.float32)
+        page, pages = 4, [-(-n // 4) for n in self.kv]
+        cache = np.full((sum(pages), 2, page, 2, 32), np.nan, np.float32)
+        start = np.cumsum([0, *self.kv])
+        for b, first in enumerate(np.cumsum([0, *pages])[:-1]):
+            for j in range(self.kv[b]):
+                cache[first + j // page, :, j % page] = k[start[b] + j], v[start[b] + j]
+        wrapper = fi_cupy.prefill.BatchPrefillWithPagedKVCacheWrapper(
+            np.empty(1 << 16, np.uint8), variant=self.variant()
+        )
+        last = [(n - 1) % page + 1 for n in self.kv]
+        wrapper.plan(
+            np.cumsum([0, *self.qo]), np.cumsum([0, *pages]), np.arange(sum(pages)), last, 6, 2, 32, page, causal=True,
+            q_data_type="float32",
+        )  # fmt: skip
+        _close(wrapper.run(q, cache, gain), self.expect(q, k, v, gain))
+
+    def test_arguments_without_a_variant_are_refused(self):
+        q, k, v = _inputs(15, 34)
+        wrapper = fi_cupy.prefill.BatchPrefillWithRaggedKVCacheWrapper(np.empty(1 << 16, np.uint8))
+        wrapper.plan(np.cumsum([0, *self.qo]), np.cumsum([0, *self.kv]), 6, 2, 32, q_data_type="float32")
+        with pytest.raises(UnsupportedError, match="variant="):
+            wrapper.run(q, k, v, 3.0)
+        with pytest.raises(ArgumentError, match="expected one from define_variant"):
+            fi_cupy.prefill.BatchPrefillWithRaggedKVCacheWrapper(np.empty(1 << 16, np.uint8), variant="cap")
