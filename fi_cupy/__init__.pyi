@@ -16,6 +16,7 @@ from . import (
     reference as reference,
     rope as rope,
     sampling as sampling,
+    sparse as sparse,
 )
 from .activation import (
     gelu_and_mul as gelu_and_mul,
@@ -98,6 +99,11 @@ from .sampling import (
     top_p_renorm_prob as top_p_renorm_prob,
     top_p_renorm_probs as top_p_renorm_probs,
     top_p_sampling_from_probs as top_p_sampling_from_probs,
+)
+from .sparse import (
+    BlockSparseAttentionWrapper as BlockSparseAttentionWrapper,
+    VariableBlockSparseAttentionWrapper as VariableBlockSparseAttentionWrapper,
+    convert_bsr_mask_layout as convert_bsr_mask_layout,
 )
 
 __version__: str
