@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from paged_cases import bits, check
@@ -53,7 +55,7 @@ def test_trap_29_block_sparse(rng, mb, nb, r, c, dtype, causal, inside):
     if inside == "mask":
         options = {"mask": on_gpu(mask)}
     elif inside:
-        rows = [mask[a:b].transpose(1, 0, 2).reshape(-1) for a, b in zip(indptr[:-1], indptr[1:], strict=True)]
+        rows = [mask[a:b].transpose(1, 0, 2).reshape(-1) for a, b in pairwise(indptr)]
         options = {"packed_mask": on_gpu(np.concatenate([np.packbits(x, bitorder="little") for x in rows]))}
     wrapper = sparse.BlockSparseAttentionWrapper(workspace())
     wrapper.plan(
