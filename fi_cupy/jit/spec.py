@@ -88,7 +88,8 @@ class KernelSpec:
         """Whether the kernel can be compiled for `arch` ("75", "90a", "compute_80", ...)."""
         number = arch_number(arch)
         in_range = number >= self.min_arch and (self.max_arch == 0 or number <= self.max_arch)
-        return in_range and self.smem_bytes <= shared_memory(number)
+        # PTX runs on any later GPU, whose shared memory is what counts.
+        return in_range and (arch.startswith("compute_") or self.smem_bytes <= shared_memory(number))
 
 
 #: The architectures every kernel is compiled for by the tests and by ``warmup --arch all``.
