@@ -62,12 +62,12 @@ def fast_div(divisor: int) -> tuple[int, int, int]:
     return divisor, ((1 << 32) * ((1 << shift) - divisor)) // divisor + 1, shift
 
 
-@lru_cache(maxsize=512)
 #: 128 accumulators and 64 logits a thread, at 255 registers. Measured on an H200 with 40 bytes spilled: 346 TFLOP/s;
 #: unrolled less, without a spill: 336.
 _FULL_REGISTERS = "the ptxas of CUDA 12.9 and 13.0 spills 8 to 148 bytes, outside the products; that of 13.5 none"
 
 
+@lru_cache(maxsize=512)
 def prefill_spec(
     dtype: DType,
     head_dim_qk: int,
