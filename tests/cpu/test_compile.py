@@ -161,7 +161,7 @@ def test_profiles():
     assert profile_specs("norm, norm") == profile_specs("norm")
     assert profile_specs("all") == all_specs()
     assert all(isinstance(spec, KernelSpec) for spec in all_specs())
-    with pytest.raises(ArgumentError, match=r"profile: 'nothing' is unknown, expected one of all, norm"):
+    with pytest.raises(ArgumentError, match=r"profile: 'nothing' is unknown, expected one of all, smollm2"):
         profile_specs("nothing")
 
 
