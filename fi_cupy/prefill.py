@@ -14,6 +14,7 @@ import numpy as np
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_shape
+from fi_cupy.customize import single_prefill_with_kv_cache_with_jit_module
 from fi_cupy.dtypes import float32, int32, uint8
 from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
 from fi_cupy.kv_cache import check_layout, check_paged_kv, paged_kv, token_strides
@@ -40,6 +41,7 @@ from fi_cupy.workspace import copy_device
 __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper", "BatchPrefillWithRaggedKVCacheWrapper", "kernel_specs",
     "single_prefill_with_kv_cache", "single_prefill_with_kv_cache_return_lse",
+    "single_prefill_with_kv_cache_with_jit_module",
 ]  # fmt: skip
 
 

@@ -242,7 +242,10 @@ class BatchPrefill:
     ) -> BoundVariant | None:  # fmt: skip
         """The variant with the arguments of one `run`."""
         if self._variant is not None:
-            return self._variant.bind(op, args, named or {}, x)
+            return self._variant.bind(
+                op, args, named or {}, x, sm_scale=self._planned.options.sm_scale,
+                logits_soft_cap=self._planned.options.logits_soft_cap,
+            )  # fmt: skip
         if args or named:
             raise UnsupportedError(f"{op}: extra arguments belong to a variant; give one to the constructor (variant=)")
         return None

@@ -149,7 +149,7 @@ def single_prefill_with_kv_cache(
         _OP, dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta,
         x.is_cpu, has_mask,
     )  # fmt: skip
-    bound = None if variant is None else variant.bind(_OP, *variant_args, x)
+    bound = None if variant is None else variant.bind(_OP, *variant_args, x, sm_scale=options.sm_scale)
     problem = make_problem(
         _OP, heads, kv_heads, dim_qk, dim_vo, x.dtype, kx.dtype, o_dtype, options, False, has_mask, x.is_cpu,
         None if bound is None else bound.lowered,

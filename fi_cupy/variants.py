@@ -54,7 +54,9 @@ class AttentionVariant:
         """The variant as CUDA."""
         return _lower(self)
 
-    def bind(self, op: str, args: tuple[Any, ...], named: Mapping[str, Any], like: View) -> BoundVariant:
+    def bind(
+        self, op: str, args: tuple[Any, ...], named: Mapping[str, Any], like: View, **_: float
+    ) -> BoundVariant:  # fmt: skip
         """The variant with the arrays and numbers of one call.
 
         Parameters
@@ -393,7 +395,7 @@ class VariantKernel:
         )  # fmt: skip
 
 
-def variant_of(op: str, variant: Any, jit_args: Any, jit_kwargs: Any) -> AttentionVariant | None:
+def variant_of(op: str, variant: Any, jit_args: Any, jit_kwargs: Any) -> Any:
     """The variant that a wrapper was given, in one of the two forms."""
     if jit_args is None:
         if jit_kwargs:
@@ -401,7 +403,11 @@ def variant_of(op: str, variant: Any, jit_args: Any, jit_kwargs: Any) -> Attenti
         if variant is not None and not isinstance(variant, AttentionVariant):
             raise ArgumentError(f"{op}: variant is {type(variant).__name__}, expected one from define_variant")
         return variant
-    raise UnsupportedError(f"{op}: jit_args is not supported; use variant=")
+    if variant is not None:
+        raise ArgumentError(f"{op}: variant and jit_args are two forms of the same thing, expected one")
+    from fi_cupy.customize import gen_customize_batch_prefill_module
+
+    return gen_customize_batch_prefill_module("fa2", *jit_args, **(jit_kwargs or {}))
 
 
 def compile(variant: AttentionVariant) -> VariantKernel:

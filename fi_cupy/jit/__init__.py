@@ -42,6 +42,10 @@ def __getattr__(name: str) -> Any:
         from fi_cupy import variants
 
         return getattr(variants, name)
+    if name.startswith("gen_customize_"):
+        from fi_cupy import customize
+
+        return getattr(customize, name)
     if name == "ops":
         import importlib
 
