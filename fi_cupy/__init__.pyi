@@ -1,5 +1,7 @@
 from . import (
     activation as activation,
+    attention as attention,
+    batch_attention as batch_attention,
     cascade as cascade,
     cascade_attention as cascade_attention,
     decode as decode,
@@ -10,6 +12,7 @@ from . import (
     lookup as lookup,
     norm as norm,
     page as page,
+    pod as pod,
     prefill as prefill,
     profiles as profiles,
     quantization as quantization,
@@ -22,6 +25,12 @@ from .activation import (
     gelu_and_mul as gelu_and_mul,
     gelu_tanh_and_mul as gelu_tanh_and_mul,
     silu_and_mul as silu_and_mul,
+)
+from .attention import (
+    BatchAttentionWithAttentionSinkWrapper as BatchAttentionWithAttentionSinkWrapper,
+)
+from .batch_attention import (
+    BatchAttention as BatchAttention,
 )
 from .cascade import (
     merge_state as merge_state,
@@ -58,6 +67,9 @@ from .page import (
     append_paged_mla_kv_cache as append_paged_mla_kv_cache,
     get_batch_indices_positions as get_batch_indices_positions,
     get_seq_lens as get_seq_lens,
+)
+from .pod import (
+    PODWithPagedKVCacheWrapper as PODWithPagedKVCacheWrapper,
 )
 from .prefill import (
     BatchPrefillWithPagedKVCacheWrapper as BatchPrefillWithPagedKVCacheWrapper,
