@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partialmethod
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.customize import single_decode_with_kv_cache_with_jit_module
 from fi_cupy.decode_kernel import (
     Geometry,
     Problem,
@@ -37,11 +39,12 @@ from fi_cupy.plan.decode import (
     max_items,
     plan_decode,
 )
+from fi_cupy.variants import AttentionVariant, variant_of
 from fi_cupy.workspace import PlanBuffer, copy_device
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper", "BatchDecodeWrapper", "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
-    "fast_decode_plan", "kernel_specs", "single_decode_with_kv_cache",
+    "fast_decode_plan", "kernel_specs", "single_decode_with_kv_cache", "single_decode_with_kv_cache_with_jit_module",
 ]  # fmt: skip
 
 _OP = "BatchDecodeWithPagedKVCacheWrapper"
@@ -69,8 +72,10 @@ class BatchDecodeWithPagedKVCacheWrapper:
         later written into the buffer take effect at the next `plan`.
     backend : "auto" or "fa2"
         There is one implementation.
-    jit_args : None
-        Kept for FlashInfer's signature.
+    jit_args : tuple, optional
+        A variant in FlashInfer's form: the arguments of ``gen_customize_batch_decode_module``.
+    variant : AttentionVariant, optional
+        See `fi_cupy.jit.define_variant`. Runs in the prefill kernel: the cache has the type of q.
     workspace_buffer : array, optional
         Another name of `float_workspace_buffer`.
 
@@ -101,6 +106,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         jit_args: Any = None,
         *,
         workspace_buffer: Any = None,
+        variant: AttentionVariant | None = None,
     ) -> None:
         if float_workspace_buffer is None:
             float_workspace_buffer = workspace_buffer
@@ -110,8 +116,6 @@ class BatchDecodeWithPagedKVCacheWrapper:
             raise ArgumentError(f"{_OP}: float_workspace_buffer is missing")
         if backend not in ("auto", "fa2"):
             raise UnsupportedError(f"{_OP}: backend is {backend!r}, expected 'auto' (there is one implementation)")
-        if jit_args is not None:
-            raise UnsupportedError(f"{_OP}: jit_args is not supported")
         self._layout = check_layout(_OP, kv_layout)
         self._use_tensor_cores = use_tensor_cores
         self._graph = use_cuda_graph
@@ -123,6 +127,35 @@ class BatchDecodeWithPagedKVCacheWrapper:
         self._attach(float_workspace_buffer)
         if use_cuda_graph:
             self._attach_graph_buffers(paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer)
+        chosen = variant_of(_OP, variant, jit_args, None)
+        self._by_prefill = None if chosen is None else self._prefill_wrapper(chosen)
+
+    def _prefill_wrapper(self, variant: Any) -> Any:
+        """Variants run in the prefill kernel, on tiles of 16 rows that a group of query heads shares."""
+        from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
+
+        class ByPrefill(BatchPrefillWithPagedKVCacheWrapper):
+            _op = _OP
+
+        buffers: tuple[Any, ...] = ()
+        if self._buffers is not None:
+            indptr, indices, last_page_len = self._buffers
+            rows = indptr.empty(indptr.shape, int32).array
+            buffers = (rows, indptr.array, indices.array, last_page_len.array)
+        return ByPrefill(self._workspace.array, self._layout, self._graph, *buffers, variant=variant)
+
+    def _prefill_plan(self, p: Planned) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The plan of the prefill wrapper: one query token a request."""
+        split_keys, disable_split = p.split
+        args = (
+            np.arange(p.batch_size + 1), p.indptr, p.indices.array, p.last_page_len, p.num_qo_heads, p.num_kv_heads,
+            p.head_dim, p.page_size,
+        )  # fmt: skip
+        return args, {
+            **p.options, "sm_scale": p.sm_scale, "q_data_type": p.dtype, "kv_data_type": p.kv_dtype,
+            "o_data_type": p.out_dtype, "disable_split_kv": disable_split,
+            "fixed_split_size": None if split_keys is None else split_keys // p.page_size,
+        }  # fmt: skip
 
     def _attach(self, workspace: Any) -> None:
         w = view(workspace, _OP, "float_workspace_buffer")
@@ -169,6 +202,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if self._graph_state is not None:
             raise PlanError(f"{_OP}: the workspace address is part of the captured graph; make another wrapper")
         self._attach(float_workspace_buffer)
+        if self._by_prefill is not None:
+            self._by_prefill.reset_workspace_buffer(float_workspace_buffer)
         self._planned = None
 
     def plan(
@@ -247,7 +282,10 @@ class BatchDecodeWithPagedKVCacheWrapper:
             o_data_type, data_type, sm_scale, rope_scale, rope_theta, non_blocking, block_tables, seq_lens,
             fixed_split_size, disable_split_kv, q_len_per_req, window_right=window_right, indptr_host=indptr_host,
         )  # fmt: skip
-        if self.device < 0:
+        if self._by_prefill is not None:
+            args, options = self._prefill_plan(p)
+            self._by_prefill.plan(*args, **options, non_blocking=non_blocking)
+        elif self.device < 0:
             keep_on_host(f"{_OP}.plan", self._buffers, p)
         else:
             schedule, num_slots = self._schedule(p, kv_len)
@@ -350,6 +388,10 @@ class BatchDecodeWithPagedKVCacheWrapper:
         p, kv_len = prepare(f"{_OP}.workspace_size", self.device, self._buffers, *args, **kwargs)
         if self.device < 0:
             return 0, 0
+        if self._by_prefill is not None:
+            plan_args, options = self._prefill_plan(p)
+            size: tuple[int, int] = self._by_prefill.workspace_size(*plan_args, **options)
+            return size
         schedule, num_slots = self._schedule(p, kv_len)
         int_bytes = schedule.items.nbytes + 4 * int(p.indptr[-1]) + 4 * num_slots * p.geometry.num_head_blocks
         return p.geometry.workspace(num_slots).size, int_bytes
@@ -371,6 +413,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         q_len_per_req: int | None = None,
         skip_softmax_threshold_scale_factor: float | None = None,
         kv_cache_sf: Any = None,
+        variant_args: Mapping[str, Any] | None = None,
     ) -> Any:
         """Attention of the planned batch; no synchronisation, and no allocation with `out` (and `lse`).
 
@@ -393,6 +436,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
             Must be the planned one.
         sinks : float32 array, [num_qo_heads], optional
             Raw logits that join the denominator.
+        *args, variant_args : optional
+            The variant's tensors and scalars, in the order of their declaration, and by name.
 
         Returns
         -------
@@ -408,16 +453,19 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if p is None:
             raise PlanError(f"{_OP}.run: plan() must come first")
         op = f"{_OP}.run"
-        if args:
-            raise UnsupportedError(
-                f"{op}: {len(args)} extra arguments; they belong to JIT variants, which this wrapper has not"
-            )
+        if self._by_prefill is None and (args or variant_args):
+            raise UnsupportedError(f"{op}: extra arguments belong to a variant; give one to the constructor (variant=)")
         if skip_softmax_threshold_scale_factor is not None or kv_cache_sf is not None:
             raise UnsupportedError(f"{op}: skip_softmax_threshold_scale_factor and kv_cache_sf are not supported")
         if q_len_per_req not in (None, 1):
             raise PlanError(f"{op}: q_len_per_req is {q_len_per_req}, planned 1")
         if window_left is not None and max(window_left, -1) != p.window_left:
             raise PlanError(f"{op}: window_left is {window_left}, planned {p.window_left}")
+        if self._by_prefill is not None:
+            return self._by_prefill.run(
+                q, paged_kv_cache, *args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse,
+                return_lse=return_lse, enable_pdl=enable_pdl, sinks=sinks, variant_args=variant_args,
+            )  # fmt: skip
         x = view(q, op, "q")
         shape = (p.batch_size, p.num_qo_heads, p.head_dim)
         if x.shape != shape:

@@ -405,6 +405,11 @@ def variant_of(op: str, variant: Any, jit_args: Any, jit_kwargs: Any) -> Any:
         return variant
     if variant is not None:
         raise ArgumentError(f"{op}: variant and jit_args are two forms of the same thing, expected one")
+    if len(jit_args) != 13:
+        raise ArgumentError(
+            f"{op}: jit_args has {len(jit_args)} entries, expected 13: uri, dtype_q, dtype_kv, dtype_o, idtype, "
+            "head_dim_qk, head_dim_vo, tensor names, types, scalar names, types, variant_name, variant_decl"
+        )
     from fi_cupy.customize import gen_customize_batch_prefill_module
 
     return gen_customize_batch_prefill_module("fa2", *jit_args, **(jit_kwargs or {}))

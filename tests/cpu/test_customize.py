@@ -145,7 +145,7 @@ def test_fa3_text_is_refused(text):
 
 @pytest.mark.parametrize(
     ("change", "error", "text"),
-    [({"pos_encoding_mode": 1}, UnsupportedError, "pos_encoding_mode"), ({"fp8_enabled": True}, UnsupportedError, ""),
+    [({"pos_encoding_mode": 1}, UnsupportedError, "pos_encoding_mode"), ({"fp8_enabled": True}, UnsupportedError, "_"),
      ({"types": ["float", "float"]}, ArgumentError, "1 names and 2 types"),
      ({"types": ["float4"]}, ArgumentError, "float4 a is no argument"), ({"tensors": ["a b"]}, ArgumentError, "a b")],
 )  # fmt: skip

@@ -279,7 +279,7 @@ def test_plan_errors(rng):
         (errors.ArgumentError, "seq_lens and indptr disagree", (*batch.table, *batch.args), {"seq_lens": [9] * 5}),
         (errors.ArgumentError, "kv_layout is 'NDH'", None, {"kv_layout": "NDH"}),
         (errors.UnsupportedError, "backend is 'trtllm-gen'", None, {"backend": "trtllm-gen"}),
-        (errors.UnsupportedError, "jit_args", None, {"jit_args": ["x"]}),
+        (errors.ArgumentError, "jit_args has 1 entries", None, {"jit_args": ["x"]}),
     ]
     for error, words, args, options in cases:
         with pytest.raises(error, match=words):

@@ -427,3 +427,33 @@ class TestWrappers:
             wrapper.run(q, k, v, 3.0)
         with pytest.raises(ArgumentError, match="expected one from define_variant"):
             fi_cupy.prefill.BatchPrefillWithRaggedKVCacheWrapper(np.empty(1 << 16, np.uint8), variant="cap")
+
+    def test_decode(self):
+        q, k, v = _inputs(3, 40)
+        variant = define(
+            name="decoded", tensors=["gain"], mask_fn=lambda ctx: ctx.kv_idx % 3 != 1,
+            score_fn=lambda s, ctx: s * ctx.gain[ctx.batch] + (ctx.qo_idx + ctx.qo_len - 1),
+        )  # fmt: skip
+        gain, lens, page = np.array([1, 0.5, 2], np.float32), [9, 16, 3], 4
+        cache = np.full((10, 2, page, 2, 32), np.nan, np.float32)
+        pages = np.cumsum([0, *(-(-n // page) for n in lens)])
+        wanted = []
+        for b, n in enumerate(lens):
+            for j in range(n):
+                cache[pages[b] + j // page, :, j % page] = k[10 * b + j], v[10 * b + j]
+            rows = slice(10 * b, 10 * b + n)
+            score = lambda s, i, j, h, b=b: s * gain[b]  # noqa: E731
+            wanted.append(_naive(q[b : b + 1], k[rows], v[rows], score, lambda i, j, h: j % 3 != 1))
+        wrapper = fi_cupy.decode.BatchDecodeWithPagedKVCacheWrapper(np.empty(1 << 16, np.uint8), variant=variant)
+        table = pages, np.arange(10), [(n - 1) % page + 1 for n in lens]
+        wrapper.plan(*table, 6, 2, 32, page, q_data_type="float32")
+        assert wrapper.workspace_size(*table, 6, 2, 32, page, q_data_type="float32") == (0, 0)
+        out, lse = wrapper.run(q, cache, gain, return_lse=True)
+        _close(out, np.concatenate(wanted))
+        assert lse.shape == (3, 6)
+        with pytest.raises(ArgumentError, match=r"BatchDecodeWithPagedKVCacheWrapper.run: variant decoded: gain"):
+            wrapper.run(q, cache)
+        plain = fi_cupy.decode.BatchDecodeWithPagedKVCacheWrapper(np.empty(1 << 16, np.uint8))
+        plain.plan(*table, 6, 2, 32, page, q_data_type="float32")
+        with pytest.raises(UnsupportedError, match="variant="):
+            plain.run(q, cache, gain)
