@@ -42,11 +42,11 @@ def compute_dtype(*arrays: Any) -> np.dtype:
 def upcast(x: ArrayLike, dtype: DTypeLike) -> Array:
     """Convert to the computing type exactly; no copy when `x` already has it. fp8 goes through a 256-entry table."""
     x = np.asarray(x)
-    dtype = np.dtype(dtype)
-    table = _FP8_TABLES.get((x.dtype, dtype))
+    target: Any = np.dtype(dtype)
+    table = _FP8_TABLES.get((x.dtype, target))
     if table is not None:
         return table[np.ascontiguousarray(x).view(np.uint8)]
-    return x.astype(dtype, copy=False)
+    return x.astype(target, copy=False)
 
 
 def round_to(x: Array, dtype: DTypeLike) -> Array:
