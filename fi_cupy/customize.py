@@ -152,6 +152,10 @@ class BoundFlashInferVariant:
         """The fields of ``struct VariantUser`` in order."""
         return self._values
 
+    def narrow(self) -> tuple[None, None]:
+        """Nothing is known of the text's mask."""
+        return None, None
+
     def params(self) -> dict[str, Any]:
         """Nothing: the reference does not run such variants."""
         return {}
@@ -184,7 +188,7 @@ def _lower(variant: FlashInferVariant) -> FlashInferLowered:
     if re.search(r"\b(REGISTER_OUTPUT_TRANSFORM|OutputTransform|REGISTER_M_D_UPDATE|update_m_d)\b", variant.text):
         stages.add("output")
     return FlashInferLowered(
-        variant.name, (), (), frozenset(), variant.text, frozenset(stages), variant.use_softmax, variant.struct,
+        variant.name, (), (), frozenset(), variant.text, frozenset(stages), variant.use_softmax, None, variant.struct,
         tuple(members),
     )  # fmt: skip
 

@@ -125,6 +125,7 @@ class BatchPrefill:
             tile_kv=g.tiles.tile_kv, slots=g.slots, causal=p.options.causal, window_left=p.options.window_left,
             split_keys=p.fixed_split, disable_split=p.disable_split,
             mask_offsets=None if p.mask is None else p.mask.offsets,
+            narrow=None if self._lowered is None else self._lowered.narrow({}),
         )  # fmt: skip
         items, merges = schedule.items, schedule.merges
         if not self._graph:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ from fi_cupy.prefill_plan import (
 from fi_cupy.workspace import ScratchPool
 
 if TYPE_CHECKING:
-    from fi_cupy.variants import AttentionVariant
+    from fi_cupy.variants import AttentionVariant, BoundVariant
 
 _OP = "single_prefill_with_kv_cache"
 #: Partial results of split tiles, one set a (device, stream): calls on one stream run one after the other.
@@ -177,7 +177,7 @@ def single_prefill_with_kv_cache(
     else:
         strides: list[Strides] = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
         device = device_info(x.device)
-        g, work = _work(problem, options, x, qo_len, kv_len, device)
+        g, work = _work(problem, options, x, qo_len, kv_len, device, bound)
         launch(
             g, work, x, kx, vx, strides[0], strides[1], o, s, options, scale, out_scale,
             mask=0 if mask is None else mask.packed.ptr, pdl=device.has_pdl and has_driver_binding(),
@@ -190,17 +190,19 @@ single_prefill_with_kv_cache_return_lse = partial(single_prefill_with_kv_cache, 
 
 
 def _work(
-    problem: Problem, options: Options, x: View, qo_len: int, kv_len: int, device: DeviceInfo
-) -> tuple[Geometry, Work]:
+    problem: Problem, options: Options, x: View, qo_len: int, kv_len: int, device: DeviceInfo,
+    bound: BoundVariant | None,
+) -> tuple[Geometry, Work]:  # fmt: skip
     """The kernels, and the schedule on the device: from the cache, or made and uploaded."""
     group = problem.num_qo_heads // problem.num_kv_heads
     g = geometry(problem, min(qo_len * group, 128), device)
     stream = x.stream()
-    key = (x.device, g, qo_len, kv_len, options.causal, options.window_left)
+    mask_key, narrow = (None, None) if bound is None else bound.narrow()
+    key = (x.device, g, qo_len, kv_len, options.causal, options.window_left, mask_key)
     with _lock:
         found = _schedules.get(key)
         if found is None:
-            found = _make(g, options, x, qo_len, kv_len, stream, key)
+            found = _make(g, options, x, qo_len, kv_len, stream, key, narrow)
         else:
             _schedules.move_to_end(key)
     _, address, plan = found
@@ -214,15 +216,16 @@ def _work(
 
 
 def _make(
-    g: Geometry, options: Options, x: View, qo_len: int, kv_len: int, stream: int, key: tuple[Any, ...]
-) -> tuple[Any, int, PrefillPlan]:
+    g: Geometry, options: Options, x: View, qo_len: int, kv_len: int, stream: int, key: tuple[Any, ...],
+    narrow: Callable[..., Any] | None,
+) -> tuple[Any, int, PrefillPlan]:  # fmt: skip
     import cupy
     from cupy.cuda import runtime
 
     plan = plan_prefill(
         np.array([0, qo_len]), np.array([kv_len]), np.array([0]), group=g.group, num_kv_heads=g.num_kv_heads,
         tile_q=g.tiles.tile_q, tile_kv=g.tiles.tile_kv, slots=g.slots, causal=options.causal,
-        window_left=options.window_left, mask_offsets=np.array([0]), disable_split=not g.splittable,
+        window_left=options.window_left, mask_offsets=np.array([0]), disable_split=not g.splittable, narrow=narrow,
     )  # fmt: skip
     rows = np.concatenate([plan.items.reshape(-1), plan.merges.reshape(-1)])
     with cupy.cuda.Device(x.device):

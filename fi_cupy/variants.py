@@ -292,6 +292,13 @@ class BoundVariant:
         """User parameters by name for the reference's context."""
         return {name: _Clamped(_host(x)) if isinstance(x, View) else x for name, x in self._values.items()}
 
+    def narrow(self) -> tuple[Any, Callable[..., Any] | None]:
+        """(key, function) of the schedule's narrowing: equal keys narrow alike."""
+        if self.lowered.mask is None:
+            return None, None
+        numbers = {name: self._values[name] for name, _ in self.lowered.scalars}
+        return (self.lowered, *numbers.values()), self.lowered.narrow(numbers)
+
     def kernel_values(self) -> tuple[Any, ...]:
         """The fields of ``struct VariantUser`` in order."""
         values: list[Any] = []

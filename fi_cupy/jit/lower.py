@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import NamedTuple, NoReturn
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 from fi_cupy.dtypes import DType, bfloat16, bool_, float16, float32, int32, uint8
 from fi_cupy.errors import CompileError
 from fi_cupy.jit.emit import RECIPROCAL, statements
+from fi_cupy.jit.intervals import trim
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec, UserSource
-from fi_cupy.jit.trace import BOOL, FLOAT, INT, trace
+from fi_cupy.jit.trace import BOOL, FLOAT, INT, Node, trace
 
 _ON_SCORES = ("batch", "qo_idx", "kv_idx", "qo_head", "kv_head", "qo_len", "kv_len")
 _ON_ROWS = ("batch", "qo_idx", "qo_head", "kv_head", "qo_len", "kv_len", "dim_idx")
@@ -84,6 +86,8 @@ class Lowered:
     stages : frozenset of str
         The functions it has.
     use_softmax : bool
+    mask : Node or None
+        The expression of a traced `mask_fn` (equal texts have equal expressions).
     """
 
     name: str
@@ -93,11 +97,16 @@ class Lowered:
     text: str
     stages: frozenset[str]
     use_softmax: bool
+    mask: Node | None = field(default=None, compare=False)  # a traced mask_fn; `text` says the same
 
     @property
     def splittable(self) -> bool:
         """Whether partial results over ranges of keys can be merged by their lse afterwards."""
         return self.use_softmax and "post_process_fn" not in self.stages
+
+    def narrow(self, scalars: Mapping[str, float]) -> Callable[..., Any] | None:
+        """For ``plan_prefill(narrow=)``: drops keys that the mask can never show, given what numbers are known."""
+        return None if self.mask is None else partial(trim, self.mask, scalars)
 
     def fields(self) -> list[tuple[str, str]]:
         """Fields of ``struct VariantUser``, as `ParamsStruct` lists them."""
@@ -152,10 +161,12 @@ def lower(
     """
     ranks: dict[str, int] = {}
     bodies: dict[str, str] = {}
+    roots: dict[str, Node] = {}
     texts = [stage for stage, f in functions.items() if isinstance(f, str)]
     for stage, function in functions.items():
         if not isinstance(function, str):
-            bodies[stage] = _traced_body(name, stage, function, tensors, scalars, ranks)
+            roots[stage] = _traced(name, stage, function, tensors, scalars, ranks)
+            bodies[stage] = "\n".join("    " + line for line in statements(roots[stage]))
     exact = {t: t in ranks for t, _ in tensors}
     for stage in texts:
         file = f"variant:{name}" if len(texts) == 1 else f"variant:{name}.{stage}"
@@ -188,19 +199,21 @@ def lower(
             "  }",
         ]
     lines += ["};"]
-    return Lowered(name, full, scalars, reciprocals, "\n".join(lines), frozenset(functions), use_softmax)
+    return Lowered(
+        name, full, scalars, reciprocals, "\n".join(lines), frozenset(functions), use_softmax, roots.get("mask_fn")
+    )
 
 
-def _traced_body(
+def _traced(
     name: str,
     stage: str,
     function: Callable[..., object],
     tensors: tuple[tuple[str, DType], ...],
     scalars: tuple[tuple[str, DType], ...],
     ranks: dict[str, int],
-) -> str:
+) -> Node:
     info = STAGES[stage]
-    root = trace(
+    return trace(
         function,
         f"variant {name}: {stage}",
         argument=info.argument,
@@ -211,7 +224,6 @@ def _traced_body(
         ranks=ranks,
         result=info.result,
     )
-    return "\n".join("    " + line for line in statements(root))
 
 
 _NOT_CODE = re.compile(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'", re.DOTALL)

@@ -8,6 +8,7 @@ the last ones to start are the shortest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -147,6 +148,7 @@ def plan_prefill(
     split_keys: int | None = None,
     disable_split: bool = False,
     mask_offsets: Ints | None = None,
+    narrow: Callable[..., tuple[Ints, Ints]] | None = None,
 ) -> PrefillPlan:
     """Make the work list.
 
@@ -170,6 +172,9 @@ def plan_prefill(
         One chunk a tile.
     mask_offsets : int64 [batch], optional
         Byte offset of each request's packed custom mask.
+    narrow : callable, optional
+        ``narrow(begin, end, tile_kv, qo_first, qo_last, request, qo_len, kv_len) -> (begin, end)`` drops the keys of
+        each tile that a variant's mask can never show.
     """
     qo_len = np.diff(qo_indptr)
     tiles = -(-(qo_len * group) // tile_q)
@@ -177,6 +182,9 @@ def plan_prefill(
     q_tile = np.arange(len(request)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
     rows, keys = qo_len[request], kv_len[request]
     begin, end = _visible(q_tile, rows, keys, group, tile_q, tile_kv, causal, window_left)
+    if narrow is not None:
+        first_row, last_row = q_tile * tile_q // group, np.minimum(((q_tile + 1) * tile_q - 1) // group, rows - 1)
+        begin, end = narrow(begin, end, tile_kv, first_row, last_row, request, rows, keys)
     first, chunk, chunks = _chunks(begin, end, num_kv_heads, tile_q, tile_kv, slots, split_keys, disable_split)
 
     tile = np.repeat(np.arange(len(request)), chunks)
