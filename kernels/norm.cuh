@@ -67,6 +67,19 @@ FI_DEVICE void norm(const NormParams& params) {
     return warp_reduce<Sum, min_of(kLanes, 32)>(x);
   };
 
+  // Every load is issued before the first value is used: a thread's bytes in flight are what the bandwidth needs.
+  using V = Vec<T, kVec>;
+  V loaded[kVecs], loaded_residual[kVecs];
+#pragma unroll
+  for (int n = 0; n < kVecs; ++n) {
+    const uint32_t i = first + n * kStep;
+    loaded[n] = loaded_residual[n] = V{};
+    if (i < hidden) {
+      loaded[n] = V::load(x + i);
+      if constexpr (Config::kResidual) loaded_residual[n] = V::load(residual + i);
+    }
+  }
+
   float values[kVecs][kVec];
   float sum = 0.f, squares = 0.f;
   auto accumulate = [&](const float(&v)[kVec]) {
@@ -77,23 +90,26 @@ FI_DEVICE void norm(const NormParams& params) {
     }
   };
   // x (+ residual, which is written back) in fp32.
-  auto read = [&](uint32_t i, float(&v)[kVec], bool write_residual) {
-    Vec<T, kVec>::load(x + i).to_floats(v);
+  auto combine = [&](uint32_t i, const V& a, const V& b, float(&v)[kVec], bool write_residual) {
+    a.to_floats(v);
     if constexpr (Config::kResidual) {
       float r[kVec];
-      Vec<T, kVec>::load(residual + i).to_floats(r);
+      b.to_floats(r);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) v[j] += r[j];
-      if (write_residual) Vec<T, kVec>::from_floats(v).store(residual + i);
+      if (write_residual) V::from_floats(v).store(residual + i);
     }
+  };
+  auto read = [&](uint32_t i, float(&v)[kVec], bool write_residual) {
+    V b{};
+    if constexpr (Config::kResidual) b = V::load(residual + i);
+    combine(i, V::load(x + i), b, v, write_residual);
   };
 #pragma unroll
   for (int n = 0; n < kVecs; ++n) {
     const uint32_t i = first + n * kStep;
-    if (i < hidden) {
-      read(i, values[n], true);
-      accumulate(values[n]);
-    }
+    combine(i, loaded[n], loaded_residual[n], values[n], i < hidden);
+    accumulate(values[n]);  // zeros where the row has ended
   }
   // The rest of a row that registers cannot hold: read again below, where the residual is written, once.
   for (uint32_t i = first + kVecs * kStep; i < hidden; i += kStep) {

@@ -51,7 +51,18 @@ struct alignas(sizeof(T) * N) Vec {
   T data[N];
 
   FI_DEVICE static Vec load(const void* p) { return *static_cast<const Vec*>(p); }
-  FI_DEVICE void store(void* p) const { *static_cast<Vec*>(p) = *this; }
+  // As assembly: of a plain assignment the compiler may make several narrow stores, which cost half the bandwidth.
+  FI_DEVICE void store(void* p) const {
+    if constexpr (sizeof(Vec) == 16) {
+      const uint4 r = *reinterpret_cast<const uint4*>(this);
+      asm volatile("st.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(r.x), "r"(r.y), "r"(r.z), "r"(r.w) : "memory");
+    } else if constexpr (sizeof(Vec) == 8) {
+      const uint2 r = *reinterpret_cast<const uint2*>(this);
+      asm volatile("st.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(r.x), "r"(r.y) : "memory");
+    } else {
+      *static_cast<Vec*>(p) = *this;
+    }
+  }
   FI_DEVICE T& operator[](int i) { return data[i]; }
   FI_DEVICE const T& operator[](int i) const { return data[i]; }
 
