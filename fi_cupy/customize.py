@@ -343,3 +343,41 @@ def single_decode_with_kv_cache_with_jit_module(
     return single_prefill_with_kv_cache_with_jit_module(
         jit_module, q[None], k, v, *args, kv_layout=kv_layout, window_left=window_left
     )[0]
+
+
+def kernel_specs() -> list[KernelSpec]:
+    """The canonical instances of variant kernels: a traced score function with a tensor, and FlashInfer's form."""
+    from fi_cupy.device import DeviceInfo
+    from fi_cupy.prefill_kernel import Problem, geometry
+    from fi_cupy.variants import define_variant
+
+    h100 = DeviceInfo(90, "90a", 132, 227 << 10, 228 << 10, 50 << 20)
+    bias = define_variant(
+        name="canonical_bias",
+        mask_mode="causal",
+        score_fn=lambda score, ctx: score + ctx.bias[ctx.qo_head] * (ctx.kv_idx - ctx.qo_idx),
+        tensors={"bias": "float32"},
+    )
+    body = (
+        "struct CanonicalScale : AttentionVariantBase {\n"
+        "  static constexpr bool use_softmax = true;\n"
+        "  uint32_t window_left, qo_len, kv_len;\n"
+        "  float sm_scale_log2;\n"
+        "  template <typename Params>\n"
+        "  __device__ __host__ CanonicalScale(const Params& params, uint32_t batch_idx, uint8_t* smem_ptr) {\n"
+        "    qo_len = params.get_qo_len(batch_idx);\n"
+        "    kv_len = params.get_kv_len(batch_idx);\n"
+        "    window_left = kv_len;\n"
+        "    sm_scale_log2 = params.sm_scale * math::log2e;\n"
+        "  }\n"
+        "  REGISTER_LOGITS_TRANSFORM(params, logits, batch_idx, qo_idx, kv_idx, qo_head_idx, kv_head_idx, {\n"
+        "    return logits * 0.5f;\n"
+        "  })\n"
+        "};\n"
+    )
+    flashinfer = gen_customize_single_prefill_module(
+        "fa2", "canonical_scale", bfloat16, bfloat16, bfloat16, 128, 128, [], [], ["sm_scale"], ["double"],
+        "CanonicalScale", body,
+    )  # fmt: skip
+    problem = Problem(32, 8, 128, 128, bfloat16, False, False, False, False)
+    return [geometry(problem._replace(variant=v.lowered()), 1024, h100).spec for v in (bias, flashinfer)]
