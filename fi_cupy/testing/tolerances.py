@@ -11,7 +11,7 @@ import numpy as np
 ELEMENTWISE = {
     "float32": (2e-6, 4e-6),
     "float16": (6e-4, 1.2e-3),
-    "bfloat16": (3e-3, 9e-3),
+    "bfloat16": (4.2e-3, 9e-3),
     "float8_e4m3fn": (4e-2, 7e-2),
     "float8_e5m2": (8e-2, 1.4e-1),
     "float64": (1e-12, 1e-12),
