@@ -4,6 +4,7 @@ from . import (
     batch_attention as batch_attention,
     cascade as cascade,
     cascade_attention as cascade_attention,
+    customize as customize,
     decode as decode,
     dtypes as dtypes,
     errors as errors,
@@ -20,6 +21,7 @@ from . import (
     rope as rope,
     sampling as sampling,
     sparse as sparse,
+    variants as variants,
 )
 from .activation import (
     gelu_and_mul as gelu_and_mul,
