@@ -299,9 +299,9 @@ def _explain_prefill(wrapper: BatchPrefill) -> Explanation:
 def _prefill_launches(g: Geometry, spec: Any, num_items: int, num_merges: int, fixed: str = "") -> Explanation:
     why = (
         f"{num_items} work items{fixed} of {g.tiles.tile_q} packed rows (query tokens times {g.group} heads a kv head) "
-        f"and tiles of {g.tiles.tile_kv} keys, times {g.num_kv_heads} kv heads, on {g.slots} CTA slots"
+        f"and tiles of {g.tiles.tile_kv} keys, times {g.num_kv_heads} kv heads, on {g.slots} CTA slots; {g.choice}"
     )
-    launches = [KernelUse("", spec.symbol, (num_items, g.num_kv_heads, 1), spec.threads, spec.smem_bytes, why)]
+    launches = [KernelUse("", spec.symbol, g.grid(num_items), spec.threads, spec.smem_bytes, why)]
     if num_merges:
         why = f"{num_merges} row tiles{fixed} had their keys split to fill the device; this merges them"
         launches.append(
@@ -349,7 +349,7 @@ def _single_prefill(given: dict[str, Any], device: DeviceInfo) -> Explanation:
     has_mask = given["custom_mask"] is not None or given["packed_custom_mask"] is not None
     problem = Problem(
         heads, kv_heads, dim, v.shape[2], q.dtype, False, has_mask, given["pos_encoding_mode"] == "ALIBI",
-        (given["logits_soft_cap"] or 0.0) > 0,
+        (given["logits_soft_cap"] or 0.0) > 0, backend=given["backend"],
     )  # fmt: skip
     check_problem("explain", problem)
     g = geometry(problem, min(qo_len * heads // kv_heads, 128), device)

@@ -287,7 +287,7 @@ class BatchAttention:
                     p.geometry, p.work, x, k, v, token_strides(k, layout), token_strides(v, layout), o, s, p.options,
                     scale, out_scale, page_size=p.page_size,
                     kv_indices=p.indices.ptr if p.indices_offset is None else p.work.items + p.indices_offset,
-                    pdl=group._pdl if enable_pdl is None else bool(enable_pdl),
+                    pdl=group._pdl if enable_pdl is None else bool(enable_pdl), kv_extent=k.shape[0],
                 )  # fmt: skip
         return (o.result() if out is None else out), (s.result() if lse is None else lse)
 

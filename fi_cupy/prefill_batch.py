@@ -17,7 +17,7 @@ from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.plan.prefill import max_counts, pad, plan_prefill
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
-from fi_cupy.prefill_plan import Ints, Mask, Options, Strides, Work, check_planned, launch, outputs
+from fi_cupy.prefill_plan import Ints, Mask, Options, Strides, Work, check_backend, check_planned, launch, outputs
 from fi_cupy.workspace import PlanBuffer, copy_device, copy_to_device
 
 if TYPE_CHECKING:
@@ -57,14 +57,16 @@ class BatchPrefill:
         use_cuda_graph: bool,
         buffers: dict[str, tuple[Any, DType]],
         variant: AttentionVariant | None = None,
+        backend: str = "auto",
     ) -> None:
-        self._variant = variant
+        self._variant, self._backend = variant, backend
         self._graph = use_cuda_graph
         self._buffers: dict[str, View] = {}
         self._planned: Any = None
         self._plan_buffer: PlanBuffer | None = None
         self._graph_state: tuple[Any, ...] | None = None
         self._attach(float_workspace_buffer)
+        check_backend(self._op, backend, self.device < 0)
         if not use_cuda_graph:
             return
         for name, (buffer, dtype) in buffers.items():
@@ -107,6 +109,11 @@ class BatchPrefill:
 
     def end_forward(self) -> None:
         """Kept for FlashInfer's signature; there is nothing to release."""
+
+    def _backend_for(self, fixed_split_size: int | None) -> str:
+        """A fixed split promises bits that do not depend on the batch; the choice of a kernel looks at the batch."""
+        fixed = fixed_split_size is not None and fixed_split_size > 0
+        return "fa2" if fixed and self._backend == "auto" else self._backend
 
     # -- plan ---------------------------------------------------------------------------------------------------------
 
@@ -273,7 +280,7 @@ class BatchPrefill:
     def _run(
         self, op: str, p: Planned, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides,
         scales: tuple[Any, Any, Any], out: Any, lse: Any, return_lse: bool, enable_pdl: bool | None, sinks: Any,
-        page_size: int, kv_indices: int, bound: BoundVariant | None,
+        page_size: int, kv_indices: int, bound: BoundVariant | None, kv_extent: int,
     ) -> Any:  # fmt: skip
         if bound is not None and not bound.use_softmax and (return_lse or lse is not None):
             raise ArgumentError(f"{op}: variant {bound.variant.name} has no softmax, and without it there is no lse")
@@ -296,7 +303,7 @@ class BatchPrefill:
                 p.geometry, p.work, x, k, v, k_strides, v_strides, o, s, p.options, scale, out_scale,
                 kv_indices=kv_indices, page_size=page_size, mask=0 if p.mask is None else p.mask.packed.ptr,
                 sinks=0 if sink is None else sink.ptr, pdl=self._pdl if enable_pdl is None else bool(enable_pdl),
-                variant_values=() if bound is None else bound.kernel_values(),
+                variant_values=() if bound is None else bound.kernel_values(), kv_extent=kv_extent,
             )  # fmt: skip
         result = o.result() if out is None else out
         if not return_lse:

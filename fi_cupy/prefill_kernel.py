@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from fi_cupy import prefill_hopper
 from fi_cupy.dtypes import HALF_TYPES, DType, bfloat16, float16
-from fi_cupy.errors import ArgumentError, DTypeError, ShapeError
+from fi_cupy.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 from fi_cupy.jit.kernel import Kernel, load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec
 from fi_cupy.plan.prefill import PrefillTiles, choose_tiles, narrow_tiles
 from fi_cupy.plan.workspace import WorkspaceLayout
+from fi_cupy.prefill_hopper import HopperTiles, head_shift, hopper_spec, hopper_tiles, refusal
+from fi_cupy.prefill_params import DIVISOR, PARAMS
 
 if TYPE_CHECKING:
     from fi_cupy.device import DeviceInfo
@@ -23,30 +26,13 @@ LOG2E = math.log2(math.e)
 #: window_left that is off: far enough left of any key, and no overflow when it is subtracted.
 NO_WINDOW = 1 << 30
 
-_DIVISOR = ("divisor", "magic", "shift")
-PARAMS = ParamsStruct(
-    "PrefillParams",
-    [
-        *((name, "ptr") for name in ("q", "k", "v", "o", "lse", "items", "kv_indices", "mask", "sinks")),
-        ("partial_o", "ptr"),
-        ("partial_lse", "ptr"),
-        *((f"{x}_stride_{d}", "i64") for x, ds in (("q", "nh"), ("k", ("page", "n", "h"))) for d in ds),
-        *((f"{x}_stride_{d}", "i64") for x, ds in (("v", ("page", "n", "h")), ("o", "nh")) for d in ds),
-        *((f"group.{field}", "u32") for field in _DIVISOR),
-        *((f"page_size.{field}", "u32") for field in _DIVISOR),
-        ("num_qo_heads", "u32"),
-        ("causal", "i32"),
-        ("window_left", "i32"),
-        *((name, "f32") for name in ("sm_scale", "sm_scale_log2", "out_scale", "soft_cap", "soft_cap_rcp")),
-    ],
-)
 MERGE_PARAMS = ParamsStruct(
     "PrefillMergeParams",
     [
         *((name, "ptr") for name in ("o", "lse", "items", "partial_o", "partial_lse")),
         ("o_stride_n", "i64"),
         ("o_stride_h", "i64"),
-        *((f"group.{field}", "u32") for field in _DIVISOR),
+        *((f"group.{field}", "u32") for field in DIVISOR),
         ("num_qo_heads", "u32"),
         ("out_scale", "f32"),
     ],
@@ -166,7 +152,7 @@ def kernel_specs() -> list[KernelSpec]:
     add(90, bfloat16, 128, 128, paged=False, positive_scale=False)
     for dim, tile_q in ((64, 128), (128, 128), (128, 16), (256, 128)):
         specs[merge_spec(bfloat16, dim, tile_q)] = None
-    return list(specs)
+    return [*specs, *prefill_hopper.kernel_specs()]
 
 
 class Problem(NamedTuple):
@@ -182,6 +168,8 @@ class Problem(NamedTuple):
     alibi: bool
     soft_cap: bool
     variant: Lowered | None = None
+    page_size: int = 0  # of a paged cache; 0: unknown
+    backend: str = "auto"  # "fa2": the portable kernel, "fa3": the Hopper kernel or an error
 
 
 @dataclass(frozen=True)
@@ -193,7 +181,9 @@ class Geometry:
     spec, negative_spec : KernelSpec
         For a positive sm_scale, and for any other.
     merge : KernelSpec
-    tiles : PrefillTiles
+    tiles : PrefillTiles or HopperTiles
+    choice : str
+        Which kernel it is, and why.
     group, num_kv_heads : int
     slots : int
         CTAs the device runs at once.
@@ -202,18 +192,22 @@ class Geometry:
         Whether a tile's keys may be split: a variant may not be mergeable.
     narrow_spec : KernelSpec or None
         A variant's kernel with twice the warps and half the rows a warp, for when `spec` spills registers.
+    paged : bool
+        Whether keys and values lie in pages.
     """
 
     spec: KernelSpec
     negative_spec: KernelSpec
     merge: KernelSpec
-    tiles: PrefillTiles
+    tiles: PrefillTiles | HopperTiles
+    choice: str
     group: int
     num_kv_heads: int
     slots: int
     head_dim_vo: int
     splittable: bool = True
     narrow_spec: KernelSpec | None = None
+    paged: bool = False
 
     def kernel(self, scale: float, device: int) -> Kernel:
         """The loaded kernel for an sm_scale.
@@ -234,6 +228,16 @@ class Geometry:
         layout.add("partial_o", states * self.head_dim_vo * 4)
         return layout
 
+    @property
+    def hopper(self) -> HopperTiles | None:
+        """The Hopper kernel's tiles, or None for the portable kernel."""
+        return self.tiles if isinstance(self.tiles, HopperTiles) else None
+
+    def grid(self, num_items: int) -> tuple[int, int, int]:
+        """Grid of the kernel: every item once a kv head."""
+        shift = 0 if self.hopper is None else head_shift(self.num_kv_heads)
+        return num_items << shift, self.num_kv_heads >> shift, 1
+
     def merge_grid(self, num_merges: int) -> tuple[int, int, int]:
         """Grid of the merge kernel: four rows a CTA."""
         return num_merges * (self.tiles.tile_q // _MERGE_WARPS), self.num_kv_heads, 1
@@ -241,8 +245,48 @@ class Geometry:
 
 @lru_cache(maxsize=1024)
 def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry:
-    """Kernels for requests of about `packed_rows` packed rows (a tile size is enough) on `device`."""
+    """Kernels for requests of about `packed_rows` packed rows (a tile size is enough) on `device`.
+
+    The Hopper kernel is taken where `prefill_hopper.refusal` has nothing against it and its tall tiles are filled by at
+    least a third; "fa2" and "fa3" insist on one.
+
+    Raises
+    ------
+    UnsupportedError
+        backend="fa3" for what the Hopper kernel does not take.
+    """
     p = problem
+    reason = "backend='fa2'" if p.backend == "fa2" else refusal(p, device)
+    if p.backend == "fa3" and reason:
+        raise UnsupportedError(f"prefill: backend is 'fa3', but the Hopper kernel is not for this: {reason}")
+    if not reason and packed_rows <= _FEW_ROWS and p.backend == "auto":
+        reason = f"{packed_rows} packed rows a request would leave most of its tile empty"
+    return _portable(p, packed_rows, device, reason) if reason else _hopper(p, device)
+
+
+#: Packed rows a request up to which the portable kernel's tiles of 16 and 64 rows waste less.
+_FEW_ROWS = 64
+
+
+def _hopper(p: Problem, device: DeviceInfo) -> Geometry:
+    group = p.num_qo_heads // p.num_kv_heads
+    tiles = hopper_tiles(p)
+    spec, negative = (
+        hopper_spec(
+            p.dtype, tiles, paged=p.paged, query_boxes=tiles.tile_q % group == 0, alibi=p.alibi, soft_cap=p.soft_cap,
+            positive_scale=positive,
+        )
+        for positive in (True, False)
+    )  # fmt: skip
+    if p.variant is not None:
+        spec = negative = p.variant.specialise(spec, p.alibi, p.soft_cap)
+    return Geometry(
+        spec, negative, merge_spec(p.dtype, p.head_dim_vo, tiles.tile_q), tiles, "the Hopper kernel (wgmma, TMA)",
+        group, p.num_kv_heads, device.num_sms, p.head_dim_vo, p.variant is None or p.variant.splittable, paged=p.paged,
+    )  # fmt: skip
+
+
+def _portable(p: Problem, packed_rows: int, device: DeviceInfo, reason: str) -> Geometry:
     narrow: KernelSpec | None = None
     smem_per_block = 65536 if device.code_number < 80 else device.smem_per_block
     tiles = choose_tiles(packed_rows, p.head_dim_qk, p.head_dim_vo, smem_per_block, device.smem_per_sm)
@@ -262,9 +306,10 @@ def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry
             )  # fmt: skip
             narrow = p.variant.specialise(narrow, p.alibi, p.soft_cap)
     return Geometry(
-        spec, negative, merge_spec(p.dtype, p.head_dim_vo, tiles.tile_q), tiles, p.num_qo_heads // p.num_kv_heads,
-        p.num_kv_heads, device.num_sms * tiles.ctas_per_sm, p.head_dim_vo,
-        p.variant is None or p.variant.splittable, narrow,
+        spec, negative, merge_spec(p.dtype, p.head_dim_vo, tiles.tile_q), tiles,
+        f"the portable kernel (mma.sync): {reason}", p.num_qo_heads // p.num_kv_heads, p.num_kv_heads,
+        device.num_sms * tiles.ctas_per_sm, p.head_dim_vo,
+        p.variant is None or p.variant.splittable, narrow, p.paged,
     )  # fmt: skip
 
 

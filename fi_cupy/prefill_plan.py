@@ -15,6 +15,7 @@ from fi_cupy.dtypes import INDEX_TYPES, DType, float32, uint8
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
 from fi_cupy.jit.kernel import load_kernel
+from fi_cupy.prefill_hopper import map_values
 from fi_cupy.prefill_kernel import NO_WINDOW, Geometry, Problem, check_problem, fast_div, scale_floats
 from fi_cupy.workspace import copy_to_device
 
@@ -66,7 +67,7 @@ def read_options(
 def make_problem(
     op: str, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int, head_dim_vo: int | None, q_data_type: Any,
     kv_data_type: Any, o_data_type: Any, options: Options, paged: bool, has_mask: bool, on_cpu: bool,
-    variant: Lowered | None = None,
+    variant: Lowered | None = None, page_size: int = 0, backend: str = "auto",
 ) -> Problem:  # fmt: skip
     """The problem of a plan, checked."""
     dtype = to_dtype(q_data_type)
@@ -75,7 +76,7 @@ def make_problem(
             raise UnsupportedError(f"{op}: {name} is {to_dtype(other).name}, expected {dtype.name} = q_data_type")
     problem = Problem(
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo, dtype, paged,
-        has_mask, options.pos_encoding_mode == "ALIBI", options.logits_soft_cap > 0, variant,
+        has_mask, options.pos_encoding_mode == "ALIBI", options.logits_soft_cap > 0, variant, page_size, backend,
     )  # fmt: skip
     check_problem(op, problem, on_cpu)
     return problem
@@ -179,10 +180,12 @@ def refuse(op: str, **values: Any) -> None:
             raise UnsupportedError(f"{op}: {name} is not supported; leave it out")
 
 
-def check_backend(op: str, backend: str) -> None:
-    """There is one implementation."""
-    if backend not in ("auto", "fa2"):
-        raise UnsupportedError(f"{op}: backend is {backend!r}, expected 'auto' (there is one implementation)")
+def check_backend(op: str, backend: str, on_cpu: bool) -> None:
+    """Raise for a backend that is not there: "fa2" is the portable kernel, "fa3" the Hopper kernel, "auto" chooses."""
+    if backend not in ("auto", "fa2", "fa3"):
+        raise UnsupportedError(f"{op}: backend is {backend!r}, expected 'auto', 'fa2' or 'fa3'")
+    if backend == "fa3" and on_cpu:
+        raise UnsupportedError(f"{op}: backend is 'fa3', the kernel of Hopper GPUs, but the arrays are on the CPU")
 
 
 class Work(NamedTuple):
@@ -203,18 +206,26 @@ Strides = tuple[int, int, int]
 def launch(
     g: Geometry, work: Work, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides, o: View,
     s: View | None, options: Options, scale: float, out_scale: float, *, kv_indices: int = 0, page_size: int = 1,
-    mask: int = 0, sinks: int = 0, variant_values: tuple[Any, ...] = (), pdl: bool = False,
+    mask: int = 0, sinks: int = 0, variant_values: tuple[Any, ...] = (), pdl: bool = False, kv_extent: int = 0,
 ) -> None:  # fmt: skip
-    """Queue the kernel and, if any tile is split, the merge; `variant_values` are a variant's own parameters."""
+    """Queue the kernel and, if any tile is split, the merge.
+
+    `variant_values` are a variant's own parameters; `kv_extent` is the tokens of contiguous k and v, or their pages.
+    """
     stream, heads, lse = x.stream(), x.shape[1], 0 if s is None else s.ptr
     group = fast_div(g.group)
+    maps: tuple[Any, ...] = ()
+    if g.hopper is not None:
+        maps = map_values(
+            g.hopper, x, k, v, g.group, g.num_kv_heads, k_strides, v_strides, kv_extent, page_size if g.paged else 0
+        )
     g.kernel(scale, x.device).launch(
-        (work.num_items, g.num_kv_heads, 1), stream,
+        g.grid(work.num_items), stream,
         x.ptr, k.ptr, v.ptr, o.ptr, lse, work.items, kv_indices, mask, sinks, work.partial_o, work.partial_lse,
         x.strides[0], x.strides[1], *k_strides, *v_strides, o.strides[0], o.strides[1],
         *group, *fast_div(page_size), heads, options.causal,
         options.window_left if options.window_left >= 0 else NO_WINDOW,
-        *scale_floats(scale, out_scale, options.logits_soft_cap), *variant_values,
+        *scale_floats(scale, out_scale, options.logits_soft_cap), *maps, *variant_values,
         pdl=pdl,
     )  # fmt: skip
     if work.num_merges:

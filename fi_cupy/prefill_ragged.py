@@ -19,7 +19,6 @@ from fi_cupy.prefill_batch import BatchPrefill, Planned
 from fi_cupy.prefill_plan import (
     Ints,
     Strides,
-    check_backend,
     check_indptr,
     check_rows,
     host_ints,
@@ -78,7 +77,6 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         *,
         variant: AttentionVariant | None = None,
     ) -> None:
-        check_backend(self._op, backend)
         self._layout = check_layout(self._op, kv_layout)
         super().__init__(
             float_workspace_buffer,
@@ -90,6 +88,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
                 "mask_indptr_buf": (mask_indptr_buf, int32),
             },
             variant_of(self._op, variant, jit_args, jit_kwargs),
+            backend,
         )
 
     def plan(
@@ -188,7 +187,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         )  # fmt: skip
         problem = make_problem(
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
-            False, has_mask, self.device < 0, self._lowered,
+            False, has_mask, self.device < 0, self._lowered, backend=self._backend_for(fixed_split_size),
         )  # fmt: skip
         _, qo = host_ints(op, "qo_indptr", qo_indptr)
         _, kv = host_ints(op, "kv_indptr", kv_indptr)
@@ -281,7 +280,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         strides: list[Strides] = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
         return self._run(
             op, p, x, kx, vx, strides[0], strides[1], (q_scale, k_scale, v_scale), out, lse, return_lse, enable_pdl,
-            sinks, 1, 0, bound,
+            sinks, 1, 0, bound, kx.shape[hnd],
         )  # fmt: skip
 
     run_return_lse = partialmethod(run, return_lse=True)

@@ -106,7 +106,7 @@ def single_prefill_with_kv_cache(
         ``cap * tanh(logit / cap)``; None or <= 0 is off.
     rope_scale, rope_theta : float, optional
         For ROPE_LLAMA.
-    backend : "auto" or "fa2"
+    backend : "auto", "fa2" (the portable kernel) or "fa3" (the Hopper kernel; UnsupportedError where it does not fit)
     return_lse : bool
     k_scale, v_scale : float, optional
         Dequantisation factors: the first multiplies `sm_scale`, the second the output.
@@ -136,7 +136,7 @@ def single_prefill_with_kv_cache(
     """
     x, kx, vx = view(q, _OP, "q"), view(k, _OP, "k"), view(v, _OP, "v")
     refuse(_OP, scale_q=scale_q, scale_k=scale_k, scale_v=scale_v, kv_cache_sf=kv_cache_sf)
-    check_backend(_OP, backend)
+    check_backend(_OP, backend, x.is_cpu)
     hnd = check_layout(_OP, kv_layout) == "HND"
     for name, y in (("q", x), ("k", kx), ("v", vx)):
         check_ndim(_OP, name, y, 3)
@@ -152,7 +152,7 @@ def single_prefill_with_kv_cache(
     bound = None if variant is None else variant.bind(_OP, *variant_args, x, sm_scale=options.sm_scale)
     problem = make_problem(
         _OP, heads, kv_heads, dim_qk, dim_vo, x.dtype, kx.dtype, o_dtype, options, False, has_mask, x.is_cpu,
-        None if bound is None else bound.lowered,
+        None if bound is None else bound.lowered, backend=backend,
     )  # fmt: skip
     if options.causal and qo_len > kv_len:
         raise ArgumentError(f"{_OP}: qo_len is {qo_len} with causal=True, expected at most kv_len = {kv_len}")
@@ -181,7 +181,7 @@ def single_prefill_with_kv_cache(
         launch(
             g, work, x, kx, vx, strides[0], strides[1], o, s, options, scale, out_scale,
             mask=0 if mask is None else mask.packed.ptr, pdl=device.has_pdl and has_driver_binding(),
-            variant_values=() if bound is None else bound.kernel_values(),
+            variant_values=() if bound is None else bound.kernel_values(), kv_extent=kv_len,
         )  # fmt: skip
     return o.result() if s is None else (o.result(), s.result())
 

@@ -8,7 +8,6 @@ from typing import Any
 from fi_cupy.errors import ArgumentError, UnsupportedError
 from fi_cupy.plan.sparse import Blocks, Rows, ascending, causal_mask, drop_hidden, is_plain_causal
 from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
-from fi_cupy.prefill_plan import check_backend
 
 
 def check_modes(op: str, pos_encoding_mode: str, num_qo_heads: int, num_kv_heads: int) -> None:
@@ -29,8 +28,7 @@ class BlockSparse:
     _op = ""
 
     def __init__(self, float_workspace_buffer: Any, backend: str = "auto") -> None:
-        check_backend(self._op, backend)
-        self._prefill = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer)
+        self._prefill = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, backend=backend)
         self._planned = False
 
     def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:

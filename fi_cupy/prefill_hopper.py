@@ -1,0 +1,215 @@
+"""The Hopper prefill kernel (wgmma, TMA): its instances, tile shapes and tensor maps."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fi_cupy.dtypes import HALF_TYPES, DType, bfloat16, float16
+from fi_cupy.jit.driver import has_driver_binding, tensor_map
+from fi_cupy.jit.params import ParamsStruct
+from fi_cupy.jit.spec import CppType, KernelSpec
+from fi_cupy.prefill_params import PARAMS as PORTABLE_PARAMS
+
+if TYPE_CHECKING:
+    from fi_cupy.arrays import View
+    from fi_cupy.device import DeviceInfo
+    from fi_cupy.prefill_kernel import Problem
+
+PARAMS = ParamsStruct(
+    "PrefillHopperParams",
+    [
+        *PORTABLE_PARAMS.fields,
+        *((f"{x}_map", "tensormap") for x in "qkv"),
+        ("kv_rows", "u32"),
+        ("box_rows", "u32"),
+        ("head_shift", "u32"),
+    ],
+)
+
+
+class HopperTiles(NamedTuple):
+    """Shape of a CTA: consumer warpgroups of 64 rows, keys a tile, registers a producer and a consumer thread."""
+
+    consumers: int
+    tile_kv: int
+    producer_regs: int
+    consumer_regs: int
+    head_dim_qk: int
+    head_dim_vo: int
+
+    @property
+    def tile_q(self) -> int:
+        """Packed query rows of a CTA."""
+        return 64 * self.consumers
+
+    @property
+    def smem_bytes(self) -> int:
+        """Q, two stages of K and V, nine barriers, the item."""
+        tiles = self.tile_q * self.head_dim_qk + 2 * self.tile_kv * (self.head_dim_qk + self.head_dim_vo)
+        return 2 * tiles + 10 * 8 + 48
+
+
+#: Head dims -> tiles. A consumer thread holds dim_vo / 2 registers of output, tile_kv / 2 of logits and tile_kv / 4 of
+#: packed weights, and needs some 30 more; a thread of every warpgroup together have 512.
+TILES = {
+    # 32 + 64 + 32 of 160: the exponentials (as long as the products at this head dim) in long runs.
+    (64, 64): HopperTiles(3, 128, 32, 160, 64, 64),
+    # 64 + 40 + 20 of 160: 96 keys spill and serialise, 64 leave the tensor cores 88 % busy instead of 96 %.
+    (128, 128): HopperTiles(3, 80, 32, 160, 128, 128),
+    (192, 128): HopperTiles(3, 80, 32, 160, 192, 128),
+    # 128 + 40 + 20 of 240: the output leaves room for two warpgroups only; 224 KB of shared memory.
+    (256, 256): HopperTiles(2, 80, 24, 240, 256, 256),
+}
+#: Where a soft cap's four denominators at a time do not fit beside them.
+_CAPPED_TILES = {(64, 64): HopperTiles(3, 96, 32, 160, 64, 64)}
+#: Variants have unknown values beside the accumulators: two warpgroups, which have 240 registers each.
+_VARIANT_TILES = {
+    (64, 64): HopperTiles(2, 128, 24, 240, 64, 64),
+    (128, 128): HopperTiles(2, 80, 24, 240, 128, 128),
+    (192, 128): HopperTiles(2, 80, 24, 240, 192, 128),
+    (256, 256): HopperTiles(2, 64, 24, 240, 256, 256),
+}
+
+
+@lru_cache(maxsize=512)
+def hopper_spec(
+    dtype: DType,
+    tiles: HopperTiles,
+    *,
+    paged: bool,
+    query_boxes: bool = True,
+    alibi: bool = False,
+    soft_cap: bool = False,
+    positive_scale: bool = True,
+) -> KernelSpec:
+    """The Hopper kernel for one element type and CTA shape.
+
+    `query_boxes`: the group divides the tile, so packed query rows are a box that the copy engine can bring; else the
+    consumers gather them. `positive_scale` False is for sm_scale <= 0.
+    """
+    qk, vo = tiles.head_dim_qk, tiles.head_dim_vo
+    dims = f"d{qk}" + (f"x{vo}" if vo != qk else "")
+    options = (
+        ("paged", paged),
+        ("gather", not query_boxes),
+        ("alibi", alibi),
+        ("cap", soft_cap),
+        ("neg", not positive_scale),
+    )
+    suffix = "".join(f"_{name}" for name, on in options if on)
+    flags = ", ".join("true" if on else "false" for on in (alibi, soft_cap, positive_scale))
+    return KernelSpec(
+        symbol=f"prefill_hopper_{dtype.tag}_{dims}_q{tiles.tile_q}k{tiles.tile_kv}{suffix}",
+        header="attention/prefill_hopper.cuh",
+        function="prefill_hopper",
+        params=PARAMS,
+        config=(
+            ("T", dtype),
+            ("kHeadDimQK", qk),
+            ("kHeadDimVO", vo),
+            ("kConsumers", tiles.consumers),
+            ("kTileKv", tiles.tile_kv),
+            ("kProducerRegs", tiles.producer_regs),
+            ("kConsumerRegs", tiles.consumer_regs),
+            ("kPaged", paged),
+            ("kQueryBoxes", query_boxes),
+            ("Logits", CppType(f"fi::PrefillLogits<{flags}>")),
+        ),
+        threads=128 * (tiles.consumers + 1),
+        min_blocks=1,
+        smem_bytes=tiles.smem_bytes,
+        min_arch=90,
+        max_arch=90,
+    )
+
+
+def hopper_tiles(p: Problem) -> HopperTiles:
+    """The CTA shape for a problem that `refusal` let pass: the same for every batch."""
+    dims = p.head_dim_qk, p.head_dim_vo
+    if p.variant is not None:
+        return _VARIANT_TILES[dims]
+    return _CAPPED_TILES.get(dims, TILES[dims]) if p.soft_cap else TILES[dims]
+
+
+def refusal(p: Problem, device: DeviceInfo) -> str:
+    """Why the Hopper kernel does not take this problem; empty if it does. The one rule for falling back."""
+    if device.arch != "90a":
+        return f"the target is {device.arch}, not 90a"
+    if not has_driver_binding():
+        return "cuda-bindings, which encodes tensor maps, is not installed"
+    if p.dtype not in HALF_TYPES:
+        return f"{p.dtype.name} is not float16 or bfloat16"
+    if (p.head_dim_qk, p.head_dim_vo) not in TILES:
+        return f"head dims {p.head_dim_qk}, {p.head_dim_vo} are none of {', '.join(map(str, TILES))}"
+    if p.custom_mask:
+        return "custom masks are bits in global memory"
+    if p.variant is not None and p.variant.portable_only:
+        return f"variant {p.variant.name}: {p.variant.portable_only}"
+    if p.paged and box_rows(p.page_size, hopper_tiles(p).tile_kv) < _SWIZZLE_ROWS:
+        return f"page_size {p.page_size} is not a multiple of {_SWIZZLE_ROWS}, the rows of a swizzle"
+    return ""
+
+
+#: The 128-byte swizzle repeats after 8 rows, so pages can be put together from boxes of a multiple of 8.
+_SWIZZLE_ROWS = 8
+
+
+def box_rows(page_size: int, tile_kv: int) -> int:
+    """Tokens that one copy of a paged cache brings: what divides both the page and the tile."""
+    return math.gcd(page_size, tile_kv)
+
+
+def head_shift(num_kv_heads: int) -> int:
+    """log2 of the kv heads whose CTAs run side by side, so that K and V share L2: 4 measured best of 1, 4, 8, 32."""
+    return 2 if num_kv_heads % 4 == 0 else 1 if num_kv_heads % 2 == 0 else 0
+
+
+_encode = lru_cache(maxsize=4096)(tensor_map)
+
+
+def map_values(
+    tiles: HopperTiles, x: View, k: View, v: View, group: int, num_kv_heads: int, k_strides: tuple[int, int, int],
+    v_strides: tuple[int, int, int], kv_extent: int, page_size: int,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The fields of PARAMS behind the portable kernel's: tensor maps (kept by what they encode) and three numbers.
+
+    `page_size` is 0 for contiguous keys and values. Queries whose group does not divide the tile are not read through
+    their map, which then has some valid box.
+    """
+    name, (n, h) = x.dtype.name, (2 * x.strides[0], 2 * x.strides[1])
+    fit = group if tiles.tile_q % group == 0 else 1
+    queries = _encode(
+        name, x.ptr, (tiles.head_dim_qk, group, max(x.shape[0], 1), num_kv_heads), (h, n, group * h),
+        (64, fit, tiles.tile_q // fit, 1),
+    )  # fmt: skip
+    rows = box_rows(page_size, tiles.tile_kv) if page_size else tiles.tile_kv
+
+    def keys(y: View, dim: int, strides: tuple[int, int, int]) -> bytes:
+        page, token, head = (2 * stride for stride in strides)
+        # Without keys there may be no memory; no box is loaded then.
+        address, extent = (y.ptr, kv_extent) if kv_extent else (x.ptr, 1)
+        if page_size:
+            return _encode(
+                name, address, (dim, page_size, num_kv_heads, extent), (token, head, page), (64, rows, 1, 1)
+            )  # fmt: skip
+        return _encode(name, address, (dim, extent, num_kv_heads), (token, head), (64, rows, 1))
+
+    maps = queries, keys(k, tiles.head_dim_qk, k_strides), keys(v, tiles.head_dim_vo, v_strides)
+    return *maps, kv_extent, rows, head_shift(num_kv_heads)
+
+
+def kernel_specs() -> list[KernelSpec]:
+    """The canonical instances: every tile shape, and every option at head dim 128."""
+    specs = [hopper_spec(bfloat16, tiles, paged=paged) for tiles in TILES.values() for paged in (False, True)]
+    specs += [hopper_spec(float16, TILES[dim, dim], paged=paged) for dim in (64, 128) for paged in (False, True)]
+    usual = TILES[128, 128]
+    specs.append(hopper_spec(bfloat16, usual, paged=False, query_boxes=False))
+    specs.append(hopper_spec(bfloat16, usual, paged=True, query_boxes=False))
+    specs.append(hopper_spec(bfloat16, usual, paged=False, positive_scale=False))
+    for alibi, soft_cap in ((True, False), (False, True), (True, True)):
+        specs.append(hopper_spec(bfloat16, usual, paged=False, alibi=alibi, soft_cap=soft_cap))
+    specs.append(hopper_spec(bfloat16, _CAPPED_TILES[64, 64], paged=False, soft_cap=True))
+    specs.append(hopper_spec(bfloat16, TILES[256, 256], paged=False, soft_cap=True))
+    return specs

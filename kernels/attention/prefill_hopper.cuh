@@ -1,0 +1,534 @@
+// Attention of ragged queries over contiguous or paged keys and values on Hopper's own instructions (sm_90a): wgmma, the
+// copy engine (TMA), register hand-over between warpgroups.
+// One CTA computes one work item of attention/prefill.cuh (PrefillItem means the same): kTileQ = 64 * kConsumers packed
+// rows of one kv head over one range of keys, from the last tile of keys to the first. Each consumer warpgroup owns 64
+// rows; one producer warp keeps two tiles of K and of V in flight. Grid (items << head_shift, kv heads >> head_shift):
+// longest items first inside 2^head_shift heads, whose K and V then share L2.
+// Shared memory: Q [kTileQ] | K [2][kTileKv] | V [2][kTileKv], each as panels of 64 columns, [rows][128 bytes], 128-byte
+// swizzle | barriers | PrefillItem. Registers: 512 threads start with 128; the producer keeps 32, a consumer takes 160.
+// Why three warpgroups: the softmax of one hides behind the products of the other two, without being told to.
+// Bytes moved: Q and O once; K and V once an item, mostly from L2. Arch: sm_90a only.
+#pragma once
+#include "attention/prefill.cuh"
+#include "attention/prefill_hopper_logits.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace fi {
+
+struct PrefillHopperParams : PrefillParams {
+  // q: (dim, head of the group, token, kv head), box (64, group, kTileQ / group, 1): packed rows in their order.
+  // k, v: contiguous (dim, token, kv head), box (64, kTileKv, 1); paged (dim, entry, kv head, page), box (64, box_rows, 1, 1).
+  ptx::TensorMap q_map, k_map, v_map;
+  uint32_t kv_rows;   // contiguous: tokens of k and v, past which the copy engine writes zeros
+  uint32_t box_rows;  // paged: tokens a box, a divisor of page_size and kTileKv
+  uint32_t head_shift;
+};
+
+// Config: T, kHeadDimQK, kHeadDimVO (multiples of 64), kConsumers, kTileKv (multiple of 16), kProducerRegs, kConsumerRegs,
+// kPaged, kQueryBoxes (the group divides kTileQ: Q comes by TMA), Logits.
+template <class Config>
+struct HopperShape {
+  static constexpr int kConsumers = Config::kConsumers, kTileKv = Config::kTileKv;
+  static constexpr int kTileQ = 64 * kConsumers, kStages = 2;
+  static constexpr int kPanelsQK = Config::kHeadDimQK / 64, kPanelsVO = Config::kHeadDimVO / 64;
+  static constexpr int kQPanel = kTileQ * 128, kKvPanel = kTileKv * 128;  // bytes
+  static constexpr int kKBytes = kPanelsQK * kKvPanel, kVBytes = kPanelsVO * kKvPanel;
+  static constexpr int kK = kPanelsQK * kQPanel, kV = kK + kStages * kKBytes, kBarriers = kV + kStages * kVBytes;
+  static constexpr int kSRegs = kTileKv / 2, kORegs = Config::kHeadDimVO / 2, kSteps = kTileKv / 16;
+};
+
+// Barriers, who arrives, how often a phase:
+struct alignas(16) HopperShared {
+  uint64_t q_full;                // producer's expected bytes (1)
+  uint64_t k_full[2], v_full[2];  // producer's expected bytes (1)
+  uint64_t k_empty[2], v_empty[2];  // lane 0 of every consumer warp (4 * kConsumers)
+  uint64_t tail;                  // expected bytes of a V tile that reaches past the request's last key (1)
+  PrefillItem item;
+};
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+using MaskedTile = Constant<1>;
+using PlainTile = Constant<0>;
+
+// Tiles [first, last) of keys that a warpgroup's rows see; of those in [plain_first, plain_last) every row sees every key.
+struct TileRange {
+  int first, last, plain_first, plain_last;
+};
+
+// Two rows a lane (half 0: row lane / 4, half 1: that + 8): running maximum of raw logits and this lane's part of the sum.
+struct HopperSoftmax {
+  float m[2], d[2];
+  float before[2];  // the maxima before the last tile
+  float sum[2];     // of the last tile's weights
+  bool rescale;     // some row of the warp has a new maximum
+
+  FI_DEVICE void init() { m[0] = m[1] = -FI_INF, d[0] = d[1] = 0.f; }
+
+  // Logits become weights. The sums and the output follow in `settle`, when the products that write the output are done.
+  // base: what a row's logits have on top of s in this tile.
+  template <int kRegs>
+  FI_DEVICE void weigh(float (&s)[kRegs], float scale, const float (&base)[2]) {
+    rescale = false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = fmaxf(s[2 * h], s[2 * h + 1]);
+#pragma unroll
+      for (int n = 4; n < kRegs; n += 4) top = fmaxf(top, fmaxf(s[n + 2 * h], s[n + 2 * h + 1]));
+      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2)) + base[h];
+      before[h] = m[h];
+      // -inf - -inf is NaN and compares false: a row that has seen nothing stays as it is.
+      const bool up = (top - m[h]) * scale > kRescaleThreshold;
+      m[h] = up ? top : m[h];
+      rescale = rescale || up;
+    }
+    rescale = __any_sync(kFullMask, rescale);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float shift = m[h] == -FI_INF ? 0.f : (base[h] - m[h]) * scale;
+      sum[h] = 0.f;
+#pragma unroll
+      for (int n = 2 * h; n < kRegs; n += 4)
+#pragma unroll
+        for (int j = n; j < n + 2; ++j) {
+          s[j] = math::ptx_exp2(fmaf(s[j], scale, shift));
+          sum[h] += s[j];
+        }
+    }
+  }
+
+  template <int kRegs>
+  FI_DEVICE void settle(float (&o)[kRegs], float scale) {
+    if (rescale) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float ratio = before[h] == m[h] ? 1.f : math::ptx_exp2((before[h] - m[h]) * scale);
+        d[h] *= ratio;
+#pragma unroll
+        for (int n = 2 * h; n < kRegs; n += 4) o[n] *= ratio, o[n + 1] *= ratio;
+      }
+    }
+    d[0] += sum[0], d[1] += sum[1];
+  }
+};
+
+// 4 x 4 transposition inside a quad of lanes: lane t gives w[0..3] and gets word t of lanes 0..3.
+FI_DEVICE void transpose_quad(uint32_t (&w)[4]) {
+  const bool odd = lane_id() & 1, high = lane_id() & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(kFullMask, odd ? w[i] : w[i + 1], 1);
+    (odd ? w[i] : w[i + 1]) = got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(kFullMask, high ? w[i] : w[i + 2], 2);
+    (high ? w[i] : w[i + 2]) = got;
+  }
+}
+
+// Normalise and write the 64 rows of a warpgroup, `first_row` on: the output in 16-byte stores (64 bytes in a row are
+// contiguous), or a partial result in fp32.
+template <class Config, class Params, int kRegs>
+FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const float (&o)[kRegs], const HopperSoftmax& state,
+                            float scale, float offset, int kv_head, int num_kv_heads, int warp_row) {
+  using T = typename Config::T;
+  using Logits = typename Config::Logits;
+  constexpr int kTileQ = HopperShape<Config>::kTileQ;
+  const int lane = lane_id(), group = params.group.divisor, packed_rows = item.qo_len * group;
+  const int first_row = item.q_tile * kTileQ;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float d = state.d[h];
+    d += __shfl_xor_sync(kFullMask, d, 1);
+    d += __shfl_xor_sync(kFullMask, d, 2);
+    float m = fmaf(state.m[h], scale, offset);
+    const int packed = warp_row + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
+    const int head = packed - qo_idx * group, qo_head = kv_head * group + head;
+    float weight = 1.f;
+    if (params.sinks != nullptr && item.first_chunk && packed < packed_rows) {
+      // exp(sink) joins the denominator alone.
+      const float sink = params.sinks[qo_head] * math::log2e, top = fmaxf(m, sink);
+      if (top != -FI_INF) {
+        weight = math::ptx_exp2(m - top);
+        d = fmaf(d, weight, math::ptx_exp2(sink - top));
+        m = top;
+      }
+    }
+    if constexpr (Logits::kHasOutput) Logits::update(params, item, qo_head, m, d, weight);
+    const bool empty = m == -FI_INF;
+    float norm = empty ? 0.f : weight / d * (item.partial < 0 ? params.out_scale : 1.f);
+    if constexpr (!Logits::kUseSoftmax) norm = params.out_scale;  // such tiles are never split
+    const float lse = empty ? -FI_INF : m + math::ptx_log2(d);
+    const int64_t slot = int64_t(item.partial) * num_kv_heads + kv_head;
+    if ((lane & 3) == 0 && packed < packed_rows) {
+      if (item.partial >= 0)
+        params.partial_lse[slot * kTileQ + (packed - first_row)] = lse;
+      else if (params.lse != nullptr)
+        params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] = lse;
+    }
+    auto value = [&](int n, int j) {  // column 2 n + 2 * (lane & 3) + j
+      const float raw = o[n + 2 * h + j], normal = raw * norm;
+      if constexpr (Logits::kHasOutput)
+        return Logits::output(params, Logits::row(params, item, qo_idx, qo_head, kv_head), raw, normal, m, d, weight,
+                              2 * n + 2 * (lane & 3) + j);
+      else
+        return normal;
+    };
+    if (item.partial < 0) {
+      T* const out = static_cast<T*>(params.o) + (item.q_row + qo_idx) * params.o_stride_n + qo_head * params.o_stride_h;
+#pragma unroll
+      for (int n = 0; n < kRegs; n += 16) {
+        uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) w[i] = ptx::pack2<T>(value(n + 4 * i, 0), value(n + 4 * i, 1));
+        transpose_quad(w);
+        if (packed < packed_rows)
+          *reinterpret_cast<uint4*>(out + 2 * n + 8 * (lane & 3)) = make_uint4(w[0], w[1], w[2], w[3]);
+      }
+    } else {
+      float* const out = params.partial_o + (slot * kTileQ + (packed - first_row)) * Config::kHeadDimVO + 2 * (lane & 3);
+#pragma unroll
+      for (int n = 0; n < kRegs; n += 4)
+        if (packed < packed_rows) *reinterpret_cast<float2*>(out + 2 * n) = make_float2(value(n, 0), value(n, 1));
+    }
+  }
+}
+
+// The producer warp: Q, then K and V of tiles last - 1 down to first. V follows K by a tile, as the consumers want it.
+template <class Config, class Params>
+FI_DEVICE void produce(const Params& params, HopperShared& shared, uint32_t smem, int first, int last, int kv_head) {
+  using Shape = HopperShape<Config>;
+  const int lane = lane_id(), num_tiles = last - first;
+  const PrefillItem& item = shared.item;
+  const int kv_base = item.kv_base, kv_len = item.kv_len;
+
+  if constexpr (Config::kQueryBoxes) {
+    if (lane == 0) {
+      const uint32_t barrier = ptx::smem_address(&shared.q_full);
+      const int token = item.q_row + item.q_tile * Shape::kTileQ / int(params.group.divisor);
+      ptx::mbarrier_arrive_expect(barrier, Shape::kPanelsQK * Shape::kQPanel);
+#pragma unroll
+      for (int p = 0; p < Shape::kPanelsQK; ++p)
+        ptx::tma_load_4d(smem + p * Shape::kQPanel, params.q_map, barrier, p * 64, 0, token, kv_head);
+    }
+  }
+  // Boxes of tile i (counted from the last) of K or V; the bytes arrive at `barrier`. page: lane b knows that of box b.
+  const int box_rows = params.box_rows, most_boxes = Config::kPaged ? Shape::kTileKv / box_rows : 0;
+  auto load = [&](const ptx::TensorMap& map, uint32_t address, uint32_t barrier, auto panels, int i, int page) {
+    constexpr int kPanels = decltype(panels)::value;
+    const int start = (last - 1 - i) * Shape::kTileKv;
+    if constexpr (Config::kPaged) {
+      const int boxes = min(most_boxes, ceil_div(kv_len - start, box_rows));  // a page table is not read past its last key
+      if (lane == 0) ptx::mbarrier_arrive_expect(barrier, kPanels * 128 * box_rows * boxes);
+#pragma unroll 1
+      for (int b = 0; b < boxes; ++b) {
+        const int token = start + b * box_rows, entry = token - params.page_size.quotient(token) * params.page_size.divisor;
+        const int number = __shfl_sync(kFullMask, page, b);
+        if (lane == 0) {
+#pragma unroll
+          for (int p = 0; p < kPanels; ++p)
+            ptx::tma_load_4d(address + p * Shape::kKvPanel + b * box_rows * 128, map, barrier, p * 64, entry, kv_head, number);
+        }
+      }
+    } else if (lane == 0) {
+      ptx::mbarrier_arrive_expect(barrier, kPanels * Shape::kKvPanel);
+#pragma unroll
+      for (int p = 0; p < kPanels; ++p)
+        ptx::tma_load_3d(address + p * Shape::kKvPanel, map, barrier, p * 64, kv_base + start, kv_head);
+    }
+  };
+  auto find_page = [&](int i) {
+    const int row = lane * box_rows, token = (last - 1 - i) * Shape::kTileKv + row;
+    if (!Config::kPaged || i >= num_tiles || row >= Shape::kTileKv || token >= kv_len) return 0;
+    return params.kv_indices[kv_base + params.page_size.quotient(token)];
+  };
+  auto load_k = [&](int i, int page) {
+    ptx::mbarrier_wait(ptx::smem_address(&shared.k_empty[i & 1]), (i >> 1 & 1) ^ 1);
+    load(params.k_map, smem + Shape::kK + (i & 1) * Shape::kKBytes, ptx::smem_address(&shared.k_full[i & 1]), Constant<Shape::kPanelsQK>{}, i,
+         page);
+  };
+  // Rows of V past the request's last key are the next request's, a page's unused end, or an earlier tile's: their weights
+  // are 0, but 0 * NaN is not. Only the first tile loaded can have them. Its bytes arrive at a barrier of this warp's own, which clears the rows and then arrives.
+  const int tail_rows = last * Shape::kTileKv - kv_len;
+  const bool has_tail = tail_rows > 0 && (Config::kPaged || uint32_t(kv_base + kv_len) < params.kv_rows);
+  auto load_v = [&](int i, int page) {
+    ptx::mbarrier_wait(ptx::smem_address(&shared.v_empty[i & 1]), (i >> 1 & 1) ^ 1);
+    const bool tail = i == 0 && has_tail;
+    const uint32_t full = ptx::smem_address(&shared.v_full[i & 1]), own = ptx::smem_address(&shared.tail);
+    const uint32_t address = smem + Shape::kV + (i & 1) * Shape::kVBytes;
+    load(params.v_map, address, tail ? own : full, Constant<Shape::kPanelsVO>{}, i, page);
+    if (tail) {
+      ptx::mbarrier_wait(own, 0);
+#pragma unroll
+      for (int p = 0; p < Shape::kPanelsVO; ++p)
+        for (int chunk = (Shape::kTileKv - tail_rows) * 8 + lane; chunk < Shape::kTileKv * 8; chunk += 32)
+          asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address + p * Shape::kKvPanel + chunk * 16), "r"(0)
+                       : "memory");
+      ptx::fence_proxy_async();
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(full);
+    }
+  };
+  if (num_tiles == 0) return;
+  // Page numbers are looked up a tile ahead: the load's latency passes while the warp waits for a free stage.
+  int page_v, page_k = find_page(0), page_next = find_page(1);
+  load_k(0, page_k);
+#pragma unroll 1
+  for (int i = 1; i < num_tiles; ++i) {
+    page_v = page_k, page_k = page_next, page_next = find_page(i + 1);
+    load_k(i, page_k);
+    load_v(i - 1, page_v);
+  }
+  load_v(num_tiles - 1, page_k);
+}
+
+// Tiles of keys for the rows [first_row, end_row) of a request.
+template <class Config, class Params>
+FI_DEVICE TileRange tile_range(const Params& params, const PrefillItem& item, int first_row, int end_row, int first, int last) {
+  constexpr int kTileKv = Config::kTileKv;
+  const int own = item.kv_len - item.qo_len, kv_end = item.kv_end;
+  if (first_row >= end_row) return {first, first, first, first};
+  const int own_first = params.group.quotient(first_row) + own, own_last = params.group.quotient(end_row - 1) + own;
+  TileRange r;
+  const int seen_end = max(params.causal ? min(own_last + 1, kv_end) : kv_end, 0);
+  const int plain_end = max(params.causal ? min(own_first + 1, kv_end) : kv_end, 0);
+  const int seen_begin = max(own_first - params.window_left, 0), plain_begin = max(own_last - params.window_left, 0);
+  r.last = max(min(ceil_div(seen_end, kTileKv), last), first);
+  r.first = min(max(seen_begin / kTileKv, first), r.last);
+  r.plain_last = max(min(plain_end / kTileKv, r.last), r.first);
+  r.plain_first = max(min(ceil_div(plain_begin, kTileKv), r.plain_last), r.first);
+  return r;
+}
+
+// A consumer warpgroup: 64 rows. The order of a step hides the softmax of tile i behind p v of tile i - 1 and the other
+// warpgroups' products: q k of i, p v of i - 1, wait for q k, softmax of i, wait for p v, rescale.
+template <class Config, class Params>
+FI_DEVICE void consume(const Params& params, HopperShared& shared, uint32_t smem, int warpgroup, int first, int last, int kv_head,
+                       int num_kv_heads) {
+  using Shape = HopperShape<Config>;
+  using T = typename Config::T;
+  using Logits = typename Config::Logits;
+  constexpr int kTileKv = Shape::kTileKv, kTileQ = Shape::kTileQ, kSteps = Shape::kSteps;
+  const int lane = lane_id(), group = params.group.divisor;
+  const int row0 = shared.item.q_tile * kTileQ + warpgroup * 64;
+  TileRange range =
+      tile_range<Config>(params, shared.item, row0, min(row0 + 64, shared.item.qo_len * group), first, last);
+  // REDUX leaves its result in a uniform register: the loops' counters, stages and descriptors then are uniform, too.
+  range.first = __reduce_max_sync(kFullMask, range.first), range.last = __reduce_max_sync(kFullMask, range.last);
+  range.plain_first = __reduce_max_sync(kFullMask, range.plain_first);
+  range.plain_last = __reduce_max_sync(kFullMask, range.plain_last);
+
+  if constexpr (Config::kQueryBoxes) {
+    ptx::mbarrier_wait(ptx::smem_address(&shared.q_full), 0);
+  } else {
+    // A group that does not divide the tile: packed rows are gathered by the warpgroup that reads them.
+    constexpr int kChunks = Config::kHeadDimQK / 8;
+    const T* const q = static_cast<const T*>(params.q) + shared.item.q_row * params.q_stride_n + kv_head * group * params.q_stride_h;
+    for (int i = threadIdx.x & 127; i < 64 * kChunks; i += 128) {
+      const int row = i / kChunks, chunk = i % kChunks, packed = row0 + row, qo_idx = params.group.quotient(packed);
+      const uint32_t to = smem + chunk / 8 * Shape::kQPanel + (warpgroup * 64 + row) * 128 + (chunk % 8 ^ row % 8) * 16;
+      const bool valid = qo_idx < shared.item.qo_len;
+      const T* from = q + qo_idx * params.q_stride_n + (packed - qo_idx * group) * params.q_stride_h + chunk * 8;
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+    }
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    ptx::fence_proxy_async();
+    asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");  // named barrier of this warpgroup: its Q is there
+  }
+
+  // Descriptors of stage 0 and k step 0; in 16-byte units, a k step is 2 inside a panel of Q and K, and 128 down V's rows.
+  const uint64_t q_desc = ptx::wgmma_descriptor(smem + warpgroup * 64 * 128, 16, 1024);
+  const uint64_t k_desc = ptx::wgmma_descriptor(smem + Shape::kK, 16, 1024);
+  const uint64_t v_desc = ptx::wgmma_descriptor(smem + Shape::kV, Shape::kKvPanel, 1024);
+  const uint32_t k_full = ptx::smem_address(shared.k_full), k_empty = ptx::smem_address(shared.k_empty);
+  const uint32_t v_full = ptx::smem_address(shared.v_full), v_empty = ptx::smem_address(shared.v_empty);
+  using Transform = HopperLogits<Logits>;
+  const float scale = Transform::scale(params);
+
+  float o[Shape::kORegs];
+  uint32_t p[kSteps][4];
+#pragma unroll
+  for (int i = 0; i < Shape::kORegs; ++i) o[i] = 0.f;
+  HopperSoftmax state;
+  state.init();
+  typename Transform::Rows rows;
+  if constexpr (Transform::kByTile) {
+    int qo_idx[2], qo_head[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int packed = row0 + (warp_id() & 3) * 16 + h * 8 + (lane >> 2);
+      qo_idx[h] = params.group.quotient(packed), qo_head[h] = kv_head * group + packed - qo_idx[h] * group;
+    }
+    rows = Transform::rows(params, qo_idx, qo_head, 2 * (lane & 3));
+  }
+
+  auto wait = [&](uint32_t full, int i) { ptx::mbarrier_wait(full + (i & 1) * 8, i >> 1 & 1); };
+  auto release = [&](uint32_t empty, int i) {
+    if (lane == 0) ptx::mbarrier_arrive(empty + (i & 1) * 8);
+  };
+  auto multiply_qk = [&](float(&s)[Shape::kSRegs], int i) {
+    const uint64_t k = k_desc + (i & 1) * (Shape::kKBytes / 16);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Config::kHeadDimQK / 16; ++step) {
+      const int inside = (step & 3) * 2, panel = step >> 2;
+      ptx::Wgmma<T, kTileKv>::ss(s, q_desc + inside + panel * (Shape::kQPanel / 16),
+                                 k + inside + panel * (Shape::kKvPanel / 16), step != 0);
+    }
+    ptx::wgmma_commit();
+  };
+  auto multiply_pv = [&](int i) {
+    const uint64_t v = v_desc + (i & 1) * (Shape::kVBytes / 16);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) ptx::Wgmma<T, Config::kHeadDimVO>::rs(o, p[step], v + step * 128, 1);
+    ptx::wgmma_commit();
+  };
+  auto pack = [&](const float(&s)[Shape::kSRegs]) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) p[step][j] = ptx::pack2<T>(s[8 * step + 2 * j], s[8 * step + 2 * j + 1]);
+  };
+  // Scale, bias, cap and masks of the tile that starts at key `start`.
+  auto transform = [&](float(&s)[Shape::kSRegs], int start, auto masked) {
+    constexpr bool kMasked = decltype(masked)::value || Logits::kHasMask;
+    if constexpr (Transform::kByTile) Transform::apply(rows, s, start);
+    if constexpr (Transform::kByElement || kMasked) {
+      const int thread = thread_again(), column = start + 2 * (thread & 3);
+      const int warp_row = shared.item.q_tile * kTileQ + (thread >> 5) * 16;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int packed = warp_row + h * 8 + ((thread & 31) >> 2), qo_idx = params.group.quotient(packed);
+        const int own = qo_idx + shared.item.kv_len - shared.item.qo_len, kv_end = shared.item.kv_end;
+        const int last_seen = (params.causal ? min(own, kv_end - 1) : kv_end - 1) - column;
+        const int first_seen = own - params.window_left - column;
+        const auto row = Logits::row(params, shared.item, qo_idx, kv_head * group + packed - qo_idx * group, kv_head);
+#pragma unroll
+        for (int n = 0; n < Shape::kSRegs; n += 4)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            float& x = s[n + 2 * h + j];
+            if constexpr (Transform::kByElement) x = Logits::apply(params, row, x, column + 2 * n + j);
+            if constexpr (kMasked) {
+              bool seen = 2 * n + j <= last_seen && 2 * n + j >= first_seen;
+              if constexpr (Logits::kHasMask) seen = seen && Logits::mask(params, row, column + 2 * n + j);
+              if (!seen) x = Logits::kUseSoftmax ? -FI_INF : 0.f;
+            }
+          }
+      }
+    }
+  };
+  auto softmax = [&](float(&s)[Shape::kSRegs], int start) {
+    float base[2] = {0.f, 0.f};
+    if constexpr (Transform::kHasBase) base[0] = Transform::base(rows, 0, start), base[1] = Transform::base(rows, 1, start);
+    if constexpr (Logits::kUseSoftmax) state.weigh(s, scale, base);
+  };
+
+  // Tiles are counted from the end: i is tile last - 1 - i, its stage i % 2.
+  auto skip = [&](int i) {  // a tile that no row of this warpgroup sees; waiting keeps its arrivals in their phase
+    wait(k_full, i);
+    release(k_empty, i);
+    wait(v_full, i);
+    release(v_empty, i);
+  };
+  auto step = [&](int i, auto masked) {
+    float s[Shape::kSRegs];
+    wait(k_full, i);
+    multiply_qk(s, i);
+    wait(v_full, i - 1);
+    multiply_pv(i - 1);
+    ptx::wgmma_wait<1>();
+    ptx::wgmma_arrived(s);
+    release(k_empty, i);
+    transform(s, (last - 1 - i) * kTileKv, masked);
+    softmax(s, (last - 1 - i) * kTileKv);
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_arrived(o);
+    release(v_empty, i - 1);
+    pack(s);
+    if constexpr (Logits::kUseSoftmax) state.settle(o, scale);
+  };
+
+  int i = 0;
+#pragma unroll 1
+  for (; i < last - range.last; ++i) skip(i);
+  if (range.first < range.last) {
+    {
+      float s[Shape::kSRegs];
+      wait(k_full, i);
+      multiply_qk(s, i);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_arrived(s);
+      release(k_empty, i);
+      transform(s, (last - 1 - i) * kTileKv, MaskedTile{});
+      softmax(s, (last - 1 - i) * kTileKv);
+      pack(s);
+      if constexpr (Logits::kUseSoftmax) state.settle(o, scale);
+      ++i;
+    }
+#pragma unroll 1
+    for (; i < last - range.plain_last; ++i) step(i, MaskedTile{});
+#pragma unroll 1
+    for (; i < last - range.plain_first; ++i) step(i, PlainTile{});
+#pragma unroll 1
+    for (; i < last - range.first; ++i) step(i, MaskedTile{});
+    wait(v_full, i - 1);
+    multiply_pv(i - 1);
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_arrived(o);
+    release(v_empty, i - 1);
+  }
+#pragma unroll 1
+  for (; i < last - first; ++i) skip(i);
+
+  store_hopper<Config>(params, shared.item, o, state, scale, Transform::offset(params), kv_head, num_kv_heads,
+                       shared.item.q_tile * kTileQ + (thread_again() >> 5) * 16);
+}
+
+template <class Config, class Params>
+FI_DEVICE void prefill_hopper(const Params& params) {
+  using Shape = HopperShape<Config>;
+  extern __shared__ __align__(1024) uint8_t smem[];
+  HopperShared& shared = *reinterpret_cast<HopperShared*>(smem + Shape::kBarriers);
+  const uint32_t base = ptx::smem_address(smem);
+  // The same for a whole warpgroup; the shuffle tells the compiler.
+  const int warpgroup = __shfl_sync(kFullMask, threadIdx.x / 128, 0);
+
+  ptx::grid_launch_dependents();
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(ptx::smem_address(&shared.q_full), 1);
+    ptx::mbarrier_init(ptx::smem_address(&shared.tail), 1);
+    for (int s = 0; s < Shape::kStages; ++s) {
+      ptx::mbarrier_init(ptx::smem_address(&shared.k_full[s]), 1);
+      ptx::mbarrier_init(ptx::smem_address(&shared.v_full[s]), 1);
+      ptx::mbarrier_init(ptx::smem_address(&shared.k_empty[s]), 4 * Shape::kConsumers);
+      ptx::mbarrier_init(ptx::smem_address(&shared.v_empty[s]), 4 * Shape::kConsumers);
+    }
+    ptx::mbarrier_init_fence();
+  }
+  ptx::grid_wait();
+  const int head_shift = params.head_shift, kv_head = blockIdx.y << head_shift | (blockIdx.x & (1 << head_shift) - 1);
+  if (threadIdx.x < 3)
+    reinterpret_cast<uint4*>(&shared.item)[threadIdx.x] =
+        reinterpret_cast<const uint4*>(params.items + (blockIdx.x >> head_shift))[threadIdx.x];
+  __syncthreads();  // barriers and item: written by the first threads, used by all
+  if (shared.item.qo_len == 0) return;
+  const int first = shared.item.kv_begin / Shape::kTileKv, last = ceil_div(shared.item.kv_end, Shape::kTileKv);
+
+  if (warpgroup == Shape::kConsumers) {
+    ptx::lower_registers<Config::kProducerRegs>();
+    if (warp_id() == 4 * Shape::kConsumers) produce<Config>(params, shared, base, first, last, kv_head);
+  } else {
+    ptx::raise_registers<Config::kConsumerRegs>();
+    consume<Config>(params, shared, base, warpgroup, first, last, kv_head, gridDim.y << head_shift);
+  }
+}
+
+}  // namespace fi
