@@ -267,7 +267,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         )  # fmt: skip
         problem = make_problem(
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
-            True, has_mask, self.device < 0, self._lowered, page_size, self._backend_for(fixed_split_size),
+            True, has_mask, self.device < 0, self._lowered, page_size, self._backend,
         )  # fmt: skip
         _, qo = host_ints(op, "qo_indptr", qo_indptr)
         _, indptr = host_ints(op, "paged_kv_indptr", kv_indptr)

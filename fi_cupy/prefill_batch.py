@@ -110,11 +110,6 @@ class BatchPrefill:
     def end_forward(self) -> None:
         """Kept for FlashInfer's signature; there is nothing to release."""
 
-    def _backend_for(self, fixed_split_size: int | None) -> str:
-        """A fixed split promises bits that do not depend on the batch; the choice of a kernel looks at the batch."""
-        fixed = fixed_split_size is not None and fixed_split_size > 0
-        return "fa2" if fixed and self._backend == "auto" else self._backend
-
     # -- plan ---------------------------------------------------------------------------------------------------------
 
     def _schedule(self, p: Planned, kv_base: Ints) -> tuple[Ints, Ints, int, int]:
@@ -125,7 +120,9 @@ class BatchPrefill:
         else:
             group = p.problem.num_qo_heads // p.problem.num_kv_heads
             average = -(-rows * group // max(batch, 1))
-            p.geometry = geometry(p.problem, min(max(average, 1), 128), device_info(self.device))
+            # Who fixes the split wants bits that do not depend on the batch; so must the choice of the kernel then.
+            any_rows = p.disable_split or p.fixed_split is not None
+            p.geometry = geometry(p.problem, min(max(average, 1), 128), device_info(self.device), any_rows)
         g = p.geometry
         schedule = plan_prefill(
             p.qo_indptr, p.kv_len, kv_base, group=g.group, num_kv_heads=g.num_kv_heads, tile_q=g.tiles.tile_q,

@@ -244,11 +244,11 @@ class Geometry:
 
 
 @lru_cache(maxsize=1024)
-def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry:
+def geometry(problem: Problem, packed_rows: int, device: DeviceInfo, any_rows: bool = False) -> Geometry:
     """Kernels for requests of about `packed_rows` packed rows (a tile size is enough) on `device`.
 
     The Hopper kernel is taken where `prefill_hopper.refusal` has nothing against it and its tall tiles are filled by at
-    least a third; "fa2" and "fa3" insist on one.
+    least a third (or `any_rows` says that the rows must not count); "fa2" and "fa3" insist on one.
 
     Raises
     ------
@@ -259,7 +259,7 @@ def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry
     reason = "backend='fa2'" if p.backend == "fa2" else refusal(p, device)
     if p.backend == "fa3" and reason:
         raise UnsupportedError(f"prefill: backend is 'fa3', but the Hopper kernel is not for this: {reason}")
-    if not reason and packed_rows <= _FEW_ROWS and p.backend == "auto":
+    if not reason and packed_rows <= _FEW_ROWS and p.backend == "auto" and not any_rows:
         reason = f"{packed_rows} packed rows a request would leave most of its tile empty"
     return _portable(p, packed_rows, device, reason) if reason else _hopper(p, device)
 

@@ -187,7 +187,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         )  # fmt: skip
         problem = make_problem(
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
-            False, has_mask, self.device < 0, self._lowered, backend=self._backend_for(fixed_split_size),
+            False, has_mask, self.device < 0, self._lowered, backend=self._backend,
         )  # fmt: skip
         _, qo = host_ints(op, "qo_indptr", qo_indptr)
         _, kv = host_ints(op, "kv_indptr", kv_indptr)

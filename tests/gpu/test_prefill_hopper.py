@@ -1,0 +1,146 @@
+"""What the Hopper prefill kernel could get wrong and the portable one could not; test_prefill.py runs both."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fi_cupy import attention, errors, prefill
+from fi_cupy.device import device_info
+from fi_cupy.dtypes import bfloat16
+from fi_cupy.dtypes import dtype as to_dtype
+from fi_cupy.reference.attention import batch_prefill_ragged, single_prefill
+from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
+from fi_cupy.testing.tolerances import assert_close
+
+cupy = pytest.importorskip("cupy")
+Paged, Ragged = prefill.BatchPrefillWithPagedKVCacheWrapper, prefill.BatchPrefillWithRaggedKVCacheWrapper
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    if device_info(0).arch != "90a":
+        pytest.skip("no Hopper GPU")
+
+
+def workspace():
+    return cupy.full((64 << 20,), 0xFF, cupy.uint8)
+
+
+def check(out, lse, want, want_lse):
+    got, got_lse = to_float64(out), to_float64(lse)
+    assert_close(got, want, to_dtype(out.dtype), "product")
+    seen = np.isfinite(want_lse)
+    assert (np.isneginf(got_lse) == ~seen).all() and (got[~seen] == 0).all()
+    assert (np.abs(got_lse - want_lse)[seen] <= 2e-5 * np.maximum(np.abs(want_lse[seen]), 10)).all()
+
+
+def single(q, k, v, **options):
+    return prefill.single_prefill_with_kv_cache_return_lse(*map(on_gpu, (q, k, v)), backend="fa3", **options)
+
+
+#: What happens to the running maximum, from the last key (processed first) to the first.
+KEY_SCALES = {
+    "grows": lambda n: np.geomspace(20, 0.05, n),
+    "falls": lambda n: np.geomspace(0.05, 20, n),
+    "jumps": lambda n: np.where(np.arange(n) // 80 % 2, 0.1, 12.0),
+    "one large key first": lambda n: np.where(np.arange(n) == 0, 40.0, 0.5),
+    "equal": lambda n: np.zeros(n),
+}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("kind", KEY_SCALES)
+def test_lazy_rescaling(rng, kind, dim, causal):
+    n = 700
+    q, k, v = (normal(rng, (n, 2, dim)) for _ in range(3))
+    k = (k.astype(np.float32) * KEY_SCALES[kind](n)[:, None, None]).astype(k.dtype)
+    want = single_prefill(*(x.astype(np.float64) for x in (q, k, v)), causal=causal)
+    check(*single(q, k, v, causal=causal), *want)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_logits_of_60(rng, dtype):
+    """Weights from 2^-86 to 1 in a row, and rows whose maximum lies in the last tile to be processed."""
+    n, dim = 500, 128
+    q, k = (np.sign(normal(rng, (n, 2, dim), "float32")) for _ in range(2))
+    k[::7] = q[::7]
+    k[1::7] = -q[1::7]
+    q, k, v = q.astype(to_dtype(dtype).np), k.astype(to_dtype(dtype).np), normal(rng, (n, 2, dim), dtype)
+    scale = 60 / dim
+    want = single_prefill(*(x.astype(np.float64) for x in (q, k, v)), sm_scale=scale)
+    check(*single(q, k, v, sm_scale=scale), *want)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_nan_behind_a_request_does_not_leak(rng, dims, causal):
+    """Requests share a tile's rows in memory with what follows them: here NaN, read only as the end of a tile."""
+    lens = [(300, 300), (7, 90), (70, 333), (7, 90), (64, 75), (8, 90), (9, 160), (1, 90), (20, 0), (3, 100)]
+    qo, kv = (np.concatenate([[0], np.cumsum([x[i] for x in lens])]) for i in (0, 1))
+    q = normal(rng, (int(qo[-1]), 6, dims[0]))
+    k, v = (normal(rng, (int(kv[-1]), 2, d)) for d in dims)
+    dirty = [x.copy() for x in (k, v)]
+    for x in dirty:
+        for b in range(1, len(lens), 2):
+            x[kv[b] : kv[b + 1]] = np.nan
+    wrapper = Ragged(workspace(), backend="fa3")
+    wrapper.plan(qo, kv, 6, 2, *dims, causal=causal, q_data_type="bfloat16")
+    out, lse = poisoned((len(q), 6, dims[1]), "bfloat16"), poisoned((len(q), 6), "float32")
+    wrapper.run(on_gpu(q), *map(on_gpu, dirty), out=out, lse=lse)
+    want, want_lse = batch_prefill_ragged(*(x.astype(np.float64) for x in (q, k, v)), qo, kv, causal=causal)
+    rows = np.concatenate([np.arange(qo[b], qo[b + 1]) for b in range(0, len(lens), 2)])
+    check(out[rows], lse[rows], want[rows], want_lse[rows])
+
+
+@pytest.mark.parametrize("options", [{}, {"logits_soft_cap": 10.0}, {"pos_encoding_mode": "ALIBI"}])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_same_bits_every_time(rng, dim, options):
+    """50 runs, so that a barrier that is passed too early shows."""
+    q, k, v = (on_gpu(normal(rng, (3000, h, dim))) for h in (16, 4, 4))
+    run = prefill.single_prefill_with_kv_cache_return_lse
+    first = [x.view(f"u{x.dtype.itemsize}").copy() for x in run(q, k, v, causal=True, backend="fa3", **options)]
+    for _ in range(50):
+        for got, want in zip(run(q, k, v, causal=True, backend="fa3", **options), first, strict=True):
+            assert (got.view(want.dtype) == want).all()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_shapes(seed):
+    """A thousand shapes of few instances: lengths, heads, window and causality are run-time values."""
+    rng = np.random.default_rng(seed)
+    space = workspace()
+    for _ in range(100):
+        dims = [(64, 64), (128, 128), (128, 128), (192, 128), (256, 256)][rng.integers(5)]
+        kv_heads, group = int(rng.choice([1, 1, 2, 3, 4])), int(rng.choice([1, 1, 2, 3, 4, 5, 7, 8, 16]))
+        lens = [(int(rng.integers(0, 250)), int(rng.integers(0, 400))) for _ in range(rng.integers(1, 4))]
+        causal, window = bool(rng.integers(2)), int(rng.choice([-1, -1, 0, 17, 79, 80, 200]))
+        qo, kv = (np.concatenate([[0], np.cumsum([x[i] for x in lens])]) for i in (0, 1))
+        q = normal(rng, (int(qo[-1]), kv_heads * group, dims[0]), scale=float(rng.choice([1, 4])))
+        k, v = (normal(rng, (int(kv[-1]), kv_heads, d)) for d in dims)
+        want = batch_prefill_ragged(
+            *(x.astype(np.float64) for x in (q, k, v)), qo, kv, causal=causal, window_left=window
+        )
+        out, lse = poisoned((*q.shape[:2], dims[1]), "bfloat16"), poisoned(q.shape[:2], "float32")
+        wrapper = Ragged(space, backend="fa3")
+        wrapper.plan(
+            qo, kv, kv_heads * group, kv_heads, *dims, causal=causal, window_left=window, q_data_type="bfloat16"
+        )
+        wrapper.run(*map(on_gpu, (q, k, v)), out=out, lse=lse)
+        check(out, lse, *want)
+
+
+def test_what_it_does_not_take(rng):
+    q, k, v = (on_gpu(normal(rng, (200, 2, 128))) for _ in range(3))
+    mask = cupy.ones((200, 200), bool)
+    with pytest.raises(errors.UnsupportedError, match=r"backend is 'fa3', but .*custom masks"):
+        prefill.single_prefill_with_kv_cache(q, k, v, custom_mask=mask, backend="fa3")
+    made = attention.explain(prefill.single_prefill_with_kv_cache, q, k, v, custom_mask=mask)
+    assert "portable kernel (mma.sync): custom masks" in str(made)
+    odd = on_gpu(normal(rng, (200, 2, 96)))
+    with pytest.raises(errors.UnsupportedError, match="head dims 96, 96 are none of"):
+        prefill.single_prefill_with_kv_cache(odd, odd, odd, backend="fa3")
+    wrapper = Paged(workspace(), backend="fa3")
+    with pytest.raises(errors.UnsupportedError, match="page_size 5 is not a multiple of 8"):
+        wrapper.plan([0, 200], [0, 40], np.arange(40), [5], 2, 2, 128, 5, q_data_type=bfloat16.name)
