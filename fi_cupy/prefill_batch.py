@@ -170,9 +170,9 @@ class BatchPrefill:
             load_kernel(p.geometry.merge, self.device)
         words, tail = items.size + merges.size, 0 if indices is None else len(indices)
         if self._plan_buffer is None:
-            self._plan_buffer = PlanBuffer(self.device, 4 * (words + tail))
+            self._plan_buffer = PlanBuffer(self.device, 4 * (words + tail), 1)
         buffer = self._plan_buffer
-        buffer.reserve(4 * (words + tail))
+        buffer.reserve(4 * (words + tail), 1)
         staged = buffer.stage(words + tail)
         staged[: items.size] = items.reshape(-1)
         staged[items.size : words] = merges.reshape(-1)
@@ -184,6 +184,7 @@ class BatchPrefill:
         p.work = Work(
             address, len(items), address + items.nbytes, len(merges),
             self._workspace.ptr + layout.offsets["partial_o"], self._workspace.ptr + layout.offsets["partial_lse"],
+            buffer.counters_ptr,
         )  # fmt: skip
         if self._graph:
             state = (p.geometry, len(items), len(merges), p.problem, p.options, p.work)

@@ -7,13 +7,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fi_cupy.dtypes import HALF_TYPES, DType, bfloat16, float16
+from fi_cupy.errors import UnsupportedError
 from fi_cupy.jit.driver import has_driver_binding, tensor_map
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec
 from fi_cupy.prefill_params import PARAMS as PORTABLE_PARAMS
 
 if TYPE_CHECKING:
-    from fi_cupy.arrays import View
     from fi_cupy.device import DeviceInfo
     from fi_cupy.prefill_kernel import Problem
 
@@ -22,20 +22,26 @@ PARAMS = ParamsStruct(
     [
         *PORTABLE_PARAMS.fields,
         *((f"{x}_map", "tensormap") for x in "qkv"),
-        ("kv_rows", "u32"),
-        ("box_rows", "u32"),
-        ("head_shift", "u32"),
+        ("claimed", "ptr"),
+        *((name, "u32") for name in ("num_items", "num_kv_heads", "head_shift", "kv_rows", "box_rows")),
+        *((f"{x}_{of}_units", "u32") for x in "kv" for of in ("page", "head")),
     ],
 )
 
 
 class HopperTiles(NamedTuple):
-    """Shape of a CTA: consumer warpgroups of 64 rows, keys a tile, registers a producer and a consumer thread."""
+    """Shape of a CTA: consumer warpgroups of 64 rows, keys a tile, registers a producer and a consumer thread.
+
+    `stages` tiles of K and of V are in flight. With two `slots` (of an item and its Q) a CTA computes many items, the
+    next one's tiles loaded under the current one's end; with one it computes a single item.
+    """
 
     consumers: int
     tile_kv: int
     producer_regs: int
     consumer_regs: int
+    stages: int
+    slots: int
     head_dim_qk: int
     head_dim_vo: int
 
@@ -46,30 +52,31 @@ class HopperTiles(NamedTuple):
 
     @property
     def smem_bytes(self) -> int:
-        """Q, two stages of K and V, nine barriers, the item."""
-        tiles = self.tile_q * self.head_dim_qk + 2 * self.tile_kv * (self.head_dim_qk + self.head_dim_vo)
-        return 2 * tiles + 10 * 8 + 48
+        """Q, stages of K and V, and struct HopperShared: barriers and slots of items."""
+        keys = self.stages * self.tile_kv * (self.head_dim_qk + self.head_dim_vo)
+        barriers = 4 * self.stages + 3 * self.slots + 1
+        return 2 * (self.slots * self.tile_q * self.head_dim_qk + keys) + -(-barriers // 2) * 16 + 64 * self.slots
 
 
 #: Head dims -> tiles. A consumer thread holds dim_vo / 2 registers of output, tile_kv / 2 of logits and tile_kv / 4 of
 #: packed weights, and needs some 30 more; a thread of every warpgroup together have 512.
 TILES = {
     # 32 + 64 + 32 of 160: the exponentials (as long as the products at this head dim) in long runs.
-    (64, 64): HopperTiles(3, 128, 32, 160, 64, 64),
+    (64, 64): HopperTiles(3, 128, 32, 160, 4, 2, 64, 64),
     # 64 + 40 + 20 of 160: 96 keys spill and serialise, 64 leave the tensor cores 88 % busy instead of 96 %.
-    (128, 128): HopperTiles(3, 80, 32, 160, 128, 128),
-    (192, 128): HopperTiles(3, 80, 32, 160, 192, 128),
-    # 128 + 40 + 20 of 240: the output leaves room for two warpgroups only; 224 KB of shared memory.
-    (256, 256): HopperTiles(2, 80, 24, 240, 256, 256),
+    (128, 128): HopperTiles(3, 80, 32, 160, 3, 2, 128, 128),
+    (192, 128): HopperTiles(3, 80, 32, 160, 3, 1, 192, 128),
+    # 128 + 40 + 20 of 232: the output leaves room for two warpgroups only; 224 KB of shared memory.
+    (256, 256): HopperTiles(2, 80, 40, 232, 2, 1, 256, 256),
 }
 #: Where a soft cap's four denominators at a time do not fit beside them.
-_CAPPED_TILES = {(64, 64): HopperTiles(3, 96, 32, 160, 64, 64)}
-#: Variants have unknown values beside the accumulators: two warpgroups, which have 240 registers each.
+_CAPPED_TILES = {(64, 64): HopperTiles(3, 96, 32, 160, 4, 2, 64, 64)}
+#: Variants have unknown values beside the accumulators: two warpgroups, which have 232 registers each.
 _VARIANT_TILES = {
-    (64, 64): HopperTiles(2, 128, 24, 240, 64, 64),
-    (128, 128): HopperTiles(2, 80, 24, 240, 128, 128),
-    (192, 128): HopperTiles(2, 80, 24, 240, 192, 128),
-    (256, 256): HopperTiles(2, 64, 24, 240, 256, 256),
+    (64, 64): HopperTiles(2, 128, 40, 232, 4, 2, 64, 64),
+    (128, 128): HopperTiles(2, 80, 40, 232, 3, 2, 128, 128),
+    (192, 128): HopperTiles(2, 80, 40, 232, 3, 1, 192, 128),
+    (256, 256): HopperTiles(2, 64, 40, 232, 2, 1, 256, 256),
 }
 
 
@@ -111,6 +118,8 @@ def hopper_spec(
             ("kHeadDimVO", vo),
             ("kConsumers", tiles.consumers),
             ("kTileKv", tiles.tile_kv),
+            ("kStages", tiles.stages),
+            ("kSlots", tiles.slots),
             ("kProducerRegs", tiles.producer_regs),
             ("kConsumerRegs", tiles.consumer_regs),
             ("kPaged", paged),
@@ -169,35 +178,62 @@ def head_shift(num_kv_heads: int) -> int:
 _encode = lru_cache(maxsize=4096)(tensor_map)
 
 
+@lru_cache(maxsize=4096)
 def map_values(
-    tiles: HopperTiles, x: View, k: View, v: View, group: int, num_kv_heads: int, k_strides: tuple[int, int, int],
-    v_strides: tuple[int, int, int], kv_extent: int, page_size: int,
-) -> tuple[Any, ...]:  # fmt: skip
-    """The fields of PARAMS behind the portable kernel's: tensor maps (kept by what they encode) and three numbers.
+    tiles: HopperTiles, dtype: str, q: int, num_rows: int, q_strides: tuple[int, ...], group: int, num_kv_heads: int,
+    k: int, v: int, k_strides: tuple[int, int, int], v_strides: tuple[int, int, int], kv_extent: int, page_size: int,
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:  # fmt: skip
+    """Fields of PARAMS behind the portable kernel's: the three tensor maps, and the numbers behind `num_items`.
 
-    `page_size` is 0 for contiguous keys and values. Queries whose group does not divide the tile are not read through
+    Addresses and strides (elements) decide them, so they are kept by those. `page_size` is 0 for contiguous keys and
+    values, `kv_extent` their tokens, or the pages. Queries whose group does not divide the tile are not read through
     their map, which then has some valid box.
     """
-    name, (n, h) = x.dtype.name, (2 * x.strides[0], 2 * x.strides[1])
+    n, h = 2 * q_strides[0], 2 * q_strides[1]
     fit = group if tiles.tile_q % group == 0 else 1
+    panels = tiles.head_dim_qk // 64
     queries = _encode(
-        name, x.ptr, (tiles.head_dim_qk, group, max(x.shape[0], 1), num_kv_heads), (h, n, group * h),
-        (64, fit, tiles.tile_q // fit, 1),
+        dtype, q, (64, group, max(num_rows, 1), panels, num_kv_heads), (h, n, 128, group * h),
+        (64, fit, tiles.tile_q // fit, panels, 1),
     )  # fmt: skip
     rows = box_rows(page_size, tiles.tile_kv) if page_size else tiles.tile_kv
+    # Without keys there may be no memory; no box is loaded then.
+    sides = (
+        (k if kv_extent else q, tiles.head_dim_qk // 64, k_strides),
+        (v if kv_extent else q, tiles.head_dim_vo // 64, v_strides),
+    )
+    extent = max(kv_extent, 1)
+    if not page_size:
+        keys = [
+            _encode(
+                dtype, address, (64, extent, panels, num_kv_heads), (2 * token, 128, 2 * head), (64, rows, panels, 1)
+            )
+            for address, panels, (_, token, head) in sides
+        ]
+        return (queries, *keys), (num_kv_heads, head_shift(num_kv_heads), kv_extent, rows, 0, 0, 0, 0)
+    paged = [_paged_map(dtype, *side, extent, num_kv_heads, page_size, rows) for side in sides]
+    maps = queries, paged[0][0], paged[1][0]
+    return maps, (num_kv_heads, head_shift(num_kv_heads), kv_extent, rows, *paged[0][1], *paged[1][1])
 
-    def keys(y: View, dim: int, strides: tuple[int, int, int]) -> bytes:
-        page, token, head = (2 * stride for stride in strides)
-        # Without keys there may be no memory; no box is loaded then.
-        address, extent = (y.ptr, kv_extent) if kv_extent else (x.ptr, 1)
-        if page_size:
-            return _encode(
-                name, address, (dim, page_size, num_kv_heads, extent), (token, head, page), (64, rows, 1, 1)
-            )  # fmt: skip
-        return _encode(name, address, (dim, extent, num_kv_heads), (token, head), (64, rows, 1))
 
-    maps = queries, keys(k, tiles.head_dim_qk, k_strides), keys(v, tiles.head_dim_vo, v_strides)
-    return *maps, kv_extent, rows, head_shift(num_kv_heads)
+def _paged_map(
+    dtype: str, address: int, panels: int, strides: tuple[int, int, int], pages: int, heads: int, page_size: int, rows: int
+) -> tuple[bytes, tuple[int, int]]:  # fmt: skip
+    """The map of a paged cache, and units a page and a head: one dimension of the five is both."""
+    page, token, head = (2 * stride for stride in strides)
+    unit = math.gcd(page if pages > 1 else 0, head if heads > 1 else 0) or 16
+    page_units, head_units = page // unit if pages > 1 else 0, head // unit if heads > 1 else 0
+    extent = (pages - 1) * page_units + (heads - 1) * head_units + 1
+    if extent >= 1 << 31:
+        raise UnsupportedError(
+            f"prefill: {pages} pages of {page} bytes and heads of {head} bytes have a common stride of {unit} bytes; "
+            "the Hopper kernel's copies count fewer than 2**31 of them; pass backend='fa2'"
+        )
+    made = _encode(
+        dtype, address, (64, 8, panels, page_size // 8, extent), (token, 128, 8 * token, unit),
+        (64, 8, panels, rows // 8, 1),
+    )  # fmt: skip
+    return made, (page_units, head_units)
 
 
 def kernel_specs() -> list[KernelSpec]:

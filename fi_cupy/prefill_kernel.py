@@ -15,7 +15,7 @@ from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec
 from fi_cupy.plan.prefill import PrefillTiles, choose_tiles, narrow_tiles
 from fi_cupy.plan.workspace import WorkspaceLayout
-from fi_cupy.prefill_hopper import HopperTiles, head_shift, hopper_spec, hopper_tiles, refusal
+from fi_cupy.prefill_hopper import HopperTiles, hopper_spec, hopper_tiles, refusal
 from fi_cupy.prefill_params import DIVISOR, PARAMS
 
 if TYPE_CHECKING:
@@ -235,9 +235,11 @@ class Geometry:
         return self.tiles if isinstance(self.tiles, HopperTiles) else None
 
     def grid(self, num_items: int) -> tuple[int, int, int]:
-        """Grid of the kernel: every item once a kv head."""
-        shift = 0 if self.hopper is None else head_shift(self.num_kv_heads)
-        return num_items << shift, self.num_kv_heads >> shift, 1
+        """Grid of the kernel: every item once a kv head; the Hopper kernel's CTAs may take many."""
+        if self.hopper is None:
+            return num_items, self.num_kv_heads, 1
+        work = num_items * self.num_kv_heads
+        return (min(work, self.slots) if self.hopper.slots > 1 else work), 1, 1
 
     def merge_grid(self, num_merges: int) -> tuple[int, int, int]:
         """Grid of the merge kernel: four rows a CTA."""

@@ -197,6 +197,7 @@ class Work(NamedTuple):
     num_merges: int
     partial_o: int
     partial_lse: int
+    claimed: int  # a zeroed word that the Hopper kernel counts in and leaves zero
 
 
 #: (page, token, head) strides in elements of keys or values.
@@ -216,9 +217,11 @@ def launch(
     group = fast_div(g.group)
     maps: tuple[Any, ...] = ()
     if g.hopper is not None:
-        maps = map_values(
-            g.hopper, x, k, v, g.group, g.num_kv_heads, k_strides, v_strides, kv_extent, page_size if g.paged else 0
-        )
+        encoded, numbers = map_values(
+            g.hopper, x.dtype.name, x.ptr, x.shape[0], x.strides, g.group, g.num_kv_heads, k.ptr, v.ptr, k_strides,
+            v_strides, kv_extent, page_size if g.paged else 0,
+        )  # fmt: skip
+        maps = *encoded, work.claimed, work.num_items, *numbers
     g.kernel(scale, x.device).launch(
         g.grid(work.num_items), stream,
         x.ptr, k.ptr, v.ptr, o.ptr, lse, work.items, kv_indices, mask, sinks, work.partial_o, work.partial_lse,

@@ -206,13 +206,14 @@ def _work(
         else:
             _schedules.move_to_end(key)
     _, address, plan = found
-    partial_o = partial_lse = 0
-    if plan.num_slots:
+    partial_o = partial_lse = claimed = 0
+    if plan.num_slots or g.hopper is not None:
         layout = g.workspace(plan.num_slots)
-        base, _ = _scratch.get(x, stream, layout.size, 0)
+        base, claimed = _scratch.get(x, stream, layout.size, 1)
         partial_o, partial_lse = base + layout.offsets["partial_o"], base + layout.offsets["partial_lse"]
-    work = Work(address, len(plan.items), address + plan.items.nbytes, len(plan.merges), partial_o, partial_lse)
-    return g, work
+    return g, Work(
+        address, len(plan.items), address + plan.items.nbytes, len(plan.merges), partial_o, partial_lse, claimed
+    )
 
 
 def _make(

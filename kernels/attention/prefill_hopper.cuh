@@ -1,51 +1,20 @@
 // Attention of ragged queries over contiguous or paged keys and values on Hopper's own instructions (sm_90a): wgmma, the
 // copy engine (TMA), register hand-over between warpgroups.
-// One CTA computes one work item of attention/prefill.cuh (PrefillItem means the same): kTileQ = 64 * kConsumers packed
-// rows of one kv head over one range of keys, from the last tile of keys to the first. Each consumer warpgroup owns 64
-// rows; one producer warp keeps two tiles of K and of V in flight. Grid (items << head_shift, kv heads >> head_shift):
-// longest items first inside 2^head_shift heads, whose K and V then share L2.
-// Shared memory: Q [kTileQ] | K [2][kTileKv] | V [2][kTileKv], each as panels of 64 columns, [rows][128 bytes], 128-byte
-// swizzle | barriers | PrefillItem. Registers: 512 threads start with 128; the producer keeps 32, a consumer takes 160.
+// One CTA computes work items of attention/prefill.cuh (PrefillItem means the same): kTileQ = 64 * kConsumers packed rows
+// of one kv head over one range of keys, from the last tile of keys to the first. Each consumer warpgroup owns 64 rows; two
+// producer warps keep kStages tiles of K and of V in flight (prefill_hopper_load.cuh).
+// Grid: one CTA an item and kv head, or one a multiprocessor, which then claims one piece of work after the other and loads
+// the next one's Q, K and V under the current one's end. Longest items first inside 2^head_shift heads, whose K and V then
+// share L2.
+// Shared memory: Q [kSlots][kTileQ] | K [kStages][kTileKv] | V [kStages][kTileKv], each as panels of 64 columns, rows of
+// 128 bytes, 128-byte swizzle | HopperShared. Registers: 512 threads start with 128; a producer keeps 32, a consumer takes 160.
 // Why three warpgroups: the softmax of one hides behind the products of the other two, without being told to.
 // Bytes moved: Q and O once; K and V once an item, mostly from L2. Arch: sm_90a only.
 #pragma once
-#include "attention/prefill.cuh"
+#include "attention/prefill_hopper_load.cuh"
 #include "attention/prefill_hopper_logits.cuh"
-#include "ptx/tma.cuh"
-#include "ptx/wgmma.cuh"
 
 namespace fi {
-
-struct PrefillHopperParams : PrefillParams {
-  // q: (dim, head of the group, token, kv head), box (64, group, kTileQ / group, 1): packed rows in their order.
-  // k, v: contiguous (dim, token, kv head), box (64, kTileKv, 1); paged (dim, entry, kv head, page), box (64, box_rows, 1, 1).
-  ptx::TensorMap q_map, k_map, v_map;
-  uint32_t kv_rows;   // contiguous: tokens of k and v, past which the copy engine writes zeros
-  uint32_t box_rows;  // paged: tokens a box, a divisor of page_size and kTileKv
-  uint32_t head_shift;
-};
-
-// Config: T, kHeadDimQK, kHeadDimVO (multiples of 64), kConsumers, kTileKv (multiple of 16), kProducerRegs, kConsumerRegs,
-// kPaged, kQueryBoxes (the group divides kTileQ: Q comes by TMA), Logits.
-template <class Config>
-struct HopperShape {
-  static constexpr int kConsumers = Config::kConsumers, kTileKv = Config::kTileKv;
-  static constexpr int kTileQ = 64 * kConsumers, kStages = 2;
-  static constexpr int kPanelsQK = Config::kHeadDimQK / 64, kPanelsVO = Config::kHeadDimVO / 64;
-  static constexpr int kQPanel = kTileQ * 128, kKvPanel = kTileKv * 128;  // bytes
-  static constexpr int kKBytes = kPanelsQK * kKvPanel, kVBytes = kPanelsVO * kKvPanel;
-  static constexpr int kK = kPanelsQK * kQPanel, kV = kK + kStages * kKBytes, kBarriers = kV + kStages * kVBytes;
-  static constexpr int kSRegs = kTileKv / 2, kORegs = Config::kHeadDimVO / 2, kSteps = kTileKv / 16;
-};
-
-// Barriers, who arrives, how often a phase:
-struct alignas(16) HopperShared {
-  uint64_t q_full;                // producer's expected bytes (1)
-  uint64_t k_full[2], v_full[2];  // producer's expected bytes (1)
-  uint64_t k_empty[2], v_empty[2];  // lane 0 of every consumer warp (4 * kConsumers)
-  uint64_t tail;                  // expected bytes of a V tile that reaches past the request's last key (1)
-  PrefillItem item;
-};
 
 template <int kValue>
 struct Constant {
@@ -199,94 +168,6 @@ FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const
   }
 }
 
-// The producer warp: Q, then K and V of tiles last - 1 down to first. V follows K by a tile, as the consumers want it.
-template <class Config, class Params>
-FI_DEVICE void produce(const Params& params, HopperShared& shared, uint32_t smem, int first, int last, int kv_head) {
-  using Shape = HopperShape<Config>;
-  const int lane = lane_id(), num_tiles = last - first;
-  const PrefillItem& item = shared.item;
-  const int kv_base = item.kv_base, kv_len = item.kv_len;
-
-  if constexpr (Config::kQueryBoxes) {
-    if (lane == 0) {
-      const uint32_t barrier = ptx::smem_address(&shared.q_full);
-      const int token = item.q_row + item.q_tile * Shape::kTileQ / int(params.group.divisor);
-      ptx::mbarrier_arrive_expect(barrier, Shape::kPanelsQK * Shape::kQPanel);
-#pragma unroll
-      for (int p = 0; p < Shape::kPanelsQK; ++p)
-        ptx::tma_load_4d(smem + p * Shape::kQPanel, params.q_map, barrier, p * 64, 0, token, kv_head);
-    }
-  }
-  // Boxes of tile i (counted from the last) of K or V; the bytes arrive at `barrier`. page: lane b knows that of box b.
-  const int box_rows = params.box_rows, most_boxes = Config::kPaged ? Shape::kTileKv / box_rows : 0;
-  auto load = [&](const ptx::TensorMap& map, uint32_t address, uint32_t barrier, auto panels, int i, int page) {
-    constexpr int kPanels = decltype(panels)::value;
-    const int start = (last - 1 - i) * Shape::kTileKv;
-    if constexpr (Config::kPaged) {
-      const int boxes = min(most_boxes, ceil_div(kv_len - start, box_rows));  // a page table is not read past its last key
-      if (lane == 0) ptx::mbarrier_arrive_expect(barrier, kPanels * 128 * box_rows * boxes);
-#pragma unroll 1
-      for (int b = 0; b < boxes; ++b) {
-        const int token = start + b * box_rows, entry = token - params.page_size.quotient(token) * params.page_size.divisor;
-        const int number = __shfl_sync(kFullMask, page, b);
-        if (lane == 0) {
-#pragma unroll
-          for (int p = 0; p < kPanels; ++p)
-            ptx::tma_load_4d(address + p * Shape::kKvPanel + b * box_rows * 128, map, barrier, p * 64, entry, kv_head, number);
-        }
-      }
-    } else if (lane == 0) {
-      ptx::mbarrier_arrive_expect(barrier, kPanels * Shape::kKvPanel);
-#pragma unroll
-      for (int p = 0; p < kPanels; ++p)
-        ptx::tma_load_3d(address + p * Shape::kKvPanel, map, barrier, p * 64, kv_base + start, kv_head);
-    }
-  };
-  auto find_page = [&](int i) {
-    const int row = lane * box_rows, token = (last - 1 - i) * Shape::kTileKv + row;
-    if (!Config::kPaged || i >= num_tiles || row >= Shape::kTileKv || token >= kv_len) return 0;
-    return params.kv_indices[kv_base + params.page_size.quotient(token)];
-  };
-  auto load_k = [&](int i, int page) {
-    ptx::mbarrier_wait(ptx::smem_address(&shared.k_empty[i & 1]), (i >> 1 & 1) ^ 1);
-    load(params.k_map, smem + Shape::kK + (i & 1) * Shape::kKBytes, ptx::smem_address(&shared.k_full[i & 1]), Constant<Shape::kPanelsQK>{}, i,
-         page);
-  };
-  // Rows of V past the request's last key are the next request's, a page's unused end, or an earlier tile's: their weights
-  // are 0, but 0 * NaN is not. Only the first tile loaded can have them. Its bytes arrive at a barrier of this warp's own, which clears the rows and then arrives.
-  const int tail_rows = last * Shape::kTileKv - kv_len;
-  const bool has_tail = tail_rows > 0 && (Config::kPaged || uint32_t(kv_base + kv_len) < params.kv_rows);
-  auto load_v = [&](int i, int page) {
-    ptx::mbarrier_wait(ptx::smem_address(&shared.v_empty[i & 1]), (i >> 1 & 1) ^ 1);
-    const bool tail = i == 0 && has_tail;
-    const uint32_t full = ptx::smem_address(&shared.v_full[i & 1]), own = ptx::smem_address(&shared.tail);
-    const uint32_t address = smem + Shape::kV + (i & 1) * Shape::kVBytes;
-    load(params.v_map, address, tail ? own : full, Constant<Shape::kPanelsVO>{}, i, page);
-    if (tail) {
-      ptx::mbarrier_wait(own, 0);
-#pragma unroll
-      for (int p = 0; p < Shape::kPanelsVO; ++p)
-        for (int chunk = (Shape::kTileKv - tail_rows) * 8 + lane; chunk < Shape::kTileKv * 8; chunk += 32)
-          asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address + p * Shape::kKvPanel + chunk * 16), "r"(0)
-                       : "memory");
-      ptx::fence_proxy_async();
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(full);
-    }
-  };
-  if (num_tiles == 0) return;
-  // Page numbers are looked up a tile ahead: the load's latency passes while the warp waits for a free stage.
-  int page_v, page_k = find_page(0), page_next = find_page(1);
-  load_k(0, page_k);
-#pragma unroll 1
-  for (int i = 1; i < num_tiles; ++i) {
-    page_v = page_k, page_k = page_next, page_next = find_page(i + 1);
-    load_k(i, page_k);
-    load_v(i - 1, page_v);
-  }
-  load_v(num_tiles - 1, page_k);
-}
-
 // Tiles of keys for the rows [first_row, end_row) of a request.
 template <class Config, class Params>
 FI_DEVICE TileRange tile_range(const Params& params, const PrefillItem& item, int first_row, int end_row, int first, int last) {
@@ -305,34 +186,37 @@ FI_DEVICE TileRange tile_range(const Params& params, const PrefillItem& item, in
   return r;
 }
 
-// A consumer warpgroup: 64 rows. The order of a step hides the softmax of tile i behind p v of tile i - 1 and the other
+// One item's 64 rows, by a consumer warpgroup. The order of a step hides the softmax of tile i behind p v of tile i - 1 and the other
 // warpgroups' products: q k of i, p v of i - 1, wait for q k, softmax of i, wait for p v, rescale.
 template <class Config, class Params>
-FI_DEVICE void consume(const Params& params, HopperShared& shared, uint32_t smem, int warpgroup, int first, int last, int kv_head,
-                       int num_kv_heads) {
+FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint32_t smem, int warpgroup,
+                       const Ring<Config::kSlots>& slot, Ring<Config::kStages>& k_ring, Ring<Config::kStages>& v_ring) {
   using Shape = HopperShape<Config>;
   using T = typename Config::T;
   using Logits = typename Config::Logits;
   constexpr int kTileKv = Shape::kTileKv, kTileQ = Shape::kTileQ, kSteps = Shape::kSteps;
-  const int lane = lane_id(), group = params.group.divisor;
-  const int row0 = shared.item.q_tile * kTileQ + warpgroup * 64;
-  TileRange range =
-      tile_range<Config>(params, shared.item, row0, min(row0 + 64, shared.item.qo_len * group), first, last);
+  const PrefillItem& item = shared.slots[slot.at].item;
+  const int lane = lane_id(), group = params.group.divisor, kv_head = shared.slots[slot.at].kv_head;
+  const int row0 = item.q_tile * kTileQ + warpgroup * 64;
   // REDUX leaves its result in a uniform register: the loops' counters, stages and descriptors then are uniform, too.
+  const int first = __reduce_max_sync(kFullMask, item.kv_begin / kTileKv);
+  const int last = __reduce_max_sync(kFullMask, ceil_div(item.kv_end, kTileKv));
+  TileRange range = tile_range<Config>(params, item, row0, min(row0 + 64, item.qo_len * group), first, last);
   range.first = __reduce_max_sync(kFullMask, range.first), range.last = __reduce_max_sync(kFullMask, range.last);
   range.plain_first = __reduce_max_sync(kFullMask, range.plain_first);
   range.plain_last = __reduce_max_sync(kFullMask, range.plain_last);
+  const uint32_t q_smem = smem + slot.at * Shape::kQBytes;
 
   if constexpr (Config::kQueryBoxes) {
-    ptx::mbarrier_wait(ptx::smem_address(&shared.q_full), 0);
+    ptx::mbarrier_wait(ptx::smem_address(&shared.q_full[slot.at]), slot.phase);
   } else {
     // A group that does not divide the tile: packed rows are gathered by the warpgroup that reads them.
     constexpr int kChunks = Config::kHeadDimQK / 8;
-    const T* const q = static_cast<const T*>(params.q) + shared.item.q_row * params.q_stride_n + kv_head * group * params.q_stride_h;
+    const T* const q = static_cast<const T*>(params.q) + item.q_row * params.q_stride_n + kv_head * group * params.q_stride_h;
     for (int i = threadIdx.x & 127; i < 64 * kChunks; i += 128) {
       const int row = i / kChunks, chunk = i % kChunks, packed = row0 + row, qo_idx = params.group.quotient(packed);
-      const uint32_t to = smem + chunk / 8 * Shape::kQPanel + (warpgroup * 64 + row) * 128 + (chunk % 8 ^ row % 8) * 16;
-      const bool valid = qo_idx < shared.item.qo_len;
+      const uint32_t to = q_smem + chunk / 8 * Shape::kQPanel + (warpgroup * 64 + row) * 128 + (chunk % 8 ^ row % 8) * 16;
+      const bool valid = qo_idx < item.qo_len;
       const T* from = q + qo_idx * params.q_stride_n + (packed - qo_idx * group) * params.q_stride_h + chunk * 8;
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
     }
@@ -342,10 +226,10 @@ FI_DEVICE void consume(const Params& params, HopperShared& shared, uint32_t smem
     asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");  // named barrier of this warpgroup: its Q is there
   }
 
-  // Descriptors of stage 0 and k step 0; in 16-byte units, a k step is 2 inside a panel of Q and K, and 128 down V's rows.
-  const uint64_t q_desc = ptx::wgmma_descriptor(smem + warpgroup * 64 * 128, 16, 1024);
-  const uint64_t k_desc = ptx::wgmma_descriptor(smem + Shape::kK, 16, 1024);
-  const uint64_t v_desc = ptx::wgmma_descriptor(smem + Shape::kV, Shape::kKvPanel, 1024);
+  // Descriptors of stage 0 and k step 0; in 16-byte units, a k step is 2 inside a panel of Q and K, and 16 rows down V.
+  const uint64_t q_desc = ptx::wgmma_descriptor(q_smem + warpgroup * 64 * 128, 16, 1024);
+  const uint64_t k_desc = ptx::wgmma_descriptor(smem + Shape::kK, 16, Shape::kKRows8);
+  const uint64_t v_desc = ptx::wgmma_descriptor(smem + Shape::kV, Shape::kKvPanel, Shape::kVRows8);
   const uint32_t k_full = ptx::smem_address(shared.k_full), k_empty = ptx::smem_address(shared.k_empty);
   const uint32_t v_full = ptx::smem_address(shared.v_full), v_empty = ptx::smem_address(shared.v_empty);
   using Transform = HopperLogits<Logits>;
@@ -368,12 +252,13 @@ FI_DEVICE void consume(const Params& params, HopperShared& shared, uint32_t smem
     rows = Transform::rows(params, qo_idx, qo_head, 2 * (lane & 3));
   }
 
-  auto wait = [&](uint32_t full, int i) { ptx::mbarrier_wait(full + (i & 1) * 8, i >> 1 & 1); };
-  auto release = [&](uint32_t empty, int i) {
-    if (lane == 0) ptx::mbarrier_arrive(empty + (i & 1) * 8);
+  auto wait = [&](uint32_t full, const Ring<Config::kStages>& ring) { ptx::mbarrier_wait(full + ring.at * 8, ring.phase); };
+  auto release = [&](uint32_t empty, Ring<Config::kStages>& ring) {
+    if (lane == 0) ptx::mbarrier_arrive(empty + ring.at * 8);
+    ring.advance();
   };
-  auto multiply_qk = [&](float(&s)[Shape::kSRegs], int i) {
-    const uint64_t k = k_desc + (i & 1) * (Shape::kKBytes / 16);
+  auto multiply_qk = [&](float(&s)[Shape::kSRegs]) {
+    const uint64_t k = k_desc + k_ring.at * (Shape::kKBytes / 16);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Config::kHeadDimQK / 16; ++step) {
@@ -383,11 +268,11 @@ FI_DEVICE void consume(const Params& params, HopperShared& shared, uint32_t smem
     }
     ptx::wgmma_commit();
   };
-  auto multiply_pv = [&](int i) {
-    const uint64_t v = v_desc + (i & 1) * (Shape::kVBytes / 16);
+  auto multiply_pv = [&] {
+    const uint64_t v = v_desc + v_ring.at * (Shape::kVBytes / 16);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) ptx::Wgmma<T, Config::kHeadDimVO>::rs(o, p[step], v + step * 128, 1);
+    for (int step = 0; step < kSteps; ++step) ptx::Wgmma<T, Config::kHeadDimVO>::rs(o, p[step], v + step * (Shape::kVRows8 / 8), 1);
     ptx::wgmma_commit();
   };
   auto pack = [&](const float(&s)[Shape::kSRegs]) {
@@ -402,14 +287,14 @@ FI_DEVICE void consume(const Params& params, HopperShared& shared, uint32_t smem
     if constexpr (Transform::kByTile) Transform::apply(rows, s, start);
     if constexpr (Transform::kByElement || kMasked) {
       const int thread = thread_again(), column = start + 2 * (thread & 3);
-      const int warp_row = shared.item.q_tile * kTileQ + (thread >> 5) * 16;
+      const int warp_row = item.q_tile * kTileQ + (thread >> 5) * 16;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int packed = warp_row + h * 8 + ((thread & 31) >> 2), qo_idx = params.group.quotient(packed);
-        const int own = qo_idx + shared.item.kv_len - shared.item.qo_len, kv_end = shared.item.kv_end;
+        const int own = qo_idx + item.kv_len - item.qo_len, kv_end = item.kv_end;
         const int last_seen = (params.causal ? min(own, kv_end - 1) : kv_end - 1) - column;
         const int first_seen = own - params.window_left - column;
-        const auto row = Logits::row(params, shared.item, qo_idx, kv_head * group + packed - qo_idx * group, kv_head);
+        const auto row = Logits::row(params, item, qo_idx, kv_head * group + packed - qo_idx * group, kv_head);
 #pragma unroll
         for (int n = 0; n < Shape::kSRegs; n += 4)
 #pragma unroll
@@ -431,42 +316,42 @@ FI_DEVICE void consume(const Params& params, HopperShared& shared, uint32_t smem
     if constexpr (Logits::kUseSoftmax) state.weigh(s, scale, base);
   };
 
-  // Tiles are counted from the end: i is tile last - 1 - i, its stage i % 2.
-  auto skip = [&](int i) {  // a tile that no row of this warpgroup sees; waiting keeps its arrivals in their phase
-    wait(k_full, i);
-    release(k_empty, i);
-    wait(v_full, i);
-    release(v_empty, i);
+  // Tiles are counted from the end: i is tile last - 1 - i.
+  auto skip = [&] {  // a tile that no row of this warpgroup sees; waiting keeps its arrivals in their phase
+    wait(k_full, k_ring);
+    release(k_empty, k_ring);
+    wait(v_full, v_ring);
+    release(v_empty, v_ring);
   };
   auto step = [&](int i, auto masked) {
     float s[Shape::kSRegs];
-    wait(k_full, i);
-    multiply_qk(s, i);
-    wait(v_full, i - 1);
-    multiply_pv(i - 1);
+    wait(k_full, k_ring);
+    multiply_qk(s);
+    wait(v_full, v_ring);
+    multiply_pv();
     ptx::wgmma_wait<1>();
     ptx::wgmma_arrived(s);
-    release(k_empty, i);
+    release(k_empty, k_ring);
     transform(s, (last - 1 - i) * kTileKv, masked);
     softmax(s, (last - 1 - i) * kTileKv);
     ptx::wgmma_wait<0>();
     ptx::wgmma_arrived(o);
-    release(v_empty, i - 1);
+    release(v_empty, v_ring);
     pack(s);
     if constexpr (Logits::kUseSoftmax) state.settle(o, scale);
   };
 
   int i = 0;
 #pragma unroll 1
-  for (; i < last - range.last; ++i) skip(i);
+  for (; i < last - range.last; ++i) skip();
   if (range.first < range.last) {
     {
       float s[Shape::kSRegs];
-      wait(k_full, i);
-      multiply_qk(s, i);
+      wait(k_full, k_ring);
+      multiply_qk(s);
       ptx::wgmma_wait<0>();
       ptx::wgmma_arrived(s);
-      release(k_empty, i);
+      release(k_empty, k_ring);
       transform(s, (last - 1 - i) * kTileKv, MaskedTile{});
       softmax(s, (last - 1 - i) * kTileKv);
       pack(s);
@@ -479,55 +364,71 @@ FI_DEVICE void consume(const Params& params, HopperShared& shared, uint32_t smem
     for (; i < last - range.plain_first; ++i) step(i, PlainTile{});
 #pragma unroll 1
     for (; i < last - range.first; ++i) step(i, MaskedTile{});
-    wait(v_full, i - 1);
-    multiply_pv(i - 1);
+    wait(v_full, v_ring);
+    multiply_pv();
     ptx::wgmma_wait<0>();
     ptx::wgmma_arrived(o);
-    release(v_empty, i - 1);
+    release(v_empty, v_ring);
   }
 #pragma unroll 1
-  for (; i < last - first; ++i) skip(i);
+  for (; i < last - first; ++i) skip();
 
-  store_hopper<Config>(params, shared.item, o, state, scale, Transform::offset(params), kv_head, num_kv_heads,
-                       shared.item.q_tile * kTileQ + (thread_again() >> 5) * 16);
+  store_hopper<Config>(params, item, o, state, scale, Transform::offset(params), shared.slots[slot.at].kv_head,
+                       params.num_kv_heads, item.q_tile * kTileQ + (thread_again() >> 5) * 16);
 }
 
 template <class Config, class Params>
 FI_DEVICE void prefill_hopper(const Params& params) {
   using Shape = HopperShape<Config>;
   extern __shared__ __align__(1024) uint8_t smem[];
-  HopperShared& shared = *reinterpret_cast<HopperShared*>(smem + Shape::kBarriers);
+  auto& shared = *reinterpret_cast<HopperShared<Config>*>(smem + Shape::kShared);
   const uint32_t base = ptx::smem_address(smem);
-  // The same for a whole warpgroup; the shuffle tells the compiler.
-  const int warpgroup = __shfl_sync(kFullMask, threadIdx.x / 128, 0);
+  // The same for a whole warpgroup and warp; the shuffle tells the compiler.
+  const int warpgroup = __shfl_sync(kFullMask, threadIdx.x / 128, 0), warp = __shfl_sync(kFullMask, threadIdx.x / 32, 0);
+  constexpr int kConsumerWarps = 4 * Shape::kConsumers;
 
   ptx::grid_launch_dependents();
   if (threadIdx.x == 0) {
-    ptx::mbarrier_init(ptx::smem_address(&shared.q_full), 1);
     ptx::mbarrier_init(ptx::smem_address(&shared.tail), 1);
     for (int s = 0; s < Shape::kStages; ++s) {
       ptx::mbarrier_init(ptx::smem_address(&shared.k_full[s]), 1);
       ptx::mbarrier_init(ptx::smem_address(&shared.v_full[s]), 1);
-      ptx::mbarrier_init(ptx::smem_address(&shared.k_empty[s]), 4 * Shape::kConsumers);
-      ptx::mbarrier_init(ptx::smem_address(&shared.v_empty[s]), 4 * Shape::kConsumers);
+      ptx::mbarrier_init(ptx::smem_address(&shared.k_empty[s]), kConsumerWarps);
+      ptx::mbarrier_init(ptx::smem_address(&shared.v_empty[s]), kConsumerWarps);
+    }
+    for (int s = 0; s < Shape::kSlots; ++s) {
+      ptx::mbarrier_init(ptx::smem_address(&shared.q_full[s]), 1);
+      ptx::mbarrier_init(ptx::smem_address(&shared.slot_full[s]), 1);
+      ptx::mbarrier_init(ptx::smem_address(&shared.slot_empty[s]), 1 + kConsumerWarps);
     }
     ptx::mbarrier_init_fence();
   }
   ptx::grid_wait();
-  const int head_shift = params.head_shift, kv_head = blockIdx.y << head_shift | (blockIdx.x & (1 << head_shift) - 1);
-  if (threadIdx.x < 3)
-    reinterpret_cast<uint4*>(&shared.item)[threadIdx.x] =
-        reinterpret_cast<const uint4*>(params.items + (blockIdx.x >> head_shift))[threadIdx.x];
-  __syncthreads();  // barriers and item: written by the first threads, used by all
-  if (shared.item.qo_len == 0) return;
-  const int first = shared.item.kv_begin / Shape::kTileKv, last = ceil_div(shared.item.kv_end, Shape::kTileKv);
+  int word = 0, kv_head = 0;
+  if (warp == kConsumerWarps) word = item_word(params, blockIdx.x, kv_head);  // its latency passes in the barrier
+  __syncthreads();  // barriers: initialised by the first thread, used by all
 
   if (warpgroup == Shape::kConsumers) {
     ptx::lower_registers<Config::kProducerRegs>();
-    if (warp_id() == 4 * Shape::kConsumers) produce<Config>(params, shared, base, first, last, kv_head);
+    if (warp == kConsumerWarps)
+      produce_items<Config>(params, shared, base, word, kv_head);
+    else if (warp == kConsumerWarps + 1)
+      produce_v<Config>(params, shared, base);
   } else {
     ptx::raise_registers<Config::kConsumerRegs>();
-    consume<Config>(params, shared, base, warpgroup, first, last, kv_head, gridDim.y << head_shift);
+    Ring<Config::kSlots> slot;
+    Ring<Config::kStages> k_ring, v_ring;
+    int more = 1;
+#pragma unroll 1
+    while (more) {
+      ptx::mbarrier_wait(ptx::smem_address(&shared.slot_full[slot.at]), slot.phase);
+      if (__reduce_max_sync(kFullMask, shared.slots[slot.at].item.qo_len) < 0) break;
+      more = __reduce_max_sync(kFullMask, shared.slots[slot.at].more);
+      consume<Config>(params, shared, base, warpgroup, slot, k_ring, v_ring);
+      __syncwarp();
+      if ((thread_again() & 31) == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_empty[slot.at]));
+      slot.advance();
+    }
   }
 }
 
