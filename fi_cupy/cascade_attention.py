@@ -16,9 +16,9 @@ from fi_cupy.decode import BatchDecodeWithPagedKVCacheWrapper
 from fi_cupy.dtypes import DType, float32
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
+from fi_cupy.page_table import Ints, check_offsets, read_ints
 from fi_cupy.plan.decode import kv_lengths
 from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
-from fi_cupy.prefill_plan import Ints, check_indptr, host_ints
 from fi_cupy.shared_prefix import (
     BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
     BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
@@ -265,13 +265,13 @@ class MultiLevelCascadeAttentionWrapper:
                 f"{op}: window_left is {window_left}, expected -1 with use_cuda_graph=True and more than one level "
                 "(levels cut by a window take masks, which a captured graph cannot gain or lose)"
             )
-        qo = [host_ints(op, f"qo_indptr_arr[{i}]", x)[1] for i, x in enumerate(qo_indptr_arr)]
+        del tables["paged_kv_indices_arr"]
+        named = {f"{name}[{i}]": x for name, arrays in tables.items() for i, x in enumerate(arrays)}
+        read = list(read_ints(op, named).values())  # of all levels at once
+        qo, kv_indptr, last = read[:count], read[count : 2 * count], read[2 * count :]
         _check_queries(op, qo)
-        kv_indptr, last = list(kv_indptr_arr), list(last_page_len_arr)
         masks: list[Ints | None] = [None] * count
         if window_left >= 0 and count > 1:
-            kv_indptr = [host_ints(op, f"paged_kv_indptr_arr[{i}]", x)[1] for i, x in enumerate(kv_indptr)]
-            last = [host_ints(op, f"paged_kv_last_page_len[{i}]", x)[1] for i, x in enumerate(last)]
             masks = _window_masks(qo, [kv_lengths(i, n, page_size) for i, n in zip(kv_indptr, last, strict=True)],
                                   window_left)  # fmt: skip
         common.update(
@@ -414,7 +414,7 @@ def _check_levels(op: str, name: str, arrays: Sequence[Any], count: int) -> None
 def _check_queries(op: str, qo: list[Ints]) -> None:
     """Every level must divide the same queries among its requests."""
     for i, indptr in enumerate(qo):
-        check_indptr(op, f"qo_indptr_arr[{i}]", indptr)
+        check_offsets(op, f"qo_indptr_arr[{i}]", indptr)
         if indptr[0] != 0 or indptr[-1] != qo[0][-1]:
             raise ArgumentError(
                 f"{op}: qo_indptr_arr[{i}] goes from {indptr[0]} to {indptr[-1]}, expected 0 to {qo[0][-1]} "

@@ -31,6 +31,7 @@ from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
 from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.kv_cache import PagedKV, check_layout, check_paged_kv, paged_kv, token_strides
+from fi_cupy.page_table import check_gpu_indices
 from fi_cupy.plan.decode import (
     ITEM_WORDS,
     MIN_CHUNK_TILES,
@@ -241,7 +242,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         ----------
         indptr : int [batch + 1]
             Request b has pages ``indices[indptr[b] : indptr[b + 1]]``. Host arrays cost no synchronisation; GPU arrays
-            are copied back first.
+            are copied back first, all of a plan's together.
         indices : int32 [pages in use]
             Page numbers. A GPU array is read in place by `run`, so it must stay as it is until then.
         last_page_len : int [batch]
@@ -366,14 +367,11 @@ class BatchDecodeWithPagedKVCacheWrapper:
         staged = buffer.stage(words + (used if from_host else 0))
         staged[:words] = schedule.items.reshape(-1)
         if from_host:
-            staged[words:] = indices.numpy()[:used]
+            staged[words:] = p.table.host_indices
         p.items_ptr = buffer.upload(staged, stream)
         p.copied_indices = words if own else 0
         if not indices.is_cpu:
-            if indices.dtype is not int32:
-                raise UnsupportedError(f"{_OP}.plan: indices on the GPU has dtype {indices.dtype.name}, expected int32")
-            if indices.strides[0] != 1 and indices.shape[0] > 1:
-                check_inner(f"{_OP}.plan", "indices", indices)
+            check_gpu_indices(f"{_OP}.plan", "indices", p.table, self._workspace)
             if own:
                 copy_device(p.items_ptr + 4 * words, indices.ptr, 4 * used, stream, self.device)
         if self._buffers is not None:

@@ -15,8 +15,9 @@ from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_dtype, check_ndim, check_shape
 from fi_cupy.dtypes import uint8
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
+from fi_cupy.page_table import Ints, check_offsets, read_ints
 from fi_cupy.plan.sparse import Blocks, Rows, causal_mask, has_duplicates, keys_per_row, offsets
-from fi_cupy.prefill_plan import Ints, check_indptr, host_ints, refuse
+from fi_cupy.prefill_plan import refuse
 from fi_cupy.sparse_common import BlockSparse, check_modes, hide_future
 from fi_cupy.sparse_variable import VariableBlockSparseAttentionWrapper
 
@@ -51,8 +52,8 @@ def convert_bsr_mask_layout(mask: Any, indptr: Any) -> Any:
     op = "convert_bsr_mask_layout"
     m = view(mask, op, "mask")
     check_ndim(op, "mask", m, 3)
-    _, rows = host_ints(op, "indptr", indptr)
-    check_indptr(op, "indptr", rows)
+    rows = read_ints(op, {"indptr": indptr})["indptr"]
+    check_offsets(op, "indptr", rows)
     nnz, r, c = m.shape
     if rows[0] != 0 or rows[-1] != nnz:
         raise ArgumentError(f"{op}: indptr goes from {rows[0]} to {rows[-1]}, expected 0 to {nnz} = mask.shape[0]")
@@ -134,7 +135,7 @@ class BlockSparseAttentionWrapper(BlockSparse):
         ----------
         indptr : int [M / R + 1]
             Block row i sees the key blocks ``indices[indptr[i] : indptr[i + 1]]``. Host arrays cost no
-            synchronisation; GPU arrays are copied back first.
+            synchronisation; GPU arrays are copied back first, both together.
         indices : int [nnz]
             Numbers of key blocks, each at most once a block row.
         M, N : int
@@ -192,9 +193,8 @@ class BlockSparseAttentionWrapper(BlockSparse):
         check_modes(op, pos_encoding_mode, num_qo_heads, num_kv_heads)
         if R < 1 or C < 1 or M % R or N % C:
             raise ArgumentError(f"{op}: M = {M} and N = {N}, expected multiples of the block size R = {R}, C = {C}")
-        _, ptr = host_ints(op, "indptr", indptr)
-        _, columns = host_ints(op, "indices", indices)
-        check_indptr(op, "indptr", ptr)
+        ptr, columns = read_ints(op, {"indptr": indptr, "indices": indices}).values()
+        check_offsets(op, "indptr", ptr)
         if len(ptr) != M // R + 1 or ptr[0] != 0 or ptr[-1] > len(columns):
             raise ArgumentError(
                 f"{op}: indptr has {len(ptr)} entries from {ptr[0]} to {ptr[-1]}, expected {M // R + 1} = M / R + 1 "

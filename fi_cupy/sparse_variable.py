@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from fi_cupy.arrays import view
+from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_ndim, check_shape
 from fi_cupy.dtypes import INDEX_TYPES, bool_, float32, uint8
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError
+from fi_cupy.page_table import host_values
 from fi_cupy.plan.sparse import Blocks, Rows, expand, keys_per_row, offsets
-from fi_cupy.prefill_plan import Ints
 from fi_cupy.sparse_common import BlockSparse, check_modes, hide_future
 
 
@@ -111,9 +111,12 @@ class VariableBlockSparseAttentionWrapper(BlockSparse):
     ) -> tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
         """((kv heads, group, qo_len, kv_len, head_dim, page size), arguments of the prefill wrapper's plan)."""
         check_modes(op, pos_encoding_mode, num_qo_heads, num_kv_heads)
-        seen = _host(op, "block_mask_map", block_mask_map, 3).astype(bool)
-        row_sz = _host(op, "block_row_sz", block_row_sz, 2).astype(np.int64)
-        col_sz = _host(op, "block_col_sz", block_col_sz, 2).astype(np.int64)
+        arrays = (
+            _view(op, "block_mask_map", block_mask_map, 3), _view(op, "block_row_sz", block_row_sz, 2),
+            _view(op, "block_col_sz", block_col_sz, 2),
+        )  # fmt: skip
+        seen, row_sz, col_sz = host_values(arrays)
+        seen, row_sz, col_sz = seen.astype(bool), row_sz.astype(np.int64), col_sz.astype(np.int64)
         heads, mb, nb = seen.shape
         for name, sizes, blocks_of in (("block_row_sz", row_sz, mb), ("block_col_sz", col_sz, nb)):
             if heads != num_kv_heads or sizes.shape != (num_kv_heads, blocks_of):
@@ -239,9 +242,9 @@ class VariableBlockSparseAttentionWrapper(BlockSparse):
         return x.reshape(heads, qo_len, group, *tail).swapaxes(1, 2).reshape(heads * group, qo_len, *tail)
 
 
-def _host(op: str, name: str, x: Any, ndim: int) -> Ints:
-    """The values of a small array of any framework; bool, uint8 or an index type."""
+def _view(op: str, name: str, x: Any, ndim: int) -> View:
+    """A small array of any framework: bool, uint8 or an index type."""
     v = view(np.asarray(x) if isinstance(x, (list, tuple)) else x, op, name)
     check_ndim(op, name, v, ndim)
     check_dtype(op, name, v, (bool_, uint8, *INDEX_TYPES))
-    return v.host()
+    return v

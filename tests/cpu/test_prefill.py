@@ -272,7 +272,7 @@ def test_plan_errors():
         ({"qo": [0, 3, 2], "indptr": [0, 1, 2], "last": [1, 1]}, errors.ArgumentError, "qo_indptr must start"),
         ({"qo": [0, 3, 4]}, errors.ArgumentError, "paged_kv_indptr has 2 entries, expected 3"),
         ({"last": [5]}, errors.ArgumentError, r"last_page_len\[0\] is 5, expected 1..4"),
-        ({"indptr": [0, 3]}, errors.ArgumentError, "indptr ends at 3, but indices has 2"),
+        ({"indptr": [0, 3]}, errors.ArgumentError, "paged_kv_indptr ends at 3, but paged_kv_indices has 2"),
         ({"indices": [0, -1]}, errors.ArgumentError, "negative page number"),
         ({"heads": 5}, errors.ArgumentError, "num_qo_heads is 5"),
         ({"kv_data_type": "float16"}, errors.UnsupportedError, "kv_data_type is float16"),
