@@ -5,6 +5,7 @@ Runs through the paged prefill kernel: a block row is a request, the blocks it s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partialmethod
 from typing import Any
 
@@ -20,6 +21,7 @@ from fi_cupy.plan.sparse import Blocks, Rows, causal_mask, has_duplicates, keys_
 from fi_cupy.prefill_plan import refuse
 from fi_cupy.sparse_common import BlockSparse, check_modes, hide_future
 from fi_cupy.sparse_variable import VariableBlockSparseAttentionWrapper
+from fi_cupy.variants_placed import Places
 
 __all__ = ["BlockSparseAttentionWrapper", "VariableBlockSparseAttentionWrapper", "convert_bsr_mask_layout"]
 
@@ -77,6 +79,19 @@ def _like(index: Ints, like: View) -> Any:
     return index
 
 
+#: The matrix' own indices, found from the kernel's: a block row is a request, the blocks it sees are its pages.
+_PLACES: Places = {
+    "batch": lambda ctx: ctx.batch * 0,
+    "qo_idx": lambda ctx: ctx.batch * ctx.fi_block_rows + ctx.qo_idx,
+    "kv_idx": lambda ctx: (
+        ctx.fi_pages[ctx.fi_page_begin[ctx.batch] + ctx.kv_idx // ctx.fi_page_size] * ctx.fi_page_size
+        + ctx.kv_idx % ctx.fi_page_size
+    ),
+    "qo_len": lambda ctx: ctx.fi_queries,
+    "kv_len": lambda ctx: ctx.fi_keys,
+}
+
+
 class BlockSparseAttentionWrapper(BlockSparse):
     """Attention under a block-sparse matrix with blocks of R queries and C keys, the same for all heads.
 
@@ -86,6 +101,9 @@ class BlockSparseAttentionWrapper(BlockSparse):
         As in `BatchPrefillWithPagedKVCacheWrapper`. A CPU array selects the NumPy reference.
     backend : "auto" or "fa2"
         There is one implementation.
+    variant : AttentionVariant, optional
+        See `fi_cupy.jit.define_variant`. Its functions see the indices of the matrix: query 0 to M - 1, key 0 to N - 1.
+        CUDA text must not look at positions.
 
     Source
     ------
@@ -102,6 +120,9 @@ class BlockSparseAttentionWrapper(BlockSparse):
     """
 
     _op = "BlockSparseAttentionWrapper"
+    _places = _PLACES
+    _place_tensors = ("fi_pages", "fi_page_begin")
+    _place_scalars = ("fi_page_size", "fi_block_rows", "fi_queries", "fi_keys")
 
     def plan(
         self,
@@ -173,6 +194,9 @@ class BlockSparseAttentionWrapper(BlockSparse):
         self._planned = False
         self._prefill.plan(*args, **options)
         self._shape = (M, N, C)
+        self._set_places(
+            fi_pages=args[2], fi_page_begin=args[1], fi_page_size=C, fi_block_rows=R, fi_queries=M, fi_keys=N
+        )
         self._planned = True
 
     begin_forward = plan
@@ -240,6 +264,8 @@ class BlockSparseAttentionWrapper(BlockSparse):
         lse: Any = None,
         return_lse: bool = False,
         enable_pdl: bool | None = None,
+        *args: Any,
+        variant_args: Mapping[str, Any] | None = None,
     ) -> Any:
         """Attention under the planned matrix; no synchronisation, and no allocation with `out` (and `lse`).
 
@@ -256,6 +282,8 @@ class BlockSparseAttentionWrapper(BlockSparse):
         return_lse : bool
         enable_pdl : bool, optional
             As in `BatchPrefillWithPagedKVCacheWrapper.run`.
+        *args, variant_args : optional
+            The variant's tensors and scalars, in the order of their declaration, and by name.
 
         Returns
         -------
@@ -277,7 +305,10 @@ class BlockSparseAttentionWrapper(BlockSparse):
             if y.shape[0] != n:
                 raise ShapeError(f"{op}: {name} has shape {y.shape}, expected ({n}, num_kv_heads, head_dim) = (N, ...)")
             pages.append(x.reshape(n // c, c, *y.shape[1:]))  # splits the first dimension: a view, whatever the strides
-        return self._prefill.run(q, tuple(pages), out=out, lse=lse, return_lse=return_lse, enable_pdl=enable_pdl)
+        return self._prefill.run(
+            q, tuple(pages), out=out, lse=lse, return_lse=return_lse, enable_pdl=enable_pdl,
+            **self._variant_args(op, args, variant_args),
+        )  # fmt: skip
 
     run_return_lse = partialmethod(run, return_lse=True)
 
