@@ -40,6 +40,7 @@ from fi_cupy.plan.decode import (
     max_items,
     plan_decode,
 )
+from fi_cupy.prefill_plan import check_backend
 from fi_cupy.variants import AttentionVariant, variant_of
 from fi_cupy.workspace import PlanBuffer, copy_device
 
@@ -115,8 +116,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             raise ArgumentError(f"{_OP}: float_workspace_buffer and workspace_buffer name the same thing, expected one")
         if float_workspace_buffer is None:
             raise ArgumentError(f"{_OP}: float_workspace_buffer is missing")
-        if backend not in ("auto", "fa2"):
-            raise UnsupportedError(f"{_OP}: backend is {backend!r}, expected 'auto' (there is one implementation)")
+        check_backend(_OP, backend)
         self._layout = check_layout(_OP, kv_layout)
         self._use_tensor_cores = use_tensor_cores
         self._graph = use_cuda_graph
@@ -456,9 +456,12 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if skip_softmax_threshold_scale_factor is not None or kv_cache_sf is not None:
             raise UnsupportedError(f"{op}: skip_softmax_threshold_scale_factor and kv_cache_sf are not supported")
         if q_len_per_req not in (None, 1):
-            raise PlanError(f"{op}: q_len_per_req is {q_len_per_req}, planned 1")
+            raise PlanError(
+                f"{op}: q_len_per_req is {q_len_per_req}, planned 1; several queries a request are "
+                "BatchPrefillWithPagedKVCacheWrapper's with causal=True"
+            )
         if window_left is not None and max(window_left, -1) != p.window_left:
-            raise PlanError(f"{op}: window_left is {window_left}, planned {p.window_left}")
+            raise PlanError(f"{op}: window_left is {window_left}, planned {p.window_left}; pass it to plan()")
         if self._by_prefill is not None:
             return self._by_prefill.run(
                 q, paged_kv_cache, *args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse,

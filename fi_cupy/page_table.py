@@ -146,6 +146,23 @@ def read_page_table(
     return PageTable(pointers, last, kv_len, numbers, copied, highest), host
 
 
+def check_hints(
+    op: str, qo_indptr: Ints, kv_len: Ints, given: dict[str, Ints], max_token_per_sequence: int | None,
+    max_sequence_kv: int | None,
+) -> None:  # fmt: skip
+    """Raise `ArgumentError` for lengths that contradict the offsets; the schedule follows from the offsets alone."""
+    qo_len = qo_indptr[1:] - qo_indptr[:-1]
+    for name, lens in (("seq_lens_q", qo_len), ("seq_lens", kv_len)):
+        if name in given and not np.array_equal(given[name], lens):
+            shown, wanted = (np.array2string(x, threshold=12) for x in (given[name], lens))
+            raise ArgumentError(f"{op}: {name} is {shown}, expected {wanted} as the offsets say")
+    for name, most, lens in (
+        ("max_token_per_sequence", max_token_per_sequence, qo_len), ("max_sequence_kv", max_sequence_kv, kv_len)
+    ):  # fmt: skip
+        if most is not None and len(lens) and most < lens.max():
+            raise ArgumentError(f"{op}: {name} is {most}, expected at least {lens.max()}, the longest of the batch")
+
+
 def _check_length(op: str, name: str, x: Ints, batch: int, indptr: str) -> None:
     if len(x) != batch:
         check_shape(op, name, view(x), (batch,), f"= len({indptr}) - 1")

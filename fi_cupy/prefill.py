@@ -18,7 +18,7 @@ from fi_cupy.dtypes import float32, int32, uint8
 from fi_cupy.errors import ArgumentError, PlanError
 from fi_cupy.kv_cache import check_layout, check_paged_kv, paged_kv, token_strides
 from fi_cupy.multi_item import read_multi_item
-from fi_cupy.page_table import check_gpu_indices, read_page_table
+from fi_cupy.page_table import check_gpu_indices, check_hints, read_page_table
 from fi_cupy.prefill_batch import BatchPrefill, Planned
 from fi_cupy.prefill_kernel import kernel_specs
 from fi_cupy.prefill_plan import (
@@ -212,7 +212,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         seq_lens : int [batch], optional
             Keys of every request; if given, `paged_kv_last_page_len` is not read back from the GPU.
         seq_lens_q, max_token_per_sequence, max_sequence_kv : optional
-            Hints of other backends; the schedule follows from the offsets.
+            Hints of other backends, which must agree with the offsets.
         fixed_split_size : int, optional
             Pages of every chunk, so that a row's bits do not depend on the rest of the batch.
         disable_split_kv : bool
@@ -267,14 +267,17 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
             True, has_mask, self.device < 0, self._lowered,
         )  # fmt: skip
+        hints = {} if seq_lens_q is None else {"seq_lens_q": seq_lens_q}
         table, others = read_page_table(
-            op, _NAMES, kv_indptr, kv_indices, last_page_len, seq_lens, page_size, qo_indptr=qo_indptr
+            op, _NAMES, kv_indptr, kv_indices, last_page_len, seq_lens, page_size, qo_indptr=qo_indptr, **hints
         )
         qo, indptr = others["qo_indptr"], table.indptr
         if len(indptr) != len(qo):
             raise ArgumentError(f"{op}: paged_kv_indptr has {len(indptr)} entries, expected {len(qo)} = len(qo_indptr)")
         p = _PagedPlan(problem, options, qo, table.kv_len, None)
         p.mask = self._pack_mask(op, p, custom_mask, packed_custom_mask, items)
+        if hints or max_token_per_sequence is not None or max_sequence_kv is not None:
+            check_hints(op, qo, p.kv_len, others, max_token_per_sequence, max_sequence_kv)
         p.page_size, p.indptr, p.indices, p.last_page_len = page_size, indptr, table.indices, table.last_page_len
         p.host_indices, p.max_index = table.host_indices, table.max_index
         if p.host_indices is None:

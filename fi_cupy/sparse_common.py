@@ -56,6 +56,7 @@ class BlockSparse:
         self._is_placed = inner is not self._variant
         self._place_values: dict[str, Any] = {}
         self._prefill = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, variant=inner)
+        self._prefill._op = self._op  # the name in its messages
         self._planned = False
 
     def _set_places(self, **values: Any) -> None:
