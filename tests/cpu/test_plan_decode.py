@@ -184,3 +184,12 @@ def test_workspace_layout():
     layout.check("op", 1280)
     with pytest.raises(WorkspaceError, match="has 1279 bytes, expected at least 1280"):
         layout.check("op", 1279)
+
+
+def test_ten_thousand_requests():
+    lens = np.random.default_rng(3).integers(0, 7, 10_000)
+    schedule = plan(lens, num_head_blocks=1)
+    items = schedule.items[np.argsort(schedule.items[:, 0])]
+    starts = np.cumsum(lens) - lens
+    for column, values in enumerate((np.arange(10_000), 0, lens, starts, 0, 1, 0, lens)):
+        assert (items[:, column] == values).all(), column
