@@ -456,10 +456,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if skip_softmax_threshold_scale_factor is not None or kv_cache_sf is not None:
             raise UnsupportedError(f"{op}: skip_softmax_threshold_scale_factor and kv_cache_sf are not supported")
         if q_len_per_req not in (None, 1):
-            raise PlanError(
-                f"{op}: q_len_per_req is {q_len_per_req}, planned 1; several queries a request are "
-                "BatchPrefillWithPagedKVCacheWrapper's with causal=True"
-            )
+            raise PlanError(f"{op}: q_len_per_req is {q_len_per_req}, planned 1; pass it to plan()")
         if window_left is not None and max(window_left, -1) != p.window_left:
             raise PlanError(f"{op}: window_left is {window_left}, planned {p.window_left}; pass it to plan()")
         if self._by_prefill is not None:
