@@ -117,9 +117,7 @@ def test_the_planned_value_or_an_error(rng, wrapper, method, option, planned, ot
     call = getattr(w, method)
     assert (first(call(*args, **{option: planned})) == plain).all()
     if other is not None:
-        with pytest.raises(
-            errors.PlanError, match=rf"{option} is .*, planned .*pass it to plan\(\)|{option} .*planned 1;"
-        ):
+        with pytest.raises(errors.PlanError, match=rf"{option} is .*, planned .*; pass it to plan\(\)"):
             call(*args, **{option: other})
 
 
@@ -184,7 +182,7 @@ def test_backends(wrapper):
     for name in ("auto", "fa2"):
         BACKENDS[wrapper](name)
     for name in ("trtllm-gen", "cudnn"):
-        with pytest.raises(errors.UnsupportedError, match=rf"Wrapper: backend is '{name}', expected 'auto'"):
+        with pytest.raises(errors.UnsupportedError, match=rf"Wrapper: backend is '{name}', expected"):
             BACKENDS[wrapper](name)
 
 
