@@ -110,3 +110,25 @@ def test_variable_blocks_see_heads_and_positions(rng, causal):
         return w.run(*map(convert, (q, k, v)), variant_args={"bias": convert(bias)}, return_lse=True)
 
     both(lambda ws: fi_cupy.VariableBlockSparseAttentionWrapper(ws, variant=PLACED), use)
+
+
+@pytest.mark.parametrize("window_left", [-1, 20])
+def test_flashinfers_sink_is_the_built_in_one(rng, window_left):
+    pages = Pages(rng, 60, PAGE, KV_HEADS, DIM, DTYPE)
+    table, _ = pages.add([140, 30, 300])
+    qo, sinks = indptr_of([40, 3, 130]), on_gpu(rng.normal(size=HEADS).astype(np.float32))
+    q, cache = on_gpu(normal(rng, (173, HEADS, DIM), DTYPE)), pages.gpu()
+    text = fi_cupy.jit.attention.variants.attention_sink_decl["fa2"]
+    jit_args = (
+        "sinks", DTYPE, DTYPE, DTYPE, "int32", DIM, DIM, ["sink"], ["float"], ["sm_scale"], ["double"],
+        "AttentionSink", text,
+    )  # fmt: skip
+    made = []
+    for options in ({"jit_args": jit_args}, {}):
+        w = fi_cupy.prefill.BatchPrefillWithPagedKVCacheWrapper(cupy.empty(32 << 20, cupy.uint8), **options)
+        w.plan(
+            qo, *table, HEADS, KV_HEADS, DIM, PAGE, causal=True, window_left=window_left, sm_scale=0.2,
+            q_data_type=DTYPE,
+        )  # fmt: skip
+        made.append(w.run(q, cache, *([sinks, 0.2] if options else []), sinks=None if options else sinks))
+    assert_close(to_float64(made[0]), to_float64(made[1]), to_dtype(DTYPE), "product")
