@@ -8,7 +8,7 @@ from paged_cases import Pages, bits, check, indptr_of
 
 from fi_cupy import arrays, cascade_attention, decode, page, prefill
 from fi_cupy.reference.attention import batch_decode_paged, batch_prefill_paged, batch_prefill_ragged
-from fi_cupy.testing.generators import normal, on_gpu, poisoned
+from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
 
 cupy = pytest.importorskip("cupy")
 DTYPE = "bfloat16"
@@ -219,6 +219,47 @@ def test_two_streams_at_once(rng):
             wrappers[k].run(step.gpu_q, step.cache, out=outs[k][b][1], lse=lse, return_lse=True)
             assert (bits(outs[k][b][0]) == bits(outs[k][b][1])).all()
             check(outs[k][b][0], lse, want, want_lse)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_ragged_graph_follows_later_plans(rng, masked):
+    """The masks of a later plan are copied into the buffer that the captured kernel reads, like everything else."""
+    cases = [[(60, 2000), (30, 31), (9, 800)], [(1, 5), (90, 300), (0, 7)], [(33, 2500), (2, 0), (60, 60)]]
+    most_rows, most_keys = 99, 3000
+    buffers = [cupy.zeros(4, cupy.int32), cupy.zeros(4, cupy.int32), cupy.zeros(40_000, cupy.uint8),
+               cupy.zeros(4, cupy.int32)]  # fmt: skip
+    wrapper = Ragged(workspace(), "NHD", True, *(buffers if masked else buffers[:2]))
+    q, out = poisoned((most_rows, 8, 64), DTYPE), poisoned((most_rows, 8, 64), DTYPE)
+    k, v, lse = *(poisoned((most_keys, 2, 64), DTYPE) for _ in "kv"), poisoned((most_rows, 8), "float32")
+    stream, graph = cupy.cuda.Stream(non_blocking=True), None
+    cupy.cuda.Device().synchronize()
+    for lens in cases:
+        qo, kv = (indptr_of([x[i] for x in lens]) for i in (0, 1))
+        rows = int(qo[-1])
+        host = [normal(rng, (n, h, 64), DTYPE) for n, h in ((rows, 8), (int(kv[-1]), 2), (int(kv[-1]), 2))]
+        masks = [rng.random(m * n) < 0.5 for m, n in lens]
+        options = {"custom_mask": np.concatenate(masks)} if masked else {"causal": True}
+        with stream:
+            wrapper.plan(qo, kv, 8, 2, 64, q_data_type=DTYPE, **options)
+            for target, values in zip((q, k, v), host, strict=True):
+                target.view("u2")[: len(values)] = on_gpu(values).view("u2")
+            out.view("u2")[...], lse.view("u4")[...] = 0xFFFF, 0xFFFFFFFF
+            if graph is None:
+                wrapper.run(q, k, v, out=out, lse=lse, return_lse=True)  # kernels are loaded before the capture
+                stream.begin_capture()
+                wrapper.run(q, k, v, out=out, lse=lse, return_lse=True)
+                graph = stream.end_capture()
+            graph.launch(stream)
+            stream.synchronize()
+        reference = {"causal": True}
+        if masked:
+            reference = {
+                "packed_custom_mask": np.concatenate([np.packbits(m, bitorder="little") for m in masks]),
+                "causal": False,
+            }  # fmt: skip
+        want = batch_prefill_ragged(*(x.astype(np.float64) for x in host), qo, kv, **reference)
+        check(out[:rows], lse[:rows], *want)
+        assert np.isnan(to_float64(out[rows:])).all()
 
 
 # --- one wait a plan --------------------------------------------------------------------------------------------------
