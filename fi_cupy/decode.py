@@ -31,6 +31,7 @@ from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
 from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.kv_cache import PagedKV, check_layout, check_paged_kv, paged_kv, token_strides
+from fi_cupy.page_table import check_gpu_indices
 from fi_cupy.plan.decode import (
     ITEM_WORDS,
     MIN_CHUNK_TILES,
@@ -39,6 +40,7 @@ from fi_cupy.plan.decode import (
     max_items,
     plan_decode,
 )
+from fi_cupy.prefill_plan import check_backend
 from fi_cupy.variants import AttentionVariant, variant_of
 from fi_cupy.workspace import PlanBuffer, copy_device
 
@@ -114,8 +116,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             raise ArgumentError(f"{_OP}: float_workspace_buffer and workspace_buffer name the same thing, expected one")
         if float_workspace_buffer is None:
             raise ArgumentError(f"{_OP}: float_workspace_buffer is missing")
-        if backend not in ("auto", "fa2"):
-            raise UnsupportedError(f"{_OP}: backend is {backend!r}, expected 'auto' (there is one implementation)")
+        check_backend(_OP, backend)
         self._layout = check_layout(_OP, kv_layout)
         self._use_tensor_cores = use_tensor_cores
         self._graph = use_cuda_graph
@@ -241,7 +242,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         ----------
         indptr : int [batch + 1]
             Request b has pages ``indices[indptr[b] : indptr[b + 1]]``. Host arrays cost no synchronisation; GPU arrays
-            are copied back first.
+            are copied back first, all of a plan's together.
         indices : int32 [pages in use]
             Page numbers. A GPU array is read in place by `run`, so it must stay as it is until then.
         last_page_len : int [batch]
@@ -366,14 +367,11 @@ class BatchDecodeWithPagedKVCacheWrapper:
         staged = buffer.stage(words + (used if from_host else 0))
         staged[:words] = schedule.items.reshape(-1)
         if from_host:
-            staged[words:] = indices.numpy()[:used]
+            staged[words:] = p.table.host_indices
         p.items_ptr = buffer.upload(staged, stream)
         p.copied_indices = words if own else 0
         if not indices.is_cpu:
-            if indices.dtype is not int32:
-                raise UnsupportedError(f"{_OP}.plan: indices on the GPU has dtype {indices.dtype.name}, expected int32")
-            if indices.strides[0] != 1 and indices.shape[0] > 1:
-                check_inner(f"{_OP}.plan", "indices", indices)
+            check_gpu_indices(f"{_OP}.plan", "indices", p.table, self._workspace)
             if own:
                 copy_device(p.items_ptr + 4 * words, indices.ptr, 4 * used, stream, self.device)
         if self._buffers is not None:
@@ -458,9 +456,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if skip_softmax_threshold_scale_factor is not None or kv_cache_sf is not None:
             raise UnsupportedError(f"{op}: skip_softmax_threshold_scale_factor and kv_cache_sf are not supported")
         if q_len_per_req not in (None, 1):
-            raise PlanError(f"{op}: q_len_per_req is {q_len_per_req}, planned 1")
+            raise PlanError(f"{op}: q_len_per_req is {q_len_per_req}, planned 1; pass it to plan()")
         if window_left is not None and max(window_left, -1) != p.window_left:
-            raise PlanError(f"{op}: window_left is {window_left}, planned {p.window_left}")
+            raise PlanError(f"{op}: window_left is {window_left}, planned {p.window_left}; pass it to plan()")
         if self._by_prefill is not None:
             return self._by_prefill.run(
                 q, paged_kv_cache, *args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse,

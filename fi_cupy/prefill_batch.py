@@ -15,13 +15,15 @@ from fi_cupy.dtypes import DType
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
 from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.jit.kernel import load_kernel
+from fi_cupy.page_table import check_offsets
 from fi_cupy.plan.prefill import max_counts, pad, plan_prefill
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
-from fi_cupy.prefill_plan import Ints, Mask, Options, Strides, Work, check_planned, launch, outputs
+from fi_cupy.prefill_plan import Ints, Mask, Options, Strides, Work, check_planned, launch, outputs, pack_mask
 from fi_cupy.workspace import PlanBuffer, copy_device, copy_to_device
 
 if TYPE_CHECKING:
     from fi_cupy.jit.lower import Lowered
+    from fi_cupy.multi_item import MultiItem
     from fi_cupy.variants import AttentionVariant, BoundVariant
 
 
@@ -42,7 +44,7 @@ class Planned:
 
     def __init__(self, problem: Problem, options: Options, qo_indptr: Ints, kv_len: Ints, mask: Mask | None) -> None:
         self.problem, self.options, self.qo_indptr, self.kv_len, self.mask = problem, options, qo_indptr, kv_len, mask
-        self.total_rows = int(qo_indptr[-1])
+        self.total_rows = int(qo_indptr[-1]) if len(qo_indptr) else 0
         self.indices_offset = None
 
 
@@ -109,6 +111,15 @@ class BatchPrefill:
         """Kept for FlashInfer's signature; there is nothing to release."""
 
     # -- plan ---------------------------------------------------------------------------------------------------------
+
+    def _pack_mask(
+        self, op: str, p: Planned, custom_mask: Any, packed_custom_mask: Any, items: MultiItem | None
+    ) -> Mask | None:  # fmt: skip
+        """Check the offsets of the queries, and make the mask, if there is one."""
+        qo_len = check_offsets(op, "qo_indptr", p.qo_indptr)
+        if items is not None:
+            packed_custom_mask = items.packed_mask(op, qo_len, p.kv_len)
+        return pack_mask(op, custom_mask, packed_custom_mask, qo_len, p.kv_len, self._workspace)
 
     def _schedule(self, p: Planned, kv_base: Ints) -> tuple[Ints, Ints, int, int]:
         """(items, merges, slots, slots whose lse gets room); in graph mode padded to what any later plan can need."""

@@ -176,59 +176,66 @@ def plan_prefill(
         ``narrow(begin, end, tile_kv, qo_first, qo_last, request, qo_len, kv_len) -> (begin, end)`` drops the keys of
         each tile that a variant's mask can never show.
     """
-    qo_len = np.diff(qo_indptr)
-    tiles = -(-(qo_len * group) // tile_q)
-    request = np.repeat(np.arange(len(tiles)), tiles)
-    q_tile = np.arange(len(request)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
-    rows, keys = qo_len[request], kv_len[request]
+    # Every request's fields once, then a copy of the row for each of its tiles: few NumPy calls of about 1 us each.
+    batch = len(kv_len)
+    qo_len = qo_indptr[1:] - qo_indptr[:-1]
+    tiles = (qo_len * group + (tile_q - 1)) // tile_q
+    table = np.zeros((batch, ITEM_WORDS), np.int32)
+    table[:, 0], table[:, 1], table[:, 2], table[:, 3] = qo_indptr[:-1], qo_len, kv_base, kv_len
+    table[:, 4] = tiles - tiles.cumsum()  # less the number of the request's first tile
+    table[:, 7], table[:, 10], table[:, 11] = -1, 1, np.arange(batch)
+    if mask_offsets is not None:
+        table[:, 8:10] = mask_offsets[:batch].astype("<i8").view("<i4").reshape(-1, 2)
+    items: Ints = table.repeat(tiles, axis=0)
+    q_tile, rows, keys, request = items[:, 4], items[:, 1], items[:, 3], items[:, 11]
+    q_tile += np.arange(len(items), dtype=np.int32)
     begin, end = _visible(q_tile, rows, keys, group, tile_q, tile_kv, causal, window_left)
     if narrow is not None:
         first_row, last_row = q_tile * tile_q // group, np.minimum(((q_tile + 1) * tile_q - 1) // group, rows - 1)
         begin, end = narrow(begin, end, tile_kv, first_row, last_row, request, rows, keys)
-    first, chunk, chunks = _chunks(begin, end, num_kv_heads, tile_q, tile_kv, slots, split_keys, disable_split)
+    whole, split = _chunks(begin, end, num_kv_heads, tile_q, tile_kv, slots, split_keys, disable_split)
+    items[:, 5], items[:, 6] = begin, end
+    merges, num_slots = np.zeros((0, MERGE_WORDS), np.int32), 0
+    if split is not None:
+        items, merges, num_slots = _split(items, *split)
+        whole = (items[:, 6] - items[:, 5] + (tile_kv - 1)) // tile_kv
+    if len(items) and (whole != whole[0]).any():
+        items = items.take((-whole).argsort(kind="stable"), axis=0)
+    return PrefillPlan(items, merges, num_slots)
 
-    tile = np.repeat(np.arange(len(request)), chunks)
-    number = np.arange(len(tile)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+
+def _split(items: Ints, first: Ints, chunk: Ints, chunks: Ints) -> tuple[Ints, Ints, int]:
+    """(an item for each chunk of each tile, what is merged, partial results) from `_chunks`."""
+    tile = np.arange(len(items)).repeat(chunks)
+    number = np.arange(len(tile)) - (chunks.cumsum() - chunks)[tile]
     start = first[tile] + number * chunk[tile]
-    kv_begin, kv_end = np.maximum(start, begin[tile]), np.minimum(start + chunk[tile], end[tile])
-    is_split = chunks > 1
-    part = is_split[tile]
-    slot = np.where(part, np.cumsum(part) - 1, -1)
-    order = np.argsort((kv_begin - kv_end) // tile_kv, kind="stable")
-
-    owner = request[tile]
-    items = np.zeros((len(tile), ITEM_WORDS), np.int32)
-    columns = (qo_indptr[owner], rows[tile], kv_base[owner], keys[tile], q_tile[tile], kv_begin, kv_end, slot)
-    for i, column in enumerate(columns):
-        items[:, i] = column[order]
-    if mask_offsets is not None:
-        items[:, 8:10] = mask_offsets[owner][order].astype("<i8").view("<i4").reshape(-1, 2)
-    items[:, 10] = (number == 0)[order]
-    items[:, 11] = owner[order]
-
-    split = np.flatnonzero(is_split)
-    merges = np.zeros((len(split), MERGE_WORDS), np.int32)
-    if len(split):
-        owner = request[split]
-        counts = chunks[split]
-        merge_columns = (qo_indptr[owner], rows[split], q_tile[split], np.cumsum(counts) - counts, counts)
-        for i, column in enumerate(merge_columns):
-            merges[:, i] = column
-    return PrefillPlan(items, merges, int(chunks[split].sum()))
+    merged = np.flatnonzero(chunks > 1)
+    merges = np.zeros((len(merged), MERGE_WORDS), np.int32)
+    counts = chunks[merged]
+    ends = counts.cumsum()
+    merges[:, 0], merges[:, 1], merges[:, 2] = items[merged, 0], items[merged, 1], items[merged, 4]
+    merges[:, 3], merges[:, 4] = ends - counts, counts
+    items = items.take(tile, axis=0)
+    items[:, 5] = np.maximum(start, items[:, 5])
+    items[:, 6] = np.minimum(start + chunk[tile], items[:, 6])
+    part = (chunks > 1)[tile]
+    items[:, 7] = np.where(part, part.cumsum() - 1, -1)
+    items[:, 10] = number == 0
+    return items, merges, int(ends[-1]) if len(ends) else 0
 
 
 def _visible(
     q_tile: Ints, qo_len: Ints, kv_len: Ints, group: int, tile_q: int, tile_kv: int, causal: bool, window_left: int
 ) -> tuple[Ints, Ints]:
     """Keys that some row of each tile sees, [begin, end), begin a multiple of `tile_kv`; (0, 0) if there are none."""
-    own = kv_len - qo_len  # the key at query 0's own position
     end = kv_len
-    if causal:
-        last = np.minimum(((q_tile + 1) * tile_q - 1) // group, qo_len - 1) + own
-        end = np.clip(last + 1, 0, kv_len)
+    if causal:  # up to the last row's own key
+        rows = np.minimum((q_tile * tile_q + (tile_q - 1 + group)) // group, qo_len)
+        end = np.maximum(rows + (kv_len - qo_len), 0)
     if window_left < 0:
-        return np.zeros_like(end), end
-    begin = np.maximum(q_tile * tile_q // group + own - window_left, 0) // tile_kv * tile_kv
+        return np.zeros(len(end), np.int32), end
+    # In 64 bits: a window may be any number.
+    begin = np.maximum(q_tile * np.int64(tile_q) // group + (kv_len - qo_len) - window_left, 0) // tile_kv * tile_kv
     seen = begin < end
     return np.where(seen, begin, 0), np.where(seen, end, 0)
 
@@ -236,28 +243,26 @@ def _visible(
 def _chunks(
     begin: Ints, end: Ints, num_kv_heads: int, tile_q: int, tile_kv: int, slots: int, split_keys: int | None,
     disable_split: bool,
-) -> tuple[Ints, Ints, Ints]:  # fmt: skip
-    """(where the first chunk starts, keys a chunk, chunks) of every tile.
+) -> tuple[Ints, tuple[Ints, Ints, Ints] | None]:  # fmt: skip
+    """Key tiles of every item, and (where the first chunk starts, keys a chunk, chunks) of each if some are split.
 
     A tile is split when it alone would take twice as long as the whole work spread evenly over the device: splitting
     costs a write and a read of fp32 results and a second kernel. Then its chunks are as long as that even share.
     """
-    one = np.ones_like(end)
-    if split_keys is not None and not disable_split:
-        chunk = -(-split_keys // tile_kv) * tile_kv
-        first = begin // chunk
-        return first * chunk, one * chunk, np.where(end > begin, -(-end // chunk) - first, 1)
-    tiles = -(-(end - begin) // tile_kv)
-    whole = begin, np.maximum(end - begin, 1), one
+    tiles = (end - begin + (tile_kv - 1)) // tile_kv
     if disable_split or len(tiles) == 0:
-        return whole
+        return tiles, None
+    if split_keys is not None:
+        chunk = min(-(-split_keys // tile_kv) * tile_kv, 1 << 30)  # fits 32 bits
+        first = begin // chunk
+        return tiles, (first * chunk, np.full_like(end, chunk), np.where(end > begin, -(-end // chunk) - first, 1))
     least = (MIN_CHUNK_KEYS_NARROW if tile_q == 16 else MIN_CHUNK_KEYS) // tile_kv
-    share = max(-(-int(tiles.sum()) * num_kv_heads // slots), least)
-    if int(tiles.max()) < 2 * share:
-        return whole
+    share = max(-(-int(np.add.reduce(tiles, dtype=np.int64)) * num_kv_heads // slots), least)
+    if int(np.maximum.reduce(tiles)) < 2 * share:
+        return tiles, None
     chunks = np.maximum(-(-tiles // share), 1)
     chunk = np.maximum(-(-tiles // chunks), 1)  # equal chunks
-    return begin, chunk * tile_kv, np.maximum(-(-tiles // chunk), 1)
+    return tiles, (begin, chunk * tile_kv, np.maximum(-(-tiles // chunk), 1))
 
 
 def pad(rows: Ints, count: int) -> Ints:

@@ -176,3 +176,33 @@ def test_specs_are_cached_and_named_by_what_they_are():
     assert g.spec is prefill_spec(bfloat16, 64, 64, g.tiles, paged=True, custom_mask=False, alibi=False, soft_cap=False,
                                   positive_scale=True)  # fmt: skip
     assert g.negative_spec.symbol.endswith("_neg")
+
+
+def test_ten_thousand_requests():
+    rng = np.random.default_rng(3)
+    rows, keys = rng.integers(0, 4, 10_000), rng.integers(0, 7, 10_000)
+    qo, base = np.concatenate([[0], np.cumsum(rows)]), np.cumsum(keys) - keys
+    plan = plan_prefill(
+        qo, keys, base, group=2, num_kv_heads=1, tile_q=16, tile_kv=64, slots=264, causal=True, mask_offsets=base
+    )
+    busy = np.flatnonzero(rows)  # a tile each, which holds all of its rows and keys
+    items = plan.items[np.argsort(plan.items[:, 11])]
+    assert (items[:, 11] == busy).all() and plan.num_slots == 0
+    wanted = (qo[busy], rows[busy], base[busy], keys[busy], 0, 0, keys[busy], -1, base[busy], 0, 1)
+    for column, values in enumerate(wanted):
+        assert (items[:, column] == values).all(), column
+
+
+def test_a_window_and_a_split_of_any_size():
+    one = {"group": 1, "num_kv_heads": 1, "tile_q": 16, "tile_kv": 64, "slots": 8}
+    plain = plan_prefill(np.array([0, 20]), np.array([300]), np.array([0]), causal=True, **one)
+    for options in ({"window_left": 1 << 40}, {"split_keys": 1 << 40}):
+        plan = plan_prefill(np.array([0, 20]), np.array([300]), np.array([0]), causal=True, **one, **options)
+        assert (plan.items == plain.items).all() and plan.num_slots == 0
+
+
+def test_a_schedule_of_equal_tiles_keeps_their_order():
+    plan = plan_prefill(
+        np.arange(9) * 16, np.full(8, 128), np.arange(8), group=1, num_kv_heads=8, tile_q=16, tile_kv=64, slots=8
+    )
+    assert plan.items[:, 11].tolist() == list(range(8))
