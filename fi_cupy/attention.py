@@ -293,21 +293,18 @@ def _explain_prefill(wrapper: BatchPrefill) -> Explanation:
         return _ON_CPU
     spec = p.geometry.kernel(p.options.sm_scale, wrapper.device).spec
     fixed = " (the fixed number of a captured graph)" if wrapper.is_cuda_graph_enabled else ""
-    return _prefill_launches(p.geometry, spec, p.work.num_items, p.work.num_merges, fixed)
+    return _prefill_launch(p.geometry, spec, p.work.num_items, p.work.num_split, fixed)
 
 
-def _prefill_launches(g: Geometry, spec: Any, num_items: int, num_merges: int, fixed: str = "") -> Explanation:
+def _prefill_launch(g: Geometry, spec: Any, num_items: int, num_split: int, fixed: str = "") -> Explanation:
     why = (
         f"{num_items} work items{fixed} of {g.tiles.tile_q} packed rows (query tokens times {g.group} heads a kv head) "
         f"and tiles of {g.tiles.tile_kv} keys, times {g.num_kv_heads} kv heads, on {g.slots} CTA slots"
     )
-    launches = [KernelUse("", spec.symbol, (num_items, g.num_kv_heads, 1), spec.threads, spec.smem_bytes, why)]
-    if num_merges:
-        why = f"{num_merges} row tiles{fixed} had their keys split to fill the device; this merges them"
-        launches.append(
-            KernelUse("", g.merge.symbol, g.merge_grid(num_merges), g.merge.threads, g.merge.smem_bytes, why)
-        )
-    return Explanation(tuple(launches))
+    if num_split:
+        why += f"; {num_split} row tiles have their keys split to fill the device, the last CTA of a tile writes it"
+    grid = (num_items, g.num_kv_heads, 1)
+    return Explanation((KernelUse("", spec.symbol, grid, spec.threads, spec.smem_bytes, why),))
 
 
 def _explain_single(
@@ -360,4 +357,4 @@ def _single_prefill(given: dict[str, Any], device: DeviceInfo) -> Explanation:
         tile_q=g.tiles.tile_q, tile_kv=g.tiles.tile_kv, slots=g.slots, causal=given["causal"] and not has_mask,
         window_left=max(given["window_left"], -1),
     )  # fmt: skip
-    return _prefill_launches(g, spec, len(schedule.items), len(schedule.merges))
+    return _prefill_launch(g, spec, len(schedule.items), schedule.num_split)

@@ -17,9 +17,9 @@ import numpy as np
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 
-#: int32 words of a work item and of a merge item (structs PrefillItem and PrefillMergeItem).
-ITEM_WORDS, MERGE_WORDS = 12, 8
-#: Shortest chunk of a split tile, keys: writing and merging a partial result must stay small beside computing it.
+#: int32 words of a work item (struct PrefillItem).
+ITEM_WORDS = 16
+#: Shortest chunk of a split tile, keys: writing and joining a partial result must stay small beside computing it.
 MIN_CHUNK_KEYS = 512
 #: The same for tiles of 16 rows, whose partial results are eight times smaller.
 MIN_CHUNK_KEYS_NARROW = 256
@@ -49,7 +49,7 @@ def _row_bytes(dim: int) -> int:
 def smem_bytes(warps: int, row_tiles: int, tile_kv: int, head_dim_qk: int, head_dim_vo: int) -> int:
     """Dynamic shared memory of kernels/attention/prefill.cuh: Q, two buffers of K and V, ranges, item, page offsets."""
     qk, vo = _row_bytes(head_dim_qk), _row_bytes(head_dim_vo)
-    return 16 * warps * row_tiles * max(qk, vo) + 2 * tile_kv * (qk + vo) + 16 * warps + 80 + 2 * tile_kv * 16
+    return 16 * warps * row_tiles * max(qk, vo) + 2 * tile_kv * (qk + vo) + 16 * warps + 96 + 2 * tile_kv * 16
 
 
 def _shape(tile_q: int, head_dim_vo: int) -> tuple[int, int]:
@@ -114,23 +114,22 @@ class PrefillPlan:
     Attributes
     ----------
     items : int32 [num_items, ITEM_WORDS]
-        Struct PrefillItem: q_row, qo_len, kv_base, kv_len, q_tile, kv_begin, kv_end, partial, mask_low, mask_high,
-        first_chunk, request.
-    merges : int32 [num_merges, MERGE_WORDS]
-        Struct PrefillMergeItem: q_row, qo_len, q_tile, first_slot, num_chunks, unused.
+        Struct PrefillItem: q_row, qo_len, kv_base, kv_len, q_tile, kv_begin, kv_end, first_slot, mask_low, mask_high,
+        request, chunk, num_chunks, unused.
     num_slots : int
         Partial results a kv head.
+    num_split : int
+        Tiles whose keys are split.
     """
 
     items: Ints
-    merges: Ints
     num_slots: int
+    num_split: int
 
 
-def max_counts(max_rows: int, batch: int, group: int, tile_q: int, slots_per_head: int) -> tuple[int, int]:
-    """(items, merges) that no plan of `batch` requests with `max_rows` query tokens exceeds without a fixed split."""
-    tiles = max_rows * group // tile_q + batch
-    return tiles + slots_per_head, min(tiles, slots_per_head)
+def max_items(max_rows: int, batch: int, group: int, tile_q: int, slots_per_head: int) -> int:
+    """Items that no plan of `batch` requests with `max_rows` query tokens exceeds without a fixed split."""
+    return max_rows * group // tile_q + batch + slots_per_head
 
 
 def plan_prefill(
@@ -191,30 +190,21 @@ def plan_prefill(
     number = np.arange(len(tile)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
     start = first[tile] + number * chunk[tile]
     kv_begin, kv_end = np.maximum(start, begin[tile]), np.minimum(start + chunk[tile], end[tile])
-    is_split = chunks > 1
-    part = is_split[tile]
-    slot = np.where(part, np.cumsum(part) - 1, -1)
+    slots_of = np.where(chunks > 1, chunks, 0)
+    first_slot = np.cumsum(slots_of) - slots_of
     order = np.argsort((kv_begin - kv_end) // tile_kv, kind="stable")
 
     owner = request[tile]
     items = np.zeros((len(tile), ITEM_WORDS), np.int32)
-    columns = (qo_indptr[owner], rows[tile], kv_base[owner], keys[tile], q_tile[tile], kv_begin, kv_end, slot)
+    columns = (qo_indptr[owner], rows[tile], kv_base[owner], keys[tile], q_tile[tile], kv_begin, kv_end)
     for i, column in enumerate(columns):
         items[:, i] = column[order]
+    items[:, 7] = np.where(chunks > 1, first_slot, 0)[tile][order]
     if mask_offsets is not None:
         items[:, 8:10] = mask_offsets[owner][order].astype("<i8").view("<i4").reshape(-1, 2)
-    items[:, 10] = (number == 0)[order]
-    items[:, 11] = owner[order]
-
-    split = np.flatnonzero(is_split)
-    merges = np.zeros((len(split), MERGE_WORDS), np.int32)
-    if len(split):
-        owner = request[split]
-        counts = chunks[split]
-        merge_columns = (qo_indptr[owner], rows[split], q_tile[split], np.cumsum(counts) - counts, counts)
-        for i, column in enumerate(merge_columns):
-            merges[:, i] = column
-    return PrefillPlan(items, merges, int(chunks[split].sum()))
+    for i, column in enumerate((owner, number, chunks[tile]), 10):
+        items[:, i] = column[order]
+    return PrefillPlan(items, int(slots_of.sum()), int((chunks > 1).sum()))
 
 
 def _visible(
@@ -240,7 +230,7 @@ def _chunks(
     """(where the first chunk starts, keys a chunk, chunks) of every tile.
 
     A tile is split when it alone would take twice as long as the whole work spread evenly over the device: splitting
-    costs a write and a read of fp32 results and a second kernel. Then its chunks are as long as that even share.
+    costs a write and a read of fp32 results. Then its chunks are as long as that even share.
     """
     one = np.ones_like(end)
     if split_keys is not None and not disable_split:
@@ -261,7 +251,7 @@ def _chunks(
 
 
 def pad(rows: Ints, count: int) -> Ints:
-    """`rows` with zero rows up to `count`: items and merges of zeros are no-ops."""
+    """`rows` with zero rows up to `count`: items of zeros are no-ops."""
     padded = np.zeros((count, rows.shape[1]), np.int32)
     padded[: len(rows)] = rows
     return padded
