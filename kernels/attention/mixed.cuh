@@ -24,7 +24,7 @@ struct MixedParams {
   uint32_t tile_ctas;  // CTAs that begin with a tile: at most as many as there are tile tasks; the rest likewise
 };
 
-// What a CTA does next. Nothing of it stays in registers, of which the tile has none to spare.
+// What a CTA does next. Nothing of it stays in registers, of which the tile has none to spare: hence thread_again(), too.
 struct alignas(16) MixedTurn {
   uint32_t kind;  // 0: tile, 1: decode item, 2: no more
   uint32_t task;
@@ -77,7 +77,7 @@ FI_DEVICE void mixed(const MixedParams& params) {
   MixedTurn& turn = *reinterpret_cast<MixedTurn*>(smem + Config::kTurnOffset);
   ptx::grid_launch_dependents();
   ptx::grid_wait();
-  if (threadIdx.x == 0) {
+  if (thread_again() == 0) {
     const bool tile = blockIdx.x < params.tile_ctas;
     turn = {tile ? 0u : 1u, tile ? blockIdx.x : blockIdx.x - params.tile_ctas, 2};
   }
@@ -89,7 +89,7 @@ FI_DEVICE void mixed(const MixedParams& params) {
     else
       run_item<Config>(params, turn.task);
     __syncthreads();  // every thread is done with the shared memory of the task, and has read the turn
-    if (threadIdx.x == 0) take(params, turn);
+    if (thread_again() == 0) take(params, turn);
     __syncthreads();  // the turn is there
   }
 }
