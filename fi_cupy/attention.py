@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fi_cupy import mixed
 from fi_cupy.arrays import view
 from fi_cupy.batch_attention import BatchAttention
 from fi_cupy.cascade_attention import (
@@ -254,6 +255,8 @@ def explain(call: Any, *args: Any, device: DeviceInfo | None = None, **kwargs: A
             use._replace(part=f"{name}; {use.part}".rstrip("; ")) for name, w in parts for use in explain(w).launches
         ]
         return Explanation(tuple(launches))
+    if isinstance(call, PODWithPagedKVCacheWrapper):
+        return _explain_pod(call)
     if isinstance(call, BatchDecodeWithPagedKVCacheWrapper):
         return _explain_decode(call)
     if isinstance(call, BatchPrefill):
@@ -283,6 +286,38 @@ def _explain_decode(wrapper: BatchDecodeWithPagedKVCacheWrapper) -> Explanation:
     )
     spec = p.kernel.spec
     return Explanation((KernelUse("", spec.symbol, (p.grid, 1, 1), spec.threads, spec.smem_bytes, why),))
+
+
+def _mixed_launch(
+    g: mixed.Geometry, scale: float, num_tiles: int, num_split: int, num_items: int, num_head_blocks: int
+) -> KernelUse:
+    spec = g.spec if scale > 0 else g.negative_spec
+    tasks = num_tiles * g.prefill.num_kv_heads, num_items * num_head_blocks
+    ctas, tile_ctas = mixed.grid(g.slots, *tasks)
+    why = (
+        f"one launch: {tasks[0]} tiles of {g.prefill.tiles.tile_q} packed rows ({num_tiles} work items, {num_split} "
+        f"row tiles split, times {g.prefill.num_kv_heads} kv heads) and {tasks[1]} decode items ({num_items} ranges "
+        f"of keys times {num_head_blocks} head blocks) in two queues; {tile_ctas} CTAs begin with a tile, "
+        f"{ctas - tile_ctas} with a decode item"
+    )
+    return KernelUse("", spec.symbol, (ctas, 1, 1), spec.threads, spec.smem_bytes, why)
+
+
+def _explain_pod(wrapper: PODWithPagedKVCacheWrapper) -> Explanation:
+    decode = wrapper._decode
+    (part,) = _explain_decode(decode).launches
+    made, p = wrapper._launched, decode._planned
+    if made is None or p is None:  # no run yet, or on the CPU
+        return Explanation((part._replace(part="decode part, to which run() adds the prompt"),))
+    if made.mixed is not None:
+        blocks = p.geometry.num_head_blocks
+        return Explanation(
+            (_mixed_launch(made.mixed, made.scale, made.work.num_items, made.work.num_split, p.grid // blocks, blocks),)
+        )
+    spec = made.prefill.spec if made.scale > 0 else made.prefill.negative_spec
+    (prompt,) = _prefill_launch(made.prefill, spec, made.work.num_items, made.work.num_split).launches
+    why = f"a launch of its own, since {made.why}; {prompt.why}"
+    return Explanation((prompt._replace(part="prompt", why=why), part._replace(part="decode part")))
 
 
 def _explain_prefill(wrapper: BatchPrefill) -> Explanation:

@@ -11,7 +11,8 @@ from fi_cupy.jit.kernel import Kernel, load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppStruct, KernelSpec
 from fi_cupy.plan.decode import head_blocks, smem_bytes
-from fi_cupy.plan.prefill import PrefillTiles, choose_tiles
+from fi_cupy.plan.mixed import grid
+from fi_cupy.plan.prefill import PrefillTiles
 
 if TYPE_CHECKING:
     from fi_cupy.device import DeviceInfo
@@ -27,6 +28,7 @@ PARAMS = ParamsStruct(
 )
 #: Zeroed words of a launch: how far the two queues are.
 QUEUE_WORDS = 2
+_EIGHT_WARPS = "head dims above 128: two bodies of 242 registers in one loop; ptxas keeps a few values in local memory"
 #: struct MixedTurn.
 _TURN_BYTES = 16
 
@@ -40,7 +42,9 @@ def decode_stages(tiles: PrefillTiles, head_dim: int, kv_itemsize: int, device: 
     room = min(per_block, device.smem_per_sm // tiles.ctas_per_sm - 1024) - _TURN_BYTES
     columns = head_blocks(16, head_dim)[2]  # as many as there can be: the group size must not decide
     most = 1 if device.code_number < 80 else 6  # loads are synchronous there
-    return next((s for s in range(most, 0, -1) if smem_bytes(tiles.warps, s, head_dim, kv_itemsize, columns) <= room), 0)
+    return next(
+        (s for s in range(most, 0, -1) if smem_bytes(tiles.warps, s, head_dim, kv_itemsize, columns) <= room), 0
+    )
 
 
 @lru_cache(maxsize=512)
@@ -62,14 +66,15 @@ def mixed_spec(prefill: KernelSpec, decode: KernelSpec, ctas_per_sm: int) -> Ker
         min_blocks=ctas_per_sm,
         smem_bytes=size,
         min_arch=75 if size <= 64 * 1024 else 80,
-        spills=prefill.spills,
+        spills=prefill.spills or (_EIGHT_WARPS if prefill.threads > 128 else ""),
     )
 
 
 class Decode(NamedTuple):
     """What decides the decode part's instance: hashable."""
 
-    group: int
+    num_kv_heads: int
+    group: int  # query heads a kv head
     head_dim: int
     dtype: DType
     kv: DType
@@ -85,6 +90,7 @@ class Geometry(NamedTuple):
     spec: KernelSpec
     negative_spec: KernelSpec
     prefill: prefill_kernel.Geometry
+    decode: decode_kernel.Geometry
     slots: int  # CTAs the device runs at once
 
     def kernel(self, scale: float, device: int) -> Kernel:
@@ -108,18 +114,15 @@ def geometry(prefill: prefill_kernel.Problem, decode: Decode, device: DeviceInfo
     stages = decode_stages(tiles, d.head_dim, d.kv.itemsize, device)
     if stages == 0:
         return None
+    blocks, heads, columns = head_blocks(d.group, d.head_dim)
     part = decode_kernel.decode_spec(
-        d.dtype, d.kv, d.out, d.head_dim, head_blocks(d.group, d.head_dim)[2], tiles.warps, stages, tiles.ctas_per_sm,
+        d.dtype, d.kv, d.out, d.head_dim, columns, tiles.warps, stages, tiles.ctas_per_sm,
         tile_in_page=d.tile_in_page, soft_cap=d.soft_cap, alibi=d.alibi,
     )  # fmt: skip
     specs = [mixed_spec(spec, part, tiles.ctas_per_sm) for spec in (g.spec, g.negative_spec)]
-    return Geometry(specs[0], specs[1], g, device.num_sms * tiles.ctas_per_sm)
-
-
-def grid(slots: int, tile_tasks: int, item_tasks: int) -> tuple[int, int]:
-    """(CTAs, those of them that begin with a tile): half of them, as long as there are tasks of either kind."""
-    ctas = min(slots, tile_tasks + item_tasks)
-    return ctas, min(max(-(-ctas // 2), ctas - item_tasks), tile_tasks)
+    slots = device.num_sms * tiles.ctas_per_sm
+    items = decode_kernel.Geometry(part, d.num_kv_heads * blocks, blocks, heads, d.group, slots, d.head_dim)
+    return Geometry(specs[0], specs[1], g, items, slots)
 
 
 def launch(
@@ -141,7 +144,7 @@ def kernel_specs() -> list[KernelSpec]:
 
     def add(arch: int, dtype: DType, dim: int, paged: bool, **options: bool) -> None:
         problem = prefill_kernel.Problem(8, 2, dim, dim, dtype, paged, options.get("mask", False), False, False)
-        decode = Decode(4, dim, dtype, dtype, dtype, True, options.get("soft_cap", False), False)
+        decode = Decode(2, 4, dim, dtype, dtype, dtype, True, options.get("soft_cap", False), False)
         num_sms, *smem = decode_kernel._GPUS[arch]
         g = geometry(problem, decode, DeviceInfo(arch, str(arch), num_sms, *smem, 0))
         assert g is not None

@@ -111,7 +111,7 @@ class BatchPrefill:
     # -- plan ---------------------------------------------------------------------------------------------------------
 
     def _schedule(self, p: Planned, kv_base: Ints) -> tuple[PrefillPlan, int]:
-        """(schedule, slots whose counters and (m, d) get room); in graph mode padded to what any later plan can need."""
+        """(schedule, slots with room for counters and sums); in graph mode padded to what any later plan can need."""
         batch, rows = len(p.kv_len), p.total_rows
         if self._graph_state is not None:
             p.geometry = self._graph_state[0]

@@ -199,7 +199,7 @@ class Geometry:
         return found
 
     def workspace(self, num_slots: int, most_slots: int = 0) -> WorkspaceLayout:
-        """Layout of the partial results of `num_slots` chunks; room for the (m, d) of `most_slots` keeps its offsets."""
+        """Layout of the partial results of `num_slots` chunks; room for (m, d) of `most_slots` keeps the offsets."""
         states = num_slots * self.num_kv_heads * self.tiles.tile_q
         layout = WorkspaceLayout()
         layout.add("partial_md", max(states, most_slots * self.num_kv_heads * self.tiles.tile_q) * 8)
