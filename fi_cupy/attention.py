@@ -28,6 +28,7 @@ from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, PlanError
 from fi_cupy.plan.decode import TILE, single_chunks
+from fi_cupy.plan.mixed import grid
 from fi_cupy.plan.prefill import plan_prefill
 from fi_cupy.pod import PODWithPagedKVCacheWrapper
 from fi_cupy.prefill import (
@@ -38,6 +39,7 @@ from fi_cupy.prefill import (
 )
 from fi_cupy.prefill_batch import BatchPrefill
 from fi_cupy.prefill_kernel import Geometry, Problem, check_problem, geometry
+from fi_cupy.prefill_plan import Work
 from fi_cupy.sparse import BlockSparseAttentionWrapper, VariableBlockSparseAttentionWrapper
 
 __all__ = [
@@ -255,6 +257,8 @@ def explain(call: Any, *args: Any, device: DeviceInfo | None = None, **kwargs: A
             use._replace(part=f"{name}; {use.part}".rstrip("; ")) for name, w in parts for use in explain(w).launches
         ]
         return Explanation(tuple(launches))
+    if isinstance(call, BatchAttention):
+        return _explain_batch(call)
     if isinstance(call, PODWithPagedKVCacheWrapper):
         return _explain_pod(call)
     if isinstance(call, BatchDecodeWithPagedKVCacheWrapper):
@@ -288,19 +292,30 @@ def _explain_decode(wrapper: BatchDecodeWithPagedKVCacheWrapper) -> Explanation:
     return Explanation((KernelUse("", spec.symbol, (p.grid, 1, 1), spec.threads, spec.smem_bytes, why),))
 
 
-def _mixed_launch(
-    g: mixed.Geometry, scale: float, num_tiles: int, num_split: int, num_items: int, num_head_blocks: int
-) -> KernelUse:
+def _mixed_launch(g: mixed.Geometry, scale: float, tiles: Work, num_items: int) -> KernelUse:
     spec = g.spec if scale > 0 else g.negative_spec
-    tasks = num_tiles * g.prefill.num_kv_heads, num_items * num_head_blocks
-    ctas, tile_ctas = mixed.grid(g.slots, *tasks)
+    num_head_blocks = g.decode.num_head_blocks
+    tasks = tiles.num_items * g.prefill.num_kv_heads, num_items * num_head_blocks
+    ctas, tile_ctas = grid(g.slots, *tasks)
     why = (
-        f"one launch: {tasks[0]} tiles of {g.prefill.tiles.tile_q} packed rows ({num_tiles} work items, {num_split} "
-        f"row tiles split, times {g.prefill.num_kv_heads} kv heads) and {tasks[1]} decode items ({num_items} ranges "
-        f"of keys times {num_head_blocks} head blocks) in two queues; {tile_ctas} CTAs begin with a tile, "
-        f"{ctas - tile_ctas} with a decode item"
+        f"one launch: {tasks[0]} tiles of {g.prefill.tiles.tile_q} packed rows ({tiles.num_items} work items, "
+        f"{tiles.num_split} row tiles split, times {g.prefill.num_kv_heads} kv heads) and {tasks[1]} decode items "
+        f"({num_items} ranges of keys times {num_head_blocks} head blocks) in two queues; {tile_ctas} CTAs begin with "
+        f"a tile, {ctas - tile_ctas} with a decode item"
     )
     return KernelUse("", spec.symbol, (ctas, 1, 1), spec.threads, spec.smem_bytes, why)
+
+
+def _explain_batch(wrapper: BatchAttention) -> Explanation:
+    batch = wrapper._batch
+    if batch is None or batch._planned is None:
+        raise PlanError("explain: BatchAttention has no plan yet")
+    both = batch.both
+    if both is None:
+        return _explain_prefill(batch)
+    return Explanation(
+        (_mixed_launch(both.geometry, batch._planned.options.sm_scale, both.tiles, both.num_items),)
+    )  # fmt: skip
 
 
 def _explain_pod(wrapper: PODWithPagedKVCacheWrapper) -> Explanation:
@@ -310,10 +325,8 @@ def _explain_pod(wrapper: PODWithPagedKVCacheWrapper) -> Explanation:
     if made is None or p is None:  # no run yet, or on the CPU
         return Explanation((part._replace(part="decode part, to which run() adds the prompt"),))
     if made.mixed is not None:
-        blocks = p.geometry.num_head_blocks
-        return Explanation(
-            (_mixed_launch(made.mixed, made.scale, made.work.num_items, made.work.num_split, p.grid // blocks, blocks),)
-        )
+        num_items = p.grid // p.geometry.num_head_blocks
+        return Explanation((_mixed_launch(made.mixed, made.scale, made.work, num_items),))
     spec = made.prefill.spec if made.scale > 0 else made.prefill.negative_spec
     (prompt,) = _prefill_launch(made.prefill, spec, made.work.num_items, made.work.num_split).launches
     why = f"a launch of its own, since {made.why}; {prompt.why}"

@@ -91,6 +91,7 @@ class Geometry(NamedTuple):
     negative_spec: KernelSpec
     prefill: prefill_kernel.Geometry
     decode: decode_kernel.Geometry
+    rows: int  # what `prefill_kernel.geometry` was asked for
     slots: int  # CTAs the device runs at once
 
     def kernel(self, scale: float, device: int) -> Kernel:
@@ -103,16 +104,20 @@ def geometry(prefill: prefill_kernel.Problem, decode: Decode, device: DeviceInfo
     """The mixed kernel of two problems, or None where there is none and the parts need a launch each.
 
     There is one if both parts have one type of q and one head dim (head_dim_vo equals head_dim_qk). Tiles are as tall
-    as the device takes them: a warp without rows in a tile idles, so short prompts cost their loads alone.
+    as shared memory allows beside a ring for as many warps: a warp without rows in a tile idles, so short prompts cost
+    little more than their loads.
     """
     p, d = prefill, decode
     if p.dtype is not d.dtype or not p.head_dim_qk == p.head_dim_vo == d.head_dim or p.variant is not None:
         return None
-    g = prefill_kernel.geometry(p, 128, device)
-    # Three or more CTAs are the prefill kernel's own; decode items need the registers of two.
-    tiles = g.tiles._replace(ctas_per_sm=min(g.tiles.ctas_per_sm, 2))
-    stages = decode_stages(tiles, d.head_dim, d.kv.itemsize, device)
-    if stages == 0:
+    for rows in (128, 64, 16):
+        g = prefill_kernel.geometry(p, rows, device)
+        # Three or more CTAs are the prefill kernel's own; decode items need the registers of two.
+        tiles = g.tiles._replace(ctas_per_sm=min(g.tiles.ctas_per_sm, 2))
+        stages = decode_stages(tiles, d.head_dim, d.kv.itemsize, device)
+        if stages > 0:
+            break
+    else:
         return None
     blocks, heads, columns = head_blocks(d.group, d.head_dim)
     part = decode_kernel.decode_spec(
@@ -122,7 +127,7 @@ def geometry(prefill: prefill_kernel.Problem, decode: Decode, device: DeviceInfo
     specs = [mixed_spec(spec, part, tiles.ctas_per_sm) for spec in (g.spec, g.negative_spec)]
     slots = device.num_sms * tiles.ctas_per_sm
     items = decode_kernel.Geometry(part, d.num_kv_heads * blocks, blocks, heads, d.group, slots, d.head_dim)
-    return Geometry(specs[0], specs[1], g, items, slots)
+    return Geometry(specs[0], specs[1], g, items, rows, slots)
 
 
 def launch(
@@ -145,8 +150,8 @@ def kernel_specs() -> list[KernelSpec]:
     def add(arch: int, dtype: DType, dim: int, paged: bool, **options: bool) -> None:
         problem = prefill_kernel.Problem(8, 2, dim, dim, dtype, paged, options.get("mask", False), False, False)
         decode = Decode(2, 4, dim, dtype, dtype, dtype, True, options.get("soft_cap", False), False)
-        num_sms, *smem = decode_kernel._GPUS[arch]
-        g = geometry(problem, decode, DeviceInfo(arch, str(arch), num_sms, *smem, 0))
+        num_sms, smem_per_block, smem_per_sm = decode_kernel._GPUS[arch]
+        g = geometry(problem, decode, DeviceInfo(arch, str(arch), num_sms, smem_per_block, smem_per_sm, 0))
         assert g is not None
         specs[g.spec] = None
 

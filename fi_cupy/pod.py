@@ -265,7 +265,7 @@ class PODWithPagedKVCacheWrapper:
         else:
             both = mixed.geometry(prompt.problem, part, device)
             why = "" if both is not None else "the parts differ in type or head dims"
-        g, work = prefill_single.schedule(prompt, device, 0 if both is None else 128)
+        g, work = prefill_single.schedule(prompt, device, 0 if both is None else both.rows)
         mask = 0 if prompt.mask is None else prompt.mask.packed.ptr
         self._launched = Launched(both, g, work, prompt.scale, why)
         arrays = (prompt.x, prompt.k, prompt.v, *prompt.strides, prompt.o, prompt.s, prompt.options)

@@ -1,9 +1,9 @@
 """Mixed schedule: which requests of a batch are prefill tiles and which are decode items, and who begins with what.
 
-The two lists are two queues of one launch (kernels/attention/mixed.cuh). Each lies longest first; their tasks interleave at
-run time, since half of the CTAs begin with tiles and the other half with decode items, and a CTA whose queue is empty
-goes on with the other. So a multiprocessor computes and reads memory at the same time as long as there is work of both
-kinds, and the last tasks to start are the shortest.
+The two lists are two queues of one launch (kernels/attention/mixed.cuh). Each lies longest first; their tasks
+interleave at run time, since half of the CTAs begin with tiles and the other half with decode items, and a CTA whose
+queue is empty goes on with the other. So a multiprocessor computes and reads memory at the same time as long as there
+is work of both kinds, and the last tasks to start are the shortest.
 """
 
 from __future__ import annotations
