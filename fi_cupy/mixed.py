@@ -28,7 +28,7 @@ PARAMS = ParamsStruct(
 )
 #: Zeroed words of a launch: how far the two queues are.
 QUEUE_WORDS = 2
-_EIGHT_WARPS = "head dims above 128: two bodies of 242 registers in one loop; ptxas keeps a few values in local memory"
+_FULL_REGISTERS = "96 and more accumulators a thread: on some architectures ptxas keeps a few values in local memory"
 #: struct MixedTurn.
 _TURN_BYTES = 16
 
@@ -52,6 +52,8 @@ def mixed_spec(prefill: KernelSpec, decode: KernelSpec, ctas_per_sm: int) -> Ker
     """The mixed kernel of a prefill and a decode instance of the same number of threads."""
     turn_offset = -(-max(prefill.smem_bytes, decode.smem_bytes) // 16) * 16
     size = turn_offset + _TURN_BYTES
+    members = dict(prefill.config)
+    accumulators = int(members["kRowTiles"]) * int(members["kHeadDimVO"]) // 2  # type: ignore[arg-type]
     return KernelSpec(
         symbol=f"mixed_{prefill.symbol}_{decode.symbol.removeprefix('batch_')}",
         header="attention/mixed.cuh",
@@ -66,7 +68,7 @@ def mixed_spec(prefill: KernelSpec, decode: KernelSpec, ctas_per_sm: int) -> Ker
         min_blocks=ctas_per_sm,
         smem_bytes=size,
         min_arch=75 if size <= 64 * 1024 else 80,
-        spills=prefill.spills or (_EIGHT_WARPS if prefill.threads > 128 else ""),
+        spills=_FULL_REGISTERS if accumulators >= 96 else "",
     )
 
 
