@@ -197,9 +197,9 @@ def test_ten_thousand_requests():
         qo, keys, base, group=2, num_kv_heads=1, tile_q=16, tile_kv=64, slots=264, causal=True, mask_offsets=base
     )
     busy = np.flatnonzero(rows)  # a tile each, which holds all of its rows and keys
-    items = plan.items[np.argsort(plan.items[:, 11])]
-    assert (items[:, 11] == busy).all() and plan.num_slots == 0
-    wanted = (qo[busy], rows[busy], base[busy], keys[busy], 0, 0, keys[busy], -1, base[busy], 0, 1)
+    items = plan.items[np.argsort(plan.items[:, 10])]
+    assert (plan.num_slots, plan.num_split) == (0, 0)
+    wanted = (qo[busy], rows[busy], base[busy], keys[busy], 0, 0, keys[busy], 0, base[busy], 0, busy, 0, 1)
     for column, values in enumerate(wanted):
         assert (items[:, column] == values).all(), column
 
