@@ -216,4 +216,4 @@ def test_a_schedule_of_equal_tiles_keeps_their_order():
     plan = plan_prefill(
         np.arange(9) * 16, np.full(8, 128), np.arange(8), group=1, num_kv_heads=8, tile_q=16, tile_kv=64, slots=8
     )
-    assert plan.items[:, 11].tolist() == list(range(8))
+    assert plan.items[:, 10].tolist() == list(range(8))
