@@ -22,7 +22,6 @@ PARAMS = ParamsStruct(
     [
         *PORTABLE_PARAMS.fields,
         *((f"{x}_map", "tensormap") for x in "qkv"),
-        ("claimed", "ptr"),
         *((name, "u32") for name in ("num_items", "num_kv_heads", "head_shift", "kv_rows", "box_rows")),
         *((f"{x}_{of}_units", "u32") for x in "kv" for of in ("page", "head")),
     ],
@@ -55,7 +54,8 @@ class HopperTiles(NamedTuple):
         """Q, stages of K and V, and struct HopperShared: barriers and slots of items."""
         keys = self.stages * self.tile_kv * (self.head_dim_qk + self.head_dim_vo)
         barriers = 4 * self.stages + 3 * self.slots + 1
-        return 2 * (self.slots * self.tile_q * self.head_dim_qk + keys) + -(-barriers // 2) * 16 + 64 * self.slots
+        shared = -(-barriers // 2) * 16 + 16 + 80 * self.slots
+        return 2 * (self.slots * self.tile_q * self.head_dim_qk + keys) + shared
 
 
 #: Head dims -> tiles. A consumer thread holds dim_vo / 2 registers of output, tile_kv / 2 of logits and tile_kv / 4 of
@@ -217,7 +217,8 @@ def map_values(
 
 
 def _paged_map(
-    dtype: str, address: int, panels: int, strides: tuple[int, int, int], pages: int, heads: int, page_size: int, rows: int
+    dtype: str, address: int, panels: int, strides: tuple[int, int, int], pages: int, heads: int, page_size: int,
+    rows: int,
 ) -> tuple[bytes, tuple[int, int]]:  # fmt: skip
     """The map of a paged cache, and units a page and a head: one dimension of the five is both."""
     page, token, head = (2 * stride for stride in strides)

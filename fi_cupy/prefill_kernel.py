@@ -11,12 +11,11 @@ from fi_cupy import prefill_hopper
 from fi_cupy.dtypes import HALF_TYPES, DType, bfloat16, float16
 from fi_cupy.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 from fi_cupy.jit.kernel import Kernel, load_kernel
-from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec
 from fi_cupy.plan.prefill import PrefillTiles, choose_tiles, narrow_tiles
 from fi_cupy.plan.workspace import WorkspaceLayout
 from fi_cupy.prefill_hopper import HopperTiles, hopper_spec, hopper_tiles, refusal
-from fi_cupy.prefill_params import DIVISOR, PARAMS
+from fi_cupy.prefill_params import PARAMS
 
 if TYPE_CHECKING:
     from fi_cupy.device import DeviceInfo
@@ -26,18 +25,6 @@ LOG2E = math.log2(math.e)
 #: window_left that is off: far enough left of any key, and no overflow when it is subtracted.
 NO_WINDOW = 1 << 30
 
-MERGE_PARAMS = ParamsStruct(
-    "PrefillMergeParams",
-    [
-        *((name, "ptr") for name in ("o", "lse", "items", "partial_o", "partial_lse")),
-        ("o_stride_n", "i64"),
-        ("o_stride_h", "i64"),
-        *((f"group.{field}", "u32") for field in DIVISOR),
-        ("num_qo_heads", "u32"),
-        ("out_scale", "f32"),
-    ],
-)
-_MERGE_WARPS = 4
 _MOST_SPILLED = 64
 
 
@@ -105,19 +92,6 @@ def prefill_spec(
     )
 
 
-@lru_cache(maxsize=64)
-def merge_spec(dtype: DType, head_dim_vo: int, tile_q: int) -> KernelSpec:
-    """The kernel that merges the partial results of split tiles."""
-    return KernelSpec(
-        symbol=f"prefill_merge_{dtype.tag}_d{head_dim_vo}_q{tile_q}",
-        header="attention/prefill_merge.cuh",
-        function="prefill_merge",
-        params=MERGE_PARAMS,
-        config=(("T", dtype), ("kHeadDimVO", head_dim_vo), ("kTileQ", tile_q), ("kWarps", _MERGE_WARPS)),
-        threads=32 * _MERGE_WARPS,
-    )
-
-
 #: (shared memory a CTA, shared memory a multiprocessor) of the GPUs `kernel_specs` is made for.
 _GPUS = {75: (65536, 65536), 80: (166912, 167936), 86: (101376, 102400), 90: (232448, 233472)}
 
@@ -151,8 +125,6 @@ def kernel_specs() -> list[KernelSpec]:
     add(90, bfloat16, 128, 128, paged=False, soft_cap=True)
     add(90, bfloat16, 128, 128, paged=False, alibi=True)
     add(90, bfloat16, 128, 128, paged=False, positive_scale=False)
-    for dim, tile_q in ((64, 128), (128, 128), (128, 16), (256, 128)):
-        specs[merge_spec(bfloat16, dim, tile_q)] = None
     return [*specs, *prefill_hopper.kernel_specs()]
 
 
@@ -181,7 +153,6 @@ class Geometry:
     ----------
     spec, negative_spec : KernelSpec
         For a positive sm_scale, and for any other.
-    merge : KernelSpec
     tiles : PrefillTiles or HopperTiles
     choice : str
         Which kernel it is, and why.
@@ -199,7 +170,6 @@ class Geometry:
 
     spec: KernelSpec
     negative_spec: KernelSpec
-    merge: KernelSpec
     tiles: PrefillTiles | HopperTiles
     choice: str
     group: int
@@ -222,12 +192,18 @@ class Geometry:
         return found
 
     def workspace(self, num_slots: int, most_slots: int = 0) -> WorkspaceLayout:
-        """Layout of the partial results of `num_slots` chunks; room for the lse of `most_slots` keeps its offsets."""
+        """Layout of the partial results of `num_slots` chunks; room for (m, d) of `most_slots` keeps the offsets."""
         states = num_slots * self.num_kv_heads * self.tiles.tile_q
         layout = WorkspaceLayout()
-        layout.add("partial_lse", max(states, most_slots * self.num_kv_heads * self.tiles.tile_q) * 4)
-        layout.add("partial_o", states * self.head_dim_vo * 4)
+        layout.add("partial_md", max(states, most_slots * self.num_kv_heads * self.tiles.tile_q) * 8)
+        layout.add("partial_o", states * -(-self.head_dim_vo // 16) * 16 * 4)
         return layout
+
+    def num_counters(self, num_slots: int) -> int:
+        """Zeroed words that the kernel wants for `num_slots` chunks, and leaves zero."""
+        if self.hopper is None:
+            return num_slots * self.num_kv_heads
+        return 1 + num_slots * self.num_kv_heads * self.hopper.consumers  # one for the work handed out
 
     @property
     def hopper(self) -> HopperTiles | None:
@@ -240,10 +216,6 @@ class Geometry:
             return num_items, self.num_kv_heads, 1
         work = num_items * self.num_kv_heads
         return (min(work, self.slots) if self.hopper.slots > 1 else work), 1, 1
-
-    def merge_grid(self, num_merges: int) -> tuple[int, int, int]:
-        """Grid of the merge kernel: four rows a CTA."""
-        return num_merges * (self.tiles.tile_q // _MERGE_WARPS), self.num_kv_heads, 1
 
 
 @lru_cache(maxsize=1024)
@@ -284,8 +256,8 @@ def _hopper(p: Problem, device: DeviceInfo) -> Geometry:
     if p.variant is not None:
         spec = negative = p.variant.specialise(spec, p.alibi, p.soft_cap)
     return Geometry(
-        spec, negative, merge_spec(p.dtype, p.head_dim_vo, tiles.tile_q), tiles, "the Hopper kernel (wgmma, TMA)",
-        group, p.num_kv_heads, device.num_sms, p.head_dim_vo, p.variant is None or p.variant.splittable, paged=p.paged,
+        spec, negative, tiles, "the Hopper kernel (wgmma, TMA)", group, p.num_kv_heads, device.num_sms, p.head_dim_vo,
+        p.variant is None or p.variant.splittable, paged=p.paged,
     )  # fmt: skip
 
 
@@ -309,10 +281,9 @@ def _portable(p: Problem, packed_rows: int, device: DeviceInfo, reason: str) -> 
             )  # fmt: skip
             narrow = p.variant.specialise(narrow, p.alibi, p.soft_cap)
     return Geometry(
-        spec, negative, merge_spec(p.dtype, p.head_dim_vo, tiles.tile_q), tiles,
-        f"the portable kernel (mma.sync): {reason}", p.num_qo_heads // p.num_kv_heads, p.num_kv_heads,
-        device.num_sms * tiles.ctas_per_sm, p.head_dim_vo,
-        p.variant is None or p.variant.splittable, narrow, p.paged,
+        spec, negative, tiles, f"the portable kernel (mma.sync): {reason}", p.num_qo_heads // p.num_kv_heads,
+        p.num_kv_heads, device.num_sms * tiles.ctas_per_sm, p.head_dim_vo, p.variant is None or p.variant.splittable,
+        narrow, p.paged,
     )  # fmt: skip
 
 

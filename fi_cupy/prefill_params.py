@@ -10,7 +10,8 @@ PARAMS = ParamsStruct(
     [
         *((name, "ptr") for name in ("q", "k", "v", "o", "lse", "items", "kv_indices", "mask", "sinks")),
         ("partial_o", "ptr"),
-        ("partial_lse", "ptr"),
+        ("partial_md", "ptr"),
+        ("counters", "ptr"),
         *((f"{x}_stride_{d}", "i64") for x, ds in (("q", "nh"), ("k", ("page", "n", "h"))) for d in ds),
         *((f"{x}_stride_{d}", "i64") for x, ds in (("v", ("page", "n", "h")), ("o", "nh")) for d in ds),
         *((f"group.{field}", "u32") for field in DIVISOR),

@@ -14,7 +14,6 @@ from fi_cupy.decode_kernel import output_view
 from fi_cupy.dtypes import INDEX_TYPES, DType, float32, uint8
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
-from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.prefill_hopper import map_values
 from fi_cupy.prefill_kernel import NO_WINDOW, Geometry, Problem, check_problem, fast_div, scale_floats
 from fi_cupy.workspace import copy_to_device
@@ -180,7 +179,13 @@ def refuse(op: str, **values: Any) -> None:
             raise UnsupportedError(f"{op}: {name} is not supported; leave it out")
 
 
-def check_backend(op: str, backend: str, on_cpu: bool) -> None:
+def check_backend(op: str, backend: str) -> None:
+    """Of an operation that has one implementation."""
+    if backend not in ("auto", "fa2"):
+        raise UnsupportedError(f"{op}: backend is {backend!r}, expected 'auto' (there is one implementation)")
+
+
+def check_prefill_backend(op: str, backend: str, on_cpu: bool) -> None:
     """Raise for a backend that is not there: "fa2" is the portable kernel, "fa3" the Hopper kernel, "auto" chooses."""
     if backend not in ("auto", "fa2", "fa3"):
         raise UnsupportedError(f"{op}: backend is {backend!r}, expected 'auto', 'fa2' or 'fa3'")
@@ -193,11 +198,10 @@ class Work(NamedTuple):
 
     items: int
     num_items: int
-    merges: int
-    num_merges: int
+    num_split: int  # tiles whose keys are split
     partial_o: int
-    partial_lse: int
-    claimed: int  # a zeroed word that the Hopper kernel counts in and leaves zero
+    partial_md: int
+    counters: int  # zero between launches: a word a slot and kv head (Geometry.num_counters)
 
 
 #: (page, token, head) strides in elements of keys or values.
@@ -209,34 +213,39 @@ def launch(
     s: View | None, options: Options, scale: float, out_scale: float, *, kv_indices: int = 0, page_size: int = 1,
     mask: int = 0, sinks: int = 0, variant_values: tuple[Any, ...] = (), pdl: bool = False, kv_extent: int = 0,
 ) -> None:  # fmt: skip
-    """Queue the kernel and, if any tile is split, the merge.
+    """Queue the kernel.
 
     `variant_values` are a variant's own parameters; `kv_extent` is the tokens of contiguous k and v, or their pages.
     """
-    stream, heads, lse = x.stream(), x.shape[1], 0 if s is None else s.ptr
-    group = fast_div(g.group)
+    values = launch_values(
+        g, work, x, k, v, k_strides, v_strides, o, s, options, scale, out_scale, kv_indices, page_size, mask, sinks
+    )
     maps: tuple[Any, ...] = ()
     if g.hopper is not None:
         encoded, numbers = map_values(
             g.hopper, x.dtype.name, x.ptr, x.shape[0], x.strides, g.group, g.num_kv_heads, k.ptr, v.ptr, k_strides,
             v_strides, kv_extent, page_size if g.paged else 0,
         )  # fmt: skip
-        maps = *encoded, work.claimed, work.num_items, *numbers
+        maps = *encoded, work.num_items, *numbers
     g.kernel(scale, x.device).launch(
-        g.grid(work.num_items), stream,
-        x.ptr, k.ptr, v.ptr, o.ptr, lse, work.items, kv_indices, mask, sinks, work.partial_o, work.partial_lse,
-        x.strides[0], x.strides[1], *k_strides, *v_strides, o.strides[0], o.strides[1],
-        *group, *fast_div(page_size), heads, options.causal,
-        options.window_left if options.window_left >= 0 else NO_WINDOW,
-        *scale_floats(scale, out_scale, options.logits_soft_cap), *maps, *variant_values,
-        pdl=pdl,
+        g.grid(work.num_items), x.stream(), *values, *maps, *variant_values, pdl=pdl
     )  # fmt: skip
-    if work.num_merges:
-        load_kernel(g.merge, x.device).launch(
-            g.merge_grid(work.num_merges), stream,
-            o.ptr, lse, work.merges, work.partial_o, work.partial_lse, o.strides[0], o.strides[1], *group, heads,
-            out_scale, pdl=pdl,
-        )  # fmt: skip
+
+
+def launch_values(
+    g: Geometry, work: Work, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides, o: View,
+    s: View | None, options: Options, scale: float, out_scale: float, kv_indices: int, page_size: int, mask: int,
+    sinks: int,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The fields of the portable kernel's PARAMS, with which every kernel's begin."""
+    return (
+        x.ptr, k.ptr, v.ptr, o.ptr, 0 if s is None else s.ptr, work.items, kv_indices, mask, sinks,
+        work.partial_o, work.partial_md, work.counters,
+        x.strides[0], x.strides[1], *k_strides, *v_strides, o.strides[0], o.strides[1],
+        *fast_div(g.group), *fast_div(page_size), x.shape[1], options.causal,
+        options.window_left if options.window_left >= 0 else NO_WINDOW,
+        *scale_floats(scale, out_scale, options.logits_soft_cap),
+    )  # fmt: skip
 
 
 def check_planned(op: str, name: str, value: Any, default: Any, planned: Any) -> None:

@@ -3,6 +3,7 @@
 // qo_idx * group + (head in the group): a K/V tile serves the whole group whatever its size, and short queries still
 // fill the matrix unit; the price is one multiplication-division a row.
 // Grid (items, kv heads): items are longest first inside a head, so few heads' K/V compete for L2 at a time.
+// A tile whose keys were split is put together by its own CTAs (attention/prefill_join.cuh): the last one writes it.
 // Shared memory: Q [kTileQ] (later the output tile) | K [2][kTileKv] | V [2][kTileKv] | WarpRange [kWarps] |
 // PrefillShared | PageOffset [2][kTileKv].
 // Each warp owns 16 * kRowTiles rows; with 2 row tiles a K or V fragment from ldmatrix feeds twice the mma's, which
@@ -11,6 +12,7 @@
 // Bytes moved: Q and O once; K and V once an item, mostly from L2. Arch: any (sm_75 copies synchronously, bf16 emulated).
 #pragma once
 #include "attention/fast_div.cuh"
+#include "attention/prefill_join.cuh"
 #include "attention/prefill_logits.cuh"
 #include "attention/smem_tile.cuh"
 #include "common/math.cuh"
@@ -29,10 +31,11 @@ struct alignas(16) PrefillItem {
   int32_t kv_len;    // keys of the request
   int32_t q_tile;    // packed rows [q_tile * kTileQ, ...)
   int32_t kv_begin, kv_end;
-  int32_t partial;   // -1: write the output; else the slot of this chunk's partial result
+  int32_t first_slot;  // slot of the tile's first chunk in the partial results; 0 without a split
   int32_t mask_low, mask_high;  // byte offset of the request's custom mask
-  int32_t first_chunk;          // 1 for the chunk that adds the attention sink
   int32_t request;              // the request's number, for variants
+  int32_t chunk, num_chunks;    // this range's number among the tile's; num_chunks 1: no split
+  int32_t unused[3];
 };
 
 struct PrefillParams {
@@ -45,8 +48,9 @@ struct PrefillParams {
   const int32_t* kv_indices;
   const uint8_t* mask;   // custom mask bits, little-endian
   const float* sinks;    // [heads] raw logits, or null
-  float* partial_o;      // [slot][kv head][kTileQ][head_dim_vo]
-  float* partial_lse;    // [slot][kv head][kTileQ]
+  float4* partial_o;     // [slot][kv head][16-row tile of a warp][8 dims][thread], see prefill_join.cuh
+  float2* partial_md;    // [slot][kv head][kTileQ]: maximum and denominator
+  uint32_t* counters;    // [slot][kv head]: zero between launches
   int64_t q_stride_n, q_stride_h;  // elements, as all strides; multiples of 8 for q, k, v
   int64_t k_stride_page, k_stride_n, k_stride_h;
   int64_t v_stride_page, v_stride_n, v_stride_h;
@@ -75,7 +79,8 @@ struct alignas(16) PrefillShared {
   PrefillItem item;
   const void *k, *v;     // of this kv head; contiguous: of the request's first token
   const int32_t* pages;  // the request's page table
-  const void* unused;
+  int32_t kv_head;
+  uint32_t arrived;      // join_chunks: CTAs that came before this one
 };
 
 // A row's maximum may lag behind by this many powers of two before the output is rescaled: weights stay <= 2^8, which
@@ -143,10 +148,10 @@ template <class Config>
 constexpr int kWarpQBytes =
     16 * Config::kRowTiles * max_of(TileLayout<Config::kHeadDimQK>::kRowBytes, TileLayout<Config::kHeadDimVO>::kRowBytes);
 
-// Normalise the accumulators and write them: the output through this warp's own rows of shared memory (Q is dead) with
-// 16-byte stores, or a partial result in fp32 straight from registers.
+// Normalise the accumulators and write them through this warp's own rows of shared memory (Q is dead) with 16-byte
+// stores. state.d is the whole row's in each of its lanes.
 template <class Config, class Params, int kRowTiles, int kDimTiles>
-FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item, uint8_t* smem,
+FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item, int kv_head, uint8_t* smem,
                             float (&o)[kRowTiles][kDimTiles][4], const SoftmaxState<kRowTiles>& state, float scale) {
   using T = typename Config::T;
   using Logits = typename Config::Logits;
@@ -154,21 +159,17 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item
   constexpr int kWarpRows = 16 * kRowTiles, kTileQ = Config::kWarps * kWarpRows;
   const PrefillItem item = shared_item;  // in registers: the stores below could change what lies in shared memory
   const int thread = thread_again(), lane = thread & 31;
-  const int kv_head = blockIdx.y, group = params.group.divisor, packed_rows = item.qo_len * group;
+  const int group = params.group.divisor, packed_rows = item.qo_len * group;
   const int first_row = item.q_tile * kTileQ, warp_row = first_row + (thread >> 5) * kWarpRows;
-  const int64_t slot = int64_t(item.partial) * gridDim.y + kv_head;
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float d = state.d[i][h];
-      d += __shfl_xor_sync(kFullMask, d, 1);
-      d += __shfl_xor_sync(kFullMask, d, 2);
-      float m = state.m[i][h] * scale;
+      float d = state.d[i][h], m = state.m[i][h] * scale;
       const int packed = warp_row + i * 16 + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
       const int qo_head = kv_head * group + packed - qo_idx * group;
       float weight = 1.f;
-      if (params.sinks != nullptr && item.first_chunk && packed < packed_rows) {
+      if (params.sinks != nullptr && packed < packed_rows) {
         // exp(sink) joins the denominator alone.
         const float sink = params.sinks[qo_head] * math::log2e, top = fmaxf(m, sink);
         if (top != -FI_INF) {
@@ -179,15 +180,11 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item
       }
       if constexpr (Logits::kHasOutput) Logits::update(params, item, qo_head, m, d, weight);
       const bool empty = m == -FI_INF;
-      float norm = empty ? 0.f : weight * math::ptx_rcp(d) * (item.partial < 0 ? params.out_scale : 1.f);
+      float norm = empty ? 0.f : weight * math::ptx_rcp(d) * params.out_scale;
       if constexpr (!Logits::kUseSoftmax) norm = params.out_scale;  // such tiles are never split
-      if ((lane & 3) == 0 && packed < packed_rows) {
-        const float lse = empty ? -FI_INF : m + math::ptx_log2(d);
-        if (item.partial >= 0)
-          params.partial_lse[slot * kTileQ + (packed - first_row)] = lse;
-        else if (params.lse != nullptr)
-          params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] = lse;
-      }
+      if ((lane & 3) == 0 && packed < packed_rows && params.lse != nullptr)
+        params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] =
+            empty ? -FI_INF : m + math::ptx_log2(d);
 #pragma unroll
       for (int n = 0; n < kDimTiles; ++n) {
         float& x = o[i][n][2 * h];
@@ -201,20 +198,6 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item
         }
       }
     }
-  if (item.partial >= 0) {
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int packed = warp_row + i * 16 + h * 8 + (lane >> 2);
-        if (packed >= packed_rows) continue;
-        float* p = params.partial_o + (slot * kTileQ + (packed - first_row)) * Config::kHeadDimVO + 2 * (lane & 3);
-#pragma unroll
-        for (int n = 0; n < Config::kHeadDimVO / 8; ++n)
-          *reinterpret_cast<float2*>(p + n * 8) = make_float2(o[i][n][2 * h], o[i][n][2 * h + 1]);
-      }
-    return;
-  }
   uint8_t* const smem_o = smem + (thread >> 5) * kWarpQBytes<Config>;
 #pragma unroll
   for (int n = 0; n < kDimTiles; ++n) {
@@ -241,8 +224,9 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item
 
 // Config: T (q, k, v, o), kHeadDimQK, kHeadDimVO (multiples of 8), kWarps, kRowTiles (1 or 2), kTileKv (multiple of 16),
 // kPaged, kCustomMask, Logits. Params: PrefillParams, or what a variant derives from it.
+// Computes one item for one kv head; the CTA's threads may call it again after a barrier.
 template <class Config, class Params>
-FI_DEVICE void prefill(const Params& params) {
+FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
   using T = typename Config::T;
   using Logits = typename Config::Logits;
   using LayoutQK = TileLayout<Config::kHeadDimQK>;
@@ -260,11 +244,9 @@ FI_DEVICE void prefill(const Params& params) {
   PrefillShared& shared = *reinterpret_cast<PrefillShared*>(ranges + Config::kWarps);
   PageOffset* const offsets = reinterpret_cast<PageOffset*>(&shared + 1);
 
-  ptx::grid_launch_dependents();
-  ptx::grid_wait();
-  const PrefillItem item = params.items[blockIdx.x];
+  const PrefillItem item = params.items[index];
   if (item.qo_len == 0) return;
-  const int kv_head = blockIdx.y, lane = lane_id(), warp = warp_id();
+  const int lane = lane_id(), warp = warp_id();
   const int group = params.group.divisor;
   const int packed_rows = item.qo_len * group;
   const int first_row = item.q_tile * kTileQ;
@@ -282,6 +264,7 @@ FI_DEVICE void prefill(const Params& params) {
   if (threadIdx.x == 0) {
     shared.item = item;
     shared.k = k, shared.v = v, shared.pages = params.kv_indices + item.kv_base;
+    shared.kv_head = kv_head;
   }
   __syncthreads();  // shared: written by thread 0, read by all
 
@@ -369,6 +352,7 @@ FI_DEVICE void prefill(const Params& params) {
     range.seen_end = params.causal ? min(own_last + 1, kv_end) : kv_end;
     range.plain_begin = own_last - params.window_left;
     range.plain_end = params.causal ? min(own_first + 1, kv_end) : kv_end;
+    if (warp_row >= packed_rows) range.seen_end = kv_begin;  // no rows, no work: short requests in tall tiles
     if (lane == 0) ranges[warp] = range;
     __syncwarp();
   }
@@ -548,7 +532,24 @@ FI_DEVICE void prefill(const Params& params) {
   ptx::cp_async_wait<0>();
   __syncthreads();  // without a tile nothing has waited yet: Q has to land before its memory becomes the output
 
-  store_output<Config>(params, shared.item, smem, o, state, scale);
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      state.d[i][h] += __shfl_xor_sync(kFullMask, state.d[i][h], 1);
+      state.d[i][h] += __shfl_xor_sync(kFullMask, state.d[i][h], 2);
+    }
+  if constexpr (Logits::kUseSoftmax) {
+    if (shared.item.num_chunks > 1 && !join_chunks<Config>(params, shared, o, state, scale)) return;
+  }
+  store_output<Config>(params, shared.item, shared.kv_head, smem, o, state, scale);
+}
+
+template <class Config, class Params>
+FI_DEVICE void prefill(const Params& params) {
+  ptx::grid_launch_dependents();
+  ptx::grid_wait();
+  prefill_tile<Config>(params, blockIdx.x, blockIdx.y);
 }
 
 }  // namespace fi

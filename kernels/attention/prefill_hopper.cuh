@@ -13,6 +13,7 @@
 #pragma once
 #include "attention/prefill_hopper_load.cuh"
 #include "attention/prefill_hopper_logits.cuh"
+#include "attention/prefill_join.cuh"
 
 namespace fi {
 
@@ -85,6 +86,11 @@ struct HopperSoftmax {
   }
 };
 
+// Maxima and denominators of a warpgroup's rows in the form of join_parts: one row tile of two halves.
+struct HopperTotal {
+  float m[1][2], d[1][2];
+};
+
 // 4 x 4 transposition inside a quad of lanes: lane t gives w[0..3] and gets word t of lanes 0..3.
 FI_DEVICE void transpose_quad(uint32_t (&w)[4]) {
   const bool odd = lane_id() & 1, high = lane_id() & 2;
@@ -100,26 +106,39 @@ FI_DEVICE void transpose_quad(uint32_t (&w)[4]) {
   }
 }
 
-// Normalise and write the 64 rows of a warpgroup, `first_row` on: the output in 16-byte stores (64 bytes in a row are
-// contiguous), or a partial result in fp32.
+// A consumer warpgroup's share of a tile whose keys are split: 64 rows, which it joins without the other warpgroups.
+template <class Config, class Params>
+struct WarpgroupPart {
+  const Params& params;
+  HopperShared<Config>& shared;
+  const HopperSlot& slot;
+  int warpgroup;
+
+  FI_DEVICE int thread() const { return thread_again() & 127; }
+  FI_DEVICE void sync() const { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory"); }
+  FI_DEVICE uint32_t& arrived() const { return shared.arrived[warpgroup]; }
+  FI_DEVICE uint32_t* counters() const { return params.counters + 1; }
+  FI_DEVICE int chunk() const { return slot.item.chunk; }
+  FI_DEVICE int chunks() const { return slot.item.num_chunks; }
+  FI_DEVICE int64_t place(int chunk) const {
+    return ((slot.item.first_slot + chunk) * int64_t(params.num_kv_heads) + slot.kv_head) * Config::kConsumers + warpgroup;
+  }
+};
+
+// Normalise and write the 64 rows of a warpgroup, in 16-byte stores: 64 bytes in a row are contiguous.
 template <class Config, class Params, int kRegs>
 FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const float (&o)[kRegs], const HopperSoftmax& state,
-                            float scale, float offset, int kv_head, int num_kv_heads, int warp_row) {
+                            float scale, float offset, int kv_head, int warp_row) {
   using T = typename Config::T;
   using Logits = typename Config::Logits;
-  constexpr int kTileQ = HopperShape<Config>::kTileQ;
   const int lane = lane_id(), group = params.group.divisor, packed_rows = item.qo_len * group;
-  const int first_row = item.q_tile * kTileQ;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float d = state.d[h];
-    d += __shfl_xor_sync(kFullMask, d, 1);
-    d += __shfl_xor_sync(kFullMask, d, 2);
-    float m = fmaf(state.m[h], scale, offset);
+    float d = state.d[h], m = fmaf(state.m[h], scale, offset);
     const int packed = warp_row + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
     const int head = packed - qo_idx * group, qo_head = kv_head * group + head;
     float weight = 1.f;
-    if (params.sinks != nullptr && item.first_chunk && packed < packed_rows) {
+    if (params.sinks != nullptr && packed < packed_rows) {
       // exp(sink) joins the denominator alone.
       const float sink = params.sinks[qo_head] * math::log2e, top = fmaxf(m, sink);
       if (top != -FI_INF) {
@@ -130,16 +149,10 @@ FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const
     }
     if constexpr (Logits::kHasOutput) Logits::update(params, item, qo_head, m, d, weight);
     const bool empty = m == -FI_INF;
-    float norm = empty ? 0.f : weight / d * (item.partial < 0 ? params.out_scale : 1.f);
+    float norm = empty ? 0.f : weight / d * params.out_scale;
     if constexpr (!Logits::kUseSoftmax) norm = params.out_scale;  // such tiles are never split
-    const float lse = empty ? -FI_INF : m + math::ptx_log2(d);
-    const int64_t slot = int64_t(item.partial) * num_kv_heads + kv_head;
-    if ((lane & 3) == 0 && packed < packed_rows) {
-      if (item.partial >= 0)
-        params.partial_lse[slot * kTileQ + (packed - first_row)] = lse;
-      else if (params.lse != nullptr)
-        params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] = lse;
-    }
+    if ((lane & 3) == 0 && packed < packed_rows && params.lse != nullptr)
+      params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] = empty ? -FI_INF : m + math::ptx_log2(d);
     auto value = [&](int n, int j) {  // column 2 n + 2 * (lane & 3) + j
       const float raw = o[n + 2 * h + j], normal = raw * norm;
       if constexpr (Logits::kHasOutput)
@@ -148,22 +161,15 @@ FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const
       else
         return normal;
     };
-    if (item.partial < 0) {
-      T* const out = static_cast<T*>(params.o) + (item.q_row + qo_idx) * params.o_stride_n + qo_head * params.o_stride_h;
+    T* const out = static_cast<T*>(params.o) + (item.q_row + qo_idx) * params.o_stride_n + qo_head * params.o_stride_h;
 #pragma unroll
-      for (int n = 0; n < kRegs; n += 16) {
-        uint32_t w[4];
+    for (int n = 0; n < kRegs; n += 16) {
+      uint32_t w[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) w[i] = ptx::pack2<T>(value(n + 4 * i, 0), value(n + 4 * i, 1));
-        transpose_quad(w);
-        if (packed < packed_rows)
-          *reinterpret_cast<uint4*>(out + 2 * n + 8 * (lane & 3)) = make_uint4(w[0], w[1], w[2], w[3]);
-      }
-    } else {
-      float* const out = params.partial_o + (slot * kTileQ + (packed - first_row)) * Config::kHeadDimVO + 2 * (lane & 3);
-#pragma unroll
-      for (int n = 0; n < kRegs; n += 4)
-        if (packed < packed_rows) *reinterpret_cast<float2*>(out + 2 * n) = make_float2(value(n, 0), value(n, 1));
+      for (int i = 0; i < 4; ++i) w[i] = ptx::pack2<T>(value(n + 4 * i, 0), value(n + 4 * i, 1));
+      transpose_quad(w);
+      if (packed < packed_rows)
+        *reinterpret_cast<uint4*>(out + 2 * n + 8 * (lane & 3)) = make_uint4(w[0], w[1], w[2], w[3]);
     }
   }
 }
@@ -373,8 +379,22 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
 #pragma unroll 1
   for (; i < last - first; ++i) skip();
 
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    state.d[h] += __shfl_xor_sync(kFullMask, state.d[h], 1);
+    state.d[h] += __shfl_xor_sync(kFullMask, state.d[h], 2);
+  }
+  if constexpr (Logits::kUseSoftmax) {
+    if (item.num_chunks > 1) {
+      const WarpgroupPart<Config, Params> part{params, shared, shared.slots[slot.at], warpgroup};
+      HopperTotal total{{{state.m[0], state.m[1]}}, {{state.d[0], state.d[1]}}};
+      if (!join_parts<4>(params, part, reinterpret_cast<float(&)[1][Shape::kORegs / 4][4]>(o), total, scale)) return;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) state.m[h] = total.m[0][h], state.d[h] = total.d[0][h];
+    }
+  }
   store_hopper<Config>(params, item, o, state, scale, Transform::offset(params), shared.slots[slot.at].kv_head,
-                       params.num_kv_heads, item.q_tile * kTileQ + (thread_again() >> 5) * 16);
+                       item.q_tile * kTileQ + (thread_again() >> 5) * 16);
 }
 
 template <class Config, class Params>

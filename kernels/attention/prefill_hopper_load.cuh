@@ -16,8 +16,8 @@ struct PrefillHopperParams : PrefillParams {
   // k, v: contiguous (64, token, panel, kv head), box (64, kTileKv, panels, 1);
   // paged (64, token % 8, panel, token / 8 in the page, unit), box (64, 8, panels, box_rows / 8, 1): a unit is the largest
   // number of elements that divides the strides of pages and of heads.
+  // counters: [0]: pieces of work handed out beyond the first of every CTA; [1 ..]: see join_parts.
   ptx::TensorMap q_map, k_map, v_map;
-  uint32_t* claimed;  // items handed out beyond the first of every CTA: 0 before a launch and after it
   uint32_t num_items, num_kv_heads, head_shift;
   uint32_t kv_rows;   // contiguous: tokens of k and v, past which the copy engine writes zeros
   uint32_t box_rows;  // paged: tokens a box, a multiple of 8 that divides page_size and kTileKv
@@ -57,6 +57,7 @@ struct alignas(16) HopperShared {
   uint64_t slot_full[Config::kSlots];   // the first producer (1)
   uint64_t slot_empty[Config::kSlots];  // the second producer and lane 0 of every consumer warp (1 + 4 * kConsumers)
   uint64_t tail;                        // expected bytes of a V tile that reaches past the request's last key (1)
+  uint32_t arrived[4];                  // join_parts, a word a consumer warpgroup
   HopperSlot slots[Config::kSlots];
 };
 
@@ -184,7 +185,7 @@ FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared,
 #pragma unroll 1
   while (true) {
     uint32_t next = num_work;
-    if (claims && lane == 0) next = gridDim.x + atomicInc(params.claimed, num_work - 1);
+    if (claims && lane == 0) next = gridDim.x + atomicInc(params.counters, num_work - 1);
     if (__shfl_sync(kFullMask, word, 1) != 0) {  // qo_len: padding is not handed out
       take_slot();
       HopperSlot& to = shared.slots[slot.at];
