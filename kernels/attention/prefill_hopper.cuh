@@ -438,16 +438,26 @@ FI_DEVICE void prefill_hopper(const Params& params) {
     ptx::raise_registers<Config::kConsumerRegs>();
     Ring<Config::kSlots> slot;
     Ring<Config::kStages> k_ring, v_ring;
-    int more = 1;
-#pragma unroll 1
-    while (more) {
+    auto item = [&](int& more) {
       ptx::mbarrier_wait(ptx::smem_address(&shared.slot_full[slot.at]), slot.phase);
-      if (__reduce_max_sync(kFullMask, shared.slots[slot.at].item.qo_len) < 0) break;
+      if (__reduce_max_sync(kFullMask, shared.slots[slot.at].item.qo_len) < 0) {
+        more = 0;
+        return;
+      }
       more = __reduce_max_sync(kFullMask, shared.slots[slot.at].more);
       consume<Config>(params, shared, base, warpgroup, slot, k_ring, v_ring);
-      __syncwarp();
-      if ((thread_again() & 31) == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_empty[slot.at]));
-      slot.advance();
+    };
+    int more = 1;
+    if constexpr (Config::kSlots == 1) {
+      item(more);  // one item a CTA, and no loop, which would keep the descriptors in ordinary registers
+    } else {
+#pragma unroll 1
+      while (more) {
+        item(more);
+        __syncwarp();
+        if ((thread_again() & 31) == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_empty[slot.at]));
+        slot.advance();
+      }
     }
   }
 }

@@ -176,7 +176,7 @@ FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared,
   using Shape = HopperShape<Config>;
   const int lane = lane_id();
   const uint32_t num_work = params.num_items * params.num_kv_heads;
-  const bool claims = gridDim.x < num_work;
+  const bool claims = Config::kSlots > 1 && gridDim.x < num_work;
   Ring<Config::kSlots> slot;
   Ring<Config::kStages> stage;
   uint32_t no_tail = 0;
