@@ -10,7 +10,7 @@ import numpy as np
 
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.checks import check_device, check_dtype, check_inner, check_shape
 from fi_cupy.customize import single_decode_with_kv_cache_with_jit_module
 from fi_cupy.decode_kernel import (
     Geometry,
@@ -28,7 +28,6 @@ from fi_cupy.decode_single import single_decode_with_kv_cache
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import float32, int32
 from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
-from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.kv_cache import PagedKV, check_layout, check_paged_kv, paged_kv, token_strides
 from fi_cupy.page_table import check_gpu_indices
@@ -40,6 +39,7 @@ from fi_cupy.plan.decode import (
     max_items,
     plan_decode,
 )
+from fi_cupy.plan_run import PlanRun
 from fi_cupy.prefill_plan import check_backend
 from fi_cupy.variants import AttentionVariant, variant_of
 from fi_cupy.workspace import PlanBuffer, copy_device
@@ -52,7 +52,7 @@ __all__ = [
 _OP = "BatchDecodeWithPagedKVCacheWrapper"
 
 
-class BatchDecodeWithPagedKVCacheWrapper:
+class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
     """Batch decode attention over a paged KV cache: `plan` once for the lengths of a step, `run` for every layer.
 
     Parameters
@@ -94,6 +94,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
     >>> wrapper.run(q, cache).shape
     (1, 8, 64)
     """
+
+    _op = _OP
 
     def __init__(
         self,
@@ -158,54 +160,22 @@ class BatchDecodeWithPagedKVCacheWrapper:
             "fixed_split_size": None if split_keys is None else split_keys // p.page_size,
         }  # fmt: skip
 
-    def _attach(self, workspace: Any) -> None:
-        w = view(workspace, _OP, "float_workspace_buffer")
-        if not w.contiguous:
-            check_inner(_OP, "float_workspace_buffer", w)
-            raise ArgumentError(f"{_OP}: float_workspace_buffer has strides {w.strides}, expected a contiguous array")
-        check_aligned(_OP, "float_workspace_buffer", w, 16)
-        self._workspace = w.writable(_OP, "float_workspace_buffer")
-        self._workspace_bytes = w.size * w.dtype.itemsize
-        self.device = w.device
-        self._pdl = w.device >= 0 and device_info(w.device).has_pdl and has_driver_binding()
-
     def _attach_graph_buffers(self, indptr: Any, indices: Any, last_page_len: Any) -> None:
-        views = []
-        for name, buffer in (("indptr", indptr), ("indices", indices), ("last_page_len", last_page_len)):
-            name = f"paged_kv_{name}_buffer"
-            if buffer is None:
-                raise ArgumentError(f"{_OP}: {name} is missing, expected an int32 array with use_cuda_graph=True")
-            b = view(buffer, _OP, name).writable(_OP, name)
-            check_ndim(_OP, name, b, 1)
-            check_dtype(_OP, name, b, (int32,))
-            check_inner(_OP, name, b)
-            check_device(_OP, self._workspace, **{name: b})
-            views.append(b)
-        check_shape(
-            _OP, "paged_kv_indptr_buffer", views[0], (views[2].shape[0] + 1,), "= len(last_page_len_buffer) + 1"
-        )
-        self._buffers = (views[0], views[1], views[2])
+        given = {"indptr": indptr, "indices": indices, "last_page_len": last_page_len}
+        a, b, c = (self._graph_buffer(f"paged_kv_{name}_buffer", x, int32) for name, x in given.items())
+        check_shape(_OP, "paged_kv_indptr_buffer", a, (c.shape[0] + 1,), "= len(last_page_len_buffer) + 1")
+        self._buffers = (a, b, c)
 
     @property
     def use_tensor_cores(self) -> bool:
         """What the constructor was given."""
         return self._use_tensor_cores
 
-    @property
-    def is_cuda_graph_enabled(self) -> bool:
-        """Whether the wrapper keeps addresses and grid fixed."""
-        return self._graph
-
     def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
         """Use another scratch buffer from the next `plan` on. The wrapper owns its integer buffer: pass None for it."""
-        if int_workspace_buffer is not None:
-            view(int_workspace_buffer, _OP, "int_workspace_buffer")  # FlashInfer's second buffer has no use here
-        if self._graph_state is not None:
-            raise PlanError(f"{_OP}: the workspace address is part of the captured graph; make another wrapper")
-        self._attach(float_workspace_buffer)
+        super().reset_workspace_buffer(float_workspace_buffer, int_workspace_buffer)
         if self._by_prefill is not None:
             self._by_prefill.reset_workspace_buffer(float_workspace_buffer)
-        self._planned = None
 
     def plan(
         self,
@@ -563,9 +533,6 @@ class BatchDecodeWithPagedKVCacheWrapper:
         return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
 
     forward_return_lse = partialmethod(forward, return_lse=True)
-
-    def end_forward(self) -> None:
-        """Kept for FlashInfer's signature; there is nothing to release."""
 
 
 BatchDecodeWrapper = BatchDecodeWithPagedKVCacheWrapper
