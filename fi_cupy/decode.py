@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partialmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,26 @@ __all__ = [
 ]  # fmt: skip
 
 _OP = "BatchDecodeWithPagedKVCacheWrapper"
+
+
+class Call(NamedTuple):
+    """The checked arguments of one `run`."""
+
+    x: View
+    kv: PagedKV
+    o: View
+    s: View | None
+    sink: View | None
+    scale: float
+    out_scale: float
+
+    def result(self, out: Any, lse: Any, return_lse: bool) -> Any:
+        """What `run` returns: the caller's own arrays where it gave some."""
+        made = self.o.result() if out is None else out
+        if not return_lse:
+            return made
+        assert self.s is not None
+        return made, (self.s.result() if lse is None else lse)
 
 
 class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
@@ -434,6 +454,22 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
                 q, paged_kv_cache, *args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse,
                 return_lse=return_lse, enable_pdl=enable_pdl, sinks=sinks, variant_args=variant_args,
             )  # fmt: skip
+        c = self._checked(op, p, q, paged_kv_cache, q_scale, k_scale, v_scale, out, lse, return_lse, sinks)
+        if c.x.is_cpu:
+            self._run_cpu(p, c)
+        else:
+            p.kernel.launch(
+                p.grid, c.x.stream(), *self._values(p, c), *p.turns, pdl=self._pdl if enable_pdl is None else enable_pdl
+            )  # fmt: skip
+        return c.result(out, lse, return_lse)
+
+    run_return_lse = partialmethod(run, return_lse=True)
+
+    def _checked(
+        self, op: str, p: Planned, q: Any, paged_kv_cache: Any, q_scale: float | None, k_scale: float | None,
+        v_scale: float | None, out: Any, lse: Any, return_lse: bool, sinks: Any,
+    ) -> Call:  # fmt: skip
+        """The arguments of `run` held to the plan, and its outputs."""
         x = view(q, op, "q")
         shape = (p.batch_size, p.num_qo_heads, p.head_dim)
         if x.shape != shape:
@@ -454,23 +490,10 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
             raise ArgumentError(f"{op}: lse has strides {s.strides}, expected a contiguous array")
         sink = None if sinks is None else sinks_view(op, sinks, x, p.num_qo_heads)
         scale = p.sm_scale * scale_factor(op, "q_scale", q_scale) * scale_factor(op, "k_scale", k_scale)
-        out_scale = scale_factor(op, "v_scale", v_scale)
-        if x.is_cpu:
-            self._run_cpu(p, x, kv, o, s, sink, scale, out_scale)
-        else:
-            self._launch(p, x, kv, o, s, sink, scale, out_scale, enable_pdl)
-        result = o.result() if out is None else out
-        if not return_lse:
-            return result
-        assert s is not None
-        return result, (s.result() if lse is None else lse)
+        return Call(x, kv, o, s, sink, scale, scale_factor(op, "v_scale", v_scale))
 
-    run_return_lse = partialmethod(run, return_lse=True)
-
-    def _launch(
-        self, p: Planned, x: View, kv: PagedKV, o: View, s: View | None, sink: View | None, scale: float,
-        out_scale: float, enable_pdl: bool | None,
-    ) -> None:  # fmt: skip
+    def _values(self, p: Planned, c: Call) -> tuple[Any, ...]:
+        """The fields of DecodeParams."""
         if p.copied_indices:
             indices, ready = p.items_ptr + 4 * p.copied_indices, 1
         elif self._buffers is not None:
@@ -478,36 +501,24 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
         else:
             indices, ready = p.indices.ptr, 0
         assert self._plan_buffer is not None
-        p.kernel.launch(
-            p.grid, x.stream(),
-            x.ptr, kv.k.ptr, kv.v.ptr, o.ptr, 0 if s is None else s.ptr, p.items_ptr, indices,
-            0 if sink is None else sink.ptr, p.partial_out, p.partial_md, self._plan_buffer.counters_ptr,
+        x, kv, o = c.x, c.kv, c.o
+        return (
+            x.ptr, kv.k.ptr, kv.v.ptr, o.ptr, 0 if c.s is None else c.s.ptr, p.items_ptr, indices,
+            0 if c.sink is None else c.sink.ptr, p.partial_out, p.partial_md, self._plan_buffer.counters_ptr,
             x.strides[0], x.strides[1], o.strides[0], o.strides[1],
             *token_strides(kv.k, self._layout), *token_strides(kv.v, self._layout),
-            *p.counts, ready, 0, 0, 0, 0, *logit_floats(scale, p.logits_soft_cap), out_scale,
-            *p.turns,
-            pdl=self._pdl if enable_pdl is None else enable_pdl,
+            *p.counts, ready, 0, 0, 0, 0, *logit_floats(c.scale, p.logits_soft_cap), c.out_scale,
         )  # fmt: skip
 
-    def _run_cpu(
-        self,
-        p: Planned,
-        x: View,
-        kv: PagedKV,
-        o: View,
-        s: View | None,
-        sink: View | None,
-        scale: float,
-        v_scale: float,
-    ) -> None:
+    def _run_cpu(self, p: Planned, c: Call) -> None:
         values, lse = reference.attention.batch_decode_paged(
-            x.numpy(), kv.k.numpy(), kv.v.numpy(), p.indptr, p.indices, p.last_page_len, kv_layout=self._layout,
-            sm_scale=scale, v_scale=v_scale, sinks=None if sink is None else sink.numpy(), out_dtype=o.dtype.np,
-            **p.options,
+            c.x.numpy(), c.kv.k.numpy(), c.kv.v.numpy(), p.indptr, p.indices, p.last_page_len, kv_layout=self._layout,
+            sm_scale=c.scale, v_scale=c.out_scale, sinks=None if c.sink is None else c.sink.numpy(),
+            out_dtype=c.o.dtype.np, **p.options,
         )  # fmt: skip
-        o.write(values)
-        if s is not None and lse is not None:
-            s.write(lse)
+        c.o.write(values)
+        if c.s is not None and lse is not None:
+            c.s.write(lse)
 
     def forward(
         self, q: Any, paged_kv_cache: Any, pos_encoding_mode: str = "NONE", q_scale: float | None = None,

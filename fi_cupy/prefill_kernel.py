@@ -29,7 +29,8 @@ PARAMS = ParamsStruct(
     [
         *((name, "ptr") for name in ("q", "k", "v", "o", "lse", "items", "kv_indices", "mask", "sinks")),
         ("partial_o", "ptr"),
-        ("partial_lse", "ptr"),
+        ("partial_md", "ptr"),
+        ("counters", "ptr"),
         *((f"{x}_stride_{d}", "i64") for x, ds in (("q", "nh"), ("k", ("page", "n", "h"))) for d in ds),
         *((f"{x}_stride_{d}", "i64") for x, ds in (("v", ("page", "n", "h")), ("o", "nh")) for d in ds),
         *((f"group.{field}", "u32") for field in _DIVISOR),
@@ -40,18 +41,6 @@ PARAMS = ParamsStruct(
         *((name, "f32") for name in ("sm_scale", "sm_scale_log2", "out_scale", "soft_cap", "soft_cap_rcp")),
     ],
 )
-MERGE_PARAMS = ParamsStruct(
-    "PrefillMergeParams",
-    [
-        *((name, "ptr") for name in ("o", "lse", "items", "partial_o", "partial_lse")),
-        ("o_stride_n", "i64"),
-        ("o_stride_h", "i64"),
-        *((f"group.{field}", "u32") for field in _DIVISOR),
-        ("num_qo_heads", "u32"),
-        ("out_scale", "f32"),
-    ],
-)
-_MERGE_WARPS = 4
 _MOST_SPILLED = 64
 
 
@@ -62,9 +51,9 @@ def fast_div(divisor: int) -> tuple[int, int, int]:
     return divisor, ((1 << 32) * ((1 << shift) - divisor)) // divisor + 1, shift
 
 
-#: 128 accumulators and 64 logits a thread, at 255 registers. Measured on an H200 with 40 bytes spilled: 346 TFLOP/s;
-#: unrolled less, without a spill: 336.
-_FULL_REGISTERS = "the ptxas of CUDA 12.9 and 13.0 spills 8 to 148 bytes, outside the products; that of 13.5 none"
+#: Head dim 128: 128 accumulators and 64 logits a thread at 255 registers, two CTAs a multiprocessor; 48 or 32 keys
+#: a tile spill nothing and lose 6 and 10 % (H100). Head dim 64: 64 and 64 at 168, three CTAs; two lose 12 %.
+_FULL_REGISTERS = "up to 250 bytes, outside the products; which instance spills how much changes with ptxas' version"
 
 
 @lru_cache(maxsize=512)
@@ -112,22 +101,10 @@ def prefill_spec(
             ("Logits", CppType(f"fi::PrefillLogits<{flags}>")),
         ),
         threads=32 * tiles.warps,
+        min_blocks=tiles.ctas_per_sm if tiles.row_tiles == 2 else 0,
         smem_bytes=tiles.smem_bytes,
         min_arch=75 if tiles.smem_bytes <= 64 * 1024 else 80,  # Turing has 64 KB of shared memory
-        spills=_FULL_REGISTERS if tiles.row_tiles == 2 and tiles.tile_kv == 64 and head_dim_vo > 64 else "",
-    )
-
-
-@lru_cache(maxsize=64)
-def merge_spec(dtype: DType, head_dim_vo: int, tile_q: int) -> KernelSpec:
-    """The kernel that merges the partial results of split tiles."""
-    return KernelSpec(
-        symbol=f"prefill_merge_{dtype.tag}_d{head_dim_vo}_q{tile_q}",
-        header="attention/prefill_merge.cuh",
-        function="prefill_merge",
-        params=MERGE_PARAMS,
-        config=(("T", dtype), ("kHeadDimVO", head_dim_vo), ("kTileQ", tile_q), ("kWarps", _MERGE_WARPS)),
-        threads=32 * _MERGE_WARPS,
+        spills=_FULL_REGISTERS if tiles.row_tiles == 2 and tiles.tile_kv == 64 else "",
     )
 
 
@@ -164,8 +141,6 @@ def kernel_specs() -> list[KernelSpec]:
     add(90, bfloat16, 128, 128, paged=False, soft_cap=True)
     add(90, bfloat16, 128, 128, paged=False, alibi=True)
     add(90, bfloat16, 128, 128, paged=False, positive_scale=False)
-    for dim, tile_q in ((64, 128), (128, 128), (128, 16), (256, 128)):
-        specs[merge_spec(bfloat16, dim, tile_q)] = None
     return list(specs)
 
 
@@ -192,7 +167,6 @@ class Geometry:
     ----------
     spec, negative_spec : KernelSpec
         For a positive sm_scale, and for any other.
-    merge : KernelSpec
     tiles : PrefillTiles
     group, num_kv_heads : int
     slots : int
@@ -206,7 +180,6 @@ class Geometry:
 
     spec: KernelSpec
     negative_spec: KernelSpec
-    merge: KernelSpec
     tiles: PrefillTiles
     group: int
     num_kv_heads: int
@@ -227,16 +200,12 @@ class Geometry:
         return found
 
     def workspace(self, num_slots: int, most_slots: int = 0) -> WorkspaceLayout:
-        """Layout of the partial results of `num_slots` chunks; room for the lse of `most_slots` keeps its offsets."""
+        """Layout of the partial results of `num_slots` chunks; room for (m, d) of `most_slots` keeps the offsets."""
         states = num_slots * self.num_kv_heads * self.tiles.tile_q
         layout = WorkspaceLayout()
-        layout.add("partial_lse", max(states, most_slots * self.num_kv_heads * self.tiles.tile_q) * 4)
-        layout.add("partial_o", states * self.head_dim_vo * 4)
+        layout.add("partial_md", max(states, most_slots * self.num_kv_heads * self.tiles.tile_q) * 8)
+        layout.add("partial_o", states * -(-self.head_dim_vo // 16) * 16 * 4)
         return layout
-
-    def merge_grid(self, num_merges: int) -> tuple[int, int, int]:
-        """Grid of the merge kernel: four rows a CTA."""
-        return num_merges * (self.tiles.tile_q // _MERGE_WARPS), self.num_kv_heads, 1
 
 
 @lru_cache(maxsize=1024)
@@ -262,9 +231,8 @@ def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry
             )  # fmt: skip
             narrow = p.variant.specialise(narrow, p.alibi, p.soft_cap)
     return Geometry(
-        spec, negative, merge_spec(p.dtype, p.head_dim_vo, tiles.tile_q), tiles, p.num_qo_heads // p.num_kv_heads,
-        p.num_kv_heads, device.num_sms * tiles.ctas_per_sm, p.head_dim_vo,
-        p.variant is None or p.variant.splittable, narrow,
+        spec, negative, tiles, p.num_qo_heads // p.num_kv_heads, p.num_kv_heads, device.num_sms * tiles.ctas_per_sm,
+        p.head_dim_vo, p.variant is None or p.variant.splittable, narrow,
     )  # fmt: skip
 
 

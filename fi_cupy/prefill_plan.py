@@ -11,10 +11,9 @@ from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
 from fi_cupy.decode_kernel import output_view
-from fi_cupy.dtypes import INDEX_TYPES, DType, float32, uint8
+from fi_cupy.dtypes import DType, float32, uint8
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
-from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.prefill_kernel import NO_WINDOW, Geometry, Problem, check_problem, fast_div, scale_floats
 from fi_cupy.workspace import copy_to_device
 
@@ -79,23 +78,6 @@ def make_problem(
     )  # fmt: skip
     check_problem(op, problem, on_cpu)
     return problem
-
-
-def host_ints(op: str, name: str, x: Any) -> tuple[View, Ints]:
-    """A 1-D index array and its values as int64; a GPU array is copied, which waits for it."""
-    if isinstance(x, (list, tuple)):
-        x = np.asarray(x, np.int64)
-    v = view(x, op, name)
-    check_ndim(op, name, v, 1)
-    check_dtype(op, name, v, INDEX_TYPES)
-    return v, v.host().astype(np.int64)
-
-
-def check_indptr(op: str, name: str, indptr: Ints) -> None:
-    """Raise `ArgumentError` unless offsets start at >= 0 and do not decrease."""
-    if len(indptr) == 0 or indptr[0] < 0 or (np.diff(indptr) < 0).any():
-        shown = np.array2string(indptr, threshold=12)
-        raise ArgumentError(f"{op}: {name} must start at >= 0 and not decrease, got {shown}")
 
 
 class Mask(NamedTuple):
@@ -190,10 +172,10 @@ class Work(NamedTuple):
 
     items: int
     num_items: int
-    merges: int
-    num_merges: int
+    num_split: int  # tiles whose keys are split
     partial_o: int
-    partial_lse: int
+    partial_md: int
+    counters: int
 
 
 #: (page, token, head) strides in elements of keys or values.
@@ -205,24 +187,29 @@ def launch(
     s: View | None, options: Options, scale: float, out_scale: float, *, kv_indices: int = 0, page_size: int = 1,
     mask: int = 0, sinks: int = 0, variant_values: tuple[Any, ...] = (), pdl: bool = False,
 ) -> None:  # fmt: skip
-    """Queue the kernel and, if any tile is split, the merge; `variant_values` are a variant's own parameters."""
-    stream, heads, lse = x.stream(), x.shape[1], 0 if s is None else s.ptr
-    group = fast_div(g.group)
+    """Queue the kernel; `variant_values` are a variant's own parameters."""
+    values = launch_values(
+        g, work, x, k, v, k_strides, v_strides, o, s, options, scale, out_scale, kv_indices, page_size, mask, sinks
+    )
     g.kernel(scale, x.device).launch(
-        (work.num_items, g.num_kv_heads, 1), stream,
-        x.ptr, k.ptr, v.ptr, o.ptr, lse, work.items, kv_indices, mask, sinks, work.partial_o, work.partial_lse,
-        x.strides[0], x.strides[1], *k_strides, *v_strides, o.strides[0], o.strides[1],
-        *group, *fast_div(page_size), heads, options.causal,
-        options.window_left if options.window_left >= 0 else NO_WINDOW,
-        *scale_floats(scale, out_scale, options.logits_soft_cap), *variant_values,
-        pdl=pdl,
+        (work.num_items, g.num_kv_heads, 1), x.stream(), *values, *variant_values, pdl=pdl
     )  # fmt: skip
-    if work.num_merges:
-        load_kernel(g.merge, x.device).launch(
-            g.merge_grid(work.num_merges), stream,
-            o.ptr, lse, work.merges, work.partial_o, work.partial_lse, o.strides[0], o.strides[1], *group, heads,
-            out_scale, pdl=pdl,
-        )  # fmt: skip
+
+
+def launch_values(
+    g: Geometry, work: Work, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides, o: View,
+    s: View | None, options: Options, scale: float, out_scale: float, kv_indices: int, page_size: int, mask: int,
+    sinks: int,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The fields of PARAMS."""
+    return (
+        x.ptr, k.ptr, v.ptr, o.ptr, 0 if s is None else s.ptr, work.items, kv_indices, mask, sinks,
+        work.partial_o, work.partial_md, work.counters,
+        x.strides[0], x.strides[1], *k_strides, *v_strides, o.strides[0], o.strides[1],
+        *fast_div(g.group), *fast_div(page_size), x.shape[1], options.causal,
+        options.window_left if options.window_left >= 0 else NO_WINDOW,
+        *scale_floats(scale, out_scale, options.logits_soft_cap),
+    )  # fmt: skip
 
 
 def check_planned(op: str, name: str, value: Any, default: Any, planned: Any) -> None:

@@ -17,9 +17,9 @@ import numpy as np
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 
-#: int32 words of a work item and of a merge item (structs PrefillItem and PrefillMergeItem).
-ITEM_WORDS, MERGE_WORDS = 12, 8
-#: Shortest chunk of a split tile, keys: writing and merging a partial result must stay small beside computing it.
+#: int32 words of a work item (struct PrefillItem).
+ITEM_WORDS = 16
+#: Shortest chunk of a split tile, keys: writing and joining a partial result must stay small beside computing it.
 MIN_CHUNK_KEYS = 512
 #: The same for tiles of 16 rows, whose partial results are eight times smaller.
 MIN_CHUNK_KEYS_NARROW = 256
@@ -49,7 +49,7 @@ def _row_bytes(dim: int) -> int:
 def smem_bytes(warps: int, row_tiles: int, tile_kv: int, head_dim_qk: int, head_dim_vo: int) -> int:
     """Dynamic shared memory of kernels/attention/prefill.cuh: Q, two buffers of K and V, ranges, item, page offsets."""
     qk, vo = _row_bytes(head_dim_qk), _row_bytes(head_dim_vo)
-    return 16 * warps * row_tiles * max(qk, vo) + 2 * tile_kv * (qk + vo) + 16 * warps + 80 + 2 * tile_kv * 16
+    return 16 * warps * row_tiles * max(qk, vo) + 2 * tile_kv * (qk + vo) + 16 * warps + 96 + 2 * tile_kv * 16
 
 
 def _shape(tile_q: int, head_dim_vo: int) -> tuple[int, int]:
@@ -114,23 +114,22 @@ class PrefillPlan:
     Attributes
     ----------
     items : int32 [num_items, ITEM_WORDS]
-        Struct PrefillItem: q_row, qo_len, kv_base, kv_len, q_tile, kv_begin, kv_end, partial, mask_low, mask_high,
-        first_chunk, request.
-    merges : int32 [num_merges, MERGE_WORDS]
-        Struct PrefillMergeItem: q_row, qo_len, q_tile, first_slot, num_chunks, unused.
+        Struct PrefillItem: q_row, qo_len, kv_base, kv_len, q_tile, kv_begin, kv_end, first_slot, mask_low, mask_high,
+        request, chunk, num_chunks, unused.
     num_slots : int
         Partial results a kv head.
+    num_split : int
+        Tiles whose keys are split.
     """
 
     items: Ints
-    merges: Ints
     num_slots: int
+    num_split: int
 
 
-def max_counts(max_rows: int, batch: int, group: int, tile_q: int, slots_per_head: int) -> tuple[int, int]:
-    """(items, merges) that no plan of `batch` requests with `max_rows` query tokens exceeds without a fixed split."""
-    tiles = max_rows * group // tile_q + batch
-    return tiles + slots_per_head, min(tiles, slots_per_head)
+def max_items(max_rows: int, batch: int, group: int, tile_q: int, slots_per_head: int) -> int:
+    """Items that no plan of `batch` requests with `max_rows` query tokens exceeds without a fixed split."""
+    return max_rows * group // tile_q + batch + slots_per_head
 
 
 def plan_prefill(
@@ -183,11 +182,11 @@ def plan_prefill(
     table = np.zeros((batch, ITEM_WORDS), np.int32)
     table[:, 0], table[:, 1], table[:, 2], table[:, 3] = qo_indptr[:-1], qo_len, kv_base, kv_len
     table[:, 4] = tiles - tiles.cumsum()  # less the number of the request's first tile
-    table[:, 7], table[:, 10], table[:, 11] = -1, 1, np.arange(batch)
+    table[:, 10], table[:, 12] = np.arange(batch), 1
     if mask_offsets is not None:
         table[:, 8:10] = mask_offsets[:batch].astype("<i8").view("<i4").reshape(-1, 2)
     items: Ints = table.repeat(tiles, axis=0)
-    q_tile, rows, keys, request = items[:, 4], items[:, 1], items[:, 3], items[:, 11]
+    q_tile, rows, keys, request = items[:, 4], items[:, 1], items[:, 3], items[:, 10]
     q_tile += np.arange(len(items), dtype=np.int32)
     begin, end = _visible(q_tile, rows, keys, group, tile_q, tile_kv, causal, window_left)
     if narrow is not None:
@@ -195,33 +194,29 @@ def plan_prefill(
         begin, end = narrow(begin, end, tile_kv, first_row, last_row, request, rows, keys)
     whole, split = _chunks(begin, end, num_kv_heads, tile_q, tile_kv, slots, split_keys, disable_split)
     items[:, 5], items[:, 6] = begin, end
-    merges, num_slots = np.zeros((0, MERGE_WORDS), np.int32), 0
+    num_slots = num_split = 0
     if split is not None:
-        items, merges, num_slots = _split(items, *split)
+        items, num_slots, num_split = _split(items, *split)
         whole = (items[:, 6] - items[:, 5] + (tile_kv - 1)) // tile_kv
     if len(items) and (whole != whole[0]).any():
         items = items.take((-whole).argsort(kind="stable"), axis=0)
-    return PrefillPlan(items, merges, num_slots)
+    return PrefillPlan(items, num_slots, num_split)
 
 
-def _split(items: Ints, first: Ints, chunk: Ints, chunks: Ints) -> tuple[Ints, Ints, int]:
-    """(an item for each chunk of each tile, what is merged, partial results) from `_chunks`."""
-    tile = np.arange(len(items)).repeat(chunks)
-    number = np.arange(len(tile)) - (chunks.cumsum() - chunks)[tile]
-    start = first[tile] + number * chunk[tile]
-    merged = np.flatnonzero(chunks > 1)
-    merges = np.zeros((len(merged), MERGE_WORDS), np.int32)
-    counts = chunks[merged]
+def _split(items: Ints, first: Ints, chunk: Ints, chunks: Ints) -> tuple[Ints, int, int]:
+    """(an item for each chunk of each tile, partial results, tiles that are split) from `_chunks`."""
+    is_split = chunks > 1
+    counts = np.where(is_split, chunks, 0)
     ends = counts.cumsum()
-    merges[:, 0], merges[:, 1], merges[:, 2] = items[merged, 0], items[merged, 1], items[merged, 4]
-    merges[:, 3], merges[:, 4] = ends - counts, counts
+    items[:, 7], items[:, 12] = np.where(is_split, ends - counts, 0), chunks
+    items[:, 11] = chunks - chunks.cumsum()  # less the number of the tile's first chunk
+    tile = np.arange(len(items)).repeat(chunks)
     items = items.take(tile, axis=0)
-    items[:, 5] = np.maximum(start, items[:, 5])
-    items[:, 6] = np.minimum(start + chunk[tile], items[:, 6])
-    part = (chunks > 1)[tile]
-    items[:, 7] = np.where(part, part.cumsum() - 1, -1)
-    items[:, 10] = number == 0
-    return items, merges, int(ends[-1]) if len(ends) else 0
+    items[:, 11] += np.arange(len(tile), dtype=np.int32)
+    length = chunk[tile]
+    start = first[tile] + items[:, 11] * length
+    items[:, 5], items[:, 6] = np.maximum(start, items[:, 5]), np.minimum(start + length, items[:, 6])
+    return items, int(ends[-1]) if len(ends) else 0, int(np.count_nonzero(is_split))
 
 
 def _visible(
@@ -247,7 +242,7 @@ def _chunks(
     """Key tiles of every item, and (where the first chunk starts, keys a chunk, chunks) of each if some are split.
 
     A tile is split when it alone would take twice as long as the whole work spread evenly over the device: splitting
-    costs a write and a read of fp32 results and a second kernel. Then its chunks are as long as that even share.
+    costs a write and a read of fp32 results. Then its chunks are as long as that even share.
     """
     tiles = (end - begin + (tile_kv - 1)) // tile_kv
     if disable_split or len(tiles) == 0:
@@ -266,7 +261,7 @@ def _chunks(
 
 
 def pad(rows: Ints, count: int) -> Ints:
-    """`rows` with zero rows up to `count`: items and merges of zeros are no-ops."""
+    """`rows` with zero rows up to `count`: items of zeros are no-ops."""
     padded = np.zeros((count, rows.shape[1]), np.int32)
     padded[: len(rows)] = rows
     return padded

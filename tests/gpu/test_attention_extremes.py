@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from paged_cases import Pages, bits, check, indptr_of
 
-from fi_cupy import arrays, cascade_attention, decode, page, prefill
+from fi_cupy import BatchAttention, arrays, cascade_attention, decode, page, prefill
 from fi_cupy.reference.attention import batch_decode_paged, batch_prefill_paged, batch_prefill_ragged
 from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
 
@@ -294,7 +294,9 @@ def test_arrays_on_the_gpu_cost_one_wait_a_plan(rng, waits, framework):
     sizes, kind = (8, 2, 64), {"q_data_type": DTYPE}
     decodes, paged, ragged = Decode(buffer), Paged(buffer), Ragged(buffer)
     levels = cascade_attention.MultiLevelCascadeAttentionWrapper(2, buffer)
+    mixed = BatchAttention()
     plans = {
+        "mixed": lambda: mixed.plan(qo, *table[:2], lens, 8, 2, 64, 64, 16, **kind, kv_data_type=DTYPE),
         "decode": lambda: decodes.plan(*table, *sizes, 16, **kind),
         "lengths": lambda: paged.plan(qo, *table, *sizes, 16, seq_lens=lens, **kind),
         "ragged": lambda: ragged.plan(qo, kv, *sizes, **kind),
