@@ -9,7 +9,6 @@ import numpy as np
 from fi_cupy import reference
 from fi_cupy.arrays import view
 from fi_cupy.checks import check_shape
-from fi_cupy.decode_kernel import scale_factor
 from fi_cupy.device import device_info, require_gpu
 from fi_cupy.dtypes import float32, uint8
 from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
@@ -215,13 +214,13 @@ class BatchAttention:
         kv_cache: Any,
         out: Any = None,
         lse: Any = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
         logits_soft_cap: float | None = 0.0,
         profiler_buffer: Any = None,
         kv_cache_sf: Any = None,
         *,
-        q_scale: float | None = None,
+        q_scale: Any = None,
         enable_pdl: bool | None = None,
     ) -> tuple[Any, Any]:
         """Attention of the planned batch; no synchronisation, and no allocation with `out` and `lse`.
@@ -233,7 +232,7 @@ class BatchAttention:
             See `BatchPrefillWithPagedKVCacheWrapper.run`.
         out : array, [qo_indptr[-1], num_qo_heads, head_dim_vo], optional
         lse : float32 array, [qo_indptr[-1], num_qo_heads], contiguous, optional
-        q_scale, k_scale, v_scale : float, optional
+        q_scale, k_scale, v_scale : float, or float32 array [heads], optional
             Dequantisation factors: the first two multiply `sm_scale`, the last the output.
         logits_soft_cap : float
             0 or what was planned.
@@ -261,21 +260,21 @@ class BatchAttention:
             raise PlanError(f"{op}: logits_soft_cap is {cap}, planned {p.options.logits_soft_cap}; pass it to plan()")
         x = first._query(op, p, q)
         kv = paged_kv(op, kv_cache)
-        dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.dtype
+        dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.kv
         heads, dims = p.problem.num_kv_heads, (p.problem.head_dim_qk, p.problem.head_dim_vo)
         k = check_paged_kv(op, kv._replace(v=kv.k), x, dtype, p.page_size, heads, dims[0], layout).k
         v = check_paged_kv(op, kv._replace(k=kv.v), x, dtype, p.page_size, heads, dims[1], layout).v
         pages = min(k.shape[0], v.shape[0])
         if p.max_index >= pages:
             raise ArgumentError(f"{op}: kv_indices holds page {p.max_index}, but the cache has {pages} pages")
-        o, s = outputs(op, x, out, lse, True, dims[1])
+        o, s = outputs(op, x, out, lse, True, p.problem)
         assert s is not None
-        scale = p.options.sm_scale * scale_factor(op, "q_scale", q_scale) * scale_factor(op, "k_scale", k_scale)
-        out_scale = scale_factor(op, "v_scale", v_scale)
+        _, scales = first._scales(op, p, x, (), (q_scale, k_scale, v_scale))
         if x.is_cpu:
             values, log = reference.attention.batch_prefill_paged(
                 x.numpy(), k.numpy(), v.numpy(), p.qo_indptr, p.indptr, p.host_indices, kv_len_arr=p.kv_len,
-                kv_layout=layout, sm_scale=scale, v_scale=out_scale, out_dtype=o.dtype.np, **p.options.reference(),
+                kv_layout=layout, sm_scale=p.options.sm_scale * scales.logit, out_dtype=o.dtype.np,
+                **scales.reference(), **p.options.reference(),
             )  # fmt: skip
             assert log is not None
             o.write(values)
@@ -285,7 +284,7 @@ class BatchAttention:
                 p = group._planned
                 launch(
                     p.geometry, p.work, x, k, v, token_strides(k, layout), token_strides(v, layout), o, s, p.options,
-                    scale, out_scale, page_size=p.page_size,
+                    scales, page_size=p.page_size,
                     kv_indices=p.indices.ptr if p.indices_offset is None else p.work.items + p.indices_offset,
                     pdl=group._pdl if enable_pdl is None else bool(enable_pdl),
                 )  # fmt: skip

@@ -3,6 +3,7 @@
 // Shared memory: none. Bytes moved: chunks * (head_dim_vo + 1) * 4 read, head_dim_vo * 2 written a row. Arch: any.
 #pragma once
 #include "attention/fast_div.cuh"
+#include "attention/head_scales.cuh"
 #include "common/math.cuh"
 #include "common/vec.cuh"
 #include "ptx/pdl.cuh"
@@ -26,6 +27,7 @@ struct PrefillMergeParams {
   FastDiv group;
   uint32_t num_qo_heads;
   float out_scale;
+  HeadScales scales;
 };
 
 // Config: T, kHeadDimVO, kTileQ, kWarps
@@ -64,7 +66,7 @@ FI_DEVICE void prefill_merge(const PrefillMergeParams& params) {
         }
     }
   }
-  const float norm = sum > 0.f ? params.out_scale / sum : 0.f;
+  const float norm = sum > 0.f ? params.out_scale * params.scales.output(blockIdx.y) / sum : 0.f;
   const int qo_idx = params.group.quotient(packed), qo_head = blockIdx.y * group + packed - qo_idx * group;
   T* out = static_cast<T*>(params.o) + (item.q_row + qo_idx) * params.o_stride_n + qo_head * params.o_stride_h;
 #pragma unroll
