@@ -108,10 +108,10 @@ struct SoftmaxState {
     for (int i = 0; i < kRowTiles; ++i) m[i][0] = m[i][1] = -FI_INF, d[i][0] = d[i][1] = 0.f;
   }
 
-  // Logits s (times `scale` = base-2 logits) become weights; o is rescaled when a maximum grew much. The rule is each
-  // row's own, so a row's result does not depend on the rows beside it.
+  // Raise the maxima to those of the logits s (times `scale` = base-2 logits), and rescale o and d where one grew much. The
+  // rule is each row's own, so a row's result does not depend on the rows beside it.
   template <int kKeyTiles, int kDimTiles>
-  FI_DEVICE void update(float (&s)[kRowTiles][kKeyTiles][4], float (&o)[kRowTiles][kDimTiles][4], float scale) {
+  FI_DEVICE void raise(const float (&s)[kRowTiles][kKeyTiles][4], float (&o)[kRowTiles][kDimTiles][4], float scale) {
     float grown[kRowTiles][2];
     bool any = false;
 #pragma unroll
@@ -128,31 +128,28 @@ struct SoftmaxState {
         grown[i][h] = up ? top : m[i][h];
         any = any || up;
       }
-    if (__any_sync(kFullMask, any)) {
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float ratio = grown[i][h] == m[i][h] ? 1.f : math::ptx_exp2((m[i][h] - grown[i][h]) * scale);
-          m[i][h] = grown[i][h];
-          d[i][h] *= ratio;
-#pragma unroll
-          for (int n = 0; n < kDimTiles; ++n) o[i][n][2 * h] *= ratio, o[i][n][2 * h + 1] *= ratio;
-        }
-    }
+    if (!__any_sync(kFullMask, any)) return;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float shift = m[i][h] == -FI_INF ? 0.f : -m[i][h] * scale;
+        const float ratio = grown[i][h] == m[i][h] ? 1.f : math::ptx_exp2((m[i][h] - grown[i][h]) * scale);
+        m[i][h] = grown[i][h];
+        d[i][h] *= ratio;
 #pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-          for (int j = 2 * h; j < 2 * h + 2; ++j) {
-            s[i][n][j] = math::ptx_exp2(fmaf(s[i][n][j], scale, shift));
-            d[i][h] += s[i][n][j];
-          }
+        for (int n = 0; n < kDimTiles; ++n) o[i][n][2 * h] *= ratio, o[i][n][2 * h + 1] *= ratio;
       }
+  }
+
+  // What is added to scaled logits of row (i, h) before exp2: the same for a whole tile.
+  FI_DEVICE float shift(int i, int h, float scale) const { return m[i][h] == -FI_INF ? 0.f : -m[i][h] * scale; }
+
+  // Two neighbouring logits of row (i, h) become weights, which join the denominator.
+  FI_DEVICE void weigh(float& a, float& b, int i, int h, float scale, float shift) {
+    a = math::ptx_exp2(fmaf(a, scale, shift));
+    b = math::ptx_exp2(fmaf(b, scale, shift));
+    d[i][h] += a;
+    d[i][h] += b;
   }
 };
 
@@ -164,17 +161,18 @@ constexpr int kWarpQBytes =
 // Normalise the accumulators and write them: the output through this warp's own rows of shared memory (Q is dead) with
 // 16-byte stores, or a partial result in fp32 straight from registers.
 template <class Config, class Params, int kRowTiles, int kDimTiles>
-FI_DEVICE void store_output(const Params& params, const PrefillItem& item, uint8_t* smem,
-                            const float (&o)[kRowTiles][kDimTiles][4], const SoftmaxState<kRowTiles>& state, float scale) {
+FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item, uint8_t* smem,
+                            float (&o)[kRowTiles][kDimTiles][4], const SoftmaxState<kRowTiles>& state, float scale) {
   using T = typename Config::T;
   using Logits = typename Config::Logits;
   using O = typename Config::O;
   using LayoutVO = TileLayout<Config::kHeadDimVO>;
   constexpr int kWarpRows = 16 * kRowTiles, kTileQ = Config::kWarps * kWarpRows;
+  const PrefillItem item = shared_item;  // in registers: the stores below could change what lies in shared memory
   const int thread = thread_again(), lane = thread & 31;
   const int kv_head = blockIdx.y, group = params.group.divisor, packed_rows = item.qo_len * group;
   const int first_row = item.q_tile * kTileQ, warp_row = first_row + (thread >> 5) * kWarpRows;
-  uint8_t* const smem_o = smem + (thread >> 5) * kWarpQBytes<Config>;
+  const int64_t slot = int64_t(item.partial) * gridDim.y + kv_head;
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
@@ -197,11 +195,10 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& item, uint8
       }
       if constexpr (Logits::kHasOutput) Logits::update(params, item, qo_head, m, d, weight);
       const bool empty = m == -FI_INF;
-      float norm = empty ? 0.f : weight / d * (item.partial < 0 ? output_scale(params, kv_head) : 1.f);
+      float norm = empty ? 0.f : weight * math::ptx_rcp(d) * (item.partial < 0 ? output_scale(params, kv_head) : 1.f);
       if constexpr (!Logits::kUseSoftmax) norm = output_scale(params, kv_head);  // such tiles are never split
-      const float lse = empty ? -FI_INF : m + math::ptx_log2(d);
-      const int64_t slot = int64_t(item.partial) * gridDim.y + kv_head;
       if ((lane & 3) == 0 && packed < packed_rows) {
+        const float lse = empty ? -FI_INF : m + math::ptx_log2(d);
         if (item.partial >= 0)
           params.partial_lse[slot * kTileQ + (packed - first_row)] = lse;
         else if (params.lse != nullptr)
@@ -209,27 +206,59 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& item, uint8
       }
 #pragma unroll
       for (int n = 0; n < kDimTiles; ++n) {
-        float x = o[i][n][2 * h] * norm, y = o[i][n][2 * h + 1] * norm;
+        float& x = o[i][n][2 * h];
+        float& y = o[i][n][2 * h + 1];
         if constexpr (Logits::kHasOutput) {
           const auto row = Logits::row(params, item, qo_idx, qo_head, kv_head);
-          x = Logits::output(params, row, o[i][n][2 * h], x, m, d, weight, n * 8 + 2 * (lane & 3));
-          y = Logits::output(params, row, o[i][n][2 * h + 1], y, m, d, weight, n * 8 + 2 * (lane & 3) + 1);
-        }
-        if (!is_same_v<O, T> && item.partial < 0) {  // another type: straight from registers
-          O* p = static_cast<O*>(params.o) + (item.q_row + qo_idx) * params.o_stride_n + qo_head * params.o_stride_h;
-          const float pair[2] = {x, y};
-          if (packed < packed_rows && n * 8 < Config::kHeadDimVO)
-            Vec<O, 2>::from_floats(pair).store(p + n * 8 + 2 * (lane & 3));
-        } else if (item.partial < 0) {
-          const int row = i * 16 + h * 8 + (lane >> 2);
-          *reinterpret_cast<uint32_t*>(smem_o + LayoutVO::offset(row, n) + (lane & 3) * 4) = ptx::pack2<T>(x, y);
-        } else if (packed < packed_rows && n * 8 < Config::kHeadDimVO) {
-          float* p = params.partial_o + (slot * kTileQ + (packed - first_row)) * Config::kHeadDimVO;
-          *reinterpret_cast<float2*>(p + n * 8 + 2 * (lane & 3)) = make_float2(x, y);
+          x = Logits::output(params, row, x, x * norm, m, d, weight, n * 8 + 2 * (lane & 3));
+          y = Logits::output(params, row, y, y * norm, m, d, weight, n * 8 + 2 * (lane & 3) + 1);
+        } else {
+          x *= norm, y *= norm;
         }
       }
     }
-  if (!is_same_v<O, T> || item.partial >= 0) return;
+  if (item.partial >= 0) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int packed = warp_row + i * 16 + h * 8 + (lane >> 2);
+        if (packed >= packed_rows) continue;
+        float* p = params.partial_o + (slot * kTileQ + (packed - first_row)) * Config::kHeadDimVO + 2 * (lane & 3);
+#pragma unroll
+        for (int n = 0; n < Config::kHeadDimVO / 8; ++n)
+          *reinterpret_cast<float2*>(p + n * 8) = make_float2(o[i][n][2 * h], o[i][n][2 * h + 1]);
+      }
+    return;
+  }
+  if constexpr (!is_same_v<O, T>) {  // another type: straight from registers
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int packed = warp_row + i * 16 + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
+        if (packed >= packed_rows) continue;
+        O* p = static_cast<O*>(params.o) + (item.q_row + qo_idx) * params.o_stride_n +
+               (kv_head * group + packed - qo_idx * group) * params.o_stride_h + 2 * (lane & 3);
+#pragma unroll
+        for (int n = 0; n < Config::kHeadDimVO / 8; ++n) {
+          const float pair[2] = {o[i][n][2 * h], o[i][n][2 * h + 1]};
+          Vec<O, 2>::from_floats(pair).store(p + n * 8);
+        }
+      }
+    return;
+  }
+  uint8_t* const smem_o = smem + (thread >> 5) * kWarpQBytes<Config>;
+#pragma unroll
+  for (int n = 0; n < kDimTiles; ++n) {
+    uint8_t* const p = smem_o + LayoutVO::offset(lane >> 2, n) + (lane & 3) * 4;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)  // 8 rows on, the swizzle is the same
+        *reinterpret_cast<uint32_t*>(p + (i * 16 + h * 8) * LayoutVO::kRowBytes) =
+            ptx::pack2<T>(o[i][n][2 * h], o[i][n][2 * h + 1]);
+  }
   __syncwarp();
   constexpr int kChunks = Config::kHeadDimVO / 8;
   T* const out = static_cast<T*>(params.o) + item.q_row * params.o_stride_n + kv_head * group * params.o_stride_h;
@@ -329,27 +358,39 @@ FI_DEVICE void prefill(const Params& params) {
   // Keys at and past kv_end are zeros: what a page holds behind its last token (NaN perhaps) is never read.
   auto load_k = [&](int start) {
     const KV* const k = static_cast<const KV*>(shared.k);
-    auto locate = [&](int row, bool& valid) {
-      valid = start + row < kv_end;
-      if constexpr (Config::kPaged) return k + offsets[parity(start) * kTileKv + row].k;
-      return k + (start + row) * params.k_stride_n;
-    };
-    if constexpr (kBytes)
-      load_bytes<Config::kHeadDimQK, kTileKv, kThreads>(bytes_k, locate);
-    else
-      load_tile<Config::kHeadDimQK, kTileKv, kThreads>(smem_k + parity(start) * kKBytes, locate);
+    uint8_t* const tile = kBytes ? bytes_k : smem_k + parity(start) * kKBytes;
+    if constexpr (Config::kPaged) {
+      const PageOffset* const rows = offsets + parity(start) * kTileKv;
+      load_stage<kBytes, Config::kHeadDimQK, kTileKv, kThreads>(tile, [&](int row, bool& valid) {
+        valid = start + row < kv_end;
+        return k + rows[row].k;
+      });
+    } else if constexpr (kBytes) {
+      load_bytes<Config::kHeadDimQK, kTileKv, kThreads>(tile, [&](int row, bool& valid) {
+        valid = start + row < kv_end;
+        return k + (start + row) * params.k_stride_n;
+      });
+    } else {
+      load_rows<Config::kHeadDimQK, kTileKv, kThreads>(tile, k + start * params.k_stride_n, params.k_stride_n, kv_end - start);
+    }
   };
   auto load_v = [&](int start) {
     const KV* const v = static_cast<const KV*>(shared.v);
-    auto locate = [&](int row, bool& valid) {
-      valid = start + row < kv_end;
-      if constexpr (Config::kPaged) return v + offsets[parity(start) * kTileKv + row].v;
-      return v + (start + row) * params.v_stride_n;
-    };
-    if constexpr (kBytes)
-      load_bytes<Config::kHeadDimVO, kTileKv, kThreads>(bytes_v, locate);
-    else
-      load_tile<Config::kHeadDimVO, kTileKv, kThreads>(smem_v + parity(start) * kVBytes, locate);
+    uint8_t* const tile = kBytes ? bytes_v : smem_v + parity(start) * kVBytes;
+    if constexpr (Config::kPaged) {
+      const PageOffset* const rows = offsets + parity(start) * kTileKv;
+      load_stage<kBytes, Config::kHeadDimVO, kTileKv, kThreads>(tile, [&](int row, bool& valid) {
+        valid = start + row < kv_end;
+        return v + rows[row].v;
+      });
+    } else if constexpr (kBytes) {
+      load_bytes<Config::kHeadDimVO, kTileKv, kThreads>(tile, [&](int row, bool& valid) {
+        valid = start + row < kv_end;
+        return v + (start + row) * params.v_stride_n;
+      });
+    } else {
+      load_rows<Config::kHeadDimVO, kTileKv, kThreads>(tile, v + start * params.v_stride_n, params.v_stride_n, kv_end - start);
+    }
   };
 
   // Prologue: groups {Q, K0}, {V0}.
@@ -452,8 +493,6 @@ FI_DEVICE void prefill(const Params& params) {
     const WarpRange range = ranges[thread_again() >> 5];
     const bool active = start < range.seen_end && start + kTileKv > range.seen_begin;
     const bool plain = start >= range.plain_begin && start + kTileKv <= range.plain_end;
-    if (more) load_k(start + kTileKv);
-    ptx::cp_async_commit();
     if constexpr (Config::kPaged) find_pages(start + 2 * kTileKv);
 
     float s[kRowTiles][kKeyTiles][4];
@@ -483,6 +522,8 @@ FI_DEVICE void prefill(const Params& params) {
         }
       }
     }
+    if (more) load_k(start + kTileKv);  // while the products drain
+    ptx::cp_async_commit();
     if constexpr (Config::kPaged) store_pages(start + 2 * kTileKv);  // over the offsets of this tile, whose loads are all issued
     if (active) {
       if constexpr (!Logits::kLinear) {
@@ -531,7 +572,7 @@ FI_DEVICE void prefill(const Params& params) {
               }
           }
       }
-      if constexpr (Logits::kUseSoftmax) state.update(s, o, scale);
+      if constexpr (Logits::kUseSoftmax) state.raise(s, o, scale);
     }
 
     ptx::cp_async_wait<1>();
@@ -540,31 +581,47 @@ FI_DEVICE void prefill(const Params& params) {
       widen_tile<T, KV, Config::kHeadDimVO, kTileKv, kThreads>(smem_v, bytes_v);
       __syncthreads();  // V is there in 16 bits, and its bytes may be overwritten
     }
-    if (more) load_v(start + kTileKv);
-    ptx::cp_async_commit();
     if (active) {
+      // The exponentials of one step of 16 keys run between the products of the step before: the tensor cores need not
+      // wait for them.
       const uint32_t v_tile = v_address(thread_again(), start);
+      constexpr int kPairs = 4 * kRowTiles, kSlices = kDimTiles / 2;
+      float shift[kRowTiles][2];
+      if constexpr (Logits::kUseSoftmax) {
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) shift[i][0] = state.shift(i, 0, scale), shift[i][1] = state.shift(i, 1, scale);
+      }
+      uint32_t p[2][kRowTiles][4];
+      // Pair x of a step's weights: the accumulator's layout is the A operand's.
+      auto weigh = [&](int step, int x) {
+        const int i = x >> 2, j = x & 3, h = j & 1;
+        float(&pair)[4] = s[i][2 * step + (j >> 1)];
+        if constexpr (Logits::kUseSoftmax) state.weigh(pair[2 * h], pair[2 * h + 1], i, h, scale, shift[i][h]);
+        p[step & 1][i][j] = ptx::pack2<T>(pair[2 * h], pair[2 * h + 1]);
+      };
+#pragma unroll
+      for (int x = 0; x < kPairs; ++x) weigh(0, x);
 #pragma unroll
       for (int step = 0; step < kTileKv / 16; ++step) {
-        uint32_t p[kRowTiles][4];
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-          for (int j = 0; j < 4; ++j)  // the accumulator's layout is the A operand's
-            p[i][j] = ptx::pack2<T>(s[i][2 * step + (j >> 1)][2 * (j & 1)], s[i][2 * step + (j >> 1)][2 * (j & 1) + 1]);
-#pragma unroll
-        for (int n = 0; n < kDimTiles; n += 2) {
+        for (int slice = 0; slice < kSlices; ++slice) {
           uint32_t b[4];
-          ptx::ldmatrix_x4_trans(b, LayoutVO::advance(v_tile, n) + step * 16 * LayoutVO::kRowBytes);
+          ptx::ldmatrix_x4_trans(b, LayoutVO::advance(v_tile, 2 * slice) + step * 16 * LayoutVO::kRowBytes);
           const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
 #pragma unroll
           for (int i = 0; i < kRowTiles; ++i) {
-            ptx::mma_m16n8k16<T>(o[i][n], p[i], b0);
-            ptx::mma_m16n8k16<T>(o[i][n + 1], p[i], b1);
+            ptx::mma_m16n8k16<T>(o[i][2 * slice], p[step & 1][i], b0);
+            ptx::mma_m16n8k16<T>(o[i][2 * slice + 1], p[step & 1][i], b1);
+          }
+          if (step + 1 < kTileKv / 16) {
+#pragma unroll
+            for (int x = slice * kPairs / kSlices; x < (slice + 1) * kPairs / kSlices; ++x) weigh(step + 1, x);
           }
         }
       }
     }
+    if (more) load_v(start + kTileKv);
+    ptx::cp_async_commit();
   }
   ptx::cp_async_wait<0>();
   __syncthreads();  // without a tile nothing has waited yet: Q has to land before its memory becomes the output

@@ -19,6 +19,15 @@ FI_DEVICE void load_bytes(uint8_t* smem, const Locate& locate) {
   }
 }
 
+// Copy a tile as it will be read: as bytes that are widened later, or in its final form.
+template <bool kBytes, int kDim, int kRows, int kThreads, class Locate>
+FI_DEVICE void load_stage(uint8_t* smem, const Locate& locate) {
+  if constexpr (kBytes)
+    load_bytes<kDim, kRows, kThreads>(smem, locate);
+  else
+    load_tile<kDim, kRows, kThreads>(smem, locate);
+}
+
 template <typename T, typename KV>
 FI_DEVICE uint4 widen(uint2 bytes) {
   return make_uint4(widen_pair<T, KV>(bytes.x & 0xffffu), widen_pair<T, KV>(bytes.x >> 16),
