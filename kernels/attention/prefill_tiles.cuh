@@ -69,18 +69,15 @@ FI_DEVICE void rotate_tile(uint8_t* smem, const uint64_t* turns, int thread, con
   using Layout = TileLayout<kDim>;
   constexpr int kHalf = kDim / 16;  // chunks of half a row
 #pragma unroll 1
-  for (int i = thread; i < kRows * kHalf; i += kThreads) {
-    const int row = i / kHalf, chunk = i % kHalf, at = position(row);
+  for (int i = thread; i < kRows * kHalf * 2; i += kThreads) {  // half a chunk at a time: the registers are full
+    const int row = i / (kHalf * 2), unit = i % (kHalf * 2), chunk = unit >> 1, at = position(row);
     const int first = at < 0 ? chunk + kHalf : chunk, second = at < 0 ? chunk : chunk + kHalf;
-    uint4* const lo = reinterpret_cast<uint4*>(smem + Layout::offset(row, first));
-    uint4* const hi = reinterpret_cast<uint4*>(smem + Layout::offset(row, second));
-    uint4 x = *lo, y = *hi;
-    const uint64_t* const turn = turns + chunk * 8;
+    uint2* const lo = reinterpret_cast<uint2*>(smem + Layout::offset(row, first) + (unit & 1) * 8);
+    uint2* const hi = reinterpret_cast<uint2*>(smem + Layout::offset(row, second) + (unit & 1) * 8);
+    uint2 x = *lo, y = *hi;
     const uint32_t distance = at < 0 ? -at : at;
-    rotate<T>(x.x, y.x, turn, distance);
-    rotate<T>(x.y, y.y, turn + 2, distance);
-    rotate<T>(x.z, y.z, turn + 4, distance);
-    rotate<T>(x.w, y.w, turn + 6, distance);
+    rotate<T>(x.x, y.x, turns + unit * 4, distance);
+    rotate<T>(x.y, y.y, turns + unit * 4 + 2, distance);
     *lo = x, *hi = y;
   }
 }
