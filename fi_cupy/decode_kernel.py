@@ -15,6 +15,7 @@ from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, bfloat16, float8_e4m3fn
 from fi_cupy.errors import ArgumentError, DTypeError, ShapeError
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
+from fi_cupy.kv_cache import as_fp8
 from fi_cupy.plan.decode import DecodeTiles, choose_tiles, head_blocks, smem_bytes
 from fi_cupy.plan.workspace import WorkspaceLayout
 from fi_cupy.reference.rope import rope_frequencies
@@ -238,7 +239,9 @@ def geometry(problem: Problem, device: DeviceInfo) -> Geometry:
 
 
 def why_not(p: Problem) -> str:
-    """Why this kernel does not take a problem that the prefill kernel may take; empty if it does."""
+    """Why this kernel does not take a problem that the prefill kernel takes; empty if it does, or if neither does."""
+    if p.head_dim % (16 if p.rope else 8) or not 0 < p.head_dim <= 256:
+        return ""
     if p.dtype in FP8_TYPES:
         return f"q is {p.dtype.name}"
     if p.out not in (*HALF_TYPES, float32):
@@ -252,7 +255,7 @@ def why_not(p: Problem) -> str:
 
 
 def check_problem(op: str, p: Problem) -> None:
-    """Raise the typed error for sizes and types that neither this kernel nor, after `why_not`, another one takes."""
+    """Raise the typed error for sizes and types that no kernel takes, once `why_not` says nothing."""
     if p.num_kv_heads < 1 or p.num_qo_heads % p.num_kv_heads:
         raise ArgumentError(
             f"{op}: num_qo_heads is {p.num_qo_heads}, expected a multiple of num_kv_heads = {p.num_kv_heads}"
@@ -263,8 +266,9 @@ def check_problem(op: str, p: Problem) -> None:
         raise DTypeError(
             f"{op}: the cache has dtype {p.kv.name}, expected {p.dtype.name} like q, float8_e4m3fn or float8_e5m2"
         )
-    if not 0 < p.head_dim <= 256:
-        raise ShapeError(f"{op}: head_dim is {p.head_dim}, expected a multiple of 8 up to 256")
+    step, rotated = (16, " with ROPE_LLAMA") if p.rope else (8, "")
+    if p.head_dim % step or not 0 < p.head_dim <= 256:
+        raise ShapeError(f"{op}: head_dim is {p.head_dim}, expected a multiple of {step} up to 256{rotated}")
 
 
 def logit_floats(sm_scale: float, logits_soft_cap: float) -> tuple[float, float, float]:
@@ -295,7 +299,7 @@ def output_view(op: str, name: str, given: Any, x: View, shape: tuple[int, ...],
     """The caller's array after checks, or a new one."""
     if given is None:
         return x.empty(shape, dtype)
-    o = view(given, op, name).writable(op, name)
+    o = as_fp8(view(given, op, name).writable(op, name), dtype)
     if o.shape != shape:
         check_shape(op, name, o, shape)
     if o.dtype is not dtype:
