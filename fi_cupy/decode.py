@@ -133,8 +133,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         self._by_prefill: Any = None  # the same, where the plan runs in the prefill kernel
         self._why_prefill = ""
 
-    def _route(self, op: str, p: Planned) -> Any:
-        """The prefill wrapper where the decode kernel does not take a plan, else None."""
+    def _route(self, op: str, p: Planned) -> tuple[Any, str]:
+        """The prefill wrapper, and why, where the decode kernel does not take a plan; else (None, "")."""
         why = ""
         if self._variant is not None:
             why = f"variant {self._variant.name} is applied there"
@@ -144,8 +144,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             raise PlanError(f"{op}: a CUDA-graph wrapper keeps the kernel of its first plan; make another wrapper")
         if why and self._prefill is None:
             self._prefill = self._prefill_wrapper(self._variant)
-        self._why_prefill = why
-        return self._prefill if why else None
+        return (self._prefill if why else None), why
 
     def _prefill_wrapper(self, variant: Any) -> Any:
         """The prefill kernel on its tiles of 16 rows, which a group of query heads (and its queries) shares."""
@@ -304,10 +303,10 @@ class BatchDecodeWithPagedKVCacheWrapper:
             o_data_type, data_type, sm_scale, rope_scale, rope_theta, non_blocking, block_tables, seq_lens,
             fixed_split_size, disable_split_kv, q_len_per_req, window_right=window_right, indptr_host=indptr_host,
         )  # fmt: skip
-        self._by_prefill = self._route(f"{_OP}.plan", p)
-        if self._by_prefill is not None:
+        by_prefill, why = self._route(f"{_OP}.plan", p)
+        if by_prefill is not None:
             args, options = self._prefill_plan(p)
-            self._by_prefill.plan(*args, **options, non_blocking=non_blocking)
+            by_prefill.plan(*args, **options, non_blocking=non_blocking)
         elif self.device < 0:
             keep_on_host(f"{_OP}.plan", self._buffers, p)
         else:
@@ -322,7 +321,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
                 from cupy.cuda import runtime
 
                 runtime.streamSynchronize(self._workspace.stream())
-        self._planned = p
+        self._planned, self._by_prefill, self._why_prefill = p, by_prefill, why
 
     begin_forward = plan
 
@@ -415,7 +414,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         p, kv_len = prepare(f"{_OP}.workspace_size", self.device, self._buffers, *args, **kwargs)
         if self.device < 0:
             return 0, 0
-        by_prefill = self._route(f"{_OP}.workspace_size", p)
+        by_prefill, _ = self._route(f"{_OP}.workspace_size", p)
         if by_prefill is not None:
             plan_args, options = self._prefill_plan(p)
             size: tuple[int, int] = by_prefill.workspace_size(*plan_args, **options)

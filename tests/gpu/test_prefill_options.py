@@ -18,8 +18,8 @@ Decode = decode.BatchDecodeWithPagedKVCacheWrapper
 #: (query tokens, keys): a prompt, a chunk of one, fully masked rows, no keys, no queries, single tokens.
 LENS = [(150, 150), (40, 203), (5, 3), (3, 0), (0, 40), (1, 129), (1, 1)]
 SHORT = [(37, 70), (5, 3), (3, 0), (0, 9), (20, 130)]
-#: Rotated q and k are rounded to 16 bits, which the reference does not do: base-2 logits of a few differ by this.
-ROPE_LSE = 3e-2
+#: Rotated q and k are rounded to 16 bits, which the reference does not do: relative to the lse, or to 10.
+ROPE_LSE = 3e-3
 ROPE = {"pos_encoding_mode": "ROPE_LLAMA", "rope_theta": 5e5, "rope_scale": 2.0}
 
 
@@ -35,10 +35,12 @@ def compare(got, want, rope=False):
     """Values, and the lse; rows that see nothing are exactly 0 and -inf."""
     out, lse = got
     wanted, want_lse = (np.asarray(x).astype(np.float64) for x in want)
-    values = to_float64(out)
-    kind = out.dtype if out.dtype != np.uint8 else "float8_e4m3fn"
-    if out.dtype == np.uint8:
+    values, kind = to_float64(out), out.dtype
+    if kind == np.uint8:
+        kind = "float8_e4m3fn"
         values = out.get().view(to_dtype(kind).np).astype(np.float64)
+    elif kind == np.float32:
+        kind = "float16"  # what was multiplied
     assert_close(values, wanted, to_dtype(kind), "product")
     seen, got_lse = np.isfinite(want_lse), to_float64(lse)
     assert (np.isneginf(got_lse) == ~seen).all()
@@ -117,7 +119,7 @@ def test_fp8_ragged(rng, q, kv, layout):
         batch.check(Ragged, plan, q_scale=0.5, k_scale=1.5, v_scale=0.25)
 
 
-@pytest.mark.parametrize("dims", [8, 24, 40, 72, 80, 96, 112, 256, (192, 128), (64, 72)])
+@pytest.mark.parametrize("dims", [8, 40, 72, 80, 96, 112, (192, 128), (64, 72)])
 def test_fp8_head_dims(rng, dims):
     Batch(rng, SHORT, (4, 2), dims, page_size=5).check(plan={"causal": True})
 
@@ -195,8 +197,7 @@ def test_one_factor_on_the_gpu(rng):
     compare(got, batch.run(Paged, False, {"causal": True}, q_scale=0.5, k_scale=0.5, v_scale=0.5))
 
 
-@pytest.mark.parametrize("kind", [Paged, Ragged])
-@pytest.mark.parametrize("out", ["bfloat16", "float16", "float32", None])
+@pytest.mark.parametrize(("kind", "out"), [(Paged, "bfloat16"), (Paged, "float32"), (Paged, None), (Ragged, "float16")])
 def test_fp8_queries(rng, kind, out):
     """By position, as FlashInfer has it; without o_data_type the output is fp8 like q."""
     batch = Batch(rng, LENS, (6, 2), 64, "float8_e4m3fn")
@@ -240,7 +241,7 @@ def test_rope(rng, kind, q, kv, plan):
     Batch(rng, LENS, (6, 2), 128, q, kv).check(kind, {**plan, **ROPE})
 
 
-@pytest.mark.parametrize("dims", [16, 48, 80, 112, 256, (192, 128), (64, 72)])
+@pytest.mark.parametrize("dims", [16, 80, 112, 256, (192, 128)])
 def test_rope_head_dims(rng, dims):
     Batch(rng, SHORT, (4, 2), dims, kv="bfloat16", page_size=3).check(plan={"causal": True, **ROPE})
 
