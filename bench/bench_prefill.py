@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import peers
 
-from fi_cupy import prefill
+from fi_cupy import jit, prefill
 from fi_cupy.device import DeviceInfo
+from fi_cupy.jit import ops
 from fi_cupy.testing.bench import BenchCase, bench_case, random_array
 
 PAGE = 16
@@ -68,6 +69,21 @@ def name_of(s: Shape, kind: str) -> str:
     return f"{kind} {s.batch}x{length} {s.heads}/{s.kv_heads} d{s.dim} {'causal' if s.causal else 'full'}{options}"
 
 
+def _soft_cap(score: Any, ctx: Any) -> Any:
+    return ctx.cap * ops.tanh(score / ctx.cap)
+
+
+def _alibi(score: Any, ctx: Any) -> Any:
+    return score + ctx.slopes[ctx.qo_head] * (ctx.kv_idx - ctx.qo_idx)
+
+
+#: Variants as a user writes them: what they cost is the ratio to the plain row of the same shape.
+VARIANTS = {
+    "soft cap": (jit.define_variant("soft_cap", "causal", score_fn=_soft_cap, scalars=["cap"]), "softcap30"),
+    "ALiBi": (jit.define_variant("alibi", "causal", score_fn=_alibi, tensors=["slopes"]), "alibi"),
+}
+
+
 def _recorded(s: Shape, kind: str) -> tuple[str, ...]:
     """Rows of the recorded peers."""
     if s.window >= 0 or s.cap or s.alibi:
@@ -98,13 +114,15 @@ def _single(s: Shape) -> BenchCase:
         run = peers.flashinfer().single_prefill_with_kv_cache
         run(x["q"], x["k"], x["v"], backend=backend, **options)
 
-    def torch(x: dict[str, Any]) -> None:
-        peers.attention(*(x[n].transpose(0, 1)[None] for n in "qkv"), causal=s.causal)
+    def torch(backend: str, x: dict[str, Any]) -> None:
+        peers.attention(*(x[n].transpose(0, 1)[None] for n in "qkv"), causal=s.causal, backend=backend)
 
     plain = s.window < 0 and not s.cap and not s.alibi
     rivals: dict[str, Any] = {f"flashinfer {b}": partial(flashinfer, b) for b in ("fa2", "fa3")}
+    if plain:
+        rivals["flash"] = partial(torch, "flash")
     if plain and s.dim <= 128:
-        rivals["cudnn"] = torch
+        rivals["cudnn"] = partial(torch, "cudnn")
     return bench_case(
         name_of(s, "single_prefill"),
         lambda x: prefill.single_prefill_with_kv_cache(x["q"], x["k"], x["v"], **options),
@@ -112,6 +130,26 @@ def _single(s: Shape) -> BenchCase:
         flops=flops(s),
         peers=rivals,
         recorded=_recorded(s, "sprefill"),
+        interleave=True,
+    )
+
+
+def _variant(name: str) -> BenchCase:
+    s = Shape(1, S16K, S16K)
+    variant, recorded = VARIANTS[name]
+    kernel = jit.compile(variant)
+    cap = {"cap": 30.0} if name == "soft cap" else {}
+
+    def make(i: int) -> dict[str, Any]:
+        slopes = {} if cap else {"slopes": random_array((s.heads,), "float32", 7)}
+        return {**_contiguous(s, i), "extra": slopes}
+
+    return bench_case(
+        f"{name_of(s, 'single_prefill')}, Python variant {name}",
+        lambda x: kernel.run(x["q"], x["k"], x["v"], **cap, **x["extra"]),
+        make_inputs=make,
+        flops=flops(s),
+        recorded=(f"flex b1 s{s.qo_len} h{s.heads} d{s.dim} causal+{recorded}",),
         interleave=True,
     )
 
@@ -168,6 +206,14 @@ def _flashinfer_batch(s: Shape, backend: str, paged: bool) -> Any:
 
 def _batch(s: Shape, paged: bool) -> BenchCase:
     kind = "paged_prefill" if paged else "ragged_prefill"
+    rivals: dict[str, Any] = {f"flashinfer {b}": _flashinfer_batch(s, b, paged) for b in ("fa2", "fa3")}
+
+    def torch(backend: str, x: dict[str, Any]) -> None:
+        q, k, v = (x[n].view(s.batch, -1, *x[n].shape[1:]).transpose(1, 2) for n in "qkv")
+        peers.attention(q, k, v, causal=s.causal, backend=backend)
+
+    if not paged:  # requests of one length are a batch to torch
+        rivals |= {backend: partial(torch, backend) for backend in ("flash", "cudnn")}
     return bench_case(
         name_of(s, kind),
         (lambda x: x["wrapper"].run(x["q"], x["cache"], out=x["out"]))
@@ -175,7 +221,7 @@ def _batch(s: Shape, paged: bool) -> BenchCase:
         else (lambda x: x["wrapper"].run(x["q"], x["k"], x["v"], out=x["out"])),
         make_inputs=partial(_paged_inputs if paged else _ragged_inputs, s),
         flops=flops(s),
-        peers={f"flashinfer {b}": _flashinfer_batch(s, b, paged) for b in ("fa2", "fa3")},
+        peers=rivals,
         recorded=_recorded(s, "paged" if paged else "ragged"),
         interleave=True,
     )
@@ -183,4 +229,5 @@ def _batch(s: Shape, paged: bool) -> BenchCase:
 
 def cases(device: DeviceInfo) -> list[BenchCase]:
     """One contiguous request, ragged batches, and batches over pages of 16 in random order."""
-    return [*map(_single, SINGLE), *(_batch(s, False) for s in RAGGED), *(_batch(s, True) for s in PAGED)]
+    singles = [*map(_single, SINGLE), *map(_variant, VARIANTS)]
+    return [*singles, *(_batch(s, False) for s in RAGGED), *(_batch(s, True) for s in PAGED)]

@@ -7,7 +7,8 @@
 // PrefillShared | PageOffset [2][kTileKv] | turns [kHeadDimQK / 2] (ROPE_LLAMA). fp8 keys and values: one buffer of K
 // and V each, then their bytes, one tile ahead (attention/prefill_tiles.cuh).
 // Each warp owns 16 * kRowTiles rows; with 2 row tiles a K or V fragment from ldmatrix feeds twice the mma's, which
-// takes shared-memory bandwidth off the critical path. K and V have cp.async groups of their own, one tile ahead.
+// takes shared-memory bandwidth off the critical path. K and V have cp.async groups of their own, one tile ahead, issued
+// behind the products that they hide under; the exponentials of 16 keys run between the products of the 16 before.
 // Bytes moved: Q and O once; K and V once an item, mostly from L2. Arch: any (sm_75 copies synchronously, bf16 emulated).
 #pragma once
 #include "attention/fast_div.cuh"
@@ -463,7 +464,7 @@ FI_DEVICE void prefill(const Params& params) {
 
 #pragma unroll 1
   for (int start = kv_begin; start < kv_end; start += kTileKv) {
-    const bool more = start + kTileKv < kv_end;
+    const int next = start + kTileKv;
     ptx::cp_async_wait<1>();
     __syncthreads();  // K of this tile is there; every warp is done with K of the tile before
     if constexpr (Logits::kHasQuery) {
@@ -491,19 +492,15 @@ FI_DEVICE void prefill(const Params& params) {
       __syncthreads();  // K (and each warp's own Q) is rotated
     }
     const WarpRange range = ranges[thread_again() >> 5];
-    const bool active = start < range.seen_end && start + kTileKv > range.seen_begin;
-    const bool plain = start >= range.plain_begin && start + kTileKv <= range.plain_end;
-    if constexpr (Config::kPaged) find_pages(start + 2 * kTileKv);
+    const bool active = start < range.seen_end && next > range.seen_begin;
+    const bool plain = start >= range.plain_begin && next <= range.plain_end;
+    if constexpr (Config::kPaged) find_pages(next + kTileKv);
 
     float s[kRowTiles][kKeyTiles][4];
     if (active) {
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n) s[i][n][0] = s[i][n][1] = s[i][n][2] = s[i][n][3] = 0.f;
       const int thread = thread_again();
       const uint32_t q_tile = q_address(thread), k_tile = k_address(thread, start);
-#pragma unroll 4  // the 128 bytes that an XOR spans; all steps at once cost more registers than there are
+#pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32_t a[kRowTiles][4];
 #pragma unroll
@@ -516,18 +513,17 @@ FI_DEVICE void prefill(const Params& params) {
           const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
 #pragma unroll
           for (int i = 0; i < kRowTiles; ++i) {
-            ptx::mma_m16n8k16<T>(s[i][n], a[i], b0);
-            ptx::mma_m16n8k16<T>(s[i][n + 1], a[i], b1);
+            if (step == 0) {
+              ptx::mma_m16n8k16_first<T>(s[i][n], a[i], b0);
+              ptx::mma_m16n8k16_first<T>(s[i][n + 1], a[i], b1);
+            } else {
+              ptx::mma_m16n8k16<T>(s[i][n], a[i], b0);
+              ptx::mma_m16n8k16<T>(s[i][n + 1], a[i], b1);
+            }
           }
         }
       }
-    }
-    if (more) load_k(start + kTileKv);  // while the products drain
-    ptx::cp_async_commit();
-    if constexpr (Config::kPaged) store_pages(start + 2 * kTileKv);  // over the offsets of this tile, whose loads are all issued
-    if (active) {
       if constexpr (!Logits::kLinear) {
-        const int thread = thread_again();
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
@@ -541,38 +537,43 @@ FI_DEVICE void prefill(const Params& params) {
                 s[i][n][2 * h + j] = Logits::apply(params, row, s[i][n][2 * h + j], start + n * 8 + 2 * (thread & 3) + j);
           }
       }
-      // Masking costs nothing on tiles that every row sees whole: the branch is the same for the whole warp.
-      if (Config::kCustomMask || Logits::kHasMask || !plain) {
-        const int thread = thread_again();
+    }
+    // Masking costs nothing on tiles that every row sees whole: the branch is the same for the whole warp.
+    if (active && (Config::kCustomMask || Logits::kHasMask || !plain)) {
+      const int thread = thread_again();
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i)
+      for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int packed = row_of(thread, i, h), qo_idx = params.group.quotient(packed);
-            const int own = qo_idx + shared.item.kv_len - shared.item.qo_len;
-            const int last = params.causal ? min(own, kv_end - 1) : kv_end - 1, first = own - params.window_left;
+        for (int h = 0; h < 2; ++h) {
+          const int packed = row_of(thread, i, h), qo_idx = params.group.quotient(packed);
+          const int own = qo_idx + shared.item.kv_len - shared.item.qo_len;
+          const int last = params.causal ? min(own, kv_end - 1) : kv_end - 1, first = own - params.window_left;
 #pragma unroll
-            for (int n = 0; n < kKeyTiles; ++n)
+          for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
-              for (int j = 0; j < 2; ++j) {
-                const int kv = start + n * 8 + 2 * (thread & 3) + j;
-                bool seen = kv <= last && kv >= first;
-                if constexpr (Config::kCustomMask) {
-                  if (seen && qo_idx < shared.item.qo_len) {
-                    const uint64_t base = uint64_t(uint32_t(shared.item.mask_high)) << 32 | uint32_t(shared.item.mask_low);
-                    const uint64_t bit = uint64_t(uint32_t(qo_idx)) * uint32_t(shared.item.kv_len) + uint32_t(kv);
-                    seen = params.mask[base + (bit >> 3)] >> (bit & 7) & 1;
-                  }
+            for (int j = 0; j < 2; ++j) {
+              const int kv = start + n * 8 + 2 * (thread & 3) + j;
+              bool seen = kv <= last && kv >= first;
+              if constexpr (Config::kCustomMask) {
+                if (seen && qo_idx < shared.item.qo_len) {
+                  const uint64_t base = uint64_t(uint32_t(shared.item.mask_high)) << 32 | uint32_t(shared.item.mask_low);
+                  const uint64_t bit = uint64_t(uint32_t(qo_idx)) * uint32_t(shared.item.kv_len) + uint32_t(kv);
+                  seen = params.mask[base + (bit >> 3)] >> (bit & 7) & 1;
                 }
-                if constexpr (Logits::kHasMask) {
-                  const auto row = Logits::row(params, shared.item, qo_idx, kv_head * group + packed - qo_idx * group, kv_head);
-                  seen = seen && Logits::mask(params, row, kv);
-                }
-                if (!seen) s[i][n][2 * h + j] = Logits::kUseSoftmax ? -FI_INF : 0.f;
               }
-          }
-      }
-      if constexpr (Logits::kUseSoftmax) state.raise(s, o, scale);
+              if constexpr (Logits::kHasMask) {
+                const auto row = Logits::row(params, shared.item, qo_idx, kv_head * group + packed - qo_idx * group, kv_head);
+                seen = seen && Logits::mask(params, row, kv);
+              }
+              if (!seen) s[i][n][2 * h + j] = Logits::kUseSoftmax ? -FI_INF : 0.f;
+            }
+        }
+    }
+    if (next < kv_end) load_k(next);
+    ptx::cp_async_commit();
+    if constexpr (Config::kPaged) store_pages(next + kTileKv);  // over the offsets of this tile, whose loads are all issued
+    if constexpr (Logits::kUseSoftmax) {
+      if (active) state.raise(s, o, scale);
     }
 
     ptx::cp_async_wait<1>();
@@ -584,7 +585,8 @@ FI_DEVICE void prefill(const Params& params) {
     if (active) {
       // The exponentials of one step of 16 keys run between the products of the step before: the tensor cores need not
       // wait for them.
-      const uint32_t v_tile = v_address(thread_again(), start);
+      const int thread = thread_again();
+      const uint32_t v_tile = v_address(thread, start);
       constexpr int kPairs = 4 * kRowTiles, kSlices = kDimTiles / 2;
       float shift[kRowTiles][2];
       if constexpr (Logits::kUseSoftmax) {
@@ -620,7 +622,7 @@ FI_DEVICE void prefill(const Params& params) {
         }
       }
     }
-    if (more) load_v(start + kTileKv);
+    if (next < kv_end) load_v(next);
     ptx::cp_async_commit();
   }
   ptx::cp_async_wait<0>();
