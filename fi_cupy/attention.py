@@ -153,7 +153,7 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
         sm_scale: float | None = None,
         *,
         sinks: Any = None,
-        q_scale: float | None = None,
+        q_scale: Any = None,
         **options: Any,
     ) -> Any:
         """Attention of the planned batch.

@@ -576,8 +576,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
             s.write(lse)
 
     def forward(
-        self, q: Any, paged_kv_cache: Any, pos_encoding_mode: str = "NONE", q_scale: float | None = None,
-        k_scale: float | None = None, v_scale: float | None = None, window_left: int = -1,
+        self, q: Any, paged_kv_cache: Any, pos_encoding_mode: str = "NONE", q_scale: Any = None,
+        k_scale: Any = None, v_scale: Any = None, window_left: int = -1,
         logits_soft_cap: float | None = None, sm_scale: float | None = None, rope_scale: float | None = None,
         rope_theta: float | None = None, *, return_lse: bool = False,
     ) -> Any:  # fmt: skip

@@ -448,7 +448,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
 
     def forward(
         self, q: Any, paged_kv_cache: Any, causal: bool = False, pos_encoding_mode: str = "NONE",
-        use_fp16_qk_reduction: bool = False, k_scale: float | None = None, v_scale: float | None = None,
+        use_fp16_qk_reduction: bool = False, k_scale: Any = None, v_scale: Any = None,
         window_left: int = -1, logits_soft_cap: float | None = None, sm_scale: float | None = None,
         rope_scale: float | None = None, rope_theta: float | None = None, *, return_lse: bool = False,
     ) -> Any:  # fmt: skip

@@ -163,7 +163,9 @@ class BatchPrefill:
         items, merges, num_slots, most_slots = self._schedule(p, kv_base)
         layout = p.geometry.workspace(num_slots, most_slots)
         layout.check(f"{self._op}.plan", self._workspace_bytes)
-        p.geometry.kernel(1.0, self.device, p.problem.dtype in FP8_TYPES)
+        p.geometry.kernel(1.0, self.device)
+        if p.problem.dtype in FP8_TYPES:  # usually with factors a head
+            p.geometry.kernel(1.0, self.device, head_scales=True)
         if len(merges):
             load_kernel(p.geometry.merge, self.device)
         words, tail = items.size + merges.size, 0 if indices is None else len(indices)
