@@ -9,7 +9,7 @@ import numpy as np
 from fi_cupy import mixed, reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_shape
-from fi_cupy.decode_kernel import logit_floats, scale_factor
+from fi_cupy.decode_kernel import logit_floats
 from fi_cupy.device import device_info, require_gpu
 from fi_cupy.dtypes import float32, uint8
 from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
@@ -20,6 +20,7 @@ from fi_cupy.plan.mixed import plan_mixed
 from fi_cupy.plan.prefill import PrefillPlan
 from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
 from fi_cupy.prefill_plan import Ints, Work, launch, launch_values, outputs, refuse
+from fi_cupy.scales import Scales
 from fi_cupy.workspace import PlanBuffer
 
 _OP = "BatchAttention"
@@ -59,7 +60,7 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
         if self.device >= 0:
             problem, group = p.problem, p.problem.num_qo_heads // p.problem.num_kv_heads
             part = mixed.Decode(
-                problem.num_kv_heads, group, problem.head_dim_qk, problem.dtype, problem.dtype, problem.dtype,
+                problem.num_kv_heads, group, problem.head_dim_qk, problem.dtype, problem.kv, problem.out,
                 p.page_size % TILE == 0, problem.soft_cap, False,
             )  # fmt: skip
             both = mixed.geometry(problem, part, device_info(self.device))
@@ -111,32 +112,31 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
             partials[2], partials[3], counters + 4 * tile_counters, buffer.counters_ptr,
         )  # fmt: skip
 
-    def launch_batch(
-        self, x: View, k: View, v: View, o: View, s: View, scale: float, out_scale: float, pdl: bool
-    ) -> None:
+    def launch_batch(self, x: View, k: View, v: View, o: View, s: View, scales: Scales, pdl: bool) -> None:
         """Queue the one kernel."""
         p, both = self._planned, self.both
         strides = token_strides(k, self._layout), token_strides(v, self._layout)
         if both is None:
             launch(
-                p.geometry, p.work, x, k, v, *strides, o, s, p.options, scale, out_scale, page_size=p.page_size,
+                p.geometry, p.work, x, k, v, *strides, o, s, p.options, scales, page_size=p.page_size,
                 kv_indices=p.indices.ptr if p.indices_offset is None else p.work.items + p.indices_offset, pdl=pdl,
             )  # fmt: skip
             return
         indices = both.indices_ptr or p.indices.ptr
         g, d = both.geometry, both.geometry.decode
+        scale = p.options.sm_scale * scales.logit
         tiles = launch_values(
-            g.prefill, both.tiles, x, k, v, *strides, o, s, p.options, scale, out_scale, indices, p.page_size, 0, 0
+            g.prefill, both.tiles, x, k, v, *strides, o, s, p.options, scales, indices, p.page_size, 0, 0
         )
         items = (
             x.ptr, k.ptr, v.ptr, o.ptr, s.ptr, both.items_ptr, indices, 0, both.partial_out, both.partial_md,
             both.counters, x.strides[0], x.strides[1], o.strides[0], o.strides[1], *strides[0], *strides[1],
             p.page_size, d.num_head_blocks, d.blocks_per_kv, d.heads_per_block, d.group_size, 1, 0, 0, 0, 0,
-            *logit_floats(scale, p.options.logits_soft_cap), out_scale,
+            *logit_floats(scale, p.options.logits_soft_cap), scales.output, *scales.kernel_values(),
         )  # fmt: skip
         mixed.launch(
-            g, x.device, x.stream(), scale, tiles, items, both.queues, both.tiles.num_items, g.prefill.num_kv_heads,
-            both.num_items, d.num_head_blocks, pdl,
+            g, x.device, x.stream(), scale, scales.on_logits, tiles, items, both.queues, both.tiles.num_items,
+            g.prefill.num_kv_heads, both.num_items, d.num_head_blocks, pdl,
         )  # fmt: skip
 
 
@@ -277,13 +277,13 @@ class BatchAttention:
         kv_cache: Any,
         out: Any = None,
         lse: Any = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
         logits_soft_cap: float | None = 0.0,
         profiler_buffer: Any = None,
         kv_cache_sf: Any = None,
         *,
-        q_scale: float | None = None,
+        q_scale: Any = None,
         enable_pdl: bool | None = None,
     ) -> tuple[Any, Any]:
         """Attention of the planned batch; no synchronisation, and no allocation with `out` and `lse`.
@@ -295,7 +295,7 @@ class BatchAttention:
             See `BatchPrefillWithPagedKVCacheWrapper.run`.
         out : array, [qo_indptr[-1], num_qo_heads, head_dim_vo], optional
         lse : float32 array, [qo_indptr[-1], num_qo_heads], contiguous, optional
-        q_scale, k_scale, v_scale : float, optional
+        q_scale, k_scale, v_scale : float, or float32 array [heads], optional
             Dequantisation factors: the first two multiply `sm_scale`, the last the output.
         logits_soft_cap : float
             0 or what was planned.
@@ -323,27 +323,27 @@ class BatchAttention:
             raise PlanError(f"{op}: logits_soft_cap is {cap}, planned {p.options.logits_soft_cap}; pass it to plan()")
         x = batch._query(op, p, q)
         kv = paged_kv(op, kv_cache)
-        dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.dtype
+        dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.kv
         heads, dims = p.problem.num_kv_heads, (p.problem.head_dim_qk, p.problem.head_dim_vo)
         k = check_paged_kv(op, kv._replace(v=kv.k), x, dtype, p.page_size, heads, dims[0], layout).k
         v = check_paged_kv(op, kv._replace(k=kv.v), x, dtype, p.page_size, heads, dims[1], layout).v
         pages = min(k.shape[0], v.shape[0])
         if p.max_index >= pages:
             raise ArgumentError(f"{op}: kv_indices holds page {p.max_index}, but the cache has {pages} pages")
-        o, s = outputs(op, x, out, lse, True, dims[1])
+        o, s = outputs(op, x, out, lse, True, p.problem)
         assert s is not None
-        scale = p.options.sm_scale * scale_factor(op, "q_scale", q_scale) * scale_factor(op, "k_scale", k_scale)
-        out_scale = scale_factor(op, "v_scale", v_scale)
+        _, scales = batch._scales(op, p, x, (), (q_scale, k_scale, v_scale))
         if x.is_cpu:
             values, log = reference.attention.batch_prefill_paged(
                 x.numpy(), k.numpy(), v.numpy(), p.qo_indptr, p.indptr, p.host_indices, kv_len_arr=p.kv_len,
-                kv_layout=layout, sm_scale=scale, v_scale=out_scale, out_dtype=o.dtype.np, **p.options.reference(),
+                kv_layout=layout, sm_scale=p.options.sm_scale * scales.logit, out_dtype=o.dtype.np,
+                **scales.reference(), **p.options.reference(),
             )  # fmt: skip
             assert log is not None
             o.write(values)
             s.write(log)
         else:
-            batch.launch_batch(x, k, v, o, s, scale, out_scale, batch._pdl if enable_pdl is None else bool(enable_pdl))
+            batch.launch_batch(x, k, v, o, s, scales, batch._pdl if enable_pdl is None else bool(enable_pdl))
         return (o.result() if out is None else out), (s.result() if lse is None else lse)
 
     forward = run

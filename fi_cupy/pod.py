@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 from fi_cupy import decode, mixed, prefill_kernel, prefill_single
 from fi_cupy.checks import check_device
 from fi_cupy.decode_plan import Planned
-from fi_cupy.device import device_info
+from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.errors import PlanError, UnsupportedError
 from fi_cupy.jit.driver import has_driver_binding
+from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.plan.decode import TILE
 from fi_cupy.prefill_plan import Work, check_planned, launch, launch_values
 from fi_cupy.workspace import PlanBuffer
@@ -24,6 +25,7 @@ class Launched(NamedTuple):
     prefill: prefill_kernel.Geometry
     work: Work
     scale: float
+    head_scales: bool  # factors of q or k a head
     why: str  # why not one launch
 
 
@@ -36,8 +38,8 @@ class PODWithPagedKVCacheWrapper:
     `run` can be captured in a CUDA graph after it has run once with the same shapes.
 
     Parts that one kernel cannot hold take two launches, the prompt first: a prompt whose type or head dims
-    (``head_dim_vo`` too) are not those of the decode part, arrays on different streams, or ROPE_LLAMA in the decode
-    part. After a `run`, `fi_cupy.attention.explain` says which.
+    (``head_dim_vo`` too) are not those of the decode part, arrays on different streams, ROPE_LLAMA, or a decode part
+    that the decode kernel does not take. After a `run`, `fi_cupy.attention.explain` says which.
 
     Parameters
     ----------
@@ -164,9 +166,9 @@ class PODWithPagedKVCacheWrapper:
         window_left_d: int = -1,
         rope_scale_d: float | None = None,
         rope_theta_d: float | None = None,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        q_scale: Any = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
         return_lse_d: bool = False,
         use_fp16_qk_reduction: bool = False,
         enable_pdl: bool | None = None,
@@ -236,6 +238,14 @@ class PODWithPagedKVCacheWrapper:
             rope_theta=rope_theta_p, return_lse=return_lse_p,
         )  # fmt: skip
         check_device(op, self._decode._workspace, q_p=prompt.x)
+        if self._decode._by_prefill is not None:
+            self._launch_prompt(
+                prompt, f"the decode part takes the prefill kernel ({self._decode._why_prefill})", enable_pdl
+            )
+            return prompt.result(), self._decode.run(
+                q_d, paged_kv_cache_d, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out_d, lse=lse_d,
+                return_lse=return_lse_d, enable_pdl=enable_pdl, sinks=sinks_d,
+            )  # fmt: skip
         c = self._decode._checked(
             op, p, q_d, paged_kv_cache_d, q_scale, k_scale, v_scale, out_d, lse_d, return_lse_d, sinks_d
         )
@@ -251,34 +261,57 @@ class PODWithPagedKVCacheWrapper:
     def _launch(self, p: Planned, prompt: prefill_single.Call, c: decode.Call, enable_pdl: bool | None) -> None:
         """One launch of the mixed kernel, or a launch for each part."""
         device = device_info(prompt.x.device)
-        pdl = device.has_pdl and has_driver_binding() if enable_pdl is None else enable_pdl
-        part = mixed.Decode(
-            p.num_kv_heads, p.num_qo_heads // p.num_kv_heads, p.head_dim, p.dtype, p.kv_dtype, p.out_dtype,
-            p.page_size % TILE == 0, p.logits_soft_cap > 0, p.alibi,
-        )  # fmt: skip
-        both: mixed.Geometry | None = None
         stream = c.x.stream()
         if p.rope:
             why = "the decode part rotates its keys (ROPE_LLAMA)"
         elif prompt.x.stream() != stream:
             why = "the parts' arrays are on different streams"
         else:
+            part = mixed.Decode(
+                p.num_kv_heads, p.num_qo_heads // p.num_kv_heads, p.head_dim, p.dtype, p.kv_dtype, p.out_dtype,
+                p.page_size % TILE == 0, p.logits_soft_cap > 0, p.alibi,
+            )  # fmt: skip
             both = mixed.geometry(prompt.problem, part, device)
-            why = "" if both is not None else "the parts differ in type or head dims"
-        g, work = prefill_single.schedule(prompt, device, 0 if both is None else both.rows)
-        mask = 0 if prompt.mask is None else prompt.mask.packed.ptr
-        self._launched = Launched(both, g, work, prompt.scale, why)
-        arrays = (prompt.x, prompt.k, prompt.v, *prompt.strides, prompt.o, prompt.s, prompt.options)
-        if both is None:
-            launch(g, work, *arrays, prompt.scale, prompt.out_scale, mask=mask, pdl=pdl)
-            p.kernel.launch(p.grid, stream, *self._decode._values(p, c), *p.turns, pdl=pdl)
-            return
+            if both is not None:
+                self._launch_both(both, p, prompt, c, stream, self._with_pdl(device, enable_pdl))
+                return
+            why = "the parts differ in type or head dims, or the prompt is rotated"
+        self._launch_prompt(prompt, why, enable_pdl)
+        kernel = load_kernel(p.geometry.heads_spec, c.x.device) if c.scales.on_logits else p.kernel
+        pdl = self._with_pdl(device, enable_pdl)
+        kernel.launch(p.grid, stream, *self._decode._values(p, c), *p.turns, pdl=pdl)
+
+    def _with_pdl(self, device: DeviceInfo, enable_pdl: bool | None) -> bool:
+        return device.has_pdl and has_driver_binding() if enable_pdl is None else enable_pdl
+
+    def _launch_prompt(self, prompt: prefill_single.Call, why: str, enable_pdl: bool | None) -> None:
+        """A launch of its own for the prompt."""
+        device = device_info(prompt.x.device)
+        g, work = prefill_single.schedule(prompt, device)
+        scales = prompt.scales
+        self._launched = Launched(None, g, work, prompt.options.sm_scale * scales.logit, scales.on_logits, why)
+        launch(
+            g, work, prompt.x, prompt.k, prompt.v, *prompt.strides, prompt.o, prompt.s, prompt.options, scales,
+            mask=0 if prompt.mask is None else prompt.mask.packed.ptr, pdl=self._with_pdl(device, enable_pdl),
+        )  # fmt: skip
+
+    def _launch_both(
+        self, both: mixed.Geometry, p: Planned, prompt: prefill_single.Call, c: decode.Call, stream: int, pdl: bool
+    ) -> None:
+        """The mixed kernel."""
+        device = prompt.x.device
+        g, work = prefill_single.schedule(prompt, device_info(device), both.rows)
+        scales, mask = prompt.scales, 0 if prompt.mask is None else prompt.mask.packed.ptr
+        scale, head_scales = prompt.options.sm_scale * scales.logit, scales.on_logits or c.scales.on_logits
+        self._launched = Launched(both, g, work, scale, head_scales, "")
+        tiles = launch_values(
+            g, work, prompt.x, prompt.k, prompt.v, *prompt.strides, prompt.o, prompt.s, prompt.options, scales, 0, 1,
+            mask, 0,
+        )  # fmt: skip
         assert self._queues is not None
         mixed.launch(
-            both, prompt.x.device, stream, prompt.scale,
-            launch_values(g, work, *arrays, prompt.scale, prompt.out_scale, 0, 1, mask, 0), self._decode._values(p, c),
-            self._queues.counters_ptr, work.num_items, g.num_kv_heads, p.grid // p.geometry.num_head_blocks,
-            p.geometry.num_head_blocks, pdl,
+            both, device, stream, scale, head_scales, tiles, self._decode._values(p, c), self._queues.counters_ptr,
+            work.num_items, g.num_kv_heads, p.grid // p.geometry.num_head_blocks, p.geometry.num_head_blocks, pdl,
         )  # fmt: skip
 
     def end_forward(self) -> None:
