@@ -281,6 +281,8 @@ def _explain_decode(wrapper: BatchDecodeWithPagedKVCacheWrapper) -> Explanation:
         raise PlanError(f"explain: {type(wrapper).__name__} has no plan yet")
     if wrapper.device < 0:
         return _ON_CPU
+    if wrapper._by_prefill is not None:  # with a variant
+        return _explain_prefill(wrapper._by_prefill)
     items = p.grid // max(p.geometry.num_head_blocks, 1)
     fixed = " (the fixed number of a captured graph)" if wrapper.is_cuda_graph_enabled else ""
     why = (
