@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fi_cupy import decode, mixed, prefill_kernel, prefill_single
@@ -13,6 +14,7 @@ from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.plan.decode import TILE
 from fi_cupy.prefill_plan import Work, check_planned, launch, launch_values
+from fi_cupy.variants import AttentionVariant, variant_of
 from fi_cupy.workspace import PlanBuffer
 
 _OP = "PODWithPagedKVCacheWrapper"
@@ -38,8 +40,8 @@ class PODWithPagedKVCacheWrapper:
     `run` can be captured in a CUDA graph after it has run once with the same shapes.
 
     Parts that one kernel cannot hold take two launches, the prompt first: a prompt whose type or head dims
-    (``head_dim_vo`` too) are not those of the decode part, arrays on different streams, ROPE_LLAMA, or a decode part
-    that the decode kernel does not take. After a `run`, `fi_cupy.attention.explain` says which.
+    (``head_dim_vo`` too) are not those of the decode part, arrays on different streams, ROPE_LLAMA, a variant, or a
+    decode part that the decode kernel does not take. After a `run`, `fi_cupy.attention.explain` says which.
 
     Parameters
     ----------
@@ -51,8 +53,10 @@ class PODWithPagedKVCacheWrapper:
         Keep the decode part's addresses and grid fixed, so that a captured `run` follows later plans.
     paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer : int32 arrays
         CUDA-graph mode, see `BatchDecodeWithPagedKVCacheWrapper`.
-    jit_args : None
-        Kept for FlashInfer's signature.
+    jit_args : tuple, optional
+        A variant in FlashInfer's form, see `BatchDecodeWithPagedKVCacheWrapper`.
+    variant : AttentionVariant, optional
+        See `fi_cupy.jit.define_variant`: of both parts. The prompt is batch 0 to it, and so is the first request.
 
     Source
     ------
@@ -79,13 +83,14 @@ class PODWithPagedKVCacheWrapper:
         paged_kv_indices_buffer: Any = None,
         paged_kv_last_page_len_buffer: Any = None,
         jit_args: Any = None,
+        *,
+        variant: AttentionVariant | None = None,
     ) -> None:
-        if jit_args is not None:
-            raise UnsupportedError(f"{_OP}: jit_args is not supported; leave it out")
+        self._variant: Any = variant_of(_OP, variant, jit_args, None)
         self._layout = kv_layout
         self._decode = decode.BatchDecodeWithPagedKVCacheWrapper(
             float_workspace_buffer, kv_layout, use_cuda_graph, True, paged_kv_indptr_buffer, paged_kv_indices_buffer,
-            paged_kv_last_page_len_buffer,
+            paged_kv_last_page_len_buffer, jit_args=jit_args, variant=variant,
         )  # fmt: skip
         self._queues: PlanBuffer | None = None  # the launch's two queues, at an address that stays
         self._launched: Launched | None = None
@@ -177,6 +182,7 @@ class PODWithPagedKVCacheWrapper:
         out_d: Any = None,
         lse_d: Any = None,
         sinks_d: Any = None,
+        variant_args: Mapping[str, Any] | None = None,
     ) -> tuple[Any, Any]:
         """Attention of both parts.
 
@@ -217,10 +223,8 @@ class PODWithPagedKVCacheWrapper:
         p = self._decode._planned
         if p is None:
             raise PlanError(f"{op}: plan() must come first")
-        if args:
-            raise UnsupportedError(
-                f"{op}: {len(args)} extra arguments; they belong to JIT variants, which this has not"
-            )
+        if self._variant is None and (args or variant_args):
+            raise UnsupportedError(f"{op}: extra arguments belong to a variant; give one to the constructor (variant=)")
         if custom_mask_d is not None or packed_custom_mask_d is not None:
             raise UnsupportedError(
                 f"{op}: custom_mask_d is not supported; BatchPrefillWithPagedKVCacheWrapper takes masks"
@@ -231,12 +235,21 @@ class PODWithPagedKVCacheWrapper:
         check_planned(op, "window_left_d", max(window_left_d, -1), -1, p.window_left)
         check_planned(op, "rope_scale_d", rope_scale_d, None, p.options["rope_scale"])
         check_planned(op, "rope_theta_d", rope_theta_d, None, p.options["rope_theta"])
-        prompt = prefill_single.prepare(
-            op, q_p, k_p, v_p, custom_mask=custom_mask_p, packed_custom_mask=packed_custom_mask_p, causal=causal_p,
-            kv_layout=kv_layout_p, pos_encoding_mode=pos_encoding_mode_p, sm_scale=sm_scale_p,
-            window_left=window_left_p, logits_soft_cap=logits_soft_cap_p, rope_scale=rope_scale_p,
-            rope_theta=rope_theta_p, return_lse=return_lse_p,
-        )  # fmt: skip
+        options = {
+            "custom_mask": custom_mask_p, "packed_custom_mask": packed_custom_mask_p, "causal": causal_p,
+            "kv_layout": kv_layout_p, "pos_encoding_mode": pos_encoding_mode_p, "sm_scale": sm_scale_p,
+            "window_left": window_left_p, "logits_soft_cap": logits_soft_cap_p, "rope_scale": rope_scale_p,
+            "rope_theta": rope_theta_p, "return_lse": return_lse_p,
+        }  # fmt: skip
+        if self._variant is not None:
+            o_p = prefill_single.single_prefill_with_kv_cache(
+                q_p, k_p, v_p, **options, variant=self._variant, variant_args=(args, variant_args or {})
+            )
+            return o_p, self._decode.run(
+                q_d, paged_kv_cache_d, *args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out_d, lse=lse_d,
+                return_lse=return_lse_d, enable_pdl=enable_pdl, sinks=sinks_d, variant_args=variant_args,
+            )  # fmt: skip
+        prompt = prefill_single.prepare(op, q_p, k_p, v_p, **options)
         check_device(op, self._decode._workspace, q_p=prompt.x)
         if self._decode._by_prefill is not None:
             self._launch_prompt(

@@ -115,6 +115,9 @@ def test_decode_and_prefill_read_pages_behind_element_2_31(rng, far):
         wrapper.plan(qo, indptr, numbers, last, 32, KV_HEADS, DIM, PAGE, causal=True, q_data_type=DTYPE)
         want = batch_prefill_paged(q.astype(np.float64), *wide(near), qo, *table, causal=True)
         check(*run(wrapper, q, cache), *want)
+        mixed = BatchAttention()
+        mixed.plan(qo, indptr, numbers, np.int32([100, 333, 48]), 32, KV_HEADS, DIM, DIM, PAGE, causal=True)
+        check(*mixed.run(on_gpu(q), cache), *want)
 
 
 def test_append_writes_pages_behind_element_2_31(rng, far):
