@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,16 +10,19 @@ import numpy as np
 from fi_cupy import mixed, reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_shape
-from fi_cupy.decode_kernel import logit_floats, scale_factor
+from fi_cupy.decode_kernel import logit_floats
 from fi_cupy.device import device_info, require_gpu
 from fi_cupy.dtypes import float32, uint8
 from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
 from fi_cupy.kv_cache import check_layout, check_paged_kv, paged_kv, token_strides
+from fi_cupy.page_table import read_ints
 from fi_cupy.plan.decode import TILE
 from fi_cupy.plan.mixed import plan_mixed
 from fi_cupy.plan.prefill import PrefillPlan
 from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
-from fi_cupy.prefill_plan import Ints, Work, host_ints, launch, launch_values, outputs, refuse
+from fi_cupy.prefill_plan import Ints, Work, launch, launch_values, outputs, refuse
+from fi_cupy.scales import Scales
+from fi_cupy.variants import AttentionVariant, BoundVariant, variant_of
 from fi_cupy.workspace import PlanBuffer
 
 _OP = "BatchAttention"
@@ -45,8 +49,8 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
 
     _op = _OP
 
-    def __init__(self, owner: BatchAttention, workspace: Any, kv_layout: str) -> None:
-        super().__init__(workspace, kv_layout)
+    def __init__(self, owner: BatchAttention, workspace: Any, kv_layout: str, variant: AttentionVariant | None) -> None:
+        super().__init__(workspace, kv_layout, variant=variant)
         self._owner = owner
         self.both: Planned | None = None
 
@@ -58,10 +62,11 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
         if self.device >= 0:
             problem, group = p.problem, p.problem.num_qo_heads // p.problem.num_kv_heads
             part = mixed.Decode(
-                problem.num_kv_heads, group, problem.head_dim_qk, problem.dtype, problem.dtype, problem.dtype,
+                problem.num_kv_heads, group, problem.head_dim_qk, problem.dtype, problem.kv, problem.out,
                 p.page_size % TILE == 0, problem.soft_cap, False,
             )  # fmt: skip
-            both = mixed.geometry(problem, part, device_info(self.device))
+            # Decode items know no variants.
+            both = None if self._variant is not None else mixed.geometry(problem, part, device_info(self.device))
             if both is None:
                 self._finish(p, p.indptr[:-1], p.host_indices, non_blocking=True)
             else:
@@ -111,32 +116,33 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
         )  # fmt: skip
 
     def launch_batch(
-        self, x: View, k: View, v: View, o: View, s: View, scale: float, out_scale: float, pdl: bool
+        self, x: View, k: View, v: View, o: View, s: View, scales: Scales, pdl: bool, bound: BoundVariant | None
     ) -> None:
         """Queue the one kernel."""
         p, both = self._planned, self.both
         strides = token_strides(k, self._layout), token_strides(v, self._layout)
         if both is None:
             launch(
-                p.geometry, p.work, x, k, v, *strides, o, s, p.options, scale, out_scale, page_size=p.page_size,
+                p.geometry, p.work, x, k, v, *strides, o, s, p.options, scales, page_size=p.page_size,
                 kv_indices=p.indices.ptr if p.indices_offset is None else p.work.items + p.indices_offset, pdl=pdl,
-                kv_extent=k.shape[0],
+                kv_extent=k.shape[0], variant_values=() if bound is None else bound.kernel_values(),
             )  # fmt: skip
             return
         indices = both.indices_ptr or p.indices.ptr
         g, d = both.geometry, both.geometry.decode
+        scale = p.options.sm_scale * scales.logit
         tiles = launch_values(
-            g.prefill, both.tiles, x, k, v, *strides, o, s, p.options, scale, out_scale, indices, p.page_size, 0, 0
+            g.prefill, both.tiles, x, k, v, *strides, o, s, p.options, scales, indices, p.page_size, 0, 0
         )
         items = (
             x.ptr, k.ptr, v.ptr, o.ptr, s.ptr, both.items_ptr, indices, 0, both.partial_out, both.partial_md,
             both.counters, x.strides[0], x.strides[1], o.strides[0], o.strides[1], *strides[0], *strides[1],
             p.page_size, d.num_head_blocks, d.blocks_per_kv, d.heads_per_block, d.group_size, 1, 0, 0, 0, 0,
-            *logit_floats(scale, p.options.logits_soft_cap), out_scale,
+            *logit_floats(scale, p.options.logits_soft_cap), scales.output, *scales.kernel_values(),
         )  # fmt: skip
         mixed.launch(
-            g, x.device, x.stream(), scale, tiles, items, both.queues, both.tiles.num_items, g.prefill.num_kv_heads,
-            both.num_items, d.num_head_blocks, pdl,
+            g, x.device, x.stream(), scale, scales.on_logits, tiles, items, both.queues, both.tiles.num_items,
+            g.prefill.num_kv_heads, both.num_items, d.num_head_blocks, pdl,
         )  # fmt: skip
 
 
@@ -145,8 +151,8 @@ class BatchAttention:
 
     `run` is one launch of persistent CTAs: requests of one query token are decode items, those of more are tiles of
     the prefill kernel, in two queues. Half of the CTAs begin with tiles, the others with decode items, and each goes on
-    with what is left, so that reading and computing overlap. Where ``head_dim_vo`` differs from ``head_dim_qk``, which
-    the decode items do not take, every request is tiles, in one launch of the prefill kernel;
+    with what is left, so that reading and computing overlap. The decode items take no variant, and no ``head_dim_vo``
+    that differs from ``head_dim_qk``: then every request is tiles, in one launch of the prefill kernel;
     `fi_cupy.attention.explain` says which. `run` can be captured in a CUDA graph, which then holds this plan: a later
     `plan` may move what it reads, so it needs a new capture. One wrapper serves one stream at a time.
 
@@ -157,6 +163,8 @@ class BatchAttention:
     device : str or torch.device
         "cuda", "cuda:<n>", or "cpu" for the NumPy reference. The workspace is the wrapper's own; it is made by torch if
         `plan` gets torch tensors (and so ordered on torch's stream), else by CuPy.
+    variant : AttentionVariant, optional
+        See `fi_cupy.jit.define_variant`; one with a softmax, as the lse is always returned.
 
     Source
     ------
@@ -174,8 +182,16 @@ class BatchAttention:
     ((8, 8, 64), (8, 8))
     """
 
-    def __init__(self, kv_layout: str = "NHD", device: Any = "cuda") -> None:
+    def __init__(
+        self, kv_layout: str = "NHD", device: Any = "cuda", *, variant: AttentionVariant | None = None
+    ) -> None:
         self._layout = check_layout(_OP, kv_layout)
+        self._variant: AttentionVariant | None = variant_of(_OP, variant, None, None)
+        if self._variant is not None and not self._variant.use_softmax:
+            raise ArgumentError(
+                f"{_OP}: variant {self._variant.name} has no softmax, and without it there is no lse to return; "
+                "BatchPrefillWithPagedKVCacheWrapper takes it"
+            )
         name, _, index = str(device).partition(":")
         if name not in ("cuda", "cpu") or (index and not index.isdigit()):
             raise ArgumentError(f"{_OP}: device is {device}, expected 'cuda', 'cuda:<n>' or 'cpu'")
@@ -194,7 +210,7 @@ class BatchAttention:
                 require_gpu(_OP)
                 self._workspace = _first_workspace(self._index, type(like).__module__.split(".")[0] == "torch")
                 self._workspace_bytes = _FIRST_BYTES
-            self._batch = _Batch(self, self._workspace, self._layout)
+            self._batch = _Batch(self, self._workspace, self._layout, self._variant)
         return self._batch
 
     def _grown(self, nbytes: int) -> Any:
@@ -250,11 +266,10 @@ class BatchAttention:
         op = f"{_OP}.plan"
         if use_profiler:
             raise UnsupportedError(f"{op}: use_profiler is not supported; Nsight Compute shows the kernels by name")
-        _, qo = host_ints(op, "qo_indptr", qo_indptr)
-        _, indptr = host_ints(op, "kv_indptr", kv_indptr)
-        v, kv_len = host_ints(op, "kv_len_arr", kv_len_arr)
+        read = read_ints(op, {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, "kv_len_arr": kv_len_arr})
+        qo, indptr, kv_len = read.values()
         batch = max(len(qo) - 1, 0)
-        check_shape(op, "kv_len_arr", v, (batch,), "= len(qo_indptr) - 1")
+        check_shape(op, "kv_len_arr", view(kv_len), (batch,), "= len(qo_indptr) - 1")
         check_shape(op, "kv_indptr", view(indptr), (len(qo),), "= len(qo_indptr)")
         too_long = (kv_len < 0) | (kv_len > np.diff(indptr) * page_size)
         if too_long.any():
@@ -278,14 +293,15 @@ class BatchAttention:
         kv_cache: Any,
         out: Any = None,
         lse: Any = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
         logits_soft_cap: float | None = 0.0,
         profiler_buffer: Any = None,
         kv_cache_sf: Any = None,
         *,
-        q_scale: float | None = None,
+        q_scale: Any = None,
         enable_pdl: bool | None = None,
+        variant_args: Mapping[str, Any] | None = None,
     ) -> tuple[Any, Any]:
         """Attention of the planned batch; no synchronisation, and no allocation with `out` and `lse`.
 
@@ -296,13 +312,15 @@ class BatchAttention:
             See `BatchPrefillWithPagedKVCacheWrapper.run`.
         out : array, [qo_indptr[-1], num_qo_heads, head_dim_vo], optional
         lse : float32 array, [qo_indptr[-1], num_qo_heads], contiguous, optional
-        q_scale, k_scale, v_scale : float, optional
+        q_scale, k_scale, v_scale : float, or float32 array [heads], optional
             Dequantisation factors: the first two multiply `sm_scale`, the last the output.
         logits_soft_cap : float
             0 or what was planned.
         profiler_buffer, kv_cache_sf : None
         enable_pdl : bool, optional
             As in `BatchPrefillWithPagedKVCacheWrapper.run`.
+        variant_args : mapping, optional
+            The variant's tensors and scalars by name.
 
         Returns
         -------
@@ -323,28 +341,30 @@ class BatchAttention:
         if cap not in (0.0, p.options.logits_soft_cap):
             raise PlanError(f"{op}: logits_soft_cap is {cap}, planned {p.options.logits_soft_cap}; pass it to plan()")
         x = batch._query(op, p, q)
+        bound = batch._bind(op, (), variant_args, x)
         kv = paged_kv(op, kv_cache)
-        dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.dtype
+        dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.kv
         heads, dims = p.problem.num_kv_heads, (p.problem.head_dim_qk, p.problem.head_dim_vo)
         k = check_paged_kv(op, kv._replace(v=kv.k), x, dtype, p.page_size, heads, dims[0], layout).k
         v = check_paged_kv(op, kv._replace(k=kv.v), x, dtype, p.page_size, heads, dims[1], layout).v
         pages = min(k.shape[0], v.shape[0])
         if p.max_index >= pages:
             raise ArgumentError(f"{op}: kv_indices holds page {p.max_index}, but the cache has {pages} pages")
-        o, s = outputs(op, x, out, lse, True, dims[1])
+        o, s = outputs(op, x, out, lse, True, p.problem)
         assert s is not None
-        scale = p.options.sm_scale * scale_factor(op, "q_scale", q_scale) * scale_factor(op, "k_scale", k_scale)
-        out_scale = scale_factor(op, "v_scale", v_scale)
+        _, scales = batch._scales(op, p, x, (), (q_scale, k_scale, v_scale))
         if x.is_cpu:
             values, log = reference.attention.batch_prefill_paged(
                 x.numpy(), k.numpy(), v.numpy(), p.qo_indptr, p.indptr, p.host_indices, kv_len_arr=p.kv_len,
-                kv_layout=layout, sm_scale=scale, v_scale=out_scale, out_dtype=o.dtype.np, **p.options.reference(),
+                kv_layout=layout, sm_scale=p.options.sm_scale * scales.logit, out_dtype=o.dtype.np, variant=bound,
+                params=None if bound is None else bound.params(), **scales.reference(), **p.options.reference(),
             )  # fmt: skip
             assert log is not None
             o.write(values)
             s.write(log)
         else:
-            batch.launch_batch(x, k, v, o, s, scale, out_scale, batch._pdl if enable_pdl is None else bool(enable_pdl))
+            pdl = batch._pdl if enable_pdl is None else bool(enable_pdl)
+            batch.launch_batch(x, k, v, o, s, scales, pdl, bound)
         return (o.result() if out is None else out), (s.result() if lse is None else lse)
 
     forward = run

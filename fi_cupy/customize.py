@@ -56,19 +56,22 @@ class FlashInferLowered(Lowered):
     def fields(self) -> list[tuple[str, str]]:
         return [(f"user.{name}", kind) for name, _, kind in self.members]
 
-    def specialise(self, spec: KernelSpec, alibi: bool, soft_cap: bool) -> KernelSpec:
+    def specialise(self, spec: KernelSpec, alibi: bool, soft_cap: bool, head_scales: bool = False) -> KernelSpec:
         """As `Lowered.specialise`; a soft cap is the text's own affair."""
         if alibi:
             raise UnsupportedError(f"variant {self.name}: pos_encoding_mode 'ALIBI' belongs into the variant's text")
-        flags = ", ".join("true" if x in self.stages else "false" for x in ("mask", "output"))
+        flags = ", ".join(
+            "true" if on else "false" for on in (*(x in self.stages for x in ("mask", "output")), head_scales)
+        )
         members = "".join(f"  {ctype} {name};\n" for name, ctype, _ in self.members)
         values = "".join(f", params.user.{name}" for name, _, _ in self.members)
         user = "  VariantUser user;\n" if self.members else ""
+        params = f"{spec.params.name.removesuffix('Params')}VariantParams"
         text = (
             f'#line 1 "fi_cupy, for variant {self.name}"\nstruct VariantUser {{\n{members}}};\n'
-            f"struct PrefillVariantParams : {spec.params.name} {{\n{user}}};\n"
+            f"struct {params} : {spec.params.name} {{\n{user}}};\n"
             f"struct FlashInferParams : FlashInferBase {{\n{members}}};\n"
-            "FI_DEVICE FlashInferParams flashinfer_params(const PrefillVariantParams& params, "
+            f"FI_DEVICE FlashInferParams flashinfer_params(const {params}& params, "
             "const FlashInferBase& base) {\n"
             f"  return FlashInferParams{{base{values}}};\n}}\n"
             f'#line 1 "variant:{self.name}"\n{self.text}'
@@ -78,7 +81,7 @@ class FlashInferLowered(Lowered):
             spec,
             header="attention/prefill_flashinfer.cuh",
             symbol=f"{spec.symbol}_v_{self.name}",
-            params=ParamsStruct("PrefillVariantParams", [*spec.params.fields, *self.fields()]),
+            params=ParamsStruct(params, [*spec.params.fields, *self.fields()]),
             config=tuple((n, logits if n == "Logits" else value) for n, value in spec.config),
             user=UserSource("variant", self.name, text),
             spills="a variant's values come on top of a full register file",

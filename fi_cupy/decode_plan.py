@@ -50,6 +50,7 @@ class Planned:
     page_size: int
     partial_md: int
     partial_out: int
+    q_len_per_req: int  # more than one query token a request implies causal
     sm_scale: float
     split: tuple[int | None, bool]  # fixed_split_size in keys, disable_split_kv
     table: PageTable
@@ -85,10 +86,8 @@ def prepare(
     """
     if block_tables is not None:
         raise UnsupportedError(f"{op}: block_tables is not supported; the page table is indptr and indices")
-    if q_len_per_req != 1:
-        raise UnsupportedError(
-            f"{op}: q_len_per_req is {q_len_per_req}, expected 1; use BatchPrefillWithPagedKVCacheWrapper"
-        )
+    if q_len_per_req < 1:
+        raise ArgumentError(f"{op}: q_len_per_req is {q_len_per_req}, expected at least 1")
     if window_right != 0:
         raise UnsupportedError(f"{op}: window_right is {window_right}, expected 0")
     if fixed_split_size is not None and fixed_split_size < 1:
@@ -98,6 +97,7 @@ def prepare(
         q_data_type = data_type if q_data_type == "float16" else q_data_type
     mode = check_pos_encoding(op, pos_encoding_mode)
     p = Planned()
+    p.q_len_per_req = int(q_len_per_req)
     p.alibi, p.rope, p.window_left = mode == "ALIBI", mode == "ROPE_LLAMA", max(int(window_left), -1)
     p.turns = rope_turns(head_dim, rope_scale, rope_theta) if p.rope and device >= 0 and head_dim <= 256 else ()
     p.logits_soft_cap = max(float(logits_soft_cap or 0.0), 0.0)

@@ -88,30 +88,39 @@ class Decode(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Kernels of a mixed launch on a device: for a positive sm_scale of the tiles and for any other."""
+    """Kernels of a mixed launch: for a positive sm_scale of the tiles, for any other, for factors of q or k a head."""
 
     spec: KernelSpec
     negative_spec: KernelSpec
+    heads_spec: KernelSpec
     prefill: prefill_kernel.Geometry
     decode: decode_kernel.Geometry
     rows: int  # what `prefill_kernel.geometry` was asked for
     slots: int  # CTAs the device runs at once
 
-    def kernel(self, scale: float, device: int) -> Kernel:
-        """The kernel that serves `scale`."""
-        return load_kernel(self.spec if scale > 0 else self.negative_spec, device)
+    def kernel(self, scale: float, device: int, head_scales: bool = False) -> Kernel:
+        """The loaded kernel for an sm_scale, or for factors of q or k a head."""
+        spec = self.spec if scale > 0 else self.negative_spec
+        return load_kernel(self.heads_spec if head_scales else spec, device)
 
 
 @lru_cache(maxsize=512)
 def geometry(prefill: prefill_kernel.Problem, decode: Decode, device: DeviceInfo) -> Geometry | None:
     """The mixed kernel of two problems, or None where there is none and the parts need a launch each.
 
-    There is one if both parts have one type of q and one head dim (head_dim_vo equals head_dim_qk). Tiles are as tall
+    There is one if both parts have one type of q and one head dim (head_dim_vo equals head_dim_qk), the decode kernel
+    takes the decode part, and nothing is rotated (ROPE_LLAMA) and no variant applied in the tiles. Tiles are as tall
     as shared memory allows beside a ring for as many warps: a warp without rows in a tile idles, so short prompts cost
     little more than their loads.
     """
     p, d = prefill._replace(backend="fa2"), decode
-    if p.dtype is not d.dtype or not p.head_dim_qk == p.head_dim_vo == d.head_dim or p.variant is not None:
+    if p.dtype is not d.dtype or not p.head_dim_qk == p.head_dim_vo == d.head_dim or p.variant is not None or p.rope:
+        return None
+    one = decode_kernel.Problem(
+        1, d.num_kv_heads * d.group, d.num_kv_heads, d.head_dim, d.dtype, d.kv, d.out, d.tile_in_page, d.soft_cap,
+        d.alibi, False, False,
+    )  # fmt: skip
+    if decode_kernel.why_not(one):
         return None
     for rows in (128, 64, 16):
         g = prefill_kernel.geometry(p, rows, device)
@@ -124,23 +133,28 @@ def geometry(prefill: prefill_kernel.Problem, decode: Decode, device: DeviceInfo
     else:
         return None
     blocks, heads, columns = head_blocks(d.group, d.head_dim)
-    part = decode_kernel.decode_spec(
-        d.dtype, d.kv, d.out, d.head_dim, columns, tiles.warps, stages, tiles.ctas_per_sm,
-        tile_in_page=d.tile_in_page, soft_cap=d.soft_cap, alibi=d.alibi,
+    part, scaled = (
+        decode_kernel.decode_spec(
+            d.dtype, d.kv, d.out, d.head_dim, columns, tiles.warps, stages, tiles.ctas_per_sm,
+            tile_in_page=d.tile_in_page, soft_cap=d.soft_cap, alibi=d.alibi, head_scales=head_scales,
+        )
+        for head_scales in (False, True)
     )  # fmt: skip
-    specs = [mixed_spec(spec, part, tiles.ctas_per_sm) for spec in (g.spec, g.negative_spec)]
+    pairs = (g.spec, part), (g.negative_spec, part), (g.heads_spec, scaled)
+    specs = [mixed_spec(*pair, tiles.ctas_per_sm) for pair in pairs]
     slots = device.num_sms * tiles.ctas_per_sm
-    items = decode_kernel.Geometry(part, d.num_kv_heads * blocks, blocks, heads, d.group, slots, d.head_dim)
-    return Geometry(specs[0], specs[1], g, items, rows, slots)
+    items = decode_kernel.Geometry(part, scaled, d.num_kv_heads * blocks, blocks, heads, d.group, slots, d.head_dim)
+    return Geometry(specs[0], specs[1], specs[2], g, items, rows, slots)
 
 
 def launch(
-    g: Geometry, device: int, stream: int, scale: float, tiles: tuple[Any, ...], items: tuple[Any, ...], queues: int,
-    num_tiles: int, num_kv_heads: int, num_items: int, num_head_blocks: int, pdl: bool,
+    g: Geometry, device: int, stream: int, scale: float, head_scales: bool, tiles: tuple[Any, ...],
+    items: tuple[Any, ...], queues: int, num_tiles: int, num_kv_heads: int, num_items: int, num_head_blocks: int,
+    pdl: bool,
 ) -> None:  # fmt: skip
     """Queue the kernel: `tiles` and `items` are the fields of the two parts' own parameter structs."""
     ctas, tile_ctas = grid(g.slots, num_tiles * num_kv_heads, num_items * num_head_blocks)
-    g.kernel(scale, device).launch(
+    g.kernel(scale, device, head_scales).launch(
         ctas, stream, *tiles, *items, queues, num_kv_heads, num_tiles, num_items, tile_ctas, pdl=pdl
     )
 

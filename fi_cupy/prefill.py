@@ -187,7 +187,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             The same in little-endian bits, each request from a byte on.
         causal : bool
             Query i sees keys up to ``kv_len - qo_len + i``. With qo_len > kv_len the first rows see nothing: 0, -inf.
-        pos_encoding_mode : "NONE", "ALIBI"; "ROPE_LLAMA" on the CPU only
+        pos_encoding_mode : "NONE", "ALIBI" or "ROPE_LLAMA"
+            ROPE_LLAMA rotates halves of q and of the (unrotated) cached keys; head_dim_qk a multiple of 16.
         use_fp16_qk_reduction : bool
             A hint that FlashInfer takes for speed; products are summed in fp32 here.
         sm_scale : float, optional
@@ -197,7 +198,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         logits_soft_cap : float, optional
             ``cap * tanh(logit / cap)``; None or <= 0 is off.
         q_data_type, kv_data_type, o_data_type : dtype
-            float16 or bfloat16 (the CPU takes float32 too), the same for all three.
+            q: float16, bfloat16 or an fp8 type (the CPU takes float32 too). kv: that of q (the default), or an fp8
+            type. o: that of q (the default), or any 16-bit float, fp8 type (saturating) or float32.
         non_blocking : bool
             False: wait until the schedule has arrived.
         prefix_len_ptr : int [batch], optional
@@ -260,7 +262,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         has_mask = custom_mask is not None or packed_custom_mask is not None or items is not None
         options = read_options(
             op, head_dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta,
-            self.device < 0, has_mask,
+            has_mask,
         )  # fmt: skip
         problem = make_problem(
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
@@ -316,9 +318,9 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         q: Any,
         paged_kv_cache: Any,
         *args: Any,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        q_scale: Any = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
         out: Any = None,
         lse: Any = None,
         return_lse: bool = False,
@@ -337,9 +339,11 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             ``qo_indptr[-1]`` are neither read nor written.
         paged_kv_cache : array, or (keys, values)
             ``[pages, 2, page_size, num_kv_heads, head_dim]`` (NHD) or ``[pages, 2, num_kv_heads, page_size, head_dim]``
-            (HND), or a pair without dimension 1; any strides that are multiples of 16 bytes, inner stride 1.
-        q_scale, k_scale, v_scale : float, optional
-            Dequantisation factors: the first two multiply `sm_scale`, the last the output.
+            (HND), or a pair without dimension 1; any strides that are multiples of 16 bytes (8 for fp8 rows that 16
+            does not divide), inner stride 1. fp8 may come as uint8.
+        q_scale, k_scale, v_scale : float, or float32 array [heads], optional
+            Dequantisation factors: the first two multiply `sm_scale`, the last the output. An array (of query heads, kv
+            heads, kv heads) holds one a head.
         out : array, [rows of q, num_qo_heads, head_dim_vo], optional
         lse : float32 array, [rows of q, num_qo_heads], contiguous, optional
             Log-sum-exp of the scaled logits in base 2; -inf for rows that see no key (whose output is 0).
@@ -351,7 +355,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         sinks : float32 array, [num_qo_heads], optional
             Raw logits that join the denominator.
         *args, variant_args : optional
-            The variant's tensors and scalars, in the order of their declaration, and by name.
+            The variant's tensors and scalars, in the order of their declaration, and by name. With fp8 queries and no
+            variant: scale_q, scale_k, scale_v.
 
         Returns
         -------
@@ -371,9 +376,10 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         if window_left is not None:
             check_planned(op, "window_left", max(window_left, -1), p.options.window_left, p.options.window_left)
         x = self._query(op, p, q)
+        args, scales = self._scales(op, p, x, args, (q_scale, k_scale, v_scale))
         bound = self._bind(op, args, variant_args, x)
         kv = paged_kv(op, paged_kv_cache)
-        dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.dtype
+        dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.kv
         heads, layout = p.problem.num_kv_heads, self._layout
         if p.problem.head_dim_qk == p.problem.head_dim_vo:
             kv = check_paged_kv(op, kv, x, dtype, p.page_size, heads, p.problem.head_dim_qk, layout)
@@ -391,8 +397,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             indices = p.indices.ptr if p.indices_offset is None else p.work.items + p.indices_offset
         return self._run(
             op, p, x, kv.k, kv.v, token_strides(kv.k, layout), token_strides(kv.v, layout),
-            (q_scale, k_scale, v_scale), out, lse, return_lse, enable_pdl, sinks, p.page_size, indices, bound,
-            kv.k.shape[0],
+            scales, out, lse, return_lse, enable_pdl, sinks, p.page_size, indices, bound, kv.k.shape[0],
         )  # fmt: skip
 
     run_return_lse = partialmethod(run, return_lse=True)
@@ -405,7 +410,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
 
     def forward(
         self, q: Any, paged_kv_cache: Any, causal: bool = False, pos_encoding_mode: str = "NONE",
-        use_fp16_qk_reduction: bool = False, k_scale: float | None = None, v_scale: float | None = None,
+        use_fp16_qk_reduction: bool = False, k_scale: Any = None, v_scale: Any = None,
         window_left: int = -1, logits_soft_cap: float | None = None, sm_scale: float | None = None,
         rope_scale: float | None = None, rope_theta: float | None = None, *, return_lse: bool = False,
     ) -> Any:  # fmt: skip

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim
-from fi_cupy.decode_kernel import scale_factor, sinks_view
+from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner
+from fi_cupy.decode_kernel import sinks_view
 from fi_cupy.device import device_info
-from fi_cupy.dtypes import DType
+from fi_cupy.dtypes import FP8_TYPES, DType
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
-from fi_cupy.jit.driver import has_driver_binding
+from fi_cupy.kv_cache import as_fp8, row_alignment
 from fi_cupy.page_table import check_offsets
 from fi_cupy.plan.prefill import PrefillPlan, max_items, pad, plan_prefill
+from fi_cupy.plan_run import PlanRun
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
 from fi_cupy.prefill_plan import (
     Ints,
@@ -30,6 +31,7 @@ from fi_cupy.prefill_plan import (
     outputs,
     pack_mask,
 )
+from fi_cupy.scales import Scales, read_scales
 from fi_cupy.workspace import PlanBuffer, copy_device, copy_to_device
 
 if TYPE_CHECKING:
@@ -59,10 +61,8 @@ class Planned:
         self.indices_offset = None
 
 
-class BatchPrefill:
+class BatchPrefill(PlanRun):
     """Workspace, CUDA-graph buffers and schedule of a prefill wrapper."""
-
-    _op = ""
 
     def __init__(
         self,
@@ -83,45 +83,8 @@ class BatchPrefill:
         if not use_cuda_graph:
             return
         for name, (buffer, dtype) in buffers.items():
-            if buffer is None:
-                if "mask" in name:
-                    continue
-                raise ArgumentError(f"{self._op}: {name} is missing, expected an array with use_cuda_graph=True")
-            b = view(buffer, self._op, name).writable(self._op, name)
-            check_ndim(self._op, name, b, 1)
-            check_dtype(self._op, name, b, (dtype,))
-            check_inner(self._op, name, b)
-            check_device(self._op, self._workspace, **{name: b})
-            self._buffers[name] = b
-
-    def _attach(self, workspace: Any) -> None:
-        w = view(workspace, self._op, "float_workspace_buffer")
-        if not w.contiguous:
-            raise ArgumentError(
-                f"{self._op}: float_workspace_buffer has strides {w.strides}, expected a contiguous array"
-            )
-        check_aligned(self._op, "float_workspace_buffer", w, 16)
-        self._workspace = w.writable(self._op, "float_workspace_buffer")
-        self._workspace_bytes = w.size * w.dtype.itemsize
-        self.device = w.device
-        self._pdl = w.device >= 0 and device_info(w.device).has_pdl and has_driver_binding()
-
-    @property
-    def is_cuda_graph_enabled(self) -> bool:
-        """Whether the wrapper keeps addresses and grid fixed."""
-        return self._graph
-
-    def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
-        """Use another scratch buffer from the next `plan` on. The wrapper owns its integer buffer: pass None for it."""
-        if int_workspace_buffer is not None:
-            view(int_workspace_buffer, self._op, "int_workspace_buffer")  # FlashInfer's second buffer has no use here
-        if self._graph_state is not None:
-            raise PlanError(f"{self._op}: the workspace address is part of the captured graph; make another wrapper")
-        self._attach(float_workspace_buffer)
-        self._planned = None
-
-    def end_forward(self) -> None:
-        """Kept for FlashInfer's signature; there is nothing to release."""
+            if buffer is not None or "mask" not in name:
+                self._buffers[name] = self._graph_buffer(name, buffer, dtype)
 
     # -- plan ---------------------------------------------------------------------------------------------------------
 
@@ -187,6 +150,8 @@ class BatchPrefill:
         layout = p.geometry.workspace(schedule.num_slots, most_slots)
         layout.check(f"{self._op}.plan", self._workspace_bytes)
         p.geometry.kernel(1.0, self.device)
+        if p.problem.dtype in FP8_TYPES:  # usually with factors a head
+            p.geometry.kernel(1.0, self.device, head_scales=True)
         words, tail = items.size, 0 if indices is None else len(indices)
         if self._plan_buffer is None:
             self._plan_buffer = PlanBuffer(self.device, 4 * (words + tail), 1)
@@ -274,11 +239,21 @@ class BatchPrefill:
             raise UnsupportedError(f"{op}: extra arguments belong to a variant; give one to the constructor (variant=)")
         return None
 
+    def _scales(
+        self, op: str, p: Planned, x: View, args: tuple[Any, ...], given: tuple[Any, Any, Any]
+    ) -> tuple[tuple[Any, ...], Scales]:
+        """(what of `args` belongs to a variant, the scales): fp8 queries take scale_q, scale_k, scale_v by position."""
+        if self._variant is None and p.problem.dtype in FP8_TYPES and len(args) == 3:
+            if any(value is not None for value in given):
+                raise ArgumentError(f"{op}: scales are given by position and by name, expected one of the two")
+            return (), read_scales(op, x, p.problem.num_qo_heads, p.problem.num_kv_heads, *args)
+        return args, read_scales(op, x, p.problem.num_qo_heads, p.problem.num_kv_heads, *given)
+
     # -- run ----------------------------------------------------------------------------------------------------------
 
     def _query(self, op: str, p: Planned, q: Any) -> View:
         """The view of `q`, held to the plan."""
-        x = view(q, op, "q")
+        x = as_fp8(view(q, op, "q"), p.problem.dtype)
         heads, dim = p.problem.num_qo_heads, p.problem.head_dim_qk
         few = x.shape[0] < p.total_rows if self._graph and x.ndim == 3 else x.shape[:1] != (p.total_rows,)
         if few or x.shape[1:] != (heads, dim):
@@ -290,23 +265,21 @@ class BatchPrefill:
         if x.device != self.device:
             check_device(op, self._workspace, q=x)
         check_inner(op, "q", x)
-        check_aligned(op, "q", x, 16)
+        check_aligned(op, "q", x, row_alignment(x.dtype, dim))
         return x
 
     def _run(
         self, op: str, p: Planned, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides,
-        scales: tuple[Any, Any, Any], out: Any, lse: Any, return_lse: bool, enable_pdl: bool | None, sinks: Any,
+        scales: Scales, out: Any, lse: Any, return_lse: bool, enable_pdl: bool | None, sinks: Any,
         page_size: int, kv_indices: int, bound: BoundVariant | None, kv_extent: int,
     ) -> Any:  # fmt: skip
         if bound is not None and not bound.use_softmax and (return_lse or lse is not None):
             raise ArgumentError(f"{op}: variant {bound.variant.name} has no softmax, and without it there is no lse")
-        o, s = outputs(op, x, out, lse, return_lse, p.problem.head_dim_vo)
+        o, s = outputs(op, x, out, lse, return_lse, p.problem)
         sink = None if sinks is None else sinks_view(op, sinks, x, p.problem.num_qo_heads)
-        scale = p.options.sm_scale * scale_factor(op, "q_scale", scales[0]) * scale_factor(op, "k_scale", scales[1])
-        out_scale = scale_factor(op, "v_scale", scales[2])
         if x.is_cpu:
             values, log = self._reference(
-                p, x.numpy(), k.numpy(), v.numpy(), sm_scale=scale, v_scale=out_scale,
+                p, x.numpy(), k.numpy(), v.numpy(), sm_scale=p.options.sm_scale * scales.logit, **scales.reference(),
                 sinks=None if sink is None else sink.numpy(), out_dtype=o.dtype.np, **p.options.reference(),
                 packed_custom_mask=None if p.mask is None else p.mask.packed.numpy(), variant=bound,
                 params=None if bound is None else bound.params(),
@@ -316,7 +289,7 @@ class BatchPrefill:
                 s.write(log)
         else:
             launch(
-                p.geometry, p.work, x, k, v, k_strides, v_strides, o, s, p.options, scale, out_scale,
+                p.geometry, p.work, x, k, v, k_strides, v_strides, o, s, p.options, scales,
                 kv_indices=kv_indices, page_size=page_size, mask=0 if p.mask is None else p.mask.packed.ptr,
                 sinks=0 if sink is None else sink.ptr, pdl=self._pdl if enable_pdl is None else bool(enable_pdl),
                 variant_values=() if bound is None else bound.kernel_values(), kv_extent=kv_extent,

@@ -80,6 +80,10 @@ _VARIANT_TILES = {
 }
 
 
+#: ALiBi under a soft cap at head dim 128: 48 bytes.
+_ITEM_VALUES = "values of the item, stored and loaded once an item"
+
+
 @lru_cache(maxsize=512)
 def hopper_spec(
     dtype: DType,
@@ -90,11 +94,12 @@ def hopper_spec(
     alibi: bool = False,
     soft_cap: bool = False,
     positive_scale: bool = True,
+    head_scales: bool = False,
 ) -> KernelSpec:
     """The Hopper kernel for one element type and CTA shape.
 
     `query_boxes`: the group divides the tile, so packed query rows are a box that the copy engine can bring; else the
-    consumers gather them. `positive_scale` False is for sm_scale <= 0.
+    consumers gather them. `positive_scale` False is for sm_scale <= 0, `head_scales` for factors of q or k a head.
     """
     qk, vo = tiles.head_dim_qk, tiles.head_dim_vo
     dims = f"d{qk}" + (f"x{vo}" if vo != qk else "")
@@ -104,9 +109,10 @@ def hopper_spec(
         ("alibi", alibi),
         ("cap", soft_cap),
         ("neg", not positive_scale),
+        ("heads", head_scales),
     )
     suffix = "".join(f"_{name}" for name, on in options if on)
-    flags = ", ".join("true" if on else "false" for on in (alibi, soft_cap, positive_scale))
+    flags = ", ".join("true" if on else "false" for on in (alibi, soft_cap, positive_scale, head_scales))
     return KernelSpec(
         symbol=f"prefill_hopper_{dtype.tag}_{dims}_q{tiles.tile_q}k{tiles.tile_kv}{suffix}",
         header="attention/prefill_hopper.cuh",
@@ -128,6 +134,7 @@ def hopper_spec(
         ),
         threads=128 * (tiles.consumers + 1),
         min_blocks=1,
+        spills=_ITEM_VALUES if alibi and soft_cap and qk == 128 else "",
         smem_bytes=tiles.smem_bytes,
         min_arch=90,
         max_arch=90,
@@ -150,6 +157,11 @@ def refusal(p: Problem, device: DeviceInfo) -> str:
         return "cuda-bindings, which encodes tensor maps, is not installed"
     if p.dtype not in HALF_TYPES:
         return f"{p.dtype.name} is not float16 or bfloat16"
+    for name, other in (("keys and values", p.kv), ("the output", p.out)):
+        if other is not p.dtype:
+            return f"{name} have another type ({other.name}) than q ({p.dtype.name})"
+    if p.rope:
+        return "ROPE_LLAMA rotates keys before they are multiplied, which the copy engine cannot"
     if (p.head_dim_qk, p.head_dim_vo) not in TILES:
         return f"head dims {p.head_dim_qk}, {p.head_dim_vo} are none of {', '.join(map(str, TILES))}"
     if p.custom_mask:
@@ -245,6 +257,7 @@ def kernel_specs() -> list[KernelSpec]:
     specs.append(hopper_spec(bfloat16, usual, paged=False, query_boxes=False))
     specs.append(hopper_spec(bfloat16, usual, paged=True, query_boxes=False))
     specs.append(hopper_spec(bfloat16, usual, paged=False, positive_scale=False))
+    specs.append(hopper_spec(bfloat16, usual, paged=True, head_scales=True))
     for alibi, soft_cap in ((True, False), (False, True), (True, True)):
         specs.append(hopper_spec(bfloat16, usual, paged=False, alibi=alibi, soft_cap=soft_cap))
     specs.append(hopper_spec(bfloat16, _CAPPED_TILES[64, 64], paged=False, soft_cap=True))

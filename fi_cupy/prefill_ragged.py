@@ -11,7 +11,7 @@ from fi_cupy.arrays import view
 from fi_cupy.checks import check_device
 from fi_cupy.dtypes import int32, uint8
 from fi_cupy.errors import ArgumentError, PlanError
-from fi_cupy.kv_cache import check_layout
+from fi_cupy.kv_cache import as_fp8, check_layout
 from fi_cupy.multi_item import read_multi_item
 from fi_cupy.page_table import check_hints, check_offsets, read_ints
 from fi_cupy.prefill_batch import BatchPrefill, Planned
@@ -179,7 +179,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         has_mask = custom_mask is not None or packed_custom_mask is not None or items is not None
         options = read_options(
             op, head_dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta,
-            self.device < 0, has_mask,
+            has_mask,
         )  # fmt: skip
         problem = make_problem(
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
@@ -221,9 +221,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         k: Any,
         v: Any,
         *args: Any,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        q_scale: Any = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
         o_scale: float | None = None,
         out: Any = None,
         lse: Any = None,
@@ -240,8 +240,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         q : array, [qo_indptr[-1], num_qo_heads, head_dim_qk]
         k : array, [kv_indptr[-1], num_kv_heads, head_dim_qk]; v : array, [kv_indptr[-1], num_kv_heads, head_dim_vo]
             HND: ``[num_kv_heads, tokens, dim]``. More tokens than planned are allowed and not read.
-        q_scale, k_scale, v_scale, o_scale : float, optional
-            Dequantisation factors: the first two multiply `sm_scale`, v_scale the output; o_scale divides the output.
+        q_scale, k_scale, v_scale : float, or float32 array [heads], optional
+            Dequantisation factors: the first two multiply `sm_scale`, the last the output.
+        o_scale : float, optional
+            Divides the output.
         out, lse, return_lse, enable_pdl, sinks, *args, variant_args
             As in `BatchPrefillWithPagedKVCacheWrapper.run`.
 
@@ -259,20 +261,21 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
             raise PlanError(f"{op}: plan() must come first")
         refuse(op, kv_cache_sf=kv_cache_sf)
         x = self._query(op, p, q)
+        args, scales = self._scales(op, p, x, args, (q_scale, k_scale, v_scale))
         bound = self._bind(op, args, variant_args, x)
-        kx, vx = view(k, op, "k"), view(v, op, "v")
+        kx, vx = (as_fp8(view(y, op, name), p.problem.kv) for name, y in (("k", k), ("v", v)))
         hnd, tokens = self._layout == "HND", int(p.kv_indptr[-1])
         for name, y, dim in (("k", kx, p.problem.head_dim_qk), ("v", vx, p.problem.head_dim_vo)):
             have = y.shape[1 if hnd else 0] if y.ndim == 3 else tokens
             n, heads = max(have, tokens), p.problem.num_kv_heads
             shape = (heads, n, dim) if hnd else (n, heads, dim)
-            check_rows(op, name, y, shape, p.problem.dtype, f"= [tokens, num_kv_heads, head_dim] in {self._layout}")
+            check_rows(op, name, y, shape, p.problem.kv, f"= [tokens, num_kv_heads, head_dim] in {self._layout}")
         check_device(op, x, k=kx, v=vx)
         if o_scale is not None:
-            v_scale = (1.0 if v_scale is None else v_scale) / o_scale
+            scales = scales._replace(output=scales.output / o_scale)
         strides: list[Strides] = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
         return self._run(
-            op, p, x, kx, vx, strides[0], strides[1], (q_scale, k_scale, v_scale), out, lse, return_lse, enable_pdl,
+            op, p, x, kx, vx, strides[0], strides[1], scales, out, lse, return_lse, enable_pdl,
             sinks, 1, 0, bound, kx.shape[hnd],
         )  # fmt: skip
 

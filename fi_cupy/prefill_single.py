@@ -13,12 +13,11 @@ import numpy as np
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_ndim, check_shape
-from fi_cupy.decode_kernel import scale_factor
 from fi_cupy.device import DeviceInfo, device_info
-from fi_cupy.dtypes import FLOAT_TYPES, float32, int32
+from fi_cupy.dtypes import FLOAT_TYPES, FP8_TYPES, float8_e4m3fn, float32, int32
 from fi_cupy.errors import ArgumentError
 from fi_cupy.jit.driver import has_driver_binding
-from fi_cupy.kv_cache import check_layout
+from fi_cupy.kv_cache import as_fp8, check_layout
 from fi_cupy.plan.prefill import PrefillPlan, plan_prefill
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
 from fi_cupy.prefill_plan import (
@@ -34,6 +33,7 @@ from fi_cupy.prefill_plan import (
     read_options,
     refuse,
 )
+from fi_cupy.scales import Scales, read_scales
 from fi_cupy.workspace import ScratchPool
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def single_prefill_with_kv_cache(
     backend: str = "auto",
     return_lse: bool = False,
     kv_cache_sf: Any = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
     *,
     variant: AttentionVariant | None = None,
     variant_args: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {}),
@@ -81,14 +81,16 @@ def single_prefill_with_kv_cache(
 
     Parameters
     ----------
-    q : array, [qo_len, num_qo_heads, head_dim_qk], float16 or bfloat16 (the CPU takes float32, too)
-        head dims a multiple of 8 up to 256. Rows and heads may be strided (multiples of 16 bytes).
+    q : array, [qo_len, num_qo_heads, head_dim_qk], float16, bfloat16 or fp8 (the CPU takes float32, too)
+        uint8 is bytes of float8_e4m3fn. Head dims are multiples of 8 up to 256. Rows and heads may be strided
+        (multiples of 16 bytes, or of 8 for fp8 rows that 16 does not divide).
     k : array, [kv_len, num_kv_heads, head_dim_qk] (NHD) or [num_kv_heads, kv_len, head_dim_qk] (HND)
+        The type of `q`, or an fp8 type; uint8 is bytes of float8_e4m3fn.
     v : array, as `k` with head_dim_vo, which may differ
-    scale_q, scale_k, scale_v : None
-        Per-head scales of fp8 inputs, which no kernel takes yet.
+    scale_q, scale_k, scale_v : float32 arrays, [num_qo_heads], [num_kv_heads], [num_kv_heads], optional
+        Dequantisation factors a head (numbers will do): the first two multiply `sm_scale`, the last the output.
     o_dtype : dtype, optional
-        Must be the type of `q`.
+        Default: that of `q`; any 16-bit float, fp8 (saturating) or float32.
     custom_mask : bool array, [qo_len, kv_len], optional
         True = visible; replaces `causal`, and the window still applies.
     packed_custom_mask : uint8 array, optional
@@ -96,7 +98,8 @@ def single_prefill_with_kv_cache(
     causal : bool
         Query i sees keys up to ``kv_len - qo_len + i``; qo_len > kv_len is an error here.
     kv_layout : "NHD" or "HND"
-    pos_encoding_mode : "NONE", "ALIBI"; "ROPE_LLAMA" on the CPU only
+    pos_encoding_mode : "NONE", "ALIBI" or "ROPE_LLAMA"
+        ROPE_LLAMA rotates halves of q and k, query i at position ``kv_len - qo_len + i``; head_dim_qk a multiple of 16.
     use_fp16_qk_reduction : bool
         A hint that FlashInfer takes for speed; products are summed in fp32 here.
     sm_scale : float, optional
@@ -109,8 +112,8 @@ def single_prefill_with_kv_cache(
         For ROPE_LLAMA.
     backend : "auto", "fa2" (the portable kernel) or "fa3" (the Hopper kernel; UnsupportedError where it does not fit)
     return_lse : bool
-    k_scale, v_scale : float, optional
-        Dequantisation factors: the first multiplies `sm_scale`, the second the output.
+    k_scale, v_scale : float or float32 array [num_kv_heads], optional
+        Other names of scale_k and scale_v.
     variant : AttentionVariant, optional
         See `fi_cupy.jit.define_variant`; `causal` and the mask arguments count here, not its `mask_mode`.
     variant_args : (tuple, mapping)
@@ -135,10 +138,14 @@ def single_prefill_with_kv_cache(
     >>> fi_cupy.prefill.single_prefill_with_kv_cache(q, k, k, causal=True).shape
     (5, 8, 64)
     """
-    refuse(_OP, scale_q=scale_q, scale_k=scale_k, scale_v=scale_v, kv_cache_sf=kv_cache_sf)
+    refuse(_OP, kv_cache_sf=kv_cache_sf)
+    for name, one, other in (("k", scale_k, k_scale), ("v", scale_v, v_scale)):
+        if one is not None and other is not None:
+            raise ArgumentError(f"{_OP}: scale_{name} and {name}_scale name the same thing, expected one")
     c = prepare(
         _OP, q, k, v, o_dtype, custom_mask, packed_custom_mask, causal, kv_layout, pos_encoding_mode, sm_scale,
-        window_left, logits_soft_cap, rope_scale, rope_theta, return_lse, k_scale, v_scale, variant, variant_args,
+        window_left, logits_soft_cap, rope_scale, rope_theta, return_lse, scale_q,
+        k_scale if scale_k is None else scale_k, v_scale if scale_v is None else scale_v, variant, variant_args,
         backend,
     )  # fmt: skip
     if c.x.is_cpu:
@@ -147,7 +154,7 @@ def single_prefill_with_kv_cache(
         device = device_info(c.x.device)
         g, work = schedule(c, device)
         launch(
-            g, work, c.x, c.k, c.v, *c.strides, c.o, c.s, c.options, c.scale, c.out_scale,
+            g, work, c.x, c.k, c.v, *c.strides, c.o, c.s, c.options, c.scales,
             mask=0 if c.mask is None else c.mask.packed.ptr, pdl=device.has_pdl and has_driver_binding(),
             variant_values=() if c.bound is None else c.bound.kernel_values(), kv_extent=c.kv_len,
         )  # fmt: skip
@@ -170,8 +177,7 @@ class Call(NamedTuple):
     options: Options
     bound: BoundVariant | None
     mask: Mask | None
-    scale: float
-    out_scale: float
+    scales: Scales
     kv_len: int
 
     def result(self) -> Any:
@@ -183,25 +189,24 @@ def prepare(
     op: str, q: Any, k: Any, v: Any, o_dtype: Any = None, custom_mask: Any = None, packed_custom_mask: Any = None,
     causal: bool = False, kv_layout: str = "NHD", pos_encoding_mode: str = "NONE", sm_scale: float | None = None,
     window_left: int = -1, logits_soft_cap: float | None = None, rope_scale: float | None = None,
-    rope_theta: float | None = None, return_lse: bool = False, k_scale: float | None = None,
-    v_scale: float | None = None, variant: AttentionVariant | None = None,
+    rope_theta: float | None = None, return_lse: bool = False, scale_q: Any = None,
+    scale_k: Any = None, scale_v: Any = None, variant: AttentionVariant | None = None,
     variant_args: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {}), backend: str = "auto",
 ) -> Call:  # fmt: skip
     """Check the arguments of `single_prefill_with_kv_cache` and make its outputs."""
-    x, kx, vx = view(q, op, "q"), view(k, op, "k"), view(v, op, "v")
+    x, kx, vx = (as_fp8(view(y, op, n), float8_e4m3fn) for n, y in (("q", q), ("k", k), ("v", v)))
     check_prefill_backend(op, backend, x.is_cpu)
     hnd = check_layout(op, kv_layout) == "HND"
     for name, y in (("q", x), ("k", kx), ("v", vx)):
         check_ndim(op, name, y, 3)
-    check_dtype(op, "q", x, FLOAT_TYPES)
+    check_dtype(op, "q", x, (*FLOAT_TYPES, *FP8_TYPES))
     check_device(op, x, k=kx, v=vx)
     (qo_len, heads, dim_qk), dim_vo = x.shape, vx.shape[2]
     kv_heads, kv_len = kx.shape[not hnd], kx.shape[hnd]
     has_mask = custom_mask is not None or packed_custom_mask is not None
     options = read_options(
-        op, dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta,
-        x.is_cpu, has_mask,
-    )  # fmt: skip
+        op, dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta, has_mask
+    )
     bound = None if variant is None else variant.bind(op, *variant_args, x, sm_scale=options.sm_scale)
     problem = make_problem(
         op, heads, kv_heads, dim_qk, dim_vo, x.dtype, kx.dtype, o_dtype, options, False, has_mask, x.is_cpu,
@@ -210,24 +215,23 @@ def prepare(
     if options.causal and qo_len > kv_len:
         raise ArgumentError(f"{op}: qo_len is {qo_len} with causal=True, expected at most kv_len = {kv_len}")
     check_rows(op, "q", x, (qo_len, heads, dim_qk), x.dtype, "")
-    check_rows(op, "k", kx, (*kx.shape[:2], dim_qk), x.dtype, "= [.., .., q.shape[-1]]")
-    check_rows(op, "v", vx, (*kx.shape[:2], dim_vo), x.dtype, "= [*k.shape[:2], head_dim_vo]")
+    check_rows(op, "k", kx, (*kx.shape[:2], dim_qk), kx.dtype, "= [.., .., q.shape[-1]]")
+    check_rows(op, "v", vx, (*kx.shape[:2], dim_vo), kx.dtype, "= [*k.shape[:2], head_dim_vo]")
     if custom_mask is not None:
         check_shape(op, "custom_mask", view(custom_mask, op, "custom_mask"), (qo_len, kv_len), "= (qo_len, kv_len)")
     mask = pack_mask(op, custom_mask, packed_custom_mask, np.array([qo_len]), np.array([kv_len]), x)
-    scale, out_scale = options.sm_scale * scale_factor(op, "k_scale", k_scale), scale_factor(op, "v_scale", v_scale)
-    o = x.empty((qo_len, heads, dim_vo))
+    scales = read_scales(op, x, heads, kv_heads, scale_q, scale_k, scale_v, ("scale_q", "scale_k", "scale_v"))
+    o = x.empty((qo_len, heads, dim_vo), problem.out)
     s = x.empty((qo_len, heads), float32) if return_lse else None
     strides = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
-    return Call(
-        x, kx, vx, (strides[0], strides[1]), o, s, problem, options, bound, mask, scale, out_scale, kv_len
-    )  # fmt: skip
+    return Call(x, kx, vx, (strides[0], strides[1]), o, s, problem, options, bound, mask, scales, kv_len)
 
 
 def run_on_cpu(c: Call, kv_layout: str) -> None:
     """The NumPy reference."""
     values, lse = reference.attention.single_prefill(
-        c.x.numpy(), c.k.numpy(), c.v.numpy(), kv_layout=kv_layout, sm_scale=c.scale, v_scale=c.out_scale,
+        c.x.numpy(), c.k.numpy(), c.v.numpy(), kv_layout=kv_layout, sm_scale=c.options.sm_scale * c.scales.logit,
+        **c.scales.reference(), out_dtype=c.o.dtype.np,
         packed_custom_mask=None if c.mask is None else c.mask.packed.numpy(), variant=c.bound,
         params=None if c.bound is None else c.bound.params(), **c.options.reference(),
     )  # fmt: skip

@@ -18,7 +18,6 @@ from fi_cupy.dtypes import uint8
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
 from fi_cupy.page_table import Ints, check_offsets, read_ints
 from fi_cupy.plan.sparse import Blocks, Rows, causal_mask, has_duplicates, keys_per_row, offsets
-from fi_cupy.prefill_plan import refuse
 from fi_cupy.sparse_common import BlockSparse, check_modes, hide_future
 from fi_cupy.sparse_variable import VariableBlockSparseAttentionWrapper
 from fi_cupy.variants_placed import Places
@@ -274,8 +273,8 @@ class BlockSparseAttentionWrapper(BlockSparse):
         q : array, [M, num_qo_heads, head_dim]
         k, v : array, [N, num_kv_heads, head_dim]
             Tokens and heads may be strided.
-        scale_q, scale_k, scale_v : None
-            They belong to fp8 queries.
+        scale_q, scale_k, scale_v : float, or float32 array [heads], optional
+            Dequantisation factors: the first two multiply `sm_scale`, the last the output.
         out : array, [M, num_qo_heads, head_dim], optional
         lse : float32 array, [M, num_qo_heads], contiguous, optional
             Base-2 log-sum-exp; -inf for rows without a visible key (whose output is 0).
@@ -296,7 +295,6 @@ class BlockSparseAttentionWrapper(BlockSparse):
         op = f"{self._op}.run"
         if not self._planned:
             raise PlanError(f"{op}: plan() must come first")
-        refuse(op, scale_q=scale_q, scale_k=scale_k, scale_v=scale_v)
         _, n, c = self._shape
         pages = []
         for name, x in (("k", k), ("v", v)):
@@ -306,8 +304,8 @@ class BlockSparseAttentionWrapper(BlockSparse):
                 raise ShapeError(f"{op}: {name} has shape {y.shape}, expected ({n}, num_kv_heads, head_dim) = (N, ...)")
             pages.append(x.reshape(n // c, c, *y.shape[1:]))  # splits the first dimension: a view, whatever the strides
         return self._prefill.run(
-            q, tuple(pages), out=out, lse=lse, return_lse=return_lse, enable_pdl=enable_pdl,
-            **self._variant_args(op, args, variant_args),
+            q, tuple(pages), q_scale=scale_q, k_scale=scale_k, v_scale=scale_v, out=out, lse=lse, return_lse=return_lse,
+            enable_pdl=enable_pdl, **self._variant_args(op, args, variant_args),
         )  # fmt: skip
 
     run_return_lse = partialmethod(run, return_lse=True)

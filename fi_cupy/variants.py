@@ -372,8 +372,8 @@ class VariantKernel:
         pos_encoding_mode: str = "NONE",
         window_left: int = -1,
         logits_soft_cap: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
         return_lse: bool = False,
         **extra: Any,
     ) -> Any:

@@ -129,7 +129,7 @@ class Lowered:
                 fields.append((f"user.{name}{RECIPROCAL}", "f32"))
         return fields
 
-    def specialise(self, spec: KernelSpec, alibi: bool, soft_cap: bool) -> KernelSpec:
+    def specialise(self, spec: KernelSpec, alibi: bool, soft_cap: bool, head_scales: bool = False) -> KernelSpec:
         """`spec` (of the prefill kernel) with this variant between the product and the softmax.
 
         Parameters
@@ -138,8 +138,10 @@ class Lowered:
             The plain instance: its config member ``Logits`` is replaced, the variant's fields follow its parameters.
         alibi, soft_cap : bool
             The built-in bias comes before, the cap after the variant's score function.
+        head_scales : bool
+            Factors of q or k a head join sm_scale.
         """
-        flags = ", ".join("true" if on else "false" for on in (alibi, soft_cap))
+        flags = ", ".join("true" if on else "false" for on in (alibi, soft_cap, head_scales))
         logits = CppType(f"fi::VariantLogits<fi::Variant, {flags}>")
         user = "  VariantUser user;\n" if self.tensors or self.scalars else ""
         params = f"{spec.params.name.removesuffix('Params')}VariantParams"

@@ -46,10 +46,27 @@ def _row_bytes(dim: int) -> int:
     return (chunks if chunks % 8 == 0 else chunks | 1) * 16
 
 
-def smem_bytes(warps: int, row_tiles: int, tile_kv: int, head_dim_qk: int, head_dim_vo: int) -> int:
-    """Dynamic shared memory of kernels/attention/prefill.cuh: Q, two buffers of K and V, ranges, item, page offsets."""
+class TileKind(NamedTuple):
+    """What changes the shared memory of a CTA: fp8 keys and values, and frequencies of ROPE_LLAMA."""
+
+    fp8: bool = False
+    rope: bool = False
+
+
+PLAIN = TileKind()
+
+
+def smem_bytes(
+    warps: int, row_tiles: int, tile_kv: int, head_dim_qk: int, head_dim_vo: int, kind: TileKind = PLAIN
+) -> int:
+    """Dynamic shared memory of kernels/attention/prefill.cuh.
+
+    Q, two buffers of K and V (fp8: one and the bytes of the next tile), ranges, item, page offsets, frequencies.
+    """
     qk, vo = _row_bytes(head_dim_qk), _row_bytes(head_dim_vo)
-    return 16 * warps * row_tiles * max(qk, vo) + 2 * tile_kv * (qk + vo) + 16 * warps + 96 + 2 * tile_kv * 16
+    kv = tile_kv * (qk + vo + head_dim_qk + head_dim_vo) if kind.fp8 else 2 * tile_kv * (qk + vo)
+    turns = 4 * head_dim_qk if kind.rope else 0
+    return 16 * warps * row_tiles * max(qk, vo) + kv + 16 * warps + 96 + 2 * tile_kv * 16 + turns
 
 
 def _shape(tile_q: int, head_dim_vo: int) -> tuple[int, int]:
@@ -67,37 +84,40 @@ def _ctas_per_sm(warps: int, row_tiles: int, tile_kv: int, head_dim_vo: int, sme
 
 @lru_cache(maxsize=1024)
 def choose_tiles(
-    packed_rows: int, head_dim_qk: int, head_dim_vo: int, smem_per_block: int, smem_per_sm: int
-) -> PrefillTiles:
+    packed_rows: int, head_dim_qk: int, head_dim_vo: int, smem_per_block: int, smem_per_sm: int,
+    kind: TileKind = PLAIN,
+) -> PrefillTiles:  # fmt: skip
     """The CTA shape for requests of about `packed_rows` packed query rows.
 
-    The keys of a tile depend on the head dims and the device alone, so a row is computed with the same sequence of
-    operations whatever the batch around it.
+    The keys of a tile depend on the head dims, the kind and the device alone, so a row is computed with the same
+    sequence of operations whatever the batch around it.
     """
-    tile_kv, most_rows = _key_tile(head_dim_qk, head_dim_vo, smem_per_block, smem_per_sm)
+    tile_kv, most_rows = _key_tile(head_dim_qk, head_dim_vo, smem_per_block, smem_per_sm, kind)
     wanted = 16 if packed_rows <= 16 else 64 if packed_rows <= 64 else 128
     warps, row_tiles = _shape(min(wanted, most_rows), head_dim_vo)
-    smem = smem_bytes(warps, row_tiles, tile_kv, head_dim_qk, head_dim_vo)
+    smem = smem_bytes(warps, row_tiles, tile_kv, head_dim_qk, head_dim_vo, kind)
     ctas = _ctas_per_sm(warps, row_tiles, tile_kv, head_dim_vo, smem, smem_per_sm)
     return PrefillTiles(warps, row_tiles, tile_kv, ctas, smem)
 
 
-def narrow_tiles(tiles: PrefillTiles, head_dim_qk: int, head_dim_vo: int) -> PrefillTiles:
+def narrow_tiles(tiles: PrefillTiles, head_dim_qk: int, head_dim_vo: int, kind: TileKind = PLAIN) -> PrefillTiles:
     """The same rows and keys with one 16-row tile a warp: half the registers, twice the shared-memory reads."""
     warps = tiles.warps * tiles.row_tiles
     return PrefillTiles(
-        warps, 1, tiles.tile_kv, 1, smem_bytes(warps, 1, tiles.tile_kv, head_dim_qk, head_dim_vo)
+        warps, 1, tiles.tile_kv, 1, smem_bytes(warps, 1, tiles.tile_kv, head_dim_qk, head_dim_vo, kind)
     )  # fmt: skip
 
 
-def _key_tile(head_dim_qk: int, head_dim_vo: int, smem_per_block: int, smem_per_sm: int) -> tuple[int, int]:
+def _key_tile(
+    head_dim_qk: int, head_dim_vo: int, smem_per_block: int, smem_per_sm: int, kind: TileKind
+) -> tuple[int, int]:
     """(keys a tile, largest query tile): as many rows as fit; then 64 keys unless 32 let more CTAs share an SM."""
     for keys in ((64, 32), (16,)):
         for tile_q in (128, 64, 32):
             warps, row_tiles = _shape(tile_q, head_dim_vo)
             found: tuple[int, int] | None = None
             for tile_kv in keys:
-                smem = smem_bytes(warps, row_tiles, tile_kv, head_dim_qk, head_dim_vo)
+                smem = smem_bytes(warps, row_tiles, tile_kv, head_dim_qk, head_dim_vo, kind)
                 if smem <= smem_per_block:
                     ctas = _ctas_per_sm(warps, row_tiles, tile_kv, head_dim_vo, smem, smem_per_sm)
                     if found is None or ctas > found[0]:
@@ -205,16 +225,18 @@ def plan_prefill(
 
 def _split(items: Ints, first: Ints, chunk: Ints, chunks: Ints) -> tuple[Ints, int, int]:
     """(an item for each chunk of each tile, partial results, tiles that are split) from `_chunks`."""
+    is_split = chunks > 1
+    counts = np.where(is_split, chunks, 0)
+    ends = counts.cumsum()
+    items[:, 7], items[:, 12] = np.where(is_split, ends - counts, 0), chunks
+    items[:, 11] = chunks - chunks.cumsum()  # less the number of the tile's first chunk
     tile = np.arange(len(items)).repeat(chunks)
-    number = np.arange(len(tile)) - (chunks.cumsum() - chunks)[tile]
-    start = first[tile] + number * chunk[tile]
-    counts = np.where(chunks > 1, chunks, 0)
     items = items.take(tile, axis=0)
-    items[:, 5] = np.maximum(start, items[:, 5])
-    items[:, 6] = np.minimum(start + chunk[tile], items[:, 6])
-    items[:, 7] = np.where(chunks > 1, counts.cumsum() - counts, 0)[tile]
-    items[:, 11], items[:, 12] = number, chunks[tile]
-    return items, int(counts.sum()), int((chunks > 1).sum())
+    items[:, 11] += np.arange(len(tile), dtype=np.int32)
+    length = chunk[tile]
+    start = first[tile] + items[:, 11] * length
+    items[:, 5], items[:, 6] = np.maximum(start, items[:, 5]), np.minimum(start + length, items[:, 6])
+    return items, int(ends[-1]) if len(ends) else 0, int(np.count_nonzero(is_split))
 
 
 def _visible(

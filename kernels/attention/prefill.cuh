@@ -5,15 +5,18 @@
 // Grid (items, kv heads): items are longest first inside a head, so few heads' K/V compete for L2 at a time.
 // A tile whose keys were split is put together by its own CTAs (attention/prefill_join.cuh): the last one writes it.
 // Shared memory: Q [kTileQ] (later the output tile) | K [2][kTileKv] | V [2][kTileKv] | WarpRange [kWarps] |
-// PrefillShared | PageOffset [2][kTileKv].
+// PrefillShared | PageOffset [2][kTileKv] | turns [kHeadDimQK / 2] (ROPE_LLAMA). fp8 keys and values: one buffer of K
+// and V each, then their bytes, one tile ahead (attention/prefill_tiles.cuh).
 // Each warp owns 16 * kRowTiles rows; with 2 row tiles a K or V fragment from ldmatrix feeds twice the mma's, which
 // takes shared-memory bandwidth off the critical path. K and V have cp.async groups of their own, one tile ahead, issued
 // behind the products that they hide under; the exponentials of 16 keys run between the products of the 16 before.
 // Bytes moved: Q and O once; K and V once an item, mostly from L2. Arch: any (sm_75 copies synchronously, bf16 emulated).
 #pragma once
 #include "attention/fast_div.cuh"
+#include "attention/head_scales.cuh"
 #include "attention/prefill_join.cuh"
 #include "attention/prefill_logits.cuh"
+#include "attention/prefill_tiles.cuh"
 #include "attention/smem_tile.cuh"
 #include "common/math.cuh"
 #include "common/vec.cuh"
@@ -63,7 +66,20 @@ struct PrefillParams {
   float sm_scale, sm_scale_log2;
   float out_scale;      // multiplies the output, not the lse
   float soft_cap, soft_cap_rcp;  // cap, 1 / cap
+  HeadScales scales;
 };
+
+// With rotary embedding inside (ROPE_LLAMA): turns[i] is the frequency of dims i and i + head_dim_qk / 2, in 2^-64 turns a
+// position.
+struct PrefillRopeParams : PrefillParams {
+  alignas(64) uint64_t turns[128];
+};
+
+// v_scale, of both kinds.
+template <class Params>
+FI_DEVICE float output_scale(const Params& params, int kv_head) {
+  return params.out_scale * params.scales.output(kv_head);
+}
 
 // Keys outside [seen_begin, seen_end) are seen by no row of a warp, those inside [plain_begin, plain_end) by every row.
 struct alignas(16) WarpRange {
@@ -155,6 +171,7 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item
                             float (&o)[kRowTiles][kDimTiles][4], const SoftmaxState<kRowTiles>& state, float scale) {
   using T = typename Config::T;
   using Logits = typename Config::Logits;
+  using O = typename Config::O;
   using LayoutVO = TileLayout<Config::kHeadDimVO>;
   constexpr int kWarpRows = 16 * kRowTiles, kTileQ = Config::kWarps * kWarpRows;
   const PrefillItem item = shared_item;  // in registers: the stores below could change what lies in shared memory
@@ -180,8 +197,9 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item
       }
       if constexpr (Logits::kHasOutput) Logits::update(params, item, qo_head, m, d, weight);
       const bool empty = m == -FI_INF;
-      float norm = empty ? 0.f : weight * math::ptx_rcp(d) * params.out_scale;
-      if constexpr (!Logits::kUseSoftmax) norm = params.out_scale;  // such tiles are never split
+      const float factor = output_scale(params, kv_head);
+      float norm = empty ? 0.f : weight * math::ptx_rcp(d) * factor;
+      if constexpr (!Logits::kUseSoftmax) norm = factor;  // such tiles are never split
       if ((lane & 3) == 0 && packed < packed_rows && params.lse != nullptr)
         params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] =
             empty ? -FI_INF : m + math::ptx_log2(d);
@@ -198,6 +216,23 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item
         }
       }
     }
+  if constexpr (!is_same_v<O, T>) {  // another type: straight from registers
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int packed = warp_row + i * 16 + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
+        if (packed >= packed_rows) continue;
+        O* p = static_cast<O*>(params.o) + (item.q_row + qo_idx) * params.o_stride_n +
+               (kv_head * group + packed - qo_idx * group) * params.o_stride_h + 2 * (lane & 3);
+#pragma unroll
+        for (int n = 0; n < Config::kHeadDimVO / 8; ++n) {
+          const float pair[2] = {o[i][n][2 * h], o[i][n][2 * h + 1]};
+          Vec<O, 2>::from_floats(pair).store(p + n * 8);
+        }
+      }
+    return;
+  }
   uint8_t* const smem_o = smem + (thread >> 5) * kWarpQBytes<Config>;
 #pragma unroll
   for (int n = 0; n < kDimTiles; ++n) {
@@ -222,12 +257,15 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item
   }
 }
 
-// Config: T (q, k, v, o), kHeadDimQK, kHeadDimVO (multiples of 8), kWarps, kRowTiles (1 or 2), kTileKv (multiple of 16),
-// kPaged, kCustomMask, Logits. Params: PrefillParams, or what a variant derives from it.
+// Config: T (what is multiplied), Q and KV (T or fp8), O (T is stored best), kHeadDimQK, kHeadDimVO (multiples of 8; of 16
+// with kRope), kWarps, kRowTiles (1 or 2), kTileKv (multiple of 16), kPaged, kCustomMask, kRope, Logits. Params:
+// PrefillParams, PrefillRopeParams with kRope, or what a variant derives from it.
 // Computes one item for one kv head; the CTA's threads may call it again after a barrier.
 template <class Config, class Params>
 FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
   using T = typename Config::T;
+  using Q = typename Config::Q;
+  using KV = typename Config::KV;
   using Logits = typename Config::Logits;
   using LayoutQK = TileLayout<Config::kHeadDimQK>;
   using LayoutVO = TileLayout<Config::kHeadDimVO>;
@@ -237,12 +275,19 @@ FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
   constexpr int kDimTiles = round_up(Config::kHeadDimVO, 16) / 8;    // n8 tiles of the output
   constexpr int kKeyTiles = kTileKv / 8;                             // n8 tiles of the logits
   constexpr int kKBytes = kTileKv * LayoutQK::kRowBytes, kVBytes = kTileKv * LayoutVO::kRowBytes;
+  constexpr bool kBytes = !is_same_v<KV, T>;  // fp8 keys and values
+  constexpr int kBuffers = kBytes ? 1 : 2;    // a tile of bytes is one ahead: one 16-bit buffer will do
+  static_assert(!kBytes || sizeof(KV) == 1, "keys and values are T or fp8");
+  static_assert(!Config::kRope || Config::kHeadDimQK % 16 == 0, "the halves of a row are whole chunks");
   extern __shared__ __align__(1024) uint8_t smem[];
   uint8_t* const smem_k = smem + Config::kWarps * kWarpQBytes<Config>;
-  uint8_t* const smem_v = smem_k + 2 * kKBytes;
-  WarpRange* const ranges = reinterpret_cast<WarpRange*>(smem_v + 2 * kVBytes);
+  uint8_t* const smem_v = smem_k + kBuffers * kKBytes;
+  uint8_t* const bytes_k = smem_v + kBuffers * kVBytes;
+  uint8_t* const bytes_v = bytes_k + kBytes * kTileKv * Config::kHeadDimQK;
+  WarpRange* const ranges = reinterpret_cast<WarpRange*>(bytes_v + kBytes * kTileKv * Config::kHeadDimVO);
   PrefillShared& shared = *reinterpret_cast<PrefillShared*>(ranges + Config::kWarps);
   PageOffset* const offsets = reinterpret_cast<PageOffset*>(&shared + 1);
+  uint64_t* const turns = reinterpret_cast<uint64_t*>(offsets + 2 * kTileKv);
 
   const PrefillItem item = params.items[index];
   if (item.qo_len == 0) return;
@@ -253,10 +298,11 @@ FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
   const int kv_begin = item.kv_begin, kv_end = item.kv_end;
   // kv_begin is a multiple of kTileKv, so a tile's number is start / kTileKv; its parity is its buffer.
   auto parity = [](uint32_t start) { return start / kTileKv & 1; };
+  auto buffer = [&](uint32_t start) { return kBytes ? 0 : parity(start); };
 
-  const T* const q = static_cast<const T*>(params.q) + item.q_row * params.q_stride_n + kv_head * group * params.q_stride_h;
-  const T* k = static_cast<const T*>(params.k) + kv_head * params.k_stride_h;
-  const T* v = static_cast<const T*>(params.v) + kv_head * params.v_stride_h;
+  const Q* const q = static_cast<const Q*>(params.q) + item.q_row * params.q_stride_n + kv_head * group * params.q_stride_h;
+  const KV* k = static_cast<const KV*>(params.k) + kv_head * params.k_stride_h;
+  const KV* v = static_cast<const KV*>(params.v) + kv_head * params.v_stride_h;
   if constexpr (!Config::kPaged) {
     k += item.kv_base * params.k_stride_n;
     v += item.kv_base * params.v_stride_n;
@@ -265,6 +311,9 @@ FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
     shared.item = item;
     shared.k = k, shared.v = v, shared.pages = params.kv_indices + item.kv_base;
     shared.kv_head = kv_head;
+  }
+  if constexpr (Config::kRope) {
+    for (int i = threadIdx.x; i < Config::kHeadDimQK / 2; i += kThreads) turns[i] = params.turns[i];
   }
   __syncthreads();  // shared: written by thread 0, read by all
 
@@ -293,26 +342,36 @@ FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
   };
   // Keys at and past kv_end are zeros: what a page holds behind its last token (NaN perhaps) is never read.
   auto load_k = [&](int start) {
-    const T* const k = static_cast<const T*>(shared.k);
-    uint8_t* const tile = smem_k + parity(start) * kKBytes;
+    const KV* const k = static_cast<const KV*>(shared.k);
+    uint8_t* const tile = kBytes ? bytes_k : smem_k + parity(start) * kKBytes;
     if constexpr (Config::kPaged) {
       const PageOffset* const rows = offsets + parity(start) * kTileKv;
-      load_tile<Config::kHeadDimQK, kTileKv, kThreads>(tile, [&](int row, bool& valid) {
+      load_stage<kBytes, Config::kHeadDimQK, kTileKv, kThreads>(tile, [&](int row, bool& valid) {
         valid = start + row < kv_end;
         return k + rows[row].k;
+      });
+    } else if constexpr (kBytes) {
+      load_bytes<Config::kHeadDimQK, kTileKv, kThreads>(tile, [&](int row, bool& valid) {
+        valid = start + row < kv_end;
+        return k + (start + row) * params.k_stride_n;
       });
     } else {
       load_rows<Config::kHeadDimQK, kTileKv, kThreads>(tile, k + start * params.k_stride_n, params.k_stride_n, kv_end - start);
     }
   };
   auto load_v = [&](int start) {
-    const T* const v = static_cast<const T*>(shared.v);
-    uint8_t* const tile = smem_v + parity(start) * kVBytes;
+    const KV* const v = static_cast<const KV*>(shared.v);
+    uint8_t* const tile = kBytes ? bytes_v : smem_v + parity(start) * kVBytes;
     if constexpr (Config::kPaged) {
       const PageOffset* const rows = offsets + parity(start) * kTileKv;
-      load_tile<Config::kHeadDimVO, kTileKv, kThreads>(tile, [&](int row, bool& valid) {
+      load_stage<kBytes, Config::kHeadDimVO, kTileKv, kThreads>(tile, [&](int row, bool& valid) {
         valid = start + row < kv_end;
         return v + rows[row].v;
+      });
+    } else if constexpr (kBytes) {
+      load_bytes<Config::kHeadDimVO, kTileKv, kThreads>(tile, [&](int row, bool& valid) {
+        valid = start + row < kv_end;
+        return v + (start + row) * params.v_stride_n;
       });
     } else {
       load_rows<Config::kHeadDimVO, kTileKv, kThreads>(tile, v + start * params.v_stride_n, params.v_stride_n, kv_end - start);
@@ -329,12 +388,16 @@ FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
   }
 #pragma unroll
   for (int w = 0; w < Config::kWarps; ++w) {
-    load_tile<Config::kHeadDimQK, kWarpRows, kThreads>(smem + w * kWarpQBytes<Config>, [&](int row, bool& valid) {
+    auto locate = [&](int row, bool& valid) {
       const int packed = first_row + w * kWarpRows + row;
       valid = packed < packed_rows;
       const int qo_idx = params.group.quotient(packed);
       return q + qo_idx * params.q_stride_n + (packed - qo_idx * group) * params.q_stride_h;
-    });
+    };
+    if constexpr (is_same_v<Q, T>)
+      load_tile<Config::kHeadDimQK, kWarpRows, kThreads>(smem + w * kWarpQBytes<Config>, locate);
+    else
+      load_widened<T, Q, Config::kHeadDimQK, kWarpRows, kThreads>(smem + w * kWarpQBytes<Config>, locate);
   }
   if (kv_begin < kv_end) load_k(kv_begin);
   ptx::cp_async_commit();
@@ -363,11 +426,11 @@ FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
     return ptx::smem_address(smem + (thread >> 5) * kWarpQBytes<Config>) + LayoutQK::offset(thread & 15, thread >> 4 & 1);
   };
   auto k_address = [&](int thread, int start) {
-    return ptx::smem_address(smem_k + parity(start) * kKBytes) +
+    return ptx::smem_address(smem_k + buffer(start) * kKBytes) +
            LayoutQK::offset((thread >> 4 & 1) * 8 + (thread & 7), thread >> 3 & 1);
   };
   auto v_address = [&](int thread, int start) {
-    return ptx::smem_address(smem_v + parity(start) * kVBytes) + LayoutVO::offset(thread & 15, thread >> 4 & 1);
+    return ptx::smem_address(smem_v + buffer(start) * kVBytes) + LayoutVO::offset(thread & 15, thread >> 4 & 1);
   };
 
   float o[kRowTiles][kDimTiles][4];
@@ -395,9 +458,23 @@ FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
         __syncwarp();  // a warp reads its own rows of Q alone
       }
     }
+    if constexpr (kBytes) {
+      widen_tile<T, KV, Config::kHeadDimQK, kTileKv, kThreads>(smem_k, bytes_k);
+      __syncthreads();  // K is there in 16 bits, and its bytes may be overwritten
+    }
     if constexpr (Logits::kHasKey) {
-      Logits::template transform_keys<Config>(params, shared.item, smem_k + parity(start) * kKBytes, start, kv_head);
+      Logits::template transform_keys<Config>(params, shared.item, smem_k + buffer(start) * kKBytes, start, kv_head);
       __syncthreads();  // the whole tile is transformed
+    }
+    if constexpr (Config::kRope) {
+      if (start == kv_begin) {
+        rotate_tile<T, Config::kHeadDimQK, kWarpRows, 32>(
+            smem + warp * kWarpQBytes<Config>, turns, lane,
+            [&](int row) { return params.group.quotient(warp_row + row) + shared.item.kv_len - shared.item.qo_len; });
+      }
+      rotate_tile<T, Config::kHeadDimQK, kTileKv, kThreads>(smem_k + buffer(start) * kKBytes, turns, thread_again(),
+                                                            [&](int row) { return start + row; });
+      __syncthreads();  // K (and each warp's own Q) is rotated
     }
     const WarpRange range = ranges[thread_again() >> 5];
     const bool active = start < range.seen_end && next > range.seen_begin;
@@ -486,6 +563,10 @@ FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
 
     ptx::cp_async_wait<1>();
     __syncthreads();  // V of this tile is there; every warp is done with V of the tile before
+    if constexpr (kBytes) {
+      widen_tile<T, KV, Config::kHeadDimVO, kTileKv, kThreads>(smem_v, bytes_v);
+      __syncthreads();  // V is there in 16 bits, and its bytes may be overwritten
+    }
     if (active) {
       // The exponentials of one step of 16 keys run between the products of the step before: the tensor cores need not
       // wait for them.

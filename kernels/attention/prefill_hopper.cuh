@@ -149,8 +149,8 @@ FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const
     }
     if constexpr (Logits::kHasOutput) Logits::update(params, item, qo_head, m, d, weight);
     const bool empty = m == -FI_INF;
-    float norm = empty ? 0.f : weight / d * params.out_scale;
-    if constexpr (!Logits::kUseSoftmax) norm = params.out_scale;  // such tiles are never split
+    float norm = empty ? 0.f : weight / d * output_scale(params, kv_head);
+    if constexpr (!Logits::kUseSoftmax) norm = output_scale(params, kv_head);  // such tiles are never split
     if ((lane & 3) == 0 && packed < packed_rows && params.lse != nullptr)
       params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] = empty ? -FI_INF : m + math::ptx_log2(d);
     auto value = [&](int n, int j) {  // column 2 n + 2 * (lane & 3) + j

@@ -220,9 +220,10 @@ def test_run_errors(rng):
         (errors.ShapeError, "out has shape", (batch.q, batch.cache), {"out": np.empty((1, 4, 8), np.float32)}),
         (errors.DTypeError, "lse has dtype", (batch.q, batch.cache), {"lse": np.empty((5, 4), np.float64)}),
         (errors.UnsupportedError, "extra arguments", (batch.q, batch.cache, 1), {}),
-        (errors.UnsupportedError, "per-head scales", (batch.q, batch.cache), {"k_scale": np.ones(2)}),
+        (errors.DTypeError, "k_scale has dtype float64", (batch.q, batch.cache), {"k_scale": np.ones(2)}),
+        (errors.ShapeError, "q_scale has shape", (batch.q, batch.cache), {"q_scale": np.ones(2, np.float32)}),
         (errors.UnsupportedError, "kv_cache_sf", (batch.q, batch.cache), {"kv_cache_sf": batch.q}),
-        (errors.PlanError, "q_len_per_req is 2", (batch.q, batch.cache), {"q_len_per_req": 2}),
+        (errors.PlanError, "q_len_per_req is 2, planned 1", (batch.q, batch.cache), {"q_len_per_req": 2}),
         (errors.ShapeError, "sinks has shape", (batch.q, batch.cache), {"sinks": np.ones(3, np.float32)}),
     ]
     for error, words, args, options in cases:
@@ -245,7 +246,7 @@ def test_plan_errors(rng):
         (errors.ShapeError, "last_page_len has shape", (batch.indptr, batch.indices, batch.last[1:], *batch.args), {}),
         (errors.DTypeError, "indptr has dtype", (batch.indptr.astype(np.float32), *batch.table[1:], *batch.args), {}),
         (errors.ArgumentError, "pos_encoding_mode", (*batch.table, *batch.args), {"pos_encoding_mode": "ROPE"}),
-        (errors.UnsupportedError, "q_len_per_req is 2", (*batch.table, *batch.args), {"q_len_per_req": 2}),
+        (errors.ArgumentError, "q_len_per_req is 0", (*batch.table, *batch.args), {"q_len_per_req": 0}),
         (errors.UnsupportedError, "block_tables", (*batch.table, *batch.args), {"block_tables": batch.indices}),
         (errors.UnsupportedError, "window_right", (*batch.table, *batch.args), {"window_right": 1}),
         (errors.ArgumentError, "seq_lens and indptr disagree", (*batch.table, *batch.args), {"seq_lens": [9] * 5}),
@@ -286,8 +287,8 @@ def test_single_decode_errors(rng):
         single(q, k, k, "HND")
     with pytest.raises(errors.DTypeError, match="k has dtype float16"):
         single(q, k.astype(np.float16), k.astype(np.float16))
-    with pytest.raises(errors.UnsupportedError, match="per-head scales"):
-        single(q, k, k, k_scale=np.ones(2))
+    with pytest.raises(errors.ShapeError, match=r"k_scale has shape \(3,\), expected a number or \(2,\) factors"):
+        single(q, k, k, k_scale=np.ones(3, np.float32))
 
 
 def test_torch_and_jax_on_the_cpu(rng):

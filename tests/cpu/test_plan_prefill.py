@@ -184,7 +184,7 @@ def test_specs_are_cached_and_named_by_what_they_are():
     g = geometry(problem, 128, device)
     assert g is geometry(problem, 128, device)
     assert g.spec.symbol == "prefill_bf16_d64_q128k64_paged"
-    assert g.spec is prefill_spec(bfloat16, 64, 64, g.tiles, paged=True, custom_mask=False, alibi=False, soft_cap=False,
+    assert g.spec == prefill_spec(bfloat16, 64, 64, g.tiles, paged=True, custom_mask=False, alibi=False, soft_cap=False,
                                   positive_scale=True)  # fmt: skip
     assert g.negative_spec.symbol.endswith("_neg")
 

@@ -215,9 +215,11 @@ def test_run_before_plan_and_contradictions(rng):
         ({"pos_encoding_mode": "ROPE"}, errors.ArgumentError, "pos_encoding_mode is 'ROPE'"),
         ({"custom_mask": np.ones((5, 8), bool)}, errors.ShapeError, r"custom_mask has shape \(5, 8\)"),
         ({"packed_custom_mask": np.ones(3, np.uint8)}, errors.ShapeError, "packed_custom_mask has 3 bytes, expected 6"),
-        ({"scale_q": np.ones(6)}, errors.UnsupportedError, "scale_q is not supported"),
+        ({"scale_q": np.ones(6)}, errors.DTypeError, "scale_q has dtype float64, expected float32"),
+        ({"scale_k": np.ones(6, np.float32)}, errors.ShapeError, r"scale_k has shape \(6,\), .* or \(2,\) factors"),
+        ({"scale_v": 2.0, "v_scale": 2.0}, errors.ArgumentError, "scale_v and v_scale name the same thing"),
         ({"backend": "fa3"}, errors.UnsupportedError, "backend is 'fa3'"),
-        ({"o_dtype": "float16"}, errors.UnsupportedError, "o_data_type is float16, expected float32"),
+        ({"o_dtype": "int32"}, errors.DTypeError, "the output has dtype int32"),
     ],
 )
 def test_errors(rng, change, error, text):
@@ -245,7 +247,7 @@ def test_plan_errors():
         ({"indptr": [0, 3]}, errors.ArgumentError, "paged_kv_indptr ends at 3, but paged_kv_indices has 2"),
         ({"indices": [0, -1]}, errors.ArgumentError, "negative page number"),
         ({"heads": 5}, errors.ArgumentError, "num_qo_heads is 5"),
-        ({"kv_data_type": "float16"}, errors.UnsupportedError, "kv_data_type is float16"),
+        ({"kv_data_type": "float16"}, errors.DTypeError, "keys and values have dtype float16, expected float32"),
         ({"block_tables": np.zeros(1)}, errors.UnsupportedError, "block_tables is not supported"),
         ({"custom_mask": np.ones(4, bool)}, errors.ShapeError, "custom_mask has 4 elements, expected 21"),
         ({"page_size": 0}, errors.ArgumentError, "page_size is 0"),

@@ -382,7 +382,7 @@ def test_unsupported_on_the_gpu(rng):
         wrapper.plan(*table, *batch.args, q_data_type="float32")
     with pytest.raises(errors.ShapeError, match="head_dim_qk is 60"):
         wrapper.plan(*table, 8, 2, 60, 16)
-    with pytest.raises(errors.UnsupportedError, match="expected float16 = q_data_type"):
+    with pytest.raises(errors.DTypeError, match="keys and values have dtype bfloat16, expected float16 like q"):
         wrapper.plan(*table, *batch.args, q_data_type="float16", kv_data_type="bfloat16")
     batch.plan(wrapper)
     with pytest.raises(errors.LayoutError, match="multiples of 16 bytes"):
