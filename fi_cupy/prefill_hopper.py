@@ -80,7 +80,7 @@ _VARIANT_TILES = {
 }
 
 
-#: ALiBi under a soft cap at head dim 128: 48 bytes.
+#: A soft cap at head dim 256, or with ALiBi: up to 48 bytes.
 _ITEM_VALUES = "values of the item, stored and loaded once an item"
 
 
@@ -134,7 +134,7 @@ def hopper_spec(
         ),
         threads=128 * (tiles.consumers + 1),
         min_blocks=1,
-        spills=_ITEM_VALUES if alibi and soft_cap and qk == 128 else "",
+        spills=_ITEM_VALUES if soft_cap and (qk == 256 or alibi) else "",
         smem_bytes=tiles.smem_bytes,
         min_arch=90,
         max_arch=90,

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from paged_cases import bits, check, indptr_of
 
-from fi_cupy import errors, prefill, prefill_kernel
-from fi_cupy.device import device_info
+from fi_cupy import errors, prefill
 from fi_cupy.reference.attention import batch_prefill_paged, batch_prefill_ragged, single_prefill
 from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
 
@@ -18,18 +17,7 @@ LENS = [(300, 300), (70, 333), (5, 3), (3, 0), (0, 40), (1, 129), (1, 1), (64, 6
 SHORT = [(37, 70), (5, 3), (3, 0), (0, 9), (20, 130)]
 
 
-@pytest.fixture(params=["portable", "hopper"], autouse=True)
-def kernel(request, monkeypatch):
-    """Every test once with each kernel, as far as the Hopper kernel goes: short requests, too, take it then."""
-    if request.param == "portable":
-        monkeypatch.setattr(prefill_kernel, "refusal", lambda problem, device: "the portable kernel is under test")
-    elif device_info(0).arch != "90a":
-        pytest.skip("no Hopper GPU")
-    else:
-        monkeypatch.setattr(prefill_kernel, "_FEW_ROWS", 0)
-    prefill_kernel.geometry.cache_clear()
-    yield request.param
-    prefill_kernel.geometry.cache_clear()
+pytestmark = pytest.mark.usefixtures("kernel")
 
 
 def workspace(nbytes=32 << 20):

@@ -9,7 +9,7 @@ from fi_cupy import attention, errors, prefill
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import bfloat16
 from fi_cupy.dtypes import dtype as to_dtype
-from fi_cupy.reference.attention import batch_prefill_ragged, single_prefill
+from fi_cupy.reference.attention import batch_prefill_paged, batch_prefill_ragged, single_prefill
 from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
@@ -92,6 +92,79 @@ def test_nan_behind_a_request_does_not_leak(rng, dims, causal):
     want, want_lse = batch_prefill_ragged(*(x.astype(np.float64) for x in (q, k, v)), qo, kv, causal=causal)
     rows = np.concatenate([np.arange(qo[b], qo[b + 1]) for b in range(0, len(lens), 2)])
     check(out[rows], lse[rows], want[rows], want_lse[rows])
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_many_items_a_cta(rng, dim, group):
+    """Several hundred pieces of work of every length on one grid, some without keys or rows."""
+    lens = [(300, 300), (7, 90), (0, 40), (700, 700), (64, 64), (3, 0), (1, 900), (193, 80)] * 8
+    qo, kv = (np.concatenate([[0], np.cumsum([x[i] for x in lens])]) for i in (0, 1))
+    q = normal(rng, (int(qo[-1]), 4 * group, dim))
+    k, v = (normal(rng, (int(kv[-1]), 4, dim)) for _ in range(2))
+    wrapper = Ragged(workspace(), backend="fa3")
+    wrapper.plan(qo, kv, 4 * group, 4, dim, causal=True, q_data_type="bfloat16")
+    geometry, work = wrapper._planned.geometry, wrapper._planned.work
+    assert geometry.grid(work.num_items)[0] < work.num_items * 4
+    want = batch_prefill_ragged(*(x.astype(np.float64) for x in (q, k, v)), qo, kv, causal=True)
+    gpu = [on_gpu(x) for x in (q, k, v)]
+    for i in range(5):  # the counter of the work handed out is back at zero each time
+        out, lse = poisoned(q.shape, "bfloat16"), poisoned(q.shape[:2], "float32")
+        wrapper.run(*gpu, out=out, lse=lse, enable_pdl=i % 2 == 0)
+        check(out, lse, *want)
+
+
+def test_padding_of_a_graph_is_handed_out_and_done_nothing_with(rng):
+    """A graph's first plan has many items, the later one few: CTAs find padding and an end."""
+    buffers = [cupy.zeros(n, cupy.int32) for n in (65, 65)]
+    wrapper = Ragged(workspace(), "NHD", True, *buffers, backend="fa3")
+    q, k, v = (normal(rng, (6400, h, 128)) for h in (8, 2, 2))
+    gpu = [on_gpu(x) for x in (q, k, v)]
+    out, lse = poisoned(q.shape, "bfloat16"), poisoned(q.shape[:2], "float32")
+    for rows in (100, 3, 0, 64):
+        indptr = np.arange(65) * rows
+        wrapper.plan(indptr, indptr, 8, 2, 128, causal=True, q_data_type="bfloat16")
+        wrapper.run(*gpu, out=out, lse=lse)
+        used = int(indptr[-1])
+        want = batch_prefill_ragged(*(x[:used].astype(np.float64) for x in (q, k, v)), indptr, indptr, causal=True)
+        check(out[:used], lse[:used], *want)
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 24, 64, 80, 96, 256])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_pages_of_many_strides(rng, dims, page_size):
+    """Keys and values apart, each a slice of a larger cache: pages and heads have no simple common stride."""
+    lens, heads, kv_heads = [(150, 700), (3, 40), (64, 333)], 6, 3
+    pages = [-(-n // page_size) for _, n in lens]
+    indptr = np.concatenate([[0], np.cumsum(pages)]).astype(np.int32)
+    total = int(indptr[-1]) + 2
+    table = rng.permutation(total)[: indptr[-1]].astype(np.int32)
+    last = np.array([(n - 1) % page_size + 1 for _, n in lens], np.int32)
+    qo = np.concatenate([[0], np.cumsum([m for m, _ in lens])])
+    caches = [
+        normal(rng, (total + 1, page_size + 1, kv_heads + extra, d)) for extra, d in zip((1, 2), dims, strict=True)
+    ]
+    k, v = (x[:total, 1:, 1 : kv_heads + 1] for x in caches)
+    q = normal(rng, (int(qo[-1]), heads, dims[0]))
+    wrapper = Paged(workspace(), backend="fa3")
+    args = (qo, indptr, table, last)
+    wrapper.plan(*args, heads, kv_heads, dims[0], page_size, dims[1], causal=True, q_data_type="bfloat16")
+    out, lse = poisoned((len(q), heads, dims[1]), "bfloat16"), poisoned((len(q), heads), "float32")
+    gpu = [on_gpu(x)[:total, 1:, 1 : kv_heads + 1] for x in caches]
+    wrapper.run(on_gpu(q), tuple(gpu), out=out, lse=lse)
+    check(out, lse, *batch_prefill_paged(*(x.astype(np.float64) for x in (q, k, v)), *args, causal=True))
+
+
+def test_factors_a_head(rng):
+    """They are known to the GPU alone, so the logits are scaled one by one."""
+    q, k, v = (normal(rng, (400, h, 128)) for h in (8, 2, 2))
+    factors = [rng.uniform(0.5, 2, n).astype(np.float32) for n in (8, 2, 2)]
+    gpu = [on_gpu(x) for x in (q, k, v, *factors)]
+    got = prefill.single_prefill_with_kv_cache_return_lse(*gpu, causal=True, backend="fa3")
+    want = single_prefill(
+        *(x.astype(np.float64) * f[:, None] for x, f in zip((q, k, v), factors, strict=True)), causal=True
+    )
+    check(*got, *want)
 
 
 @pytest.mark.parametrize("options", [{}, {"logits_soft_cap": 10.0}, {"pos_encoding_mode": "ALIBI"}])
