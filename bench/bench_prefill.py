@@ -44,7 +44,7 @@ SINGLE = [
     Shape(1, S16K, S16K, cap=30.0),
     Shape(1, S16K, S16K, alibi=True),
 ]
-RAGGED = [Shape(4, S4K, S4K), Shape(16, S1K, S1K), Shape(16, S1K, S1K, 32, 8)]
+RAGGED = [Shape(16384 // n, n, n) for n in (512, S1K, 2048, S4K, 8192)] + [Shape(16, S1K, S1K, 32, 8)]
 PAGED = [
     Shape(16, 512, S4K, 32, 8),
     Shape(1, S4K, S16K, 32, 8),
