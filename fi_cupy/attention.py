@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fi_cupy import mixed
 from fi_cupy.arrays import view
 from fi_cupy.batch_attention import BatchAttention
 from fi_cupy.cascade_attention import (
@@ -29,6 +30,7 @@ from fi_cupy.dtypes import float8_e4m3fn
 from fi_cupy.errors import ArgumentError, PlanError
 from fi_cupy.kv_cache import as_fp8
 from fi_cupy.plan.decode import TILE, single_chunks
+from fi_cupy.plan.mixed import grid
 from fi_cupy.plan.prefill import plan_prefill
 from fi_cupy.pod import PODWithPagedKVCacheWrapper
 from fi_cupy.prefill import (
@@ -39,7 +41,7 @@ from fi_cupy.prefill import (
 )
 from fi_cupy.prefill_batch import BatchPrefill
 from fi_cupy.prefill_kernel import Geometry, geometry
-from fi_cupy.prefill_plan import make_problem, read_options
+from fi_cupy.prefill_plan import Work, make_problem, read_options
 from fi_cupy.scales import read_scales
 from fi_cupy.sparse import BlockSparseAttentionWrapper, VariableBlockSparseAttentionWrapper
 
@@ -258,6 +260,10 @@ def explain(call: Any, *args: Any, device: DeviceInfo | None = None, **kwargs: A
             use._replace(part=f"{name}; {use.part}".rstrip("; ")) for name, w in parts for use in explain(w).launches
         ]
         return Explanation(tuple(launches))
+    if isinstance(call, BatchAttention):
+        return _explain_batch(call)
+    if isinstance(call, PODWithPagedKVCacheWrapper):
+        return _explain_pod(call)
     if isinstance(call, BatchDecodeWithPagedKVCacheWrapper):
         return _explain_decode(call)
     if isinstance(call, BatchPrefill):
@@ -291,6 +297,47 @@ def _explain_decode(wrapper: BatchDecodeWithPagedKVCacheWrapper) -> Explanation:
     return Explanation((KernelUse("", spec.symbol, (p.grid, 1, 1), spec.threads, spec.smem_bytes, why),))
 
 
+def _mixed_launch(g: mixed.Geometry, scale: float, tiles: Work, num_items: int) -> KernelUse:
+    spec = g.spec if scale > 0 else g.negative_spec
+    num_head_blocks = g.decode.num_head_blocks
+    tasks = tiles.num_items * g.prefill.num_kv_heads, num_items * num_head_blocks
+    ctas, tile_ctas = grid(g.slots, *tasks)
+    why = (
+        f"one launch: {tasks[0]} tiles of {g.prefill.tiles.tile_q} packed rows ({tiles.num_items} work items, "
+        f"{tiles.num_split} row tiles split, times {g.prefill.num_kv_heads} kv heads) and {tasks[1]} decode items "
+        f"({num_items} ranges of keys times {num_head_blocks} head blocks) in two queues; {tile_ctas} CTAs begin with "
+        f"a tile, {ctas - tile_ctas} with a decode item"
+    )
+    return KernelUse("", spec.symbol, (ctas, 1, 1), spec.threads, spec.smem_bytes, why)
+
+
+def _explain_batch(wrapper: BatchAttention) -> Explanation:
+    batch = wrapper._batch
+    if batch is None or batch._planned is None:
+        raise PlanError("explain: BatchAttention has no plan yet")
+    both = batch.both
+    if both is None:
+        return _explain_prefill(batch)
+    return Explanation(
+        (_mixed_launch(both.geometry, batch._planned.options.sm_scale, both.tiles, both.num_items),)
+    )  # fmt: skip
+
+
+def _explain_pod(wrapper: PODWithPagedKVCacheWrapper) -> Explanation:
+    decode = wrapper._decode
+    (part,) = _explain_decode(decode).launches
+    made, p = wrapper._launched, decode._planned
+    if made is None or p is None:  # no run yet, or on the CPU
+        return Explanation((part._replace(part="decode part, to which run() adds the prompt"),))
+    if made.mixed is not None:
+        num_items = p.grid // p.geometry.num_head_blocks
+        return Explanation((_mixed_launch(made.mixed, made.scale, made.work, num_items),))
+    spec = made.prefill.spec if made.scale > 0 else made.prefill.negative_spec
+    (prompt,) = _prefill_launch(made.prefill, spec, made.work.num_items, made.work.num_split).launches
+    why = f"a launch of its own, since {made.why}; {prompt.why}"
+    return Explanation((prompt._replace(part="prompt", why=why), part._replace(part="decode part")))
+
+
 def _explain_prefill(wrapper: BatchPrefill) -> Explanation:
     p = wrapper._planned
     if p is None:
@@ -299,21 +346,18 @@ def _explain_prefill(wrapper: BatchPrefill) -> Explanation:
         return _ON_CPU
     spec = p.geometry.kernel(p.options.sm_scale, wrapper.device).spec
     fixed = " (the fixed number of a captured graph)" if wrapper.is_cuda_graph_enabled else ""
-    return _prefill_launches(p.geometry, spec, p.work.num_items, p.work.num_merges, fixed)
+    return _prefill_launch(p.geometry, spec, p.work.num_items, p.work.num_split, fixed)
 
 
-def _prefill_launches(g: Geometry, spec: Any, num_items: int, num_merges: int, fixed: str = "") -> Explanation:
+def _prefill_launch(g: Geometry, spec: Any, num_items: int, num_split: int, fixed: str = "") -> Explanation:
     why = (
         f"{num_items} work items{fixed} of {g.tiles.tile_q} packed rows (query tokens times {g.group} heads a kv head) "
         f"and tiles of {g.tiles.tile_kv} keys, times {g.num_kv_heads} kv heads, on {g.slots} CTA slots"
     )
-    launches = [KernelUse("", spec.symbol, (num_items, g.num_kv_heads, 1), spec.threads, spec.smem_bytes, why)]
-    if num_merges:
-        why = f"{num_merges} row tiles{fixed} had their keys split to fill the device; this merges them"
-        launches.append(
-            KernelUse("", g.merge.symbol, g.merge_grid(num_merges), g.merge.threads, g.merge.smem_bytes, why)
-        )
-    return Explanation(tuple(launches))
+    if num_split:
+        why += f"; {num_split} row tiles have their keys split to fill the device, the last CTA of a tile writes it"
+    grid = (num_items, g.num_kv_heads, 1)
+    return Explanation((KernelUse("", spec.symbol, grid, spec.threads, spec.smem_bytes, why),))
 
 
 def _explain_single(
@@ -381,4 +425,4 @@ def _single_prefill(given: dict[str, Any], device: DeviceInfo) -> Explanation:
         tile_q=g.tiles.tile_q, tile_kv=g.tiles.tile_kv, slots=g.slots, causal=options.causal,
         window_left=options.window_left,
     )  # fmt: skip
-    return _prefill_launches(g, spec, len(schedule.items), len(schedule.merges))
+    return _prefill_launch(g, spec, len(schedule.items), schedule.num_split)

@@ -16,6 +16,7 @@ from fi_cupy.checks import check_device
 from fi_cupy.dtypes import DType, bfloat16, bool_, float16, float32, int32, int64, uint8, uint16, uint32
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, DTypeError, LayoutError, UnsupportedError
+from fi_cupy.jit.attention.variants import attention_sink_decl
 from fi_cupy.jit.lower import Lowered, is_name
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec, UserSource
@@ -300,6 +301,24 @@ def gen_customize_batch_decode_module(
     return gen_customize_single_prefill_module(
         "fa2", uri, dtype_q, dtype_kv, dtype_o, head_dim_qk, head_dim_vo, *rest, **options
     )
+
+
+def gen_batch_prefill_attention_sink_module(
+    backend: str, dtype_q: Any, dtype_kv: Any, dtype_o: Any, dtype_idx: Any, head_dim_qk: int, head_dim_vo: int,
+    pos_encoding_mode: int = 0, use_sliding_window: bool = False,
+) -> FlashInferVariant:  # fmt: skip
+    """The variant with attention sinks: one tensor ``sink``, float32 [num_qo_heads], and the scalar ``sm_scale``.
+
+    The window is the plan's; `use_sliding_window` changes nothing here.
+
+    Source: flashinfer.jit.attention.gen_batch_prefill_attention_sink_module.
+    """
+    text = attention_sink_decl["fa2" if backend == "auto" else backend]
+    return gen_customize_batch_prefill_module(
+        backend, "batch_prefill_attention_sink", dtype_q, dtype_kv, dtype_o, dtype_idx, head_dim_qk, head_dim_vo,
+        ["sink"], ["float"], ["sm_scale"], ["double"], "AttentionSink", text, pos_encoding_mode=pos_encoding_mode,
+        use_sliding_window=use_sliding_window,
+    )  # fmt: skip
 
 
 def single_prefill_with_kv_cache_with_jit_module(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partialmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,9 @@ from fi_cupy.device import device_info
 from fi_cupy.dtypes import FP8_TYPES, float32, int32
 from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
 from fi_cupy.jit.driver import has_driver_binding
-from fi_cupy.jit.kernel import load_kernel
+from fi_cupy.jit.kernel import Kernel, load_kernel
 from fi_cupy.kv_cache import PagedKV, as_fp8, check_layout, check_paged_kv, paged_kv, token_strides
+from fi_cupy.page_table import check_gpu_indices
 from fi_cupy.plan.decode import (
     ITEM_WORDS,
     MIN_CHUNK_TILES,
@@ -40,6 +41,7 @@ from fi_cupy.plan.decode import (
     max_items,
     plan_decode,
 )
+from fi_cupy.prefill_plan import check_backend
 from fi_cupy.scales import Scales, read_scales
 from fi_cupy.variants import AttentionVariant, variant_of
 from fi_cupy.workspace import PlanBuffer, copy_device
@@ -50,6 +52,25 @@ __all__ = [
 ]  # fmt: skip
 
 _OP = "BatchDecodeWithPagedKVCacheWrapper"
+
+
+class Call(NamedTuple):
+    """The checked arguments of one `run`."""
+
+    x: View
+    kv: PagedKV
+    o: View
+    s: View | None
+    sink: View | None
+    scales: Scales
+
+    def result(self, out: Any, lse: Any, return_lse: bool) -> Any:
+        """What `run` returns: the caller's own arrays where it gave some."""
+        made = self.o.result() if out is None else out
+        if not return_lse:
+            return made
+        assert self.s is not None
+        return made, (self.s.result() if lse is None else lse)
 
 
 class BatchDecodeWithPagedKVCacheWrapper:
@@ -116,8 +137,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             raise ArgumentError(f"{_OP}: float_workspace_buffer and workspace_buffer name the same thing, expected one")
         if float_workspace_buffer is None:
             raise ArgumentError(f"{_OP}: float_workspace_buffer is missing")
-        if backend not in ("auto", "fa2"):
-            raise UnsupportedError(f"{_OP}: backend is {backend!r}, expected 'auto' (there is one implementation)")
+        check_backend(_OP, backend)
         self._layout = check_layout(_OP, kv_layout)
         self._use_tensor_cores = use_tensor_cores
         self._graph = use_cuda_graph
@@ -235,7 +255,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         ----------
         indptr : int [batch + 1]
             Request b has pages ``indices[indptr[b] : indptr[b + 1]]``. Host arrays cost no synchronisation; GPU arrays
-            are copied back first.
+            are copied back first, all of a plan's together.
         indices : int32 [pages in use]
             Page numbers. A GPU array is read in place by `run`, so it must stay as it is until then.
         last_page_len : int [batch]
@@ -370,14 +390,11 @@ class BatchDecodeWithPagedKVCacheWrapper:
         staged = buffer.stage(words + (used if from_host else 0))
         staged[:words] = schedule.items.reshape(-1)
         if from_host:
-            staged[words:] = indices.numpy()[:used]
+            staged[words:] = p.table.host_indices
         p.items_ptr = buffer.upload(staged, stream)
         p.copied_indices = words if own else 0
         if not indices.is_cpu:
-            if indices.dtype is not int32:
-                raise UnsupportedError(f"{_OP}.plan: indices on the GPU has dtype {indices.dtype.name}, expected int32")
-            if indices.strides[0] != 1 and indices.shape[0] > 1:
-                check_inner(f"{_OP}.plan", "indices", indices)
+            check_gpu_indices(f"{_OP}.plan", "indices", p.table, self._workspace)
             if own:
                 copy_device(p.items_ptr + 4 * words, indices.ptr, 4 * used, stream, self.device)
         if self._buffers is not None:
@@ -471,14 +488,30 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if skip_softmax_threshold_scale_factor is not None or kv_cache_sf is not None:
             raise UnsupportedError(f"{op}: skip_softmax_threshold_scale_factor and kv_cache_sf are not supported")
         if q_len_per_req not in (None, p.q_len_per_req):
-            raise PlanError(f"{op}: q_len_per_req is {q_len_per_req}, planned {p.q_len_per_req}")
+            raise PlanError(f"{op}: q_len_per_req is {q_len_per_req}, planned {p.q_len_per_req}; pass it to plan()")
         if window_left is not None and max(window_left, -1) != p.window_left:
-            raise PlanError(f"{op}: window_left is {window_left}, planned {p.window_left}")
+            raise PlanError(f"{op}: window_left is {window_left}, planned {p.window_left}; pass it to plan()")
         if self._by_prefill is not None:
             return self._by_prefill.run(
                 q, paged_kv_cache, *args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse,
                 return_lse=return_lse, enable_pdl=enable_pdl, sinks=sinks, variant_args=variant_args,
             )  # fmt: skip
+        c = self._checked(op, p, q, paged_kv_cache, q_scale, k_scale, v_scale, out, lse, return_lse, sinks)
+        if c.x.is_cpu:
+            self._run_cpu(p, c)
+        else:
+            self._kernel(p, c).launch(
+                p.grid, c.x.stream(), *self._values(p, c), *p.turns, pdl=self._pdl if enable_pdl is None else enable_pdl
+            )  # fmt: skip
+        return c.result(out, lse, return_lse)
+
+    run_return_lse = partialmethod(run, return_lse=True)
+
+    def _checked(
+        self, op: str, p: Planned, q: Any, paged_kv_cache: Any, q_scale: Any, k_scale: Any, v_scale: Any, out: Any,
+        lse: Any, return_lse: bool, sinks: Any,
+    ) -> Call:  # fmt: skip
+        """The arguments of `run` held to the plan, and its outputs."""
         x = as_fp8(view(q, op, "q"), p.dtype)
         shape = (p.batch_size * p.q_len_per_req, p.num_qo_heads, p.head_dim)
         if x.shape != shape:
@@ -498,23 +531,14 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if s is not None and not s.contiguous:
             raise ArgumentError(f"{op}: lse has strides {s.strides}, expected a contiguous array")
         sink = None if sinks is None else sinks_view(op, sinks, x, p.num_qo_heads)
-        scales = read_scales(op, x, p.num_qo_heads, p.num_kv_heads, q_scale, k_scale, v_scale)
-        if x.is_cpu:
-            self._run_cpu(p, x, kv, o, s, sink, scales)
-        else:
-            self._launch(p, x, kv, o, s, sink, scales, enable_pdl)
-        result = o.result() if out is None else out
-        if not return_lse:
-            return result
-        assert s is not None
-        return result, (s.result() if lse is None else lse)
+        return Call(x, kv, o, s, sink, read_scales(op, x, p.num_qo_heads, p.num_kv_heads, q_scale, k_scale, v_scale))
 
-    run_return_lse = partialmethod(run, return_lse=True)
+    def _kernel(self, p: Planned, c: Call) -> Kernel:
+        """The planned kernel, or that with factors of q or k a head."""
+        return load_kernel(p.geometry.heads_spec, self.device) if c.scales.on_logits else p.kernel
 
-    def _launch(
-        self, p: Planned, x: View, kv: PagedKV, o: View, s: View | None, sink: View | None, scales: Scales,
-        enable_pdl: bool | None,
-    ) -> None:  # fmt: skip
+    def _values(self, p: Planned, c: Call) -> tuple[Any, ...]:
+        """The fields of DecodeParams."""
         if p.copied_indices:
             indices, ready = p.items_ptr + 4 * p.copied_indices, 1
         elif self._buffers is not None:
@@ -522,36 +546,25 @@ class BatchDecodeWithPagedKVCacheWrapper:
         else:
             indices, ready = p.indices.ptr, 0
         assert self._plan_buffer is not None
-        kernel = load_kernel(p.geometry.heads_spec, self.device) if scales.on_logits else p.kernel
-        kernel.launch(
-            p.grid, x.stream(),
-            x.ptr, kv.k.ptr, kv.v.ptr, o.ptr, 0 if s is None else s.ptr, p.items_ptr, indices,
-            0 if sink is None else sink.ptr, p.partial_out, p.partial_md, self._plan_buffer.counters_ptr,
+        x, kv, o = c.x, c.kv, c.o
+        return (
+            x.ptr, kv.k.ptr, kv.v.ptr, o.ptr, 0 if c.s is None else c.s.ptr, p.items_ptr, indices,
+            0 if c.sink is None else c.sink.ptr, p.partial_out, p.partial_md, self._plan_buffer.counters_ptr,
             x.strides[0], x.strides[1], o.strides[0], o.strides[1],
             *token_strides(kv.k, self._layout), *token_strides(kv.v, self._layout),
-            *p.counts, ready, 0, 0, 0, 0, *logit_floats(p.sm_scale * scales.logit, p.logits_soft_cap), scales.output,
-            *scales.kernel_values(), *p.turns,
-            pdl=self._pdl if enable_pdl is None else enable_pdl,
+            *p.counts, ready, 0, 0, 0, 0, *logit_floats(p.sm_scale * c.scales.logit, p.logits_soft_cap),
+            c.scales.output, *c.scales.kernel_values(),
         )  # fmt: skip
 
-    def _run_cpu(
-        self,
-        p: Planned,
-        x: View,
-        kv: PagedKV,
-        o: View,
-        s: View | None,
-        sink: View | None,
-        scales: Scales,
-    ) -> None:
+    def _run_cpu(self, p: Planned, c: Call) -> None:
         values, lse = reference.attention.batch_decode_paged(
-            x.numpy(), kv.k.numpy(), kv.v.numpy(), p.indptr, p.indices, p.last_page_len, kv_layout=self._layout,
-            sm_scale=p.sm_scale * scales.logit, sinks=None if sink is None else sink.numpy(), out_dtype=o.dtype.np,
-            q_len_per_req=p.q_len_per_req, **scales.reference(), **p.options,
+            c.x.numpy(), c.kv.k.numpy(), c.kv.v.numpy(), p.indptr, p.indices, p.last_page_len, kv_layout=self._layout,
+            sm_scale=p.sm_scale * c.scales.logit, sinks=None if c.sink is None else c.sink.numpy(),
+            out_dtype=c.o.dtype.np, q_len_per_req=p.q_len_per_req, **c.scales.reference(), **p.options,
         )  # fmt: skip
-        o.write(values)
-        if s is not None and lse is not None:
-            s.write(lse)
+        c.o.write(values)
+        if c.s is not None and lse is not None:
+            c.s.write(lse)
 
     def forward(
         self, q: Any, paged_kv_cache: Any, pos_encoding_mode: str = "NONE", q_scale: Any = None,

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from fi_cupy.decode import BatchDecodeWithPagedKVCacheWrapper
+from fi_cupy import decode, mixed, prefill_kernel, prefill_single
+from fi_cupy.checks import check_device
+from fi_cupy.decode_plan import Planned
+from fi_cupy.device import device_info
 from fi_cupy.errors import PlanError, UnsupportedError
-from fi_cupy.prefill import single_prefill_with_kv_cache
-from fi_cupy.prefill_plan import check_planned
+from fi_cupy.jit.driver import has_driver_binding
+from fi_cupy.plan.decode import TILE
+from fi_cupy.prefill_plan import Work, check_planned, launch, launch_values
+from fi_cupy.workspace import PlanBuffer
 
 _OP = "PODWithPagedKVCacheWrapper"
+
+
+class Launched(NamedTuple):
+    """What the latest `run` did, for `fi_cupy.attention.explain`."""
+
+    mixed: mixed.Geometry | None
+    prefill: prefill_kernel.Geometry
+    work: Work
+    scale: float
+    why: str  # why not one launch
 
 
 class PODWithPagedKVCacheWrapper:
     """Prefill attention of one prompt over contiguous keys, and decode attention of a batch over a paged cache.
 
-    Both parts are queued on the caller's stream, the prompt first: two launches (a third one merges, where the prompt
-    is short and its keys are many), not the single launch in which the two share the multiprocessors. Results are those
-    of `single_prefill_with_kv_cache` and of `BatchDecodeWithPagedKVCacheWrapper`, bit by bit. `run` can be captured in
-    a CUDA graph after it has run once with the same shapes.
+    One launch on the caller's stream, whose CTAs share the multiprocessors: half of them begin with tiles of the
+    prompt, which compute, the others with decode items, which wait for memory, and each goes on with what is left.
+    Results are those of `single_prefill_with_kv_cache` and of `BatchDecodeWithPagedKVCacheWrapper` up to rounding.
+    `run` can be captured in a CUDA graph after it has run once with the same shapes.
+
+    Parts that one kernel cannot hold take two launches, the prompt first: a prompt whose type or head dims
+    (``head_dim_vo`` too) are not those of the decode part, arrays on different streams, or ROPE_LLAMA in the decode
+    part. After a `run`, `fi_cupy.attention.explain` says which.
 
     Parameters
     ----------
@@ -62,10 +81,12 @@ class PODWithPagedKVCacheWrapper:
         if jit_args is not None:
             raise UnsupportedError(f"{_OP}: jit_args is not supported; leave it out")
         self._layout = kv_layout
-        self._decode = BatchDecodeWithPagedKVCacheWrapper(
+        self._decode = decode.BatchDecodeWithPagedKVCacheWrapper(
             float_workspace_buffer, kv_layout, use_cuda_graph, True, paged_kv_indptr_buffer, paged_kv_indices_buffer,
             paged_kv_last_page_len_buffer,
         )  # fmt: skip
+        self._queues: PlanBuffer | None = None  # the launch's two queues, at an address that stays
+        self._launched: Launched | None = None
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -107,6 +128,9 @@ class PODWithPagedKVCacheWrapper:
             kv_data_type=kv_data_type, data_type=data_type, sm_scale=sm_scale, rope_scale=rope_scale,
             rope_theta=rope_theta, non_blocking=non_blocking, **decode_options,
         )  # fmt: skip
+        if self._queues is None and self._decode.device >= 0:
+            self._queues = PlanBuffer(self._decode.device, 16, mixed.QUEUE_WORDS)
+        self._launched = None
 
     begin_forward = plan
 
@@ -173,7 +197,7 @@ class PODWithPagedKVCacheWrapper:
         use_fp16_qk_reduction : bool
             A hint; products are summed in fp32.
         enable_pdl : bool, optional
-            Of the decode part; the prompt's launch uses it where the device has it. It does not change results.
+            Programmatic dependent launch; None: where the device has it. It does not change results.
         return_lse_p, return_lse_d : bool
         out_d, lse_d, sinks_d : arrays, optional
             See `BatchDecodeWithPagedKVCacheWrapper.run`.
@@ -205,23 +229,68 @@ class PODWithPagedKVCacheWrapper:
         check_planned(op, "window_left_d", max(window_left_d, -1), -1, p.window_left)
         check_planned(op, "rope_scale_d", rope_scale_d, None, p.options["rope_scale"])
         check_planned(op, "rope_theta_d", rope_theta_d, None, p.options["rope_theta"])
-        prefill = single_prefill_with_kv_cache(
-            q_p, k_p, v_p, custom_mask=custom_mask_p, packed_custom_mask=packed_custom_mask_p, causal=causal_p,
+        prompt = prefill_single.prepare(
+            op, q_p, k_p, v_p, custom_mask=custom_mask_p, packed_custom_mask=packed_custom_mask_p, causal=causal_p,
             kv_layout=kv_layout_p, pos_encoding_mode=pos_encoding_mode_p, sm_scale=sm_scale_p,
             window_left=window_left_p, logits_soft_cap=logits_soft_cap_p, rope_scale=rope_scale_p,
             rope_theta=rope_theta_p, return_lse=return_lse_p,
         )  # fmt: skip
-        decode = self._decode.run(
-            q_d, paged_kv_cache_d, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse_d,
-            enable_pdl=enable_pdl, out=out_d, lse=lse_d, sinks=sinks_d,
-        )  # fmt: skip
-        return prefill, decode
+        check_device(op, self._decode._workspace, q_p=prompt.x)
+        if self._decode._by_prefill is not None:
+            made = self._decode.run(
+                q_d, paged_kv_cache_d, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out_d, lse=lse_d,
+                return_lse=return_lse_d, sinks=sinks_d, enable_pdl=enable_pdl,
+            )  # fmt: skip
+            self._launch(p, prompt, None, enable_pdl)
+            return prompt.result(), made
+        c = self._decode._checked(
+            op, p, q_d, paged_kv_cache_d, q_scale, k_scale, v_scale, out_d, lse_d, return_lse_d, sinks_d
+        )
+        if prompt.x.is_cpu:
+            prefill_single.run_on_cpu(prompt, kv_layout_p)
+            self._decode._run_cpu(p, c)
+        else:
+            self._launch(p, prompt, c, enable_pdl)
+        return prompt.result(), c.result(out_d, lse_d, return_lse_d)
 
     forward = run
 
+    def _launch(self, p: Planned, prompt: prefill_single.Call, c: decode.Call | None, enable_pdl: bool | None) -> None:
+        """One launch of the mixed kernel, or a launch for each part; `c` None: the decode part had its own."""
+        device = device_info(prompt.x.device)
+        pdl = device.has_pdl and has_driver_binding() if enable_pdl is None else enable_pdl
+        part = mixed.Decode(
+            p.num_kv_heads, p.num_qo_heads // p.num_kv_heads, p.head_dim, p.dtype, p.kv_dtype, p.out_dtype,
+            p.page_size % TILE == 0, p.logits_soft_cap > 0, p.alibi,
+        )  # fmt: skip
+        both: mixed.Geometry | None = None
+        stream = prompt.x.stream()
+        if c is None:
+            why = f"the decode part takes the prefill kernel ({self._decode._why_prefill})"
+        elif p.rope:
+            why = "the decode part rotates its keys (ROPE_LLAMA)"
+        elif c.x.stream() != stream:
+            why = "the parts' arrays are on different streams"
+        else:
+            both = mixed.geometry(prompt.problem, part, device)
+            why = "" if both is not None else "the parts differ in type or head dims, or no decode item takes them"
+        g, work = prefill_single.schedule(prompt, device, 0 if both is None else both.rows)
+        mask = 0 if prompt.mask is None else prompt.mask.packed.ptr
+        self._launched = Launched(both, g, work, prompt.scale, why)
+        arrays = (prompt.x, prompt.k, prompt.v, *prompt.strides, prompt.o, prompt.s, prompt.options)
+        if both is None:
+            launch(g, work, *arrays, prompt.scales, mask=mask, pdl=pdl)
+            if c is not None:
+                values = self._decode._values(p, c)
+                self._decode._kernel(p, c).launch(p.grid, c.x.stream(), *values, *p.turns, pdl=pdl)
+            return
+        assert self._queues is not None and c is not None
+        mixed.launch(
+            both, prompt.x.device, stream, prompt.scale, c.scales.on_logits,
+            launch_values(g, work, *arrays, prompt.scales, 0, 1, mask, 0), self._decode._values(p, c),
+            self._queues.counters_ptr, work.num_items, g.num_kv_heads, p.grid // p.geometry.num_head_blocks,
+            p.geometry.num_head_blocks, pdl,
+        )  # fmt: skip
+
     def end_forward(self) -> None:
         """Kept for FlashInfer's signature; there is nothing to release."""
-
-    def _parts(self) -> list[tuple[str, Any]]:
-        """What `fi_cupy.attention.explain` looks into."""
-        return [("decode part, after the prompt's single_prefill_with_kv_cache", self._decode)]

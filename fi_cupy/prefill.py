@@ -12,24 +12,20 @@ from typing import Any
 import numpy as np
 
 from fi_cupy import reference
-from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_device, check_shape
+from fi_cupy.arrays import View
 from fi_cupy.customize import single_prefill_with_kv_cache_with_jit_module
 from fi_cupy.dtypes import float32, int32, uint8
-from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
+from fi_cupy.errors import ArgumentError, PlanError
 from fi_cupy.kv_cache import check_layout, check_paged_kv, paged_kv, token_strides
 from fi_cupy.multi_item import read_multi_item
-from fi_cupy.plan.decode import check_page_table, kv_lengths
+from fi_cupy.page_table import check_gpu_indices, check_hints, read_page_table
 from fi_cupy.prefill_batch import BatchPrefill, Planned
 from fi_cupy.prefill_kernel import kernel_specs
 from fi_cupy.prefill_plan import (
     Ints,
     check_backend,
-    check_indptr,
     check_planned,
-    host_ints,
     make_problem,
-    pack_mask,
     read_options,
     refuse,
 )
@@ -43,6 +39,9 @@ __all__ = [
     "single_prefill_with_kv_cache", "single_prefill_with_kv_cache_return_lse",
     "single_prefill_with_kv_cache_with_jit_module",
 ]  # fmt: skip
+
+
+_NAMES = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
 
 
 class _PagedPlan(Planned):
@@ -171,7 +170,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         ----------
         qo_indptr : int [batch + 1]
             Request b has rows ``q[qo_indptr[b] : qo_indptr[b + 1]]``. Host arrays cost no synchronisation; GPU arrays
-            are copied back first.
+            are copied back first, all of a plan's together.
         paged_kv_indptr : int [batch + 1]
             Request b has pages ``paged_kv_indices[indptr[b] : indptr[b + 1]]``.
         paged_kv_indices : int32 [pages in use]
@@ -215,7 +214,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         seq_lens : int [batch], optional
             Keys of every request; if given, `paged_kv_last_page_len` is not read back from the GPU.
         seq_lens_q, max_token_per_sequence, max_sequence_kv : optional
-            Hints of other backends; the schedule follows from the offsets.
+            Hints of other backends, which must agree with the offsets.
         fixed_split_size : int, optional
             Pages of every chunk, so that a row's bits do not depend on the rest of the batch.
         disable_split_kv : bool
@@ -261,8 +260,6 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             op, prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr, custom_mask,
             packed_custom_mask,
         )  # fmt: skip
-        if page_size < 1:
-            raise ArgumentError(f"{op}: page_size is {page_size}, expected at least 1")
         has_mask = custom_mask is not None or packed_custom_mask is not None or items is not None
         options = read_options(
             op, head_dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta,
@@ -272,60 +269,26 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
             True, has_mask, self.device < 0, self._lowered,
         )  # fmt: skip
-        _, qo = host_ints(op, "qo_indptr", qo_indptr)
-        _, indptr = host_ints(op, "paged_kv_indptr", kv_indptr)
-        indices = view(np.asarray(kv_indices, np.int32) if isinstance(kv_indices, (list, tuple)) else kv_indices, op,
-                       "paged_kv_indices")  # fmt: skip
-        check_indptr(op, "qo_indptr", qo)
+        hints = {} if seq_lens_q is None else {"seq_lens_q": seq_lens_q}
+        table, others = read_page_table(
+            op, _NAMES, kv_indptr, kv_indices, last_page_len, seq_lens, page_size, qo_indptr=qo_indptr, **hints
+        )
+        qo, indptr = others["qo_indptr"], table.indptr
         if len(indptr) != len(qo):
             raise ArgumentError(f"{op}: paged_kv_indptr has {len(indptr)} entries, expected {len(qo)} = len(qo_indptr)")
-        last = self._last_page_len(op, indptr, last_page_len, seq_lens, page_size)
-        check_page_table(op, indptr, last, page_size, indices.shape[0])
-        kv_len = kv_lengths(indptr, last, page_size)
-        if items is not None:
-            packed_custom_mask = items.packed_mask(op, np.diff(qo), kv_len)
-        p = _PagedPlan(
-            problem, options, qo, kv_len,
-            pack_mask(op, custom_mask, packed_custom_mask, np.diff(qo), kv_len, self._workspace),
-        )  # fmt: skip
-        p.page_size, p.indptr, p.indices, p.last_page_len = page_size, indptr, indices, last
+        p = _PagedPlan(problem, options, qo, table.kv_len, None)
+        p.mask = self._pack_mask(op, p, custom_mask, packed_custom_mask, items)
+        if hints or max_token_per_sequence is not None or max_sequence_kv is not None:
+            check_hints(op, qo, p.kv_len, others, max_token_per_sequence, max_sequence_kv)
+        p.page_size, p.indptr, p.indices, p.last_page_len = page_size, indptr, table.indices, table.last_page_len
+        p.host_indices, p.max_index = table.host_indices, table.max_index
+        if p.host_indices is None:
+            check_gpu_indices(op, _NAMES[1], table, self._workspace)
+        elif self.device < 0:
+            p.host_indices = p.host_indices.copy()  # `run` reads them
         p.disable_split = disable_split_kv or not self._splittable
         p.fixed_split = fixed_split_size * page_size if fixed_split_size and fixed_split_size > 0 else None
-        self._read_indices(op, p)
         return p
-
-    def _last_page_len(self, op: str, indptr: Ints, last_page_len: Any, seq_lens: Any, page_size: int) -> Ints:
-        batch = len(indptr) - 1
-        if seq_lens is not None:
-            v, kv_len = host_ints(op, "seq_lens", seq_lens)
-            check_shape(op, "seq_lens", v, (batch,), "= len(paged_kv_indptr) - 1")
-            if (-(-kv_len // page_size) != np.diff(indptr)).any():
-                raise ArgumentError(f"{op}: seq_lens and paged_kv_indptr disagree on the number of pages")
-            return np.where(kv_len > 0, (kv_len - 1) % page_size + 1, 1)
-        if page_size == 1:
-            return np.ones(batch, np.int64)
-        v, last = host_ints(op, "paged_kv_last_page_len", last_page_len)
-        check_shape(op, "paged_kv_last_page_len", v, (batch,), "= len(paged_kv_indptr) - 1")
-        return last
-
-    def _read_indices(self, op: str, p: _PagedPlan) -> None:
-        """Look at the page numbers where the host has them; a GPU array must be what the kernel can read."""
-        p.max_index, p.host_indices = -1, None
-        used = int(p.indptr[-1])
-        if p.indices.is_cpu:
-            p.host_indices = p.indices.numpy()[:used].astype(np.int32)
-            read = p.host_indices[p.indptr[0] :]
-            if len(read):
-                p.max_index = int(read.max())
-                if int(read.min()) < 0:
-                    raise ArgumentError(f"{op}: paged_kv_indices holds a negative page number ({int(read.min())})")
-            return
-        check_device(op, self._workspace, paged_kv_indices=p.indices)
-        if p.indices.dtype is not int32 or (used > 1 and p.indices.strides[0] != 1):
-            raise UnsupportedError(
-                f"{op}: paged_kv_indices on the GPU has dtype {p.indices.dtype.name}, stride {p.indices.strides[0]}, "
-                "expected contiguous int32"
-            )
 
     def _most_keys(self, p: _PagedPlan) -> int:
         return self._buffers["paged_kv_indices_buf"].shape[0] * p.page_size

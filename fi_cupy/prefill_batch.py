@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,16 +15,17 @@ from fi_cupy.device import device_info
 from fi_cupy.dtypes import FP8_TYPES, DType
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
 from fi_cupy.jit.driver import has_driver_binding
-from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.kv_cache import as_fp8, row_alignment
-from fi_cupy.plan.prefill import max_counts, pad, plan_prefill
+from fi_cupy.page_table import check_offsets
+from fi_cupy.plan.prefill import PrefillPlan, max_items, pad, plan_prefill
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
-from fi_cupy.prefill_plan import Ints, Mask, Options, Strides, Work, check_planned, launch, outputs
+from fi_cupy.prefill_plan import Ints, Mask, Options, Strides, Work, check_planned, launch, outputs, pack_mask
 from fi_cupy.scales import Scales, read_scales
 from fi_cupy.workspace import PlanBuffer, copy_device, copy_to_device
 
 if TYPE_CHECKING:
     from fi_cupy.jit.lower import Lowered
+    from fi_cupy.multi_item import MultiItem
     from fi_cupy.variants import AttentionVariant, BoundVariant
 
 
@@ -44,7 +46,7 @@ class Planned:
 
     def __init__(self, problem: Problem, options: Options, qo_indptr: Ints, kv_len: Ints, mask: Mask | None) -> None:
         self.problem, self.options, self.qo_indptr, self.kv_len, self.mask = problem, options, qo_indptr, kv_len, mask
-        self.total_rows = int(qo_indptr[-1])
+        self.total_rows = int(qo_indptr[-1]) if len(qo_indptr) else 0
         self.indices_offset = None
 
 
@@ -112,8 +114,17 @@ class BatchPrefill:
 
     # -- plan ---------------------------------------------------------------------------------------------------------
 
-    def _schedule(self, p: Planned, kv_base: Ints) -> tuple[Ints, Ints, int, int]:
-        """(items, merges, slots, slots whose lse gets room); in graph mode padded to what any later plan can need."""
+    def _pack_mask(
+        self, op: str, p: Planned, custom_mask: Any, packed_custom_mask: Any, items: MultiItem | None
+    ) -> Mask | None:  # fmt: skip
+        """Check the offsets of the queries, and make the mask, if there is one."""
+        qo_len = check_offsets(op, "qo_indptr", p.qo_indptr)
+        if items is not None:
+            packed_custom_mask = items.packed_mask(op, qo_len, p.kv_len)
+        return pack_mask(op, custom_mask, packed_custom_mask, qo_len, p.kv_len, self._workspace)
+
+    def _schedule(self, p: Planned, kv_base: Ints) -> tuple[PrefillPlan, int]:
+        """(schedule, slots with room for counters and sums); in graph mode padded to what any later plan can need."""
         batch, rows = len(p.kv_len), p.total_rows
         if self._graph_state is not None:
             p.geometry = self._graph_state[0]
@@ -129,20 +140,18 @@ class BatchPrefill:
             mask_offsets=None if p.mask is None else p.mask.offsets,
             narrow=None if self._lowered is None else self._lowered.narrow({}),
         )  # fmt: skip
-        items, merges = schedule.items, schedule.merges
         if not self._graph:
-            return items, merges, schedule.num_slots, 0
+            return schedule, schedule.num_slots
         if self._graph_state is not None:
-            num_items, num_merges = self._graph_state[1:3]
+            num_items = self._graph_state[1]
         else:
-            num_items, num_merges = max_counts(rows, batch, g.group, g.tiles.tile_q, self._most_chunks(p))
-            num_merges *= not p.disable_split
-        if len(items) > num_items or len(merges) > num_merges:
+            num_items = max_items(rows, batch, g.group, g.tiles.tile_q, self._most_chunks(p))
+        if len(schedule.items) > num_items:
             raise PlanError(
-                f"{self._op}.plan: {len(items)} work items and {len(merges)} split tiles exceed the {num_items} and "
-                f"{num_merges} of the first plan; give the first plan as many query rows as any later one has"
+                f"{self._op}.plan: {len(schedule.items)} work items exceed the {num_items} of the first plan; give the "
+                "first plan as many query rows as any later one has"
             )
-        return pad(items, num_items), pad(merges, num_merges), schedule.num_slots, num_items
+        return replace(schedule, items=pad(schedule.items, num_items)), num_items
 
     def _most_chunks(self, p: Planned) -> int:
         """Work items beyond one a tile that splitting may add in graph mode."""
@@ -160,33 +169,31 @@ class BatchPrefill:
 
     def _finish(self, p: Planned, kv_base: Ints, indices: np.ndarray[Any, Any] | None, non_blocking: bool) -> None:
         """Schedule, check the workspace, load the kernels and send everything to the GPU."""
-        items, merges, num_slots, most_slots = self._schedule(p, kv_base)
-        layout = p.geometry.workspace(num_slots, most_slots)
+        schedule, most_slots = self._schedule(p, kv_base)
+        items = schedule.items
+        layout = p.geometry.workspace(schedule.num_slots, most_slots)
         layout.check(f"{self._op}.plan", self._workspace_bytes)
         p.geometry.kernel(1.0, self.device)
         if p.problem.dtype in FP8_TYPES:  # usually with factors a head
             p.geometry.kernel(1.0, self.device, head_scales=True)
-        if len(merges):
-            load_kernel(p.geometry.merge, self.device)
-        words, tail = items.size + merges.size, 0 if indices is None else len(indices)
+        words, tail = items.size, 0 if indices is None else len(indices)
         if self._plan_buffer is None:
             self._plan_buffer = PlanBuffer(self.device, 4 * (words + tail))
         buffer = self._plan_buffer
-        buffer.reserve(4 * (words + tail))
+        buffer.reserve(4 * (words + tail), most_slots * p.geometry.num_kv_heads)
         staged = buffer.stage(words + tail)
-        staged[: items.size] = items.reshape(-1)
-        staged[items.size : words] = merges.reshape(-1)
+        staged[:words] = items.reshape(-1)
         if indices is not None:
             staged[words:] = indices
             p.indices_offset = 4 * words
         stream = self._workspace.stream()
         address = buffer.upload(staged, stream)
         p.work = Work(
-            address, len(items), address + items.nbytes, len(merges),
-            self._workspace.ptr + layout.offsets["partial_o"], self._workspace.ptr + layout.offsets["partial_lse"],
+            address, len(items), schedule.num_split, self._workspace.ptr + layout.offsets["partial_o"],
+            self._workspace.ptr + layout.offsets["partial_md"], buffer.counters_ptr,
         )  # fmt: skip
         if self._graph:
-            state = (p.geometry, len(items), len(merges), p.problem, p.options, p.work)
+            state = (p.geometry, len(items), p.problem, p.options, p.work._replace(num_split=0))
             if self._graph_state is not None and state != self._graph_state:
                 raise PlanError(
                     f"{self._op}.plan: a CUDA-graph wrapper keeps kernel, grid and options of its first plan; only "
@@ -229,8 +236,9 @@ class BatchPrefill:
             copy_to_device(buffer.ptr, values.astype(np.int32), stream, self.device)
 
     def _workspace_size(self, p: Planned, kv_base: Ints, indices: int) -> tuple[int, int]:
-        items, merges, num_slots, most_slots = self._schedule(p, kv_base)
-        return p.geometry.workspace(num_slots, most_slots).size, items.nbytes + merges.nbytes + 4 * indices
+        schedule, most_slots = self._schedule(p, kv_base)
+        int_bytes = schedule.items.nbytes + 4 * most_slots * p.geometry.num_kv_heads + 4 * indices
+        return p.geometry.workspace(schedule.num_slots, most_slots).size, int_bytes
 
     # -- variants -----------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,8 @@ PARAMS = ParamsStruct(
     [
         *((name, "ptr") for name in ("q", "k", "v", "o", "lse", "items", "kv_indices", "mask", "sinks")),
         ("partial_o", "ptr"),
-        ("partial_lse", "ptr"),
+        ("partial_md", "ptr"),
+        ("counters", "ptr"),
         *((f"{x}_stride_{d}", "i64") for x, ds in (("q", "nh"), ("k", ("page", "n", "h"))) for d in ds),
         *((f"{x}_stride_{d}", "i64") for x, ds in (("v", ("page", "n", "h")), ("o", "nh")) for d in ds),
         *((f"group.{field}", "u32") for field in _DIVISOR),
@@ -50,19 +51,6 @@ PARAMS = ParamsStruct(
 ROPE_PARAMS = ParamsStruct(
     "PrefillRopeParams", [*PARAMS.fields, *((f"turns[{i}]", "tensormap") for i in range(0, 128, 16))]
 )
-MERGE_PARAMS = ParamsStruct(
-    "PrefillMergeParams",
-    [
-        *((name, "ptr") for name in ("o", "lse", "items", "partial_o", "partial_lse")),
-        ("o_stride_n", "i64"),
-        ("o_stride_h", "i64"),
-        *((f"group.{field}", "u32") for field in _DIVISOR),
-        ("num_qo_heads", "u32"),
-        ("out_scale", "f32"),
-        *SCALES,
-    ],
-)
-_MERGE_WARPS = 4
 _MOST_SPILLED = 64
 
 
@@ -145,19 +133,6 @@ def prefill_spec(
     )
 
 
-@lru_cache(maxsize=64)
-def merge_spec(dtype: DType, head_dim_vo: int, tile_q: int) -> KernelSpec:
-    """The kernel that merges the partial results of split tiles."""
-    return KernelSpec(
-        symbol=f"prefill_merge_{dtype.tag}_d{head_dim_vo}_q{tile_q}",
-        header="attention/prefill_merge.cuh",
-        function="prefill_merge",
-        params=MERGE_PARAMS,
-        config=(("T", dtype), ("kHeadDimVO", head_dim_vo), ("kTileQ", tile_q), ("kWarps", _MERGE_WARPS)),
-        threads=32 * _MERGE_WARPS,
-    )
-
-
 #: (shared memory a CTA, shared memory a multiprocessor) of the GPUs `kernel_specs` is made for.
 _GPUS = {75: (65536, 65536), 80: (166912, 167936), 86: (101376, 102400), 90: (232448, 233472)}
 
@@ -201,8 +176,6 @@ def kernel_specs() -> list[KernelSpec]:
     add(90, bfloat16, 128, 128, rows=16, rope=True)
     add(90, float16, 64, 64, kv=float8_e4m3fn, rope=True)
     add(90, bfloat16, 64, 64, out=float32)
-    for dim, tile_q in ((64, 128), (128, 128), (128, 16), (256, 128)):
-        specs[merge_spec(bfloat16, dim, tile_q)] = None
     return list(specs)
 
 
@@ -254,7 +227,6 @@ class Geometry:
         For a positive sm_scale, and for any other.
     heads_spec : KernelSpec
         For factors of q or k a head.
-    merge : KernelSpec
     tiles : PrefillTiles
     group, num_kv_heads : int
     slots : int
@@ -269,7 +241,6 @@ class Geometry:
     spec: KernelSpec
     negative_spec: KernelSpec
     heads_spec: KernelSpec
-    merge: KernelSpec
     tiles: PrefillTiles
     group: int
     num_kv_heads: int
@@ -294,16 +265,12 @@ class Geometry:
         return found
 
     def workspace(self, num_slots: int, most_slots: int = 0) -> WorkspaceLayout:
-        """Layout of the partial results of `num_slots` chunks; room for the lse of `most_slots` keeps its offsets."""
+        """Layout of the partial results of `num_slots` chunks; room for (m, d) of `most_slots` keeps the offsets."""
         states = num_slots * self.num_kv_heads * self.tiles.tile_q
         layout = WorkspaceLayout()
-        layout.add("partial_lse", max(states, most_slots * self.num_kv_heads * self.tiles.tile_q) * 4)
-        layout.add("partial_o", states * self.head_dim_vo * 4)
+        layout.add("partial_md", max(states, most_slots * self.num_kv_heads * self.tiles.tile_q) * 8)
+        layout.add("partial_o", states * -(-self.head_dim_vo // 16) * 16 * 4)
         return layout
-
-    def merge_grid(self, num_merges: int) -> tuple[int, int, int]:
-        """Grid of the merge kernel: four rows a CTA."""
-        return num_merges * (self.tiles.tile_q // _MERGE_WARPS), self.num_kv_heads, 1
 
 
 @lru_cache(maxsize=1024)
@@ -329,9 +296,9 @@ def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry
             slim = narrow_tiles(tiles, p.head_dim_qk, p.head_dim_vo, p.kind)
             narrow, narrow_heads = spec_of(slim), spec_of(slim, heads=True)
     return Geometry(
-        spec, negative, heads, merge_spec(p.out, p.head_dim_vo, tiles.tile_q), tiles, p.num_qo_heads // p.num_kv_heads,
-        p.num_kv_heads, device.num_sms * tiles.ctas_per_sm, p.head_dim_vo,
-        p.variant is None or p.variant.splittable, narrow, narrow_heads,
+        spec, negative, heads, tiles, p.num_qo_heads // p.num_kv_heads, p.num_kv_heads,
+        device.num_sms * tiles.ctas_per_sm, p.head_dim_vo, p.variant is None or p.variant.splittable, narrow,
+        narrow_heads,
     )  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from fi_cupy.decode_kernel import output_view, rope_turns
 from fi_cupy.dtypes import INDEX_TYPES, DType, float32, uint8
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
-from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.kv_cache import row_alignment
 from fi_cupy.prefill_kernel import NO_WINDOW, Geometry, Problem, check_problem, fast_div, scale_floats
 from fi_cupy.scales import Scales
@@ -187,10 +186,10 @@ class Work(NamedTuple):
 
     items: int
     num_items: int
-    merges: int
-    num_merges: int
+    num_split: int  # tiles whose keys are split
     partial_o: int
-    partial_lse: int
+    partial_md: int
+    counters: int
 
 
 #: (page, token, head) strides in elements of keys or values.
@@ -202,28 +201,32 @@ def launch(
     s: View | None, options: Options, scales: Scales, *, kv_indices: int = 0, page_size: int = 1,
     mask: int = 0, sinks: int = 0, variant_values: tuple[Any, ...] = (), pdl: bool = False,
 ) -> None:  # fmt: skip
-    """Queue the kernel and, if any tile is split, the merge; `variant_values` are a variant's own parameters."""
-    stream, heads, lse = x.stream(), x.shape[1], 0 if s is None else s.ptr
-    scale, head_scales = options.sm_scale * scales.logit, scales.kernel_values()
+    """Queue the kernel; `variant_values` are a variant's own parameters."""
+    values = launch_values(
+        g, work, x, k, v, k_strides, v_strides, o, s, options, scales, kv_indices, page_size, mask, sinks
+    )
     turns: tuple[bytes, ...] = ()
     if options.pos_encoding_mode == "ROPE_LLAMA":
         turns = rope_turns(x.shape[2], options.rope_scale, options.rope_theta)
-    group = fast_div(g.group)
-    g.kernel(scale, x.device, scales.on_logits).launch(
-        (work.num_items, g.num_kv_heads, 1), stream,
-        x.ptr, k.ptr, v.ptr, o.ptr, lse, work.items, kv_indices, mask, sinks, work.partial_o, work.partial_lse,
-        x.strides[0], x.strides[1], *k_strides, *v_strides, o.strides[0], o.strides[1],
-        *group, *fast_div(page_size), heads, options.causal,
-        options.window_left if options.window_left >= 0 else NO_WINDOW,
-        *scale_floats(scale, scales.output, options.logits_soft_cap), *head_scales, *turns, *variant_values,
-        pdl=pdl,
+    g.kernel(options.sm_scale * scales.logit, x.device, scales.on_logits).launch(
+        (work.num_items, g.num_kv_heads, 1), x.stream(), *values, *turns, *variant_values, pdl=pdl
     )  # fmt: skip
-    if work.num_merges:
-        load_kernel(g.merge, x.device).launch(
-            g.merge_grid(work.num_merges), stream,
-            o.ptr, lse, work.merges, work.partial_o, work.partial_lse, o.strides[0], o.strides[1], *group, heads,
-            scales.output, *head_scales, pdl=pdl,
-        )  # fmt: skip
+
+
+def launch_values(
+    g: Geometry, work: Work, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides, o: View,
+    s: View | None, options: Options, scales: Scales, kv_indices: int, page_size: int, mask: int, sinks: int,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The fields of PARAMS."""
+    return (
+        x.ptr, k.ptr, v.ptr, o.ptr, 0 if s is None else s.ptr, work.items, kv_indices, mask, sinks,
+        work.partial_o, work.partial_md, work.counters,
+        x.strides[0], x.strides[1], *k_strides, *v_strides, o.strides[0], o.strides[1],
+        *fast_div(g.group), *fast_div(page_size), x.shape[1], options.causal,
+        options.window_left if options.window_left >= 0 else NO_WINDOW,
+        *scale_floats(options.sm_scale * scales.logit, scales.output, options.logits_soft_cap),
+        *scales.kernel_values(),
+    )  # fmt: skip
 
 
 def check_planned(op: str, name: str, value: Any, default: Any, planned: Any) -> None:

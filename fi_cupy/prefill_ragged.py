@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from functools import partialmethod
 from typing import Any
 
-import numpy as np
-
 from fi_cupy import reference
 from fi_cupy.arrays import view
 from fi_cupy.checks import check_device
@@ -15,16 +13,14 @@ from fi_cupy.dtypes import int32, uint8
 from fi_cupy.errors import ArgumentError, PlanError
 from fi_cupy.kv_cache import as_fp8, check_layout
 from fi_cupy.multi_item import read_multi_item
+from fi_cupy.page_table import check_hints, check_offsets, read_ints
 from fi_cupy.prefill_batch import BatchPrefill, Planned
 from fi_cupy.prefill_plan import (
     Ints,
     Strides,
     check_backend,
-    check_indptr,
     check_rows,
-    host_ints,
     make_problem,
-    pack_mask,
     read_options,
     refuse,
 )
@@ -138,7 +134,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         fixed_split_size : int, optional
             Keys of every chunk.
         seq_lens, seq_lens_q, max_token_per_sequence, max_sequence_kv : optional
-            Hints of other backends; the schedule follows from the offsets.
+            Hints of other backends, which must agree with the offsets.
         v_indptr, o_indptr : None
             Values and output lie as keys and queries do.
         num_qo_heads, ... : as in `BatchPrefillWithPagedKVCacheWrapper.plan`
@@ -190,19 +186,16 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
             False, has_mask, self.device < 0, self._lowered,
         )  # fmt: skip
-        _, qo = host_ints(op, "qo_indptr", qo_indptr)
-        _, kv = host_ints(op, "kv_indptr", kv_indptr)
-        check_indptr(op, "qo_indptr", qo)
-        check_indptr(op, "kv_indptr", kv)
+        hints = {n: x for n, x in (("seq_lens", seq_lens), ("seq_lens_q", seq_lens_q)) if x is not None}
+        read = read_ints(op, {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, **hints})
+        qo, kv = read["qo_indptr"], read["kv_indptr"]
+        kv_len = check_offsets(op, "kv_indptr", kv)
         if len(kv) != len(qo):
             raise ArgumentError(f"{op}: kv_indptr has {len(kv)} entries, expected {len(qo)} = len(qo_indptr)")
-        kv_len = np.diff(kv)
-        if items is not None:
-            packed_custom_mask = items.packed_mask(op, np.diff(qo), kv_len)
-        p = _RaggedPlan(
-            problem, options, qo, kv_len,
-            pack_mask(op, custom_mask, packed_custom_mask, np.diff(qo), kv_len, self._workspace),
-        )  # fmt: skip
+        p = _RaggedPlan(problem, options, qo, kv_len, None)
+        p.mask = self._pack_mask(op, p, custom_mask, packed_custom_mask, items)
+        if hints or max_token_per_sequence is not None or max_sequence_kv is not None:
+            check_hints(op, qo, kv_len, read, max_token_per_sequence, max_sequence_kv)
         p.kv_indptr, p.disable_split = kv, disable_split_kv or not self._splittable
         p.fixed_split = fixed_split_size if fixed_split_size and fixed_split_size > 0 else None
         return p

@@ -88,6 +88,8 @@ class Lowered:
     use_softmax : bool
     mask : Node or None
         The expression of a traced `mask_fn` (equal texts have equal expressions).
+    indices : frozenset of str
+        The indices that some function looks at ("kv_idx", "qo_head" ...).
     """
 
     name: str
@@ -98,6 +100,7 @@ class Lowered:
     stages: frozenset[str]
     use_softmax: bool
     mask: Node | None = field(default=None, compare=False)  # a traced mask_fn; `text` says the same
+    indices: frozenset[str] = field(default=frozenset(), compare=False, kw_only=True)
 
     @property
     def splittable(self) -> bool:
@@ -201,9 +204,26 @@ def lower(
             "  }",
         ]
     lines += ["};"]
+    indices: set[str] = set()
+    for root in roots.values():
+        _collect_indices(root, indices, set())
+    for stage in texts:
+        code = _NOT_CODE.sub(" ", str(functions[stage]))
+        indices.update(i for i in STAGES[stage].indices if re.search(rf"\b{i}\b", code))
     return Lowered(
-        name, full, scalars, reciprocals, "\n".join(lines), frozenset(functions), use_softmax, roots.get("mask_fn")
-    )
+        name, full, scalars, reciprocals, "\n".join(lines), frozenset(functions), use_softmax, roots.get("mask_fn"),
+        indices=frozenset(indices),
+    )  # fmt: skip
+
+
+def _collect_indices(node: Node, found: set[str], seen: set[int]) -> None:
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if node.op == "index":
+        found.add(node.value)
+    for operand in node.args:
+        _collect_indices(operand, found, seen)
 
 
 def _traced(

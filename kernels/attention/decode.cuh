@@ -19,8 +19,9 @@ namespace fi {
 
 // Config: T (q), KV, O, kHeadDim, kTilesN, kWarps, kStages, kSmemBytes, kTileInPage (a tile of 16 keys never crosses a
 // page), kSoftCap, kAlibi, kRope, kHeadScales (factors of q and k a head)
+// Computes one item for one head block; the CTA's threads may call it again after a barrier.
 template <class Config>
-FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turns) {
+FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turns, int index, uint32_t head_block) {
   using namespace decode_detail;
   using Tr = DecodeTraits<Config>;
   using T = typename Config::T;
@@ -31,9 +32,7 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
   constexpr int kLoadSteps = Tr::kFp8 ? 2 : 1;
   extern __shared__ __align__(1024) uint8_t smem[];
 
-  ptx::grid_launch_dependents();
-  const uint32_t head_block = blockIdx.x % params.num_head_blocks;
-  const DecodeItem item = load_item(params, blockIdx.x / params.num_head_blocks);
+  const DecodeItem item = load_item(params, index);
   if (item.request < 0) {  // padding of a fixed grid
     ptx::grid_wait();
     return;
@@ -301,11 +300,14 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
 
 template <class Config>
 FI_DEVICE void batch_decode(const DecodeParams& params) {
-  decode_item<Config>(params, nullptr);
+  ptx::grid_launch_dependents();
+  decode_item<Config>(params, nullptr, blockIdx.x / params.num_head_blocks, blockIdx.x % params.num_head_blocks);
 }
 template <class Config>
 FI_DEVICE void batch_decode_rope(const DecodeRopeParams& params) {
-  decode_item<Config>(params.base, params.turns);
+  ptx::grid_launch_dependents();
+  const uint32_t blocks = params.base.num_head_blocks;
+  decode_item<Config>(params.base, params.turns, blockIdx.x / blocks, blockIdx.x % blocks);
 }
 
 }  // namespace fi

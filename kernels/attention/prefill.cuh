@@ -3,6 +3,7 @@
 // qo_idx * group + (head in the group): a K/V tile serves the whole group whatever its size, and short queries still
 // fill the matrix unit; the price is one multiplication-division a row.
 // Grid (items, kv heads): items are longest first inside a head, so few heads' K/V compete for L2 at a time.
+// A tile whose keys were split is put together by its own CTAs (attention/prefill_join.cuh): the last one writes it.
 // Shared memory: Q [kTileQ] (later the output tile) | K [2][kTileKv] | V [2][kTileKv] | WarpRange [kWarps] |
 // PrefillShared | PageOffset [2][kTileKv] | turns [kHeadDimQK / 2] (ROPE_LLAMA). fp8 keys and values: one buffer of K
 // and V each, then their bytes, one tile ahead (attention/prefill_tiles.cuh).
@@ -13,6 +14,7 @@
 #pragma once
 #include "attention/fast_div.cuh"
 #include "attention/head_scales.cuh"
+#include "attention/prefill_join.cuh"
 #include "attention/prefill_logits.cuh"
 #include "attention/prefill_tiles.cuh"
 #include "attention/smem_tile.cuh"
@@ -32,10 +34,11 @@ struct alignas(16) PrefillItem {
   int32_t kv_len;    // keys of the request
   int32_t q_tile;    // packed rows [q_tile * kTileQ, ...)
   int32_t kv_begin, kv_end;
-  int32_t partial;   // -1: write the output; else the slot of this chunk's partial result
+  int32_t first_slot;  // slot of the tile's first chunk in the partial results; 0 without a split
   int32_t mask_low, mask_high;  // byte offset of the request's custom mask
-  int32_t first_chunk;          // 1 for the chunk that adds the attention sink
   int32_t request;              // the request's number, for variants
+  int32_t chunk, num_chunks;    // this range's number among the tile's; num_chunks 1: no split
+  int32_t unused[3];
 };
 
 struct PrefillParams {
@@ -48,8 +51,9 @@ struct PrefillParams {
   const int32_t* kv_indices;
   const uint8_t* mask;   // custom mask bits, little-endian
   const float* sinks;    // [heads] raw logits, or null
-  float* partial_o;      // [slot][kv head][kTileQ][head_dim_vo]
-  float* partial_lse;    // [slot][kv head][kTileQ]
+  float4* partial_o;     // [slot][kv head][16-row tile of a warp][8 dims][thread], see prefill_join.cuh
+  float2* partial_md;    // [slot][kv head][kTileQ]: maximum and denominator
+  uint32_t* counters;    // [slot][kv head]: zero between launches
   int64_t q_stride_n, q_stride_h;  // elements, as all strides; multiples of 8 for q, k, v
   int64_t k_stride_page, k_stride_n, k_stride_h;
   int64_t v_stride_page, v_stride_n, v_stride_h;
@@ -91,7 +95,8 @@ struct alignas(16) PrefillShared {
   PrefillItem item;
   const void *k, *v;     // of this kv head; contiguous: of the request's first token
   const int32_t* pages;  // the request's page table
-  const void* unused;
+  int32_t kv_head;
+  uint32_t arrived;      // join_chunks: CTAs that came before this one
 };
 
 // A row's maximum may lag behind by this many powers of two before the output is rescaled: weights stay <= 2^8, which
@@ -159,10 +164,10 @@ template <class Config>
 constexpr int kWarpQBytes =
     16 * Config::kRowTiles * max_of(TileLayout<Config::kHeadDimQK>::kRowBytes, TileLayout<Config::kHeadDimVO>::kRowBytes);
 
-// Normalise the accumulators and write them: the output through this warp's own rows of shared memory (Q is dead) with
-// 16-byte stores, or a partial result in fp32 straight from registers.
+// Normalise the accumulators and write them through this warp's own rows of shared memory (Q is dead) with 16-byte
+// stores. state.d is the whole row's in each of its lanes.
 template <class Config, class Params, int kRowTiles, int kDimTiles>
-FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item, uint8_t* smem,
+FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item, int kv_head, uint8_t* smem,
                             float (&o)[kRowTiles][kDimTiles][4], const SoftmaxState<kRowTiles>& state, float scale) {
   using T = typename Config::T;
   using Logits = typename Config::Logits;
@@ -171,21 +176,17 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item
   constexpr int kWarpRows = 16 * kRowTiles, kTileQ = Config::kWarps * kWarpRows;
   const PrefillItem item = shared_item;  // in registers: the stores below could change what lies in shared memory
   const int thread = thread_again(), lane = thread & 31;
-  const int kv_head = blockIdx.y, group = params.group.divisor, packed_rows = item.qo_len * group;
+  const int group = params.group.divisor, packed_rows = item.qo_len * group;
   const int first_row = item.q_tile * kTileQ, warp_row = first_row + (thread >> 5) * kWarpRows;
-  const int64_t slot = int64_t(item.partial) * gridDim.y + kv_head;
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float d = state.d[i][h];
-      d += __shfl_xor_sync(kFullMask, d, 1);
-      d += __shfl_xor_sync(kFullMask, d, 2);
-      float m = state.m[i][h] * scale;
+      float d = state.d[i][h], m = state.m[i][h] * scale;
       const int packed = warp_row + i * 16 + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
       const int qo_head = kv_head * group + packed - qo_idx * group;
       float weight = 1.f;
-      if (params.sinks != nullptr && item.first_chunk && packed < packed_rows) {
+      if (params.sinks != nullptr && packed < packed_rows) {
         // exp(sink) joins the denominator alone.
         const float sink = params.sinks[qo_head] * math::log2e, top = fmaxf(m, sink);
         if (top != -FI_INF) {
@@ -196,15 +197,11 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item
       }
       if constexpr (Logits::kHasOutput) Logits::update(params, item, qo_head, m, d, weight);
       const bool empty = m == -FI_INF;
-      float norm = empty ? 0.f : weight * math::ptx_rcp(d) * (item.partial < 0 ? output_scale(params, kv_head) : 1.f);
+      float norm = empty ? 0.f : weight * math::ptx_rcp(d) * output_scale(params, kv_head);
       if constexpr (!Logits::kUseSoftmax) norm = output_scale(params, kv_head);  // such tiles are never split
-      if ((lane & 3) == 0 && packed < packed_rows) {
-        const float lse = empty ? -FI_INF : m + math::ptx_log2(d);
-        if (item.partial >= 0)
-          params.partial_lse[slot * kTileQ + (packed - first_row)] = lse;
-        else if (params.lse != nullptr)
-          params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] = lse;
-      }
+      if ((lane & 3) == 0 && packed < packed_rows && params.lse != nullptr)
+        params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] =
+            empty ? -FI_INF : m + math::ptx_log2(d);
 #pragma unroll
       for (int n = 0; n < kDimTiles; ++n) {
         float& x = o[i][n][2 * h];
@@ -218,20 +215,6 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item
         }
       }
     }
-  if (item.partial >= 0) {
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int packed = warp_row + i * 16 + h * 8 + (lane >> 2);
-        if (packed >= packed_rows) continue;
-        float* p = params.partial_o + (slot * kTileQ + (packed - first_row)) * Config::kHeadDimVO + 2 * (lane & 3);
-#pragma unroll
-        for (int n = 0; n < Config::kHeadDimVO / 8; ++n)
-          *reinterpret_cast<float2*>(p + n * 8) = make_float2(o[i][n][2 * h], o[i][n][2 * h + 1]);
-      }
-    return;
-  }
   if constexpr (!is_same_v<O, T>) {  // another type: straight from registers
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
@@ -276,8 +259,9 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item
 // Config: T (what is multiplied), Q and KV (T or fp8), O (T is stored best), kHeadDimQK, kHeadDimVO (multiples of 8; of 16
 // with kRope), kWarps, kRowTiles (1 or 2), kTileKv (multiple of 16), kPaged, kCustomMask, kRope, Logits. Params:
 // PrefillParams, PrefillRopeParams with kRope, or what a variant derives from it.
+// Computes one item for one kv head; the CTA's threads may call it again after a barrier.
 template <class Config, class Params>
-FI_DEVICE void prefill(const Params& params) {
+FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
   using T = typename Config::T;
   using Q = typename Config::Q;
   using KV = typename Config::KV;
@@ -304,11 +288,9 @@ FI_DEVICE void prefill(const Params& params) {
   PageOffset* const offsets = reinterpret_cast<PageOffset*>(&shared + 1);
   uint64_t* const turns = reinterpret_cast<uint64_t*>(offsets + 2 * kTileKv);
 
-  ptx::grid_launch_dependents();
-  ptx::grid_wait();
-  const PrefillItem item = params.items[blockIdx.x];
+  const PrefillItem item = params.items[index];
   if (item.qo_len == 0) return;
-  const int kv_head = blockIdx.y, lane = lane_id(), warp = warp_id();
+  const int lane = lane_id(), warp = warp_id();
   const int group = params.group.divisor;
   const int packed_rows = item.qo_len * group;
   const int first_row = item.q_tile * kTileQ;
@@ -327,6 +309,7 @@ FI_DEVICE void prefill(const Params& params) {
   if (threadIdx.x == 0) {
     shared.item = item;
     shared.k = k, shared.v = v, shared.pages = params.kv_indices + item.kv_base;
+    shared.kv_head = kv_head;
   }
   if constexpr (Config::kRope) {
     for (int i = threadIdx.x; i < Config::kHeadDimQK / 2; i += kThreads) turns[i] = params.turns[i];
@@ -431,6 +414,7 @@ FI_DEVICE void prefill(const Params& params) {
     range.seen_end = params.causal ? min(own_last + 1, kv_end) : kv_end;
     range.plain_begin = own_last - params.window_left;
     range.plain_end = params.causal ? min(own_first + 1, kv_end) : kv_end;
+    if (warp_row >= packed_rows) range.seen_end = kv_begin;  // no rows, no work: short requests in tall tiles
     if (lane == 0) ranges[warp] = range;
     __syncwarp();
   }
@@ -628,7 +612,24 @@ FI_DEVICE void prefill(const Params& params) {
   ptx::cp_async_wait<0>();
   __syncthreads();  // without a tile nothing has waited yet: Q has to land before its memory becomes the output
 
-  store_output<Config>(params, shared.item, smem, o, state, scale);
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      state.d[i][h] += __shfl_xor_sync(kFullMask, state.d[i][h], 1);
+      state.d[i][h] += __shfl_xor_sync(kFullMask, state.d[i][h], 2);
+    }
+  if constexpr (Logits::kUseSoftmax) {
+    if (shared.item.num_chunks > 1 && !join_chunks<Config>(params, shared, o, state, scale)) return;
+  }
+  store_output<Config>(params, shared.item, shared.kv_head, smem, o, state, scale);
+}
+
+template <class Config, class Params>
+FI_DEVICE void prefill(const Params& params) {
+  ptx::grid_launch_dependents();
+  ptx::grid_wait();
+  prefill_tile<Config>(params, blockIdx.x, blockIdx.y);
 }
 
 }  // namespace fi

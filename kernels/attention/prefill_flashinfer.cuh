@@ -102,7 +102,7 @@ struct FlashInferLogits {
     if constexpr (kUseSoftmax) {
       const auto p = view(params, item.qo_len, item.kv_len);
       Variant variant(p, item.request, nullptr);
-      variant.update_m_d(p, item.first_chunk ? 0 : 1, qo_head, m, d, weight);
+      variant.update_m_d(p, 0, qo_head, m, d, weight);  // once a row, when its chunks are joined
     }
   }
 
