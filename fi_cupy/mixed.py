@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fi_cupy import decode_kernel, prefill_kernel
-from fi_cupy.dtypes import DType, bfloat16, float16
+from fi_cupy.dtypes import DType, bfloat16, float8_e4m3fn, float16
 from fi_cupy.jit.kernel import Kernel, load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppStruct, KernelSpec
@@ -166,9 +166,10 @@ def kernel_specs() -> list[KernelSpec]:
 
     specs: dict[KernelSpec, None] = {}
 
-    def add(arch: int, dtype: DType, dim: int, paged: bool, **options: bool) -> None:
+    def add(arch: int, dtype: DType, dim: int, paged: bool, kv: DType | None = None, **options: bool) -> None:
         problem = prefill_kernel.Problem(8, 2, dim, dim, dtype, paged, options.get("mask", False), False, False)
-        decode = Decode(2, 4, dim, dtype, dtype, dtype, True, options.get("soft_cap", False), False)
+        problem = problem._replace(kv_dtype=kv)
+        decode = Decode(2, 4, dim, dtype, problem.kv, dtype, True, options.get("soft_cap", False), False)
         num_sms, smem_per_block, smem_per_sm = decode_kernel._GPUS[arch]
         g = geometry(problem, decode, DeviceInfo(arch, str(arch), num_sms, smem_per_block, smem_per_sm, 0))
         assert g is not None
@@ -182,4 +183,5 @@ def kernel_specs() -> list[KernelSpec]:
     add(90, float16, 128, True)
     add(90, bfloat16, 256, True)
     add(90, bfloat16, 128, False, mask=True, soft_cap=True)
+    add(90, bfloat16, 128, True, float8_e4m3fn)
     return list(specs)
