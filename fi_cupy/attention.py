@@ -297,8 +297,10 @@ def _explain_decode(wrapper: BatchDecodeWithPagedKVCacheWrapper) -> Explanation:
     return Explanation((KernelUse("", spec.symbol, (p.grid, 1, 1), spec.threads, spec.smem_bytes, why),))
 
 
-def _mixed_launch(g: mixed.Geometry, scale: float, tiles: Work, num_items: int) -> KernelUse:
-    spec = g.spec if scale > 0 else g.negative_spec
+def _mixed_launch(
+    g: mixed.Geometry, scale: float, tiles: Work, num_items: int, head_scales: bool = False
+) -> KernelUse:  # fmt: skip
+    spec = g.heads_spec if head_scales else g.spec if scale > 0 else g.negative_spec
     num_head_blocks = g.decode.num_head_blocks
     tasks = tiles.num_items * g.prefill.num_kv_heads, num_items * num_head_blocks
     ctas, tile_ctas = grid(g.slots, *tasks)
@@ -331,8 +333,9 @@ def _explain_pod(wrapper: PODWithPagedKVCacheWrapper) -> Explanation:
         return Explanation((part._replace(part="decode part, to which run() adds the prompt"),))
     if made.mixed is not None:
         num_items = p.grid // p.geometry.num_head_blocks
-        return Explanation((_mixed_launch(made.mixed, made.scale, made.work, num_items),))
+        return Explanation((_mixed_launch(made.mixed, made.scale, made.work, num_items, made.head_scales),))
     spec = made.prefill.spec if made.scale > 0 else made.prefill.negative_spec
+    spec = made.prefill.heads_spec if made.head_scales else spec
     (prompt,) = _prefill_launch(made.prefill, spec, made.work.num_items, made.work.num_split).launches
     why = f"a launch of its own, since {made.why}; {prompt.why}"
     return Explanation((prompt._replace(part="prompt", why=why), part._replace(part="decode part")))

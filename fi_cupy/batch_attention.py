@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,12 +15,14 @@ from fi_cupy.device import device_info, require_gpu
 from fi_cupy.dtypes import float32, uint8
 from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
 from fi_cupy.kv_cache import check_layout, check_paged_kv, paged_kv, token_strides
+from fi_cupy.page_table import read_ints
 from fi_cupy.plan.decode import TILE
 from fi_cupy.plan.mixed import plan_mixed
 from fi_cupy.plan.prefill import PrefillPlan
 from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
-from fi_cupy.prefill_plan import Ints, Work, host_ints, launch, launch_values, outputs, refuse
+from fi_cupy.prefill_plan import Ints, Work, launch, launch_values, outputs, refuse
 from fi_cupy.scales import Scales
+from fi_cupy.variants import AttentionVariant, BoundVariant, variant_of
 from fi_cupy.workspace import PlanBuffer
 
 _OP = "BatchAttention"
@@ -46,8 +49,8 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
 
     _op = _OP
 
-    def __init__(self, owner: BatchAttention, workspace: Any, kv_layout: str) -> None:
-        super().__init__(workspace, kv_layout)
+    def __init__(self, owner: BatchAttention, workspace: Any, kv_layout: str, variant: AttentionVariant | None) -> None:
+        super().__init__(workspace, kv_layout, variant=variant)
         self._owner = owner
         self.both: Planned | None = None
 
@@ -62,7 +65,8 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
                 problem.num_kv_heads, group, problem.head_dim_qk, problem.dtype, problem.kv, problem.out,
                 p.page_size % TILE == 0, problem.soft_cap, False,
             )  # fmt: skip
-            both = mixed.geometry(problem, part, device_info(self.device))
+            # Decode items know no variants.
+            both = None if self._variant is not None else mixed.geometry(problem, part, device_info(self.device))
             if both is None:
                 self._finish(p, p.indptr[:-1], p.host_indices, non_blocking=True)
             else:
@@ -111,7 +115,9 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
             partials[2], partials[3], counters + 4 * tile_counters, buffer.counters_ptr,
         )  # fmt: skip
 
-    def launch_batch(self, x: View, k: View, v: View, o: View, s: View, scales: Scales, pdl: bool) -> None:
+    def launch_batch(
+        self, x: View, k: View, v: View, o: View, s: View, scales: Scales, pdl: bool, bound: BoundVariant | None
+    ) -> None:
         """Queue the one kernel."""
         p, both = self._planned, self.both
         strides = token_strides(k, self._layout), token_strides(v, self._layout)
@@ -119,10 +125,12 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
             launch(
                 p.geometry, p.work, x, k, v, *strides, o, s, p.options, scales, page_size=p.page_size,
                 kv_indices=p.indices.ptr if p.indices_offset is None else p.work.items + p.indices_offset, pdl=pdl,
+                variant_values=() if bound is None else bound.kernel_values(),
             )  # fmt: skip
             return
         indices = both.indices_ptr or p.indices.ptr
-        g, d, scale = both.geometry, both.geometry.decode, p.options.sm_scale * scales.logit
+        g, d = both.geometry, both.geometry.decode
+        scale = p.options.sm_scale * scales.logit
         tiles = launch_values(
             g.prefill, both.tiles, x, k, v, *strides, o, s, p.options, scales, indices, p.page_size, 0, 0
         )
@@ -143,8 +151,8 @@ class BatchAttention:
 
     `run` is one launch of persistent CTAs: requests of one query token are decode items, those of more are tiles of
     the prefill kernel, in two queues. Half of the CTAs begin with tiles, the others with decode items, and each goes on
-    with what is left, so that reading and computing overlap. Where ``head_dim_vo`` differs from ``head_dim_qk``, which
-    the decode items do not take, every request is tiles, in one launch of the prefill kernel;
+    with what is left, so that reading and computing overlap. The decode items take no variant, and no ``head_dim_vo``
+    that differs from ``head_dim_qk``: then every request is tiles, in one launch of the prefill kernel;
     `fi_cupy.attention.explain` says which. `run` can be captured in a CUDA graph, which then holds this plan: a later
     `plan` may move what it reads, so it needs a new capture. One wrapper serves one stream at a time.
 
@@ -155,6 +163,8 @@ class BatchAttention:
     device : str or torch.device
         "cuda", "cuda:<n>", or "cpu" for the NumPy reference. The workspace is the wrapper's own; it is made by torch if
         `plan` gets torch tensors (and so ordered on torch's stream), else by CuPy.
+    variant : AttentionVariant, optional
+        See `fi_cupy.jit.define_variant`; one with a softmax, as the lse is always returned.
 
     Source
     ------
@@ -172,8 +182,16 @@ class BatchAttention:
     ((8, 8, 64), (8, 8))
     """
 
-    def __init__(self, kv_layout: str = "NHD", device: Any = "cuda") -> None:
+    def __init__(
+        self, kv_layout: str = "NHD", device: Any = "cuda", *, variant: AttentionVariant | None = None
+    ) -> None:
         self._layout = check_layout(_OP, kv_layout)
+        self._variant: AttentionVariant | None = variant_of(_OP, variant, None, None)
+        if self._variant is not None and not self._variant.use_softmax:
+            raise ArgumentError(
+                f"{_OP}: variant {self._variant.name} has no softmax, and without it there is no lse to return; "
+                "BatchPrefillWithPagedKVCacheWrapper takes it"
+            )
         name, _, index = str(device).partition(":")
         if name not in ("cuda", "cpu") or (index and not index.isdigit()):
             raise ArgumentError(f"{_OP}: device is {device}, expected 'cuda', 'cuda:<n>' or 'cpu'")
@@ -192,7 +210,7 @@ class BatchAttention:
                 require_gpu(_OP)
                 self._workspace = _first_workspace(self._index, type(like).__module__.split(".")[0] == "torch")
                 self._workspace_bytes = _FIRST_BYTES
-            self._batch = _Batch(self, self._workspace, self._layout)
+            self._batch = _Batch(self, self._workspace, self._layout, self._variant)
         return self._batch
 
     def _grown(self, nbytes: int) -> Any:
@@ -248,11 +266,10 @@ class BatchAttention:
         op = f"{_OP}.plan"
         if use_profiler:
             raise UnsupportedError(f"{op}: use_profiler is not supported; Nsight Compute shows the kernels by name")
-        _, qo = host_ints(op, "qo_indptr", qo_indptr)
-        _, indptr = host_ints(op, "kv_indptr", kv_indptr)
-        v, kv_len = host_ints(op, "kv_len_arr", kv_len_arr)
+        read = read_ints(op, {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, "kv_len_arr": kv_len_arr})
+        qo, indptr, kv_len = read.values()
         batch = max(len(qo) - 1, 0)
-        check_shape(op, "kv_len_arr", v, (batch,), "= len(qo_indptr) - 1")
+        check_shape(op, "kv_len_arr", view(kv_len), (batch,), "= len(qo_indptr) - 1")
         check_shape(op, "kv_indptr", view(indptr), (len(qo),), "= len(qo_indptr)")
         too_long = (kv_len < 0) | (kv_len > np.diff(indptr) * page_size)
         if too_long.any():
@@ -284,6 +301,7 @@ class BatchAttention:
         *,
         q_scale: Any = None,
         enable_pdl: bool | None = None,
+        variant_args: Mapping[str, Any] | None = None,
     ) -> tuple[Any, Any]:
         """Attention of the planned batch; no synchronisation, and no allocation with `out` and `lse`.
 
@@ -301,6 +319,8 @@ class BatchAttention:
         profiler_buffer, kv_cache_sf : None
         enable_pdl : bool, optional
             As in `BatchPrefillWithPagedKVCacheWrapper.run`.
+        variant_args : mapping, optional
+            The variant's tensors and scalars by name.
 
         Returns
         -------
@@ -321,6 +341,7 @@ class BatchAttention:
         if cap not in (0.0, p.options.logits_soft_cap):
             raise PlanError(f"{op}: logits_soft_cap is {cap}, planned {p.options.logits_soft_cap}; pass it to plan()")
         x = batch._query(op, p, q)
+        bound = batch._bind(op, (), variant_args, x)
         kv = paged_kv(op, kv_cache)
         dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.kv
         heads, dims = p.problem.num_kv_heads, (p.problem.head_dim_qk, p.problem.head_dim_vo)
@@ -335,14 +356,15 @@ class BatchAttention:
         if x.is_cpu:
             values, log = reference.attention.batch_prefill_paged(
                 x.numpy(), k.numpy(), v.numpy(), p.qo_indptr, p.indptr, p.host_indices, kv_len_arr=p.kv_len,
-                kv_layout=layout, sm_scale=p.options.sm_scale * scales.logit, out_dtype=o.dtype.np,
-                **scales.reference(), **p.options.reference(),
+                kv_layout=layout, sm_scale=p.options.sm_scale * scales.logit, out_dtype=o.dtype.np, variant=bound,
+                params=None if bound is None else bound.params(), **scales.reference(), **p.options.reference(),
             )  # fmt: skip
             assert log is not None
             o.write(values)
             s.write(log)
         else:
-            batch.launch_batch(x, k, v, o, s, scales, batch._pdl if enable_pdl is None else bool(enable_pdl))
+            pdl = batch._pdl if enable_pdl is None else bool(enable_pdl)
+            batch.launch_batch(x, k, v, o, s, scales, pdl, bound)
         return (o.result() if out is None else out), (s.result() if lse is None else lse)
 
     forward = run

@@ -10,7 +10,7 @@ import numpy as np
 
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.checks import check_device, check_dtype, check_inner, check_shape
 from fi_cupy.customize import single_decode_with_kv_cache_with_jit_module
 from fi_cupy.decode_fallback import prefill_plan, prefill_wrapper
 from fi_cupy.decode_kernel import (
@@ -29,8 +29,7 @@ from fi_cupy.decode_single import single_decode_with_kv_cache
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import FP8_TYPES, float32, int32
 from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
-from fi_cupy.jit.driver import has_driver_binding
-from fi_cupy.jit.kernel import Kernel, load_kernel
+from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.kv_cache import PagedKV, as_fp8, check_layout, check_paged_kv, paged_kv, token_strides
 from fi_cupy.page_table import check_gpu_indices
 from fi_cupy.plan.decode import (
@@ -41,6 +40,7 @@ from fi_cupy.plan.decode import (
     max_items,
     plan_decode,
 )
+from fi_cupy.plan_run import PlanRun
 from fi_cupy.prefill_plan import check_backend
 from fi_cupy.scales import Scales, read_scales
 from fi_cupy.variants import AttentionVariant, variant_of
@@ -73,7 +73,7 @@ class Call(NamedTuple):
         return made, (self.s.result() if lse is None else lse)
 
 
-class BatchDecodeWithPagedKVCacheWrapper:
+class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
     """Batch decode attention over a paged KV cache: `plan` once for the lengths of a step, `run` for every layer.
 
     Parameters
@@ -98,7 +98,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
     jit_args : tuple, optional
         A variant in FlashInfer's form: the arguments of ``gen_customize_batch_decode_module``.
     variant : AttentionVariant, optional
-        See `fi_cupy.jit.define_variant`. Runs in the prefill kernel.
+        See `fi_cupy.jit.define_variant`. Runs in the prefill kernel: the cache has the type of q.
     workspace_buffer : array, optional
         Another name of `float_workspace_buffer`.
 
@@ -115,6 +115,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
     >>> wrapper.run(q, cache).shape
     (1, 8, 64)
     """
+
+    _op = _OP
 
     def __init__(
         self,
@@ -171,54 +173,22 @@ class BatchDecodeWithPagedKVCacheWrapper:
             )
         return (self._prefill if why else None), why
 
-    def _attach(self, workspace: Any) -> None:
-        w = view(workspace, _OP, "float_workspace_buffer")
-        if not w.contiguous:
-            check_inner(_OP, "float_workspace_buffer", w)
-            raise ArgumentError(f"{_OP}: float_workspace_buffer has strides {w.strides}, expected a contiguous array")
-        check_aligned(_OP, "float_workspace_buffer", w, 16)
-        self._workspace = w.writable(_OP, "float_workspace_buffer")
-        self._workspace_bytes = w.size * w.dtype.itemsize
-        self.device = w.device
-        self._pdl = w.device >= 0 and device_info(w.device).has_pdl and has_driver_binding()
-
     def _attach_graph_buffers(self, indptr: Any, indices: Any, last_page_len: Any) -> None:
-        views = []
-        for name, buffer in (("indptr", indptr), ("indices", indices), ("last_page_len", last_page_len)):
-            name = f"paged_kv_{name}_buffer"
-            if buffer is None:
-                raise ArgumentError(f"{_OP}: {name} is missing, expected an int32 array with use_cuda_graph=True")
-            b = view(buffer, _OP, name).writable(_OP, name)
-            check_ndim(_OP, name, b, 1)
-            check_dtype(_OP, name, b, (int32,))
-            check_inner(_OP, name, b)
-            check_device(_OP, self._workspace, **{name: b})
-            views.append(b)
-        check_shape(
-            _OP, "paged_kv_indptr_buffer", views[0], (views[2].shape[0] + 1,), "= len(last_page_len_buffer) + 1"
-        )
-        self._buffers = (views[0], views[1], views[2])
+        given = {"indptr": indptr, "indices": indices, "last_page_len": last_page_len}
+        a, b, c = (self._graph_buffer(f"paged_kv_{name}_buffer", x, int32) for name, x in given.items())
+        check_shape(_OP, "paged_kv_indptr_buffer", a, (c.shape[0] + 1,), "= len(last_page_len_buffer) + 1")
+        self._buffers = (a, b, c)
 
     @property
     def use_tensor_cores(self) -> bool:
         """What the constructor was given."""
         return self._use_tensor_cores
 
-    @property
-    def is_cuda_graph_enabled(self) -> bool:
-        """Whether the wrapper keeps addresses and grid fixed."""
-        return self._graph
-
     def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
         """Use another scratch buffer from the next `plan` on. The wrapper owns its integer buffer: pass None for it."""
-        if int_workspace_buffer is not None:
-            view(int_workspace_buffer, _OP, "int_workspace_buffer")  # FlashInfer's second buffer has no use here
-        if self._graph_state is not None:
-            raise PlanError(f"{_OP}: the workspace address is part of the captured graph; make another wrapper")
+        super().reset_workspace_buffer(float_workspace_buffer, int_workspace_buffer)
         if self._prefill is not None:
             self._prefill.reset_workspace_buffer(float_workspace_buffer)
-        self._attach(float_workspace_buffer)
-        self._planned = None
 
     def plan(
         self,
@@ -488,7 +458,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if skip_softmax_threshold_scale_factor is not None or kv_cache_sf is not None:
             raise UnsupportedError(f"{op}: skip_softmax_threshold_scale_factor and kv_cache_sf are not supported")
         if q_len_per_req not in (None, p.q_len_per_req):
-            raise PlanError(f"{op}: q_len_per_req is {q_len_per_req}, planned {p.q_len_per_req}; pass it to plan()")
+            raise PlanError(
+                f"{op}: q_len_per_req is {q_len_per_req}, planned {p.q_len_per_req}; pass it to plan()"
+            )  # fmt: skip
         if window_left is not None and max(window_left, -1) != p.window_left:
             raise PlanError(f"{op}: window_left is {window_left}, planned {p.window_left}; pass it to plan()")
         if self._by_prefill is not None:
@@ -500,7 +472,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if c.x.is_cpu:
             self._run_cpu(p, c)
         else:
-            self._kernel(p, c).launch(
+            kernel = load_kernel(p.geometry.heads_spec, self.device) if c.scales.on_logits else p.kernel
+            kernel.launch(
                 p.grid, c.x.stream(), *self._values(p, c), *p.turns, pdl=self._pdl if enable_pdl is None else enable_pdl
             )  # fmt: skip
         return c.result(out, lse, return_lse)
@@ -508,8 +481,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
     run_return_lse = partialmethod(run, return_lse=True)
 
     def _checked(
-        self, op: str, p: Planned, q: Any, paged_kv_cache: Any, q_scale: Any, k_scale: Any, v_scale: Any, out: Any,
-        lse: Any, return_lse: bool, sinks: Any,
+        self, op: str, p: Planned, q: Any, paged_kv_cache: Any, q_scale: Any, k_scale: Any, v_scale: Any,
+        out: Any, lse: Any, return_lse: bool, sinks: Any,
     ) -> Call:  # fmt: skip
         """The arguments of `run` held to the plan, and its outputs."""
         x = as_fp8(view(q, op, "q"), p.dtype)
@@ -532,10 +505,6 @@ class BatchDecodeWithPagedKVCacheWrapper:
             raise ArgumentError(f"{op}: lse has strides {s.strides}, expected a contiguous array")
         sink = None if sinks is None else sinks_view(op, sinks, x, p.num_qo_heads)
         return Call(x, kv, o, s, sink, read_scales(op, x, p.num_qo_heads, p.num_kv_heads, q_scale, k_scale, v_scale))
-
-    def _kernel(self, p: Planned, c: Call) -> Kernel:
-        """The planned kernel, or that with factors of q or k a head."""
-        return load_kernel(p.geometry.heads_spec, self.device) if c.scales.on_logits else p.kernel
 
     def _values(self, p: Planned, c: Call) -> tuple[Any, ...]:
         """The fields of DecodeParams."""
@@ -590,9 +559,6 @@ class BatchDecodeWithPagedKVCacheWrapper:
         return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
 
     forward_return_lse = partialmethod(forward, return_lse=True)
-
-    def end_forward(self) -> None:
-        """Kept for FlashInfer's signature; there is nothing to release."""
 
 
 BatchDecodeWrapper = BatchDecodeWithPagedKVCacheWrapper

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fi_cupy import decode_kernel, prefill_kernel
-from fi_cupy.dtypes import DType, bfloat16, float8_e4m3fn, float16
+from fi_cupy.dtypes import DType, bfloat16, float16
 from fi_cupy.jit.kernel import Kernel, load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppStruct, KernelSpec
@@ -87,7 +87,7 @@ class Decode(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Kernels of a mixed launch on a device: for a positive sm_scale of the tiles, any other, and factors a head."""
+    """Kernels of a mixed launch: for a positive sm_scale of the tiles, for any other, for factors of q or k a head."""
 
     spec: KernelSpec
     negative_spec: KernelSpec
@@ -98,29 +98,28 @@ class Geometry(NamedTuple):
     slots: int  # CTAs the device runs at once
 
     def kernel(self, scale: float, device: int, head_scales: bool = False) -> Kernel:
-        """The kernel that serves `scale`, or factors of q or k a head."""
-        if head_scales:
-            return load_kernel(self.heads_spec, device)
-        return load_kernel(self.spec if scale > 0 else self.negative_spec, device)
+        """The loaded kernel for an sm_scale, or for factors of q or k a head."""
+        spec = self.spec if scale > 0 else self.negative_spec
+        return load_kernel(self.heads_spec if head_scales else spec, device)
 
 
 @lru_cache(maxsize=512)
 def geometry(prefill: prefill_kernel.Problem, decode: Decode, device: DeviceInfo) -> Geometry | None:
     """The mixed kernel of two problems, or None where there is none and the parts need a launch each.
 
-    There is one if both parts have one type of q and one head dim (head_dim_vo equals head_dim_qk) that the decode
-    kernel takes, and no rotation. Tiles are as tall
+    There is one if both parts have one type of q and one head dim (head_dim_vo equals head_dim_qk), the decode kernel
+    takes the decode part, and nothing is rotated (ROPE_LLAMA) and no variant applied in the tiles. Tiles are as tall
     as shared memory allows beside a ring for as many warps: a warp without rows in a tile idles, so short prompts cost
     little more than their loads.
     """
     p, d = prefill, decode
     if p.dtype is not d.dtype or not p.head_dim_qk == p.head_dim_vo == d.head_dim or p.variant is not None or p.rope:
         return None
-    alone = decode_kernel.Problem(
+    one = decode_kernel.Problem(
         1, d.num_kv_heads * d.group, d.num_kv_heads, d.head_dim, d.dtype, d.kv, d.out, d.tile_in_page, d.soft_cap,
         d.alibi, False, False,
     )  # fmt: skip
-    if decode_kernel.why_not(alone):
+    if decode_kernel.why_not(one):
         return None
     for rows in (128, 64, 16):
         g = prefill_kernel.geometry(p, rows, device)
@@ -135,14 +134,12 @@ def geometry(prefill: prefill_kernel.Problem, decode: Decode, device: DeviceInfo
     part, scaled = (
         decode_kernel.decode_spec(
             d.dtype, d.kv, d.out, d.head_dim, columns, tiles.warps, stages, tiles.ctas_per_sm,
-            tile_in_page=d.tile_in_page, soft_cap=d.soft_cap, alibi=d.alibi, head_scales=heads,
+            tile_in_page=d.tile_in_page, soft_cap=d.soft_cap, alibi=d.alibi, head_scales=head_scales,
         )
-        for heads in (False, True)
+        for head_scales in (False, True)
     )  # fmt: skip
-    specs = [
-        mixed_spec(a, b, tiles.ctas_per_sm)
-        for a, b in ((g.spec, part), (g.negative_spec, part), (g.heads_spec, scaled))
-    ]
+    pairs = (g.spec, part), (g.negative_spec, part), (g.heads_spec, scaled)
+    specs = [mixed_spec(*pair, tiles.ctas_per_sm) for pair in pairs]
     slots = device.num_sms * tiles.ctas_per_sm
     items = decode_kernel.Geometry(part, scaled, d.num_kv_heads * blocks, blocks, heads, d.group, slots, d.head_dim)
     return Geometry(specs[0], specs[1], specs[2], g, items, rows, slots)
@@ -166,10 +163,9 @@ def kernel_specs() -> list[KernelSpec]:
 
     specs: dict[KernelSpec, None] = {}
 
-    def add(arch: int, dtype: DType, dim: int, paged: bool, kv: DType | None = None, **options: bool) -> None:
+    def add(arch: int, dtype: DType, dim: int, paged: bool, **options: bool) -> None:
         problem = prefill_kernel.Problem(8, 2, dim, dim, dtype, paged, options.get("mask", False), False, False)
-        problem = problem._replace(kv_dtype=kv)
-        decode = Decode(2, 4, dim, dtype, problem.kv, dtype, True, options.get("soft_cap", False), False)
+        decode = Decode(2, 4, dim, dtype, dtype, dtype, True, options.get("soft_cap", False), False)
         num_sms, smem_per_block, smem_per_sm = decode_kernel._GPUS[arch]
         g = geometry(problem, decode, DeviceInfo(arch, str(arch), num_sms, smem_per_block, smem_per_sm, 0))
         assert g is not None
@@ -183,5 +179,4 @@ def kernel_specs() -> list[KernelSpec]:
     add(90, float16, 128, True)
     add(90, bfloat16, 256, True)
     add(90, bfloat16, 128, False, mask=True, soft_cap=True)
-    add(90, bfloat16, 128, True, float8_e4m3fn)
     return list(specs)

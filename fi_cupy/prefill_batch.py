@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim
+from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner
 from fi_cupy.decode_kernel import sinks_view
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import FP8_TYPES, DType
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
-from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.kv_cache import as_fp8, row_alignment
 from fi_cupy.page_table import check_offsets
 from fi_cupy.plan.prefill import PrefillPlan, max_items, pad, plan_prefill
+from fi_cupy.plan_run import PlanRun
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
 from fi_cupy.prefill_plan import Ints, Mask, Options, Strides, Work, check_planned, launch, outputs, pack_mask
 from fi_cupy.scales import Scales, read_scales
@@ -50,10 +50,8 @@ class Planned:
         self.indices_offset = None
 
 
-class BatchPrefill:
+class BatchPrefill(PlanRun):
     """Workspace, CUDA-graph buffers and schedule of a prefill wrapper."""
-
-    _op = ""
 
     def __init__(
         self,
@@ -72,45 +70,8 @@ class BatchPrefill:
         if not use_cuda_graph:
             return
         for name, (buffer, dtype) in buffers.items():
-            if buffer is None:
-                if "mask" in name:
-                    continue
-                raise ArgumentError(f"{self._op}: {name} is missing, expected an array with use_cuda_graph=True")
-            b = view(buffer, self._op, name).writable(self._op, name)
-            check_ndim(self._op, name, b, 1)
-            check_dtype(self._op, name, b, (dtype,))
-            check_inner(self._op, name, b)
-            check_device(self._op, self._workspace, **{name: b})
-            self._buffers[name] = b
-
-    def _attach(self, workspace: Any) -> None:
-        w = view(workspace, self._op, "float_workspace_buffer")
-        if not w.contiguous:
-            raise ArgumentError(
-                f"{self._op}: float_workspace_buffer has strides {w.strides}, expected a contiguous array"
-            )
-        check_aligned(self._op, "float_workspace_buffer", w, 16)
-        self._workspace = w.writable(self._op, "float_workspace_buffer")
-        self._workspace_bytes = w.size * w.dtype.itemsize
-        self.device = w.device
-        self._pdl = w.device >= 0 and device_info(w.device).has_pdl and has_driver_binding()
-
-    @property
-    def is_cuda_graph_enabled(self) -> bool:
-        """Whether the wrapper keeps addresses and grid fixed."""
-        return self._graph
-
-    def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
-        """Use another scratch buffer from the next `plan` on. The wrapper owns its integer buffer: pass None for it."""
-        if int_workspace_buffer is not None:
-            view(int_workspace_buffer, self._op, "int_workspace_buffer")  # FlashInfer's second buffer has no use here
-        if self._graph_state is not None:
-            raise PlanError(f"{self._op}: the workspace address is part of the captured graph; make another wrapper")
-        self._attach(float_workspace_buffer)
-        self._planned = None
-
-    def end_forward(self) -> None:
-        """Kept for FlashInfer's signature; there is nothing to release."""
+            if buffer is not None or "mask" not in name:
+                self._buffers[name] = self._graph_buffer(name, buffer, dtype)
 
     # -- plan ---------------------------------------------------------------------------------------------------------
 

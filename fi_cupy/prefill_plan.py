@@ -11,7 +11,7 @@ from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
 from fi_cupy.decode_kernel import output_view, rope_turns
-from fi_cupy.dtypes import INDEX_TYPES, DType, float32, uint8
+from fi_cupy.dtypes import DType, float32, uint8
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
 from fi_cupy.kv_cache import row_alignment
@@ -74,23 +74,6 @@ def make_problem(
     )  # fmt: skip
     check_problem(op, problem, on_cpu)
     return problem
-
-
-def host_ints(op: str, name: str, x: Any) -> tuple[View, Ints]:
-    """A 1-D index array and its values as int64; a GPU array is copied, which waits for it."""
-    if isinstance(x, (list, tuple)):
-        x = np.asarray(x, np.int64)
-    v = view(x, op, name)
-    check_ndim(op, name, v, 1)
-    check_dtype(op, name, v, INDEX_TYPES)
-    return v, v.host().astype(np.int64)
-
-
-def check_indptr(op: str, name: str, indptr: Ints) -> None:
-    """Raise `ArgumentError` unless offsets start at >= 0 and do not decrease."""
-    if len(indptr) == 0 or indptr[0] < 0 or (np.diff(indptr) < 0).any():
-        shown = np.array2string(indptr, threshold=12)
-        raise ArgumentError(f"{op}: {name} must start at >= 0 and not decrease, got {shown}")
 
 
 class Mask(NamedTuple):
@@ -224,8 +207,7 @@ def launch_values(
         x.strides[0], x.strides[1], *k_strides, *v_strides, o.strides[0], o.strides[1],
         *fast_div(g.group), *fast_div(page_size), x.shape[1], options.causal,
         options.window_left if options.window_left >= 0 else NO_WINDOW,
-        *scale_floats(options.sm_scale * scales.logit, scales.output, options.logits_soft_cap),
-        *scales.kernel_values(),
+        *scale_floats(options.sm_scale * scales.logit, scales.output, options.logits_soft_cap), *scales.kernel_values(),
     )  # fmt: skip
 
 

@@ -145,8 +145,8 @@ def single_prefill_with_kv_cache(
             raise ArgumentError(f"{_OP}: scale_{name} and {name}_scale name the same thing, expected one")
     c = prepare(
         _OP, q, k, v, o_dtype, custom_mask, packed_custom_mask, causal, kv_layout, pos_encoding_mode, sm_scale,
-        window_left, logits_soft_cap, rope_scale, rope_theta, return_lse, variant, variant_args,
-        (scale_q, k_scale if scale_k is None else scale_k, v_scale if scale_v is None else scale_v),
+        window_left, logits_soft_cap, rope_scale, rope_theta, return_lse, scale_q,
+        k_scale if scale_k is None else scale_k, v_scale if scale_v is None else scale_v, variant, variant_args,
     )  # fmt: skip
     if c.x.is_cpu:
         run_on_cpu(c, kv_layout)
@@ -180,11 +180,6 @@ class Call(NamedTuple):
     scales: Scales
     kv_len: int
 
-    @property
-    def scale(self) -> float:
-        """sm_scale with the numbers for q and k."""
-        return self.options.sm_scale * self.scales.logit
-
     def result(self) -> Any:
         """What the function returns."""
         return self.o.result() if self.s is None else (self.o.result(), self.s.result())
@@ -194,8 +189,9 @@ def prepare(
     op: str, q: Any, k: Any, v: Any, o_dtype: Any = None, custom_mask: Any = None, packed_custom_mask: Any = None,
     causal: bool = False, kv_layout: str = "NHD", pos_encoding_mode: str = "NONE", sm_scale: float | None = None,
     window_left: int = -1, logits_soft_cap: float | None = None, rope_scale: float | None = None,
-    rope_theta: float | None = None, return_lse: bool = False, variant: AttentionVariant | None = None,
-    variant_args: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {}), factors: tuple[Any, Any, Any] = (None,) * 3,
+    rope_theta: float | None = None, return_lse: bool = False, scale_q: Any = None,
+    scale_k: Any = None, scale_v: Any = None, variant: AttentionVariant | None = None,
+    variant_args: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {}),
 ) -> Call:  # fmt: skip
     """Check the arguments of `single_prefill_with_kv_cache` and make its outputs."""
     x, kx, vx = (as_fp8(view(y, op, n), float8_e4m3fn) for n, y in (("q", q), ("k", k), ("v", v)))
@@ -208,9 +204,8 @@ def prepare(
     kv_heads, kv_len = kx.shape[not hnd], kx.shape[hnd]
     has_mask = custom_mask is not None or packed_custom_mask is not None
     options = read_options(
-        op, dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta,
-        has_mask,
-    )  # fmt: skip
+        op, dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta, has_mask
+    )
     bound = None if variant is None else variant.bind(op, *variant_args, x, sm_scale=options.sm_scale)
     problem = make_problem(
         op, heads, kv_heads, dim_qk, dim_vo, x.dtype, kx.dtype, o_dtype, options, False, has_mask, x.is_cpu,
@@ -224,20 +219,18 @@ def prepare(
     if custom_mask is not None:
         check_shape(op, "custom_mask", view(custom_mask, op, "custom_mask"), (qo_len, kv_len), "= (qo_len, kv_len)")
     mask = pack_mask(op, custom_mask, packed_custom_mask, np.array([qo_len]), np.array([kv_len]), x)
-    scales = read_scales(op, x, heads, kv_heads, *factors, names=("scale_q", "scale_k", "scale_v"))
+    scales = read_scales(op, x, heads, kv_heads, scale_q, scale_k, scale_v, ("scale_q", "scale_k", "scale_v"))
     o = x.empty((qo_len, heads, dim_vo), problem.out)
     s = x.empty((qo_len, heads), float32) if return_lse else None
     strides = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
-    return Call(
-        x, kx, vx, (strides[0], strides[1]), o, s, problem, options, bound, mask, scales, kv_len
-    )  # fmt: skip
+    return Call(x, kx, vx, (strides[0], strides[1]), o, s, problem, options, bound, mask, scales, kv_len)
 
 
 def run_on_cpu(c: Call, kv_layout: str) -> None:
     """The NumPy reference."""
     values, lse = reference.attention.single_prefill(
-        c.x.numpy(), c.k.numpy(), c.v.numpy(), kv_layout=kv_layout, sm_scale=c.scale, out_dtype=c.o.dtype.np,
-        **c.scales.reference(),
+        c.x.numpy(), c.k.numpy(), c.v.numpy(), kv_layout=kv_layout, sm_scale=c.options.sm_scale * c.scales.logit,
+        **c.scales.reference(), out_dtype=c.o.dtype.np,
         packed_custom_mask=None if c.mask is None else c.mask.packed.numpy(), variant=c.bound,
         params=None if c.bound is None else c.bound.params(), **c.options.reference(),
     )  # fmt: skip

@@ -225,16 +225,18 @@ def plan_prefill(
 
 def _split(items: Ints, first: Ints, chunk: Ints, chunks: Ints) -> tuple[Ints, int, int]:
     """(an item for each chunk of each tile, partial results, tiles that are split) from `_chunks`."""
+    is_split = chunks > 1
+    counts = np.where(is_split, chunks, 0)
+    ends = counts.cumsum()
+    items[:, 7], items[:, 12] = np.where(is_split, ends - counts, 0), chunks
+    items[:, 11] = chunks - chunks.cumsum()  # less the number of the tile's first chunk
     tile = np.arange(len(items)).repeat(chunks)
-    number = np.arange(len(tile)) - (chunks.cumsum() - chunks)[tile]
-    start = first[tile] + number * chunk[tile]
-    counts = np.where(chunks > 1, chunks, 0)
     items = items.take(tile, axis=0)
-    items[:, 5] = np.maximum(start, items[:, 5])
-    items[:, 6] = np.minimum(start + chunk[tile], items[:, 6])
-    items[:, 7] = np.where(chunks > 1, counts.cumsum() - counts, 0)[tile]
-    items[:, 11], items[:, 12] = number, chunks[tile]
-    return items, int(counts.sum()), int((chunks > 1).sum())
+    items[:, 11] += np.arange(len(tile), dtype=np.int32)
+    length = chunk[tile]
+    start = first[tile] + items[:, 11] * length
+    items[:, 5], items[:, 6] = np.maximum(start, items[:, 5]), np.minimum(start + length, items[:, 6])
+    return items, int(ends[-1]) if len(ends) else 0, int(np.count_nonzero(is_split))
 
 
 def _visible(

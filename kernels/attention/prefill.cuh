@@ -197,8 +197,9 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item
       }
       if constexpr (Logits::kHasOutput) Logits::update(params, item, qo_head, m, d, weight);
       const bool empty = m == -FI_INF;
-      float norm = empty ? 0.f : weight * math::ptx_rcp(d) * output_scale(params, kv_head);
-      if constexpr (!Logits::kUseSoftmax) norm = output_scale(params, kv_head);  // such tiles are never split
+      const float factor = output_scale(params, kv_head);
+      float norm = empty ? 0.f : weight * math::ptx_rcp(d) * factor;
+      if constexpr (!Logits::kUseSoftmax) norm = factor;  // such tiles are never split
       if ((lane & 3) == 0 && packed < packed_rows && params.lse != nullptr)
         params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] =
             empty ? -FI_INF : m + math::ptx_log2(d);
@@ -484,42 +485,52 @@ FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
     if (active) {
       const int thread = thread_again();
       const uint32_t q_tile = q_address(thread), k_tile = k_address(thread, start);
+      // Logits that cost arithmetic are made in two halves of the tile, the first under the products of the second.
+      constexpr int kParts = !Logits::kLinear && kKeyTiles % 4 == 0 ? 2 : 1, kPart = kKeyTiles / kParts;
+      constexpr int kGroups = 2 * kRowTiles;
+      auto apply = [&](int part, int group_of_rows) {
+        const int i = group_of_rows >> 1, h = group_of_rows & 1;
+        const int packed = row_of(thread, i, h), qo_idx = params.group.quotient(packed);
+        const auto row = Logits::row(params, shared.item, qo_idx, kv_head * group + packed - qo_idx * group, kv_head);
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        uint32_t a[kRowTiles][4];
+        for (int n = part * kPart; n < (part + 1) * kPart; ++n)
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i)
-          ptx::ldmatrix_x4(a[i], LayoutQK::advance(q_tile, 2 * step) + i * 16 * LayoutQK::kRowBytes);
+          for (int j = 0; j < 2; ++j)
+            s[i][n][2 * h + j] = Logits::apply(params, row, s[i][n][2 * h + j], start + n * 8 + 2 * (thread & 3) + j);
+      };
 #pragma unroll
-        for (int n = 0; n < kKeyTiles; n += 2) {
-          uint32_t b[4];
-          ptx::ldmatrix_x4(b, LayoutQK::advance(k_tile, 2 * step) + n * 8 * LayoutQK::kRowBytes);
-          const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+      for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-          for (int i = 0; i < kRowTiles; ++i) {
-            if (step == 0) {
-              ptx::mma_m16n8k16_first<T>(s[i][n], a[i], b0);
-              ptx::mma_m16n8k16_first<T>(s[i][n + 1], a[i], b1);
-            } else {
-              ptx::mma_m16n8k16<T>(s[i][n], a[i], b0);
-              ptx::mma_m16n8k16<T>(s[i][n + 1], a[i], b1);
+        for (int step = 0; step < kSteps; ++step) {
+          uint32_t a[kRowTiles][4];
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i)
+            ptx::ldmatrix_x4(a[i], LayoutQK::advance(q_tile, 2 * step) + i * 16 * LayoutQK::kRowBytes);
+#pragma unroll
+          for (int n = part * kPart; n < (part + 1) * kPart; n += 2) {
+            uint32_t b[4];
+            ptx::ldmatrix_x4(b, LayoutQK::advance(k_tile, 2 * step) + n * 8 * LayoutQK::kRowBytes);
+            const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+#pragma unroll
+            for (int i = 0; i < kRowTiles; ++i) {
+              if (step == 0) {
+                ptx::mma_m16n8k16_first<T>(s[i][n], a[i], b0);
+                ptx::mma_m16n8k16_first<T>(s[i][n + 1], a[i], b1);
+              } else {
+                ptx::mma_m16n8k16<T>(s[i][n], a[i], b0);
+                ptx::mma_m16n8k16<T>(s[i][n + 1], a[i], b1);
+              }
             }
+          }
+          if (kParts == 2 && part == 1) {
+#pragma unroll
+            for (int x = step * kGroups / kSteps; x < (step + 1) * kGroups / kSteps; ++x) apply(0, x);
           }
         }
       }
       if constexpr (!Logits::kLinear) {
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int packed = row_of(thread, i, h), qo_idx = params.group.quotient(packed);
-            const auto row = Logits::row(params, shared.item, qo_idx, kv_head * group + packed - qo_idx * group, kv_head);
-#pragma unroll
-            for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-              for (int j = 0; j < 2; ++j)
-                s[i][n][2 * h + j] = Logits::apply(params, row, s[i][n][2 * h + j], start + n * 8 + 2 * (thread & 3) + j);
-          }
+        for (int x = 0; x < kGroups; ++x) apply(kParts - 1, x);
       }
     }
     // Masking costs nothing on tiles that every row sees whole: the branch is the same for the whole warp.

@@ -169,6 +169,58 @@ def test_a_variant_that_no_index_decides_needs_no_places(rng):
           by_pairs(q, k, k, np.ones((4, 5), bool), by_head))  # fmt: skip
 
 
+@pytest.mark.parametrize("by_position", [False, True])
+def test_pod(rng, by_position):
+    pages = Pages(rng, 8, 4, KV_HEADS, DIM)
+    parts = [(normal(rng, n, KV_HEADS, DIM), normal(rng, n, KV_HEADS, DIM)) for n in (5, 9)]
+    table, q_d = pages.add(parts), normal(rng, 2, HEADS, DIM)
+    q_p, k_p, v_p = normal(rng, 3, HEADS, DIM), normal(rng, 7, KV_HEADS, DIM), normal(rng, 7, KV_HEADS, DIM)
+    w = fi_cupy.PODWithPagedKVCacheWrapper(workspace(), variant=PLACED)
+    w.plan(*table, HEADS, KV_HEADS, DIM, 4, q_data_type="float32")
+    bias = normal(rng, 7, 9)
+    arguments = (q_p, k_p, v_p, q_d, pages.cache)
+    if by_position:  # behind FlashInfer's thirty parameters
+        made = w.run(*arguments, None, None, True, "NHD", "NONE", None, -1, None, None, True, None, None, False, "NHD",
+                     "NONE", None, -1, None, None, None, None, None, True, False, None, bias)  # fmt: skip
+    else:
+        made = w.run(*arguments, causal_p=True, return_lse_p=True, return_lse_d=True, variant_args={"bias": bias})
+    check(made[0], placed(q_p, k_p, v_p, seen(3, 7, causal=True), bias))
+    single = [placed(q_d[b : b + 1], k, v, np.ones((1, len(k)), bool), bias) for b, (k, v) in enumerate(parts)]
+    want = [np.concatenate(x) for x in zip(*single, strict=True)]
+    want[0][1], want[1][1] = placed_of_batch_1(q_d[1:], *parts[1], bias)
+    check(made[1], want)
+
+
+def placed_of_batch_1(q, k, v, bias):
+    """PLACED adds 0.01 a request, which moves the lse but not the output."""
+    out, lse = placed(q, k, v, np.ones((1, len(k)), bool), bias)
+    return out[0], lse[0] + 0.01 / np.log(2)
+
+
+def test_batch_attention(rng):
+    rows, lens = (3, 1, 0, 2), (9, 4, 3, 2)
+    pages = Pages(rng, 12, 4, KV_HEADS, DIM)
+    parts = [(normal(rng, n, KV_HEADS, DIM), normal(rng, n, KV_HEADS, DIM)) for n in lens]
+    indptr, indices, _ = pages.add(parts)
+    qo = np.concatenate([[0], np.cumsum(rows)])
+    q = normal(rng, int(qo[-1]), HEADS, DIM)
+    w = fi_cupy.BatchAttention(device="cpu", variant=BY_HEAD)
+    w.plan(qo, indptr, indices, lens, HEADS, KV_HEADS, DIM, DIM, 4, causal=True, q_data_type="float32",
+           kv_data_type="float32")  # fmt: skip
+    want = [by_pairs(q[a:b], k, v, seen(b - a, len(k), causal=True), by_head)
+            for (k, v), a, b in zip(parts, qo[:-1], qo[1:], strict=True)]  # fmt: skip
+    made = w.run(q, pages.cache, variant_args={"gain": GAIN})
+    check(made, [np.concatenate(x) for x in zip(*want, strict=True)])
+    with pytest.raises(errors.ArgumentError, match=r"gain .* is missing"):
+        w.run(q, pages.cache)
+    with pytest.raises(errors.ArgumentError, match="BatchAttention: variant bad has no softmax"):
+        fi_cupy.BatchAttention(device="cpu", variant=define(name="bad", use_softmax=False))
+    plain = fi_cupy.BatchAttention(device="cpu")
+    plain.plan(qo, indptr, indices, lens, HEADS, KV_HEADS, DIM, DIM, 4, q_data_type="float32", kv_data_type="float32")
+    with pytest.raises(errors.UnsupportedError, match="extra arguments belong to a variant"):
+        plain.run(q, pages.cache, variant_args={"gain": GAIN})
+
+
 WRAPPERS = {
     "cascade": lambda v: fi_cupy.MultiLevelCascadeAttentionWrapper(2, workspace(), variant=v),
     "shared decode": lambda v: fi_cupy.BatchDecodeWithSharedPrefixPagedKVCacheWrapper(workspace(), variant=v),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from paged_cases import Pages, bits, check, indptr_of
 
-from fi_cupy import arrays, cascade_attention, decode, page, prefill
+from fi_cupy import BatchAttention, arrays, cascade_attention, decode, page, prefill
 from fi_cupy.reference.attention import batch_decode_paged, batch_prefill_paged, batch_prefill_ragged
 from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
 
@@ -115,6 +115,9 @@ def test_decode_and_prefill_read_pages_behind_element_2_31(rng, far):
         wrapper.plan(qo, indptr, numbers, last, 32, KV_HEADS, DIM, PAGE, causal=True, q_data_type=DTYPE)
         want = batch_prefill_paged(q.astype(np.float64), *wide(near), qo, *table, causal=True)
         check(*run(wrapper, q, cache), *want)
+        mixed = BatchAttention()
+        mixed.plan(qo, indptr, numbers, np.int32([100, 333, 48]), 32, KV_HEADS, DIM, DIM, PAGE, causal=True)
+        check(*mixed.run(on_gpu(q), cache), *want)
 
 
 def test_append_writes_pages_behind_element_2_31(rng, far):
@@ -294,7 +297,9 @@ def test_arrays_on_the_gpu_cost_one_wait_a_plan(rng, waits, framework):
     sizes, kind = (8, 2, 64), {"q_data_type": DTYPE}
     decodes, paged, ragged = Decode(buffer), Paged(buffer), Ragged(buffer)
     levels = cascade_attention.MultiLevelCascadeAttentionWrapper(2, buffer)
+    mixed = BatchAttention()
     plans = {
+        "mixed": lambda: mixed.plan(qo, *table[:2], lens, 8, 2, 64, 64, 16, **kind, kv_data_type=DTYPE),
         "decode": lambda: decodes.plan(*table, *sizes, 16, **kind),
         "lengths": lambda: paged.plan(qo, *table, *sizes, 16, seq_lens=lens, **kind),
         "ragged": lambda: ragged.plan(qo, kv, *sizes, **kind),

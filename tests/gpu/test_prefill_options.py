@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from paged_cases import ROPE_LSE
 
 from fi_cupy import attention, decode, jit, prefill, sparse
 from fi_cupy.dtypes import dtype as to_dtype
@@ -18,8 +19,6 @@ Decode = decode.BatchDecodeWithPagedKVCacheWrapper
 #: (query tokens, keys): a prompt, a chunk of one, fully masked rows, no keys, no queries, single tokens.
 LENS = [(150, 150), (40, 203), (5, 3), (3, 0), (0, 40), (1, 129), (1, 1)]
 SHORT = [(37, 70), (5, 3), (3, 0), (0, 9), (20, 130)]
-#: Rotated q and k are rounded to 16 bits, which the reference does not do: relative to the lse, or to 10.
-ROPE_LSE = 3e-3
 ROPE = {"pos_encoding_mode": "ROPE_LLAMA", "rope_theta": 5e5, "rope_scale": 2.0}
 
 

@@ -58,7 +58,7 @@ def same(got, want):
 @pytest.mark.parametrize("chunks", [2, 3, 4, 5, 9, 16, 17, 40])
 def test_any_number_of_chunks(rng, rows, chunks):
     """40 chunks are three levels; 5, 9 and 17 leave a child without siblings."""
-    batch = Batch(rng, [(rows, 64 * chunks - 5)])
+    batch = Batch(rng, [(rows, 64 * chunks - 5)], dtype="float16")
     wrapper = batch.plan(Paged(workspace()), fixed_split_size=64 // PAGE)
     assert wrapper._planned.work.num_split == -(-rows * 4 // wrapper._planned.geometry.tiles.tile_q)
     first = batch.run(wrapper)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from paged_cases import Pages, indptr_of
@@ -110,6 +112,38 @@ def test_variable_blocks_see_heads_and_positions(rng, causal):
         return w.run(*map(convert, (q, k, v)), variant_args={"bias": convert(bias)}, return_lse=True)
 
     both(lambda ws: fi_cupy.VariableBlockSparseAttentionWrapper(ws, variant=PLACED), use)
+
+
+def test_pod(rng):
+    pages = Pages(rng, 60, PAGE, KV_HEADS, DIM, DTYPE)
+    table, _ = pages.add([140, 30, 300])
+    q_p, k_p, v_p = (normal(rng, (n, h, DIM), DTYPE) for n, h in ((70, HEADS), (90, KV_HEADS), (90, KV_HEADS)))
+    q_d, bias = normal(rng, (3, HEADS, DIM), DTYPE), rng.standard_normal((90, 300), np.float32)
+
+    def use(w, convert, dtype, part):
+        w.plan(*table, HEADS, KV_HEADS, DIM, PAGE, q_data_type=dtype)
+        assert ("v_placed" in str(fi_cupy.attention.explain(w))) == (dtype == DTYPE)
+        return w.run(*map(convert, (q_p, k_p, v_p, q_d, pages.kv)), causal_p=True, return_lse_p=True, return_lse_d=True,
+                     variant_args={"bias": convert(bias)})[part]  # fmt: skip
+
+    for part in (0, 1):
+        both(lambda ws: fi_cupy.PODWithPagedKVCacheWrapper(ws, variant=PLACED), partial(use, part=part))
+
+
+def test_batch_attention(rng):
+    rows, lens = (90, 1, 1, 3, 17), (500, 333, 20, 3, 40)
+    pages = Pages(rng, 80, PAGE, KV_HEADS, DIM, DTYPE)
+    (indptr, indices, _), _ = pages.add(lens)
+    q, gain = normal(rng, (sum(rows), HEADS, DIM), DTYPE), rng.uniform(0.5, 2, HEADS).astype(np.float32)
+
+    def use(w, convert, dtype):
+        w.plan(indptr_of(rows), indptr, indices, np.int32(lens), HEADS, KV_HEADS, DIM, DIM, PAGE, causal=True,
+               q_data_type=dtype, kv_data_type=dtype)  # fmt: skip
+        return w.run(convert(q), convert(pages.kv), variant_args={"gain": convert(gain)})
+
+    both(
+        lambda ws: fi_cupy.BatchAttention(device="cpu" if isinstance(ws, np.ndarray) else "cuda", variant=BY_HEAD), use
+    )
 
 
 @pytest.mark.parametrize("window_left", [-1, 20])
