@@ -29,6 +29,8 @@ class Shape(NamedTuple):
     window: int = -1
     cap: float = 0.0
     alibi: bool = False
+    kv: str = "bfloat16"
+    rope: bool = False
 
 
 S16K, S4K, S1K = 16384, 4096, 1024
@@ -51,6 +53,8 @@ PAGED = [
     Shape(16, S1K, S1K, 32, 8),
     Shape(1, 16, 65536, 32, 8),  # a few tokens over a long prompt: split keys
     Shape(8, 128, 128, 9, 3, 64),  # SmolLM2-135M: the demo's shape
+    Shape(16, 512, S4K, 32, 8, kv="float8_e4m3fn"),  # keys and values are widened in shared memory,
+    Shape(16, 512, S4K, 32, 8, rope=True),  # or rotated there: against the first row
 ]
 
 
@@ -66,6 +70,7 @@ def name_of(s: Shape, kind: str) -> str:
     """The row's name."""
     length = str(s.qo_len) if s.qo_len == s.kv_len else f"q{s.qo_len}/kv{s.kv_len}"
     options = (" window" if s.window >= 0 else "") + (" cap" if s.cap else "") + (" alibi" if s.alibi else "")
+    options += (f" {s.kv}" if s.kv != "bfloat16" else "") + (" rope" if s.rope else "")
     return f"{kind} {s.batch}x{length} {s.heads}/{s.kv_heads} d{s.dim} {'causal' if s.causal else 'full'}{options}"
 
 
@@ -86,7 +91,7 @@ VARIANTS = {
 
 def _recorded(s: Shape, kind: str) -> tuple[str, ...]:
     """Rows of the recorded peers."""
-    if s.window >= 0 or s.cap or s.alibi:
+    if s.window >= 0 or s.cap or s.alibi or s.rope or s.kv != "bfloat16":
         return ()
     rest = f"h{s.heads}/{s.kv_heads} d{s.dim} "
     lengths = f"s{s.qo_len}" if kind == "sprefill" else f"b{s.batch} s{s.qo_len}"
@@ -168,9 +173,12 @@ def _paged_inputs(s: Shape, i: int) -> dict[str, Any]:
 
     wrapper = prefill.BatchPrefillWithPagedKVCacheWrapper(cupy.empty((64 << 20,), cupy.uint8))
     table = page_table(s, i)
-    wrapper.plan(*table, s.heads, s.kv_heads, s.dim, PAGE, causal=s.causal, q_data_type="bfloat16")
+    wrapper.plan(
+        *table, s.heads, s.kv_heads, s.dim, PAGE, causal=s.causal, q_data_type="bfloat16", kv_data_type=s.kv,
+        pos_encoding_mode="ROPE_LLAMA" if s.rope else "NONE",
+    )  # fmt: skip
     q = random_array((s.batch * s.qo_len, s.heads, s.dim), "bfloat16", 2 * i)
-    cache = random_array((len(table[2]), 2, PAGE, s.kv_heads, s.dim), "bfloat16", 2 * i + 1)
+    cache = random_array((len(table[2]), 2, PAGE, s.kv_heads, s.dim), s.kv, 2 * i + 1)
     return {"q": q, "cache": cache, "out": cupy.empty_like(q), "wrapper": wrapper, "seed": i}
 
 
@@ -206,7 +214,9 @@ def _flashinfer_batch(s: Shape, backend: str, paged: bool) -> Any:
 
 def _batch(s: Shape, paged: bool) -> BenchCase:
     kind = "paged_prefill" if paged else "ragged_prefill"
-    rivals: dict[str, Any] = {f"flashinfer {b}": _flashinfer_batch(s, b, paged) for b in ("fa2", "fa3")}
+    rivals: dict[str, Any] = {}
+    if not s.rope and s.kv == "bfloat16":
+        rivals = {f"flashinfer {b}": _flashinfer_batch(s, b, paged) for b in ("fa2", "fa3")}
 
     def torch(backend: str, x: dict[str, Any]) -> None:
         q, k, v = (x[n].view(s.batch, -1, *x[n].shape[1:]).transpose(1, 2) for n in "qkv")

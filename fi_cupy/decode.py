@@ -12,6 +12,7 @@ from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_shape
 from fi_cupy.customize import single_decode_with_kv_cache_with_jit_module
+from fi_cupy.decode_fallback import prefill_plan, prefill_wrapper
 from fi_cupy.decode_kernel import (
     Geometry,
     Problem,
@@ -157,43 +158,20 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
 
     def _route(self, op: str, p: Planned) -> tuple[Any, str]:
         """The prefill wrapper, and why, where the decode kernel does not take a plan; else (None, "")."""
-        why = ""
+        why, problem = "", self._problem_of(p)
         if self._variant is not None:
             why = f"variant {self._variant.name} is applied there"
-        elif self.device >= 0:
-            why = f"q_len_per_req is {p.q_len_per_req}" if p.q_len_per_req > 1 else why_not(self._problem_of(p))
+        elif self.device >= 0 and p.q_len_per_req > 1:
+            why = f"q_len_per_req is {p.q_len_per_req}"
+        elif self.device >= 0 and problem != self._problem:  # else the decode kernel took it before
+            why = why_not(problem)
         if self._graph and self._planned is not None and bool(why) != (self._by_prefill is not None):
             raise PlanError(f"{op}: a CUDA-graph wrapper keeps the kernel of its first plan; make another wrapper")
         if why and self._prefill is None:
-            self._prefill = self._prefill_wrapper(self._variant)
+            self._prefill = prefill_wrapper(
+                _OP, self._workspace, self._layout, self._graph, self._buffers, self._variant
+            )
         return (self._prefill if why else None), why
-
-    def _prefill_wrapper(self, variant: Any) -> Any:
-        """The prefill kernel on its tiles of 16 rows, which a group of query heads (and its queries) shares."""
-        from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
-
-        class ByPrefill(BatchPrefillWithPagedKVCacheWrapper):
-            _op = _OP
-
-        buffers: tuple[Any, ...] = ()
-        if self._buffers is not None:
-            indptr, indices, last_page_len = self._buffers
-            rows = indptr.empty(indptr.shape, int32).array
-            buffers = (rows, indptr.array, indices.array, last_page_len.array)
-        return ByPrefill(self._workspace.array, self._layout, self._graph, *buffers, variant=variant)
-
-    def _prefill_plan(self, p: Planned) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The plan of the prefill wrapper."""
-        split_keys, disable_split = p.split
-        args = (
-            np.arange(p.batch_size + 1) * p.q_len_per_req, p.indptr, p.indices.array, p.last_page_len, p.num_qo_heads,
-            p.num_kv_heads, p.head_dim, p.page_size,
-        )  # fmt: skip
-        return args, {
-            **p.options, "causal": p.q_len_per_req > 1, "sm_scale": p.sm_scale, "q_data_type": p.dtype,
-            "kv_data_type": p.kv_dtype, "o_data_type": p.out_dtype, "disable_split_kv": disable_split,
-            "fixed_split_size": None if split_keys is None else split_keys // p.page_size,
-        }  # fmt: skip
 
     def _attach_graph_buffers(self, indptr: Any, indices: Any, last_page_len: Any) -> None:
         given = {"indptr": indptr, "indices": indices, "last_page_len": last_page_len}
@@ -295,7 +273,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
         )  # fmt: skip
         by_prefill, why = self._route(f"{_OP}.plan", p)
         if by_prefill is not None:
-            args, options = self._prefill_plan(p)
+            args, options = prefill_plan(p)
             by_prefill.plan(*args, **options, non_blocking=non_blocking)
         elif self.device < 0:
             keep_on_host(f"{_OP}.plan", self._buffers, p)
@@ -403,7 +381,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
             return 0, 0
         by_prefill, _ = self._route(f"{_OP}.workspace_size", p)
         if by_prefill is not None:
-            plan_args, options = self._prefill_plan(p)
+            plan_args, options = prefill_plan(p)
             size: tuple[int, int] = by_prefill.workspace_size(*plan_args, **options)
             return size
         schedule, num_slots = self._schedule(p, kv_len)

@@ -346,6 +346,28 @@ def test_wrappers_take_an_fp8_cache(rng):
     compare(levels.run(q, cache, return_lse=True), batch.run(Paged, False, plan))
 
 
+@pytest.mark.parametrize(("dim", "scaled", "plan"), [(64, False, {}), (64, True, {}), (40, True, {}), (64, True, ROPE)])
+def test_pod_takes_fp8_and_other_decode_plans(rng, dim, scaled, plan):
+    """One launch where the decode kernel takes the cache, else two; dimension 40 decodes in the prefill kernel."""
+    batch = decode_batch(rng, 1, heads=(8, 2), dims=dim)
+    prompt = [normal(rng, (n, h, dim), kind) for n, h, kind in ((50, 8, "bfloat16"), *[(90, 2, "float8_e4m3fn")] * 2)]
+    scales = {"k_scale": factors(rng, 2), "v_scale": factors(rng, 2)} if scaled else {"k_scale": 2.0}
+    results = []
+    for on_device in (False, True):
+        move = on_gpu if on_device else (lambda x: x)
+        wrapper = attention.PODWithPagedKVCacheWrapper(scratch(on_device))
+        wrapper.plan(*batch.table, 8, 2, dim, 16, **batch.types, **plan)
+        given = {name: move(x) if isinstance(x, np.ndarray) else x for name, x in scales.items()}
+        results.append(
+            wrapper.run(
+                *map(move, prompt), move(batch.q), tuple(map(move, batch.cache)), causal_p=True, return_lse_p=True,
+                return_lse_d=True, **given,
+            )
+        )  # fmt: skip
+    for got, want in zip(results[1], results[0], strict=True):
+        compare(got, want, bool(plan))
+
+
 def test_block_sparse_takes_fp8(rng):
     q, k, v = normal(rng, (32, 4, 64)), *(normal(rng, (64, 2, 64), "float8_e4m3fn") for _ in range(2))
     scales = {"scale_q": factors(rng, 4), "scale_k": factors(rng, 2), "scale_v": factors(rng, 2)}
