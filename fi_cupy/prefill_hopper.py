@@ -157,9 +157,9 @@ def refusal(p: Problem, device: DeviceInfo) -> str:
         return "cuda-bindings, which encodes tensor maps, is not installed"
     if p.dtype not in HALF_TYPES:
         return f"{p.dtype.name} is not float16 or bfloat16"
-    for name, other in (("keys and values", p.kv), ("the output", p.out)):
+    for name, other in (("keys and values of", p.kv), ("outputs of", p.out)):
         if other is not p.dtype:
-            return f"{name} have another type ({other.name}) than q ({p.dtype.name})"
+            return f"{name} {other.name} differ from q, {p.dtype.name}"
     if p.rope:
         return "ROPE_LLAMA rotates keys before they are multiplied, which the copy engine cannot"
     if (p.head_dim_qk, p.head_dim_vo) not in TILES:
