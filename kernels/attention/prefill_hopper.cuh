@@ -422,6 +422,10 @@ FI_DEVICE void prefill_hopper(const Params& params) {
       ptx::mbarrier_init(ptx::smem_address(&shared.slot_empty[s]), 1 + kConsumerWarps);
     }
     ptx::mbarrier_init_fence();
+  } else if (threadIdx.x == kConsumerWarps * 32) {
+    ptx::tma_prefetch(params.q_map);
+    ptx::tma_prefetch(params.k_map);
+    ptx::tma_prefetch(params.v_map);
   }
   ptx::grid_wait();
   int word = 0, kv_head = 0;
