@@ -485,52 +485,42 @@ FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
     if (active) {
       const int thread = thread_again();
       const uint32_t q_tile = q_address(thread), k_tile = k_address(thread, start);
-      // Logits that cost arithmetic are made in two halves of the tile, the first under the products of the second.
-      constexpr int kParts = !Logits::kLinear && kKeyTiles % 4 == 0 ? 2 : 1, kPart = kKeyTiles / kParts;
-      constexpr int kGroups = 2 * kRowTiles;
-      auto apply = [&](int part, int group_of_rows) {
-        const int i = group_of_rows >> 1, h = group_of_rows & 1;
-        const int packed = row_of(thread, i, h), qo_idx = params.group.quotient(packed);
-        const auto row = Logits::row(params, shared.item, qo_idx, kv_head * group + packed - qo_idx * group, kv_head);
 #pragma unroll
-        for (int n = part * kPart; n < (part + 1) * kPart; ++n)
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t a[kRowTiles][4];
 #pragma unroll
-          for (int j = 0; j < 2; ++j)
-            s[i][n][2 * h + j] = Logits::apply(params, row, s[i][n][2 * h + j], start + n * 8 + 2 * (thread & 3) + j);
-      };
+        for (int i = 0; i < kRowTiles; ++i)
+          ptx::ldmatrix_x4(a[i], LayoutQK::advance(q_tile, 2 * step) + i * 16 * LayoutQK::kRowBytes);
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
+        for (int n = 0; n < kKeyTiles; n += 2) {
+          uint32_t b[4];
+          ptx::ldmatrix_x4(b, LayoutQK::advance(k_tile, 2 * step) + n * 8 * LayoutQK::kRowBytes);
+          const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          uint32_t a[kRowTiles][4];
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i)
-            ptx::ldmatrix_x4(a[i], LayoutQK::advance(q_tile, 2 * step) + i * 16 * LayoutQK::kRowBytes);
-#pragma unroll
-          for (int n = part * kPart; n < (part + 1) * kPart; n += 2) {
-            uint32_t b[4];
-            ptx::ldmatrix_x4(b, LayoutQK::advance(k_tile, 2 * step) + n * 8 * LayoutQK::kRowBytes);
-            const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
-#pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
-              if (step == 0) {
-                ptx::mma_m16n8k16_first<T>(s[i][n], a[i], b0);
-                ptx::mma_m16n8k16_first<T>(s[i][n + 1], a[i], b1);
-              } else {
-                ptx::mma_m16n8k16<T>(s[i][n], a[i], b0);
-                ptx::mma_m16n8k16<T>(s[i][n + 1], a[i], b1);
-              }
+          for (int i = 0; i < kRowTiles; ++i) {
+            if (step == 0) {
+              ptx::mma_m16n8k16_first<T>(s[i][n], a[i], b0);
+              ptx::mma_m16n8k16_first<T>(s[i][n + 1], a[i], b1);
+            } else {
+              ptx::mma_m16n8k16<T>(s[i][n], a[i], b0);
+              ptx::mma_m16n8k16<T>(s[i][n + 1], a[i], b1);
             }
-          }
-          if (kParts == 2 && part == 1) {
-#pragma unroll
-            for (int x = step * kGroups / kSteps; x < (step + 1) * kGroups / kSteps; ++x) apply(0, x);
           }
         }
       }
       if constexpr (!Logits::kLinear) {
 #pragma unroll
-        for (int x = 0; x < kGroups; ++x) apply(kParts - 1, x);
+        for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int packed = row_of(thread, i, h), qo_idx = params.group.quotient(packed);
+            const auto row = Logits::row(params, shared.item, qo_idx, kv_head * group + packed - qo_idx * group, kv_head);
+#pragma unroll
+            for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+              for (int j = 0; j < 2; ++j)
+                s[i][n][2 * h + j] = Logits::apply(params, row, s[i][n][2 * h + j], start + n * 8 + 2 * (thread & 3) + j);
+          }
       }
     }
     // Masking costs nothing on tiles that every row sees whole: the branch is the same for the whole warp.

@@ -40,7 +40,7 @@ def compare(got, want, rope=False):
         values = out.get().view(to_dtype(kind).np).astype(np.float64)
     elif kind == np.float32:
         kind = "float16"  # what was multiplied
-    assert_close(values, wanted, to_dtype(kind), "product")
+    assert_close(values, wanted, to_dtype(kind), "rotated" if rope else "product")
     seen, got_lse = np.isfinite(want_lse), to_float64(lse)
     assert (np.isneginf(got_lse) == ~seen).all()
     assert (values[~seen] == 0).all()

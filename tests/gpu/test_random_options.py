@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from paged_cases import ROPE_LSE, check, indptr_of
+from paged_cases import check, indptr_of
 
 from fi_cupy import decode, prefill
 from fi_cupy.reference.attention import batch_decode_paged, batch_prefill_paged, batch_prefill_ragged
@@ -107,7 +107,7 @@ def test_decode(
     sinks = normal(case.rng, (HEADS,), "float32") if with_sinks else None
     out, lse = case.run(wrapper, case.gpu_cache(as_pair), strided=strided, sinks=sinks, **run)
     want = batch_decode_paged(*case.host(), *case.table, sinks=sinks, **same, **scaled(plan, run))
-    check(out, lse, *want, ROPE_LSE if logits[1] == "ROPE_LLAMA" else 2e-5)
+    check(out, lse, *want, rope=logits[1] == "ROPE_LLAMA")
 
 
 @bounded
