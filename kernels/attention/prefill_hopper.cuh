@@ -39,7 +39,7 @@ struct HopperSoftmax {
   FI_DEVICE void init() { m[0] = m[1] = -FI_INF, d[0] = d[1] = 0.f; }
 
   // Logits become weights. The sums and the output follow in `settle`, when the products that write the output are done.
-  // base: what a row's logits have on top of s in this tile.
+  // base: what this lane's logits of a row have on top of s in this tile.
   template <int kRegs>
   FI_DEVICE void weigh(float (&s)[kRegs], float scale, const float (&base)[2]) {
     rescale = false;
@@ -48,8 +48,9 @@ struct HopperSoftmax {
       float top = fmaxf(s[2 * h], s[2 * h + 1]);
 #pragma unroll
       for (int n = 4; n < kRegs; n += 4) top = fmaxf(top, fmaxf(s[n + 2 * h], s[n + 2 * h + 1]));
+      top += base[h];  // before the lanes compare theirs: base counts from a lane's own column
       top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2)) + base[h];
+      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));
       before[h] = m[h];
       // -inf - -inf is NaN and compares false: a row that has seen nothing stays as it is.
       const bool up = (top - m[h]) * scale > kRescaleThreshold;

@@ -41,7 +41,7 @@ struct HopperLogits<PrefillLogits<kAlibi, true, true>> {
   static constexpr bool kByElement = false, kByTile = true, kHasBase = false;
   struct Rows {
     float factor;              // of q k
-    float slope[2], first[2];  // ALiBi in the exponent's unit: a key's share, and that of key 0 plus the lane's column
+    float slope[2], first[2];  // ALiBi in the exponent's unit, a key's share; the lane's column less the row's query
   };
   template <class Params>
   FI_DEVICE static float scale(const Params& params) {
@@ -60,7 +60,7 @@ struct HopperLogits<PrefillLogits<kAlibi, true, true>> {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         r.slope[h] = alibi_slope(qo_head[h], params.num_qo_heads) * unit;
-        r.first[h] = r.slope[h] * float(column - qo_idx[h]);
+        r.first[h] = float(column - qo_idx[h]);
       }
     return r;
   }
@@ -69,7 +69,7 @@ struct HopperLogits<PrefillLogits<kAlibi, true, true>> {
     static_assert(kRegs % 8 == 0);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float base = kAlibi ? fmaf(r.slope[h], float(start), r.first[h]) : 0.f;
+      const float base = kAlibi ? r.slope[h] * (float(start) + r.first[h]) : 0.f;
 #pragma unroll
       for (int n = 0; n < kRegs; n += 8) {
         float d[4];
@@ -93,12 +93,13 @@ struct HopperLogits<PrefillLogits<kAlibi, true, true>> {
 };
 
 // sm_scale q k + slope (kv - qo), divided by sm_scale: the part that changes inside a tile is one multiplication-addition;
-// the rest is the same for a row's whole tile and joins its maximum (`base`).
+// the rest is the same for a lane's whole row of a tile and joins its maximum (`base`): one rounding, so that no distance
+// between the key and the query loses digits to their positions.
 template <>
 struct HopperLogits<PrefillLogits<true, false, true>> {
   static constexpr bool kByElement = false, kByTile = true, kHasBase = true;
   struct Rows {
-    float slope[2], first[2];
+    float slope[2], first[2];  // of a key; the lane's column less the row's query
   };
   template <class Params>
   FI_DEVICE static float scale(const Params& params) {
@@ -114,7 +115,7 @@ struct HopperLogits<PrefillLogits<true, false, true>> {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       r.slope[h] = alibi_slope(qo_head[h], params.num_qo_heads) / params.sm_scale;
-      r.first[h] = r.slope[h] * float(column - qo_idx[h]);
+      r.first[h] = float(column - qo_idx[h]);
     }
     return r;
   }
@@ -123,7 +124,7 @@ struct HopperLogits<PrefillLogits<true, false, true>> {
 #pragma unroll
     for (int n = 0; n < kRegs; ++n) s[n] = fmaf(r.slope[n >> 1 & 1], float(n / 4 * 8 + n % 2), s[n]);
   }
-  FI_DEVICE static float base(const Rows& r, int h, int start) { return fmaf(r.slope[h], float(start), r.first[h]); }
+  FI_DEVICE static float base(const Rows& r, int h, int start) { return r.slope[h] * (float(start) + r.first[h]); }
 };
 
 }  // namespace fi
