@@ -40,6 +40,7 @@ from fi_cupy.prefill import (
     single_prefill_with_kv_cache_return_lse,
 )
 from fi_cupy.prefill_batch import BatchPrefill
+from fi_cupy.prefill_hopper import load_of
 from fi_cupy.prefill_kernel import Geometry, geometry
 from fi_cupy.prefill_plan import Work, make_problem, read_options
 from fi_cupy.scales import read_scales
@@ -420,7 +421,10 @@ def _single_prefill(given: dict[str, Any], device: DeviceInfo) -> Explanation:
     )  # fmt: skip
     k_scale = given["scale_k"] if given["scale_k"] is not None else given["k_scale"]
     scales = read_scales("explain", q, heads, kv_heads, given["scale_q"], k_scale)
-    g = geometry(problem, min(qo_len * heads // kv_heads, 128), device)
+    g = geometry(
+        problem, qo_len * heads // kv_heads, device,
+        load_of(1, heads // kv_heads, qo_len, kv_len, options.causal, options.window_left),
+    )  # fmt: skip
     spec = g.spec if options.sm_scale * scales.logit > 0 else g.negative_spec
     spec = g.heads_spec if scales.on_logits else spec
     schedule = plan_prefill(

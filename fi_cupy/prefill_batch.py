@@ -18,6 +18,7 @@ from fi_cupy.kv_cache import as_fp8, row_alignment
 from fi_cupy.page_table import check_offsets
 from fi_cupy.plan.prefill import PrefillPlan, max_items, pad, plan_prefill
 from fi_cupy.plan_run import PlanRun
+from fi_cupy.prefill_hopper import load_of
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
 from fi_cupy.prefill_plan import (
     Ints,
@@ -104,10 +105,13 @@ class BatchPrefill(PlanRun):
             p.geometry = self._graph_state[0]
         else:
             group = p.problem.num_qo_heads // p.problem.num_kv_heads
-            average = -(-rows * group // max(batch, 1))
             # Who fixes the split wants bits that do not depend on the batch; so must the choice of the kernel then.
-            any_rows = p.disable_split or p.fixed_split is not None
-            p.geometry = geometry(p.problem, min(max(average, 1), 128), device_info(self.device), any_rows)
+            fixed = p.disable_split or p.fixed_split is not None
+            keys = int(np.add.reduce(p.kv_len, dtype=np.int64))
+            load = load_of(batch, group, rows, keys, p.options.causal, p.options.window_left)
+            p.geometry = geometry(
+                p.problem, max(-(-rows * group // max(batch, 1)), 1), device_info(self.device), None if fixed else load
+            )
         g = p.geometry
         schedule = plan_prefill(
             p.qo_indptr, p.kv_len, kv_base, group=g.group, num_kv_heads=g.num_kv_heads, tile_q=g.tiles.tile_q,

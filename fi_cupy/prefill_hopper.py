@@ -22,7 +22,7 @@ PARAMS = ParamsStruct(
     [
         *PORTABLE_PARAMS.fields,
         *((f"{x}_map", "tensormap") for x in "qkv"),
-        *((name, "u32") for name in ("num_items", "num_kv_heads", "head_shift", "kv_rows", "box_rows")),
+        *((name, "u32") for name in ("num_items", "num_kv_heads", "heads_together", "kv_rows", "box_rows")),
         *((f"{x}_{of}_units", "u32") for x in "kv" for of in ("page", "head")),
     ],
 )
@@ -71,10 +71,14 @@ TILES = {
 }
 #: Where a soft cap's four denominators at a time do not fit beside them.
 _CAPPED_TILES = {(64, 64): HopperTiles(3, 96, 32, 160, 4, 2, 64, 64)}
-#: Variants have unknown values beside the accumulators: two warpgroups, which have 232 registers each.
-_VARIANT_TILES = {
+#: For short work (`wants_short_tiles`), plain logits: the keys of a tile are those of TILES, and with them every bit.
+SHORT_TILES = {
     (64, 64): HopperTiles(2, 128, 40, 232, 4, 2, 64, 64),
     (128, 128): HopperTiles(2, 80, 40, 232, 3, 2, 128, 128),
+}
+#: Variants have unknown values beside the accumulators: two warpgroups, which have 232 registers each.
+_VARIANT_TILES = {
+    **SHORT_TILES,
     (192, 128): HopperTiles(2, 80, 40, 232, 3, 1, 192, 128),
     (256, 256): HopperTiles(2, 64, 40, 232, 2, 1, 256, 256),
 }
@@ -141,9 +145,80 @@ def hopper_spec(
     )
 
 
-def hopper_tiles(p: Problem) -> HopperTiles:
-    """The CTA shape for a problem that `refusal` let pass: the same for every batch."""
+class Load(NamedTuple):
+    """A batch, as if its requests were alike: how many, and packed rows, query tokens and keys of each."""
+
+    requests: int
+    rows: int
+    tokens: int
+    keys: int
+    causal: bool
+
+    def items(self, tile_q: int) -> int:
+        """Work items of one kv head."""
+        return self.requests * -(-self.rows // tile_q)
+
+
+def load_of(requests: int, group: int, tokens: int, keys: int, causal: bool, window_left: int) -> Load:
+    """The load of so many requests with `tokens` queries and `keys` keys altogether; a window makes items alike."""
+    count = max(requests, 1)
+    tokens, keys = -(-tokens // count), -(-keys // count)
+    if 0 <= window_left < keys - tokens // 2:
+        keys, causal = min(keys, window_left + 1 + -(-128 // group)), False
+    return Load(requests, tokens * group, tokens, keys, causal)
+
+
+#: A tile of 128 rows takes so much of the time of one of 192: 1.11 times as long a row (H100, d128 and d64, 16x1024 and
+#: 1x16384), two warpgroups hiding less of each other than three.
+_SHORT_COST = 0.74
+#: The estimate is not better than this: the other kernel must promise as much.
+_GAIN = 0.95
+#: Key tiles are split when a multiprocessor's even share is half of the longest item or less, from so many keys on.
+_SPLIT_KEYS = 1024
+
+
+def wants_short_tiles(load: Load, num_kv_heads: int, slots: int) -> bool:
+    """Whether tiles of 128 rows finish before those of 192 do, by the time of the longest item and of the even share.
+
+    Times are in those of a 192-row item that sees every key; a causal one sees them less half the queries on average.
+    Measured (H100, 32 heads, causal, 128-row over 192-row): 1x512 0.97, 1x1024 0.83; 4x4096 1.11, 16x1024 over 8 kv
+    heads 1.13.
+    """
+    seen = max(1 - load.tokens / (2 * load.keys), 0.5) if load.causal and load.keys else 1.0
+    tall, short = (load.items(tile_q) * num_kv_heads * seen / slots for tile_q in (192, 128))
+    if tall <= 0.5 and load.keys >= _SPLIT_KEYS:  # splitting evens it out
+        return _SHORT_COST * short < _GAIN * tall
+    return _SHORT_COST * max(short, 1) < _GAIN * max(tall, 1)
+
+
+def too_little(p: Problem, tiles: HopperTiles, load: Load, slots: int) -> str:
+    """Why the portable kernel is the faster one for a batch that both take; empty if it is not.
+
+    Items of one tile of keys are all start and end. One a multiprocessor, the kernels are within 5 % (1x32, 1x128) or
+    this one is ahead (16x128 of 9/3 heads at d64: 1.28); beyond that the portable kernel, which has two CTAs a
+    multiprocessor, is (16x64 of 32/8 heads: 9.5 us to 11.7). With two tiles of keys they draw at 8x128 (0.98).
+    """
+    if load.rows <= FEW_ROWS:
+        return f"{load.rows} packed rows a request would leave most of its tile empty"
+    if load.keys <= tiles.tile_kv and load.items(tiles.tile_q) * p.num_kv_heads > slots:
+        return f"{load.keys} keys a request are one tile, and there is more than one item a multiprocessor"
+    return ""
+
+
+#: Packed rows a request up to which the portable kernel's tiles of 16 and 64 rows waste less.
+FEW_ROWS = 64
+
+
+def hopper_tiles(p: Problem, short: bool = False) -> HopperTiles:
+    """The CTA shape for a problem that `refusal` let pass; `short` may be ignored.
+
+    The group must divide a short tile if it divides the tall one: queries are gathered otherwise.
+    """
     dims = p.head_dim_qk, p.head_dim_vo
+    if short and p.variant is None and not p.soft_cap and not p.alibi and dims in SHORT_TILES:
+        group, tiles = p.num_qo_heads // p.num_kv_heads, SHORT_TILES[dims]
+        if tiles.tile_q % group == 0 or TILES[dims].tile_q % group:
+            return tiles
     if p.variant is not None:
         return _VARIANT_TILES[dims]
     return _CAPPED_TILES.get(dims, TILES[dims]) if p.soft_cap else TILES[dims]
@@ -182,9 +257,21 @@ def box_rows(page_size: int, tile_kv: int) -> int:
     return math.gcd(page_size, tile_kv)
 
 
-def head_shift(num_kv_heads: int) -> int:
-    """log2 of the kv heads whose CTAs run side by side, so that K and V share L2: 4 measured best of 1, 4, 8, 32."""
-    return 2 if num_kv_heads % 4 == 0 else 1 if num_kv_heads % 2 == 0 else 0
+@lru_cache(maxsize=1024)
+def heads_together(num_kv_heads: int, head_bytes: int) -> int:
+    """kv heads whose work is handed out side by side, longest first: a divisor of `num_kv_heads`.
+
+    Up to 8, or as many as have their keys and values (`head_bytes` each) in half of the L2. 8 of 32 heads are 2 to 3 %
+    faster than 4 and 7 % faster than 1 (4x4096, 1x16384 causal; 16x1024 of 8 heads: all within 1 %). Work that is
+    small enough for the L2 wants its longest items first whatever their head: at 1x1024 of 32 heads the last ones
+    start first and the CTAs end within 2 of 13 tiles of keys, with 4 heads at a time within 8.
+    """
+    most = max(8, _HALF_L2 // max(head_bytes, 1))
+    return max(n for n in range(1, min(num_kv_heads, most) + 1) if num_kv_heads % n == 0)
+
+
+#: Half the 50 MB of an H100; an H200 has 60.
+_HALF_L2 = 25 << 20
 
 
 _encode = lru_cache(maxsize=4096)(tensor_map)
@@ -215,6 +302,9 @@ def map_values(
         (v if kv_extent else q, tiles.head_dim_vo // 64, v_strides),
     )
     extent = max(kv_extent, 1)
+    # A cache's pages count whether this batch uses them or not, which is at worst the rule for long prompts.
+    head_bytes = 2 * (tiles.head_dim_qk + tiles.head_dim_vo) * kv_extent * max(page_size, 1)
+    order = num_kv_heads, heads_together(num_kv_heads, head_bytes), kv_extent, rows
     if not page_size:
         keys = [
             _encode(
@@ -222,10 +312,10 @@ def map_values(
             )
             for address, panels, (_, token, head) in sides
         ]
-        return (queries, *keys), (num_kv_heads, head_shift(num_kv_heads), kv_extent, rows, 0, 0, 0, 0)
+        return (queries, *keys), (*order, 0, 0, 0, 0)
     paged = [_paged_map(dtype, *side, extent, num_kv_heads, page_size, rows) for side in sides]
     maps = queries, paged[0][0], paged[1][0]
-    return maps, (num_kv_heads, head_shift(num_kv_heads), kv_extent, rows, *paged[0][1], *paged[1][1])
+    return maps, (*order, *paged[0][1], *paged[1][1])
 
 
 def _paged_map(
@@ -252,6 +342,7 @@ def _paged_map(
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: every tile shape, and every option at head dim 128."""
     specs = [hopper_spec(bfloat16, tiles, paged=paged) for tiles in TILES.values() for paged in (False, True)]
+    specs += [hopper_spec(bfloat16, tiles, paged=paged) for tiles in SHORT_TILES.values() for paged in (False, True)]
     specs += [hopper_spec(float16, TILES[dim, dim], paged=paged) for dim in (64, 128) for paged in (False, True)]
     usual = TILES[128, 128]
     specs.append(hopper_spec(bfloat16, usual, paged=False, query_boxes=False))

@@ -14,7 +14,15 @@ from fi_cupy.jit.kernel import Kernel, load_kernel
 from fi_cupy.jit.spec import CppType, KernelSpec
 from fi_cupy.plan.prefill import PrefillTiles, TileKind, choose_tiles, narrow_tiles
 from fi_cupy.plan.workspace import WorkspaceLayout
-from fi_cupy.prefill_hopper import HopperTiles, hopper_spec, hopper_tiles, refusal
+from fi_cupy.prefill_hopper import (
+    HopperTiles,
+    Load,
+    hopper_spec,
+    hopper_tiles,
+    refusal,
+    too_little,
+    wants_short_tiles,
+)  # fmt: skip
 from fi_cupy.prefill_params import PARAMS, ROPE_PARAMS
 
 if TYPE_CHECKING:
@@ -273,12 +281,13 @@ class Geometry:
         return (min(work, self.slots) if self.hopper.slots > 1 else work), 1, 1
 
 
-@lru_cache(maxsize=1024)
-def geometry(problem: Problem, packed_rows: int, device: DeviceInfo, any_rows: bool = False) -> Geometry:
-    """Kernels for requests of about `packed_rows` packed rows (a tile size is enough) on `device`.
+@lru_cache(maxsize=4096)
+def geometry(problem: Problem, packed_rows: int, device: DeviceInfo, load: Load | None = None) -> Geometry:
+    """Kernels for requests of about `packed_rows` packed rows on `device`.
 
-    The Hopper kernel is taken where `prefill_hopper.refusal` has nothing against it and its tall tiles are filled by at
-    least a third (or `any_rows` says that the rows must not count); "fa2" and "fa3" insist on one.
+    The Hopper kernel is taken where `prefill_hopper.refusal` has nothing against it and, if there is a `load`,
+    `prefill_hopper.too_little` has not either; "fa2" and "fa3" insist on one. The load also decides the height of its
+    tiles. Without one the choice is the same for every batch.
 
     Raises
     ------
@@ -289,18 +298,18 @@ def geometry(problem: Problem, packed_rows: int, device: DeviceInfo, any_rows: b
     reason = "backend='fa2'" if p.backend == "fa2" else refusal(p, device)
     if p.backend == "fa3" and reason:
         raise UnsupportedError(f"prefill: backend is 'fa3', but the Hopper kernel is not for this: {reason}")
-    if not reason and packed_rows <= _FEW_ROWS and p.backend == "auto" and not any_rows:
-        reason = f"{packed_rows} packed rows a request would leave most of its tile empty"
-    return _portable(p, packed_rows, device, reason) if reason else _hopper(p, device)
+    short = False
+    if not reason and load is not None:
+        short = wants_short_tiles(load, p.num_kv_heads, device.num_sms)
+        if p.backend == "auto":
+            reason = too_little(p, hopper_tiles(p, short), load, device.num_sms)
+    return _portable(p, min(packed_rows, 128), device, reason) if reason else _hopper(p, device, short)
 
 
-#: Packed rows a request up to which the portable kernel's tiles of 16 and 64 rows waste less.
-_FEW_ROWS = 64
-
-
-def _hopper(p: Problem, device: DeviceInfo) -> Geometry:
+@lru_cache(maxsize=1024)
+def _hopper(p: Problem, device: DeviceInfo, short: bool) -> Geometry:
     group = p.num_qo_heads // p.num_kv_heads
-    tiles = hopper_tiles(p)
+    tiles = hopper_tiles(p, short)
 
     def spec_of(positive: bool = True, heads: bool = False) -> KernelSpec:
         plain = hopper_spec(
@@ -315,6 +324,7 @@ def _hopper(p: Problem, device: DeviceInfo) -> Geometry:
     )  # fmt: skip
 
 
+@lru_cache(maxsize=1024)
 def _portable(p: Problem, packed_rows: int, device: DeviceInfo, reason: str) -> Geometry:
     smem_per_block = 65536 if device.code_number < 80 else device.smem_per_block
     tiles = choose_tiles(packed_rows, p.head_dim_qk, p.head_dim_vo, smem_per_block, device.smem_per_sm, p.kind)

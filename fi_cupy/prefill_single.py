@@ -19,6 +19,7 @@ from fi_cupy.errors import ArgumentError
 from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.kv_cache import as_fp8, check_layout
 from fi_cupy.plan.prefill import PrefillPlan, plan_prefill
+from fi_cupy.prefill_hopper import load_of
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
 from fi_cupy.prefill_plan import (
     Mask,
@@ -248,7 +249,8 @@ def schedule(c: Call, device: DeviceInfo, rows: int = 0) -> tuple[Geometry, Work
     x, qo_len, options = c.x, c.x.shape[0], c.options
     group = c.problem.num_qo_heads // c.problem.num_kv_heads
     problem = c.problem._replace(backend="fa2") if rows else c.problem
-    g = geometry(problem, rows or min(qo_len * group, 128), device)
+    load = None if rows else load_of(1, group, qo_len, c.kv_len, options.causal, options.window_left)
+    g = geometry(problem, rows or qo_len * group, device, load)
     stream = x.stream()
     mask_key, narrow = (None, None) if c.bound is None else c.bound.narrow()
     key = (x.device, g, qo_len, c.kv_len, options.causal, options.window_left, mask_key)

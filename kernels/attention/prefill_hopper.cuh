@@ -4,8 +4,8 @@
 // of one kv head over one range of keys, from the last tile of keys to the first. Each consumer warpgroup owns 64 rows; two
 // producer warps keep kStages tiles of K and of V in flight (prefill_hopper_load.cuh).
 // Grid: one CTA an item and kv head, or one a multiprocessor, which then claims one piece of work after the other and loads
-// the next one's Q, K and V under the current one's end. Longest items first inside 2^head_shift heads, whose K and V then
-// share L2.
+// the next one's Q, K and V under the current one's end. Longest items first inside `heads_together` kv heads, whose K and V
+// then share L2.
 // Shared memory: Q [kSlots][kTileQ] | K [kStages][kTileKv] | V [kStages][kTileKv], each as panels of 64 columns, rows of
 // 128 bytes, 128-byte swizzle | HopperShared. Registers: 512 threads start with 128; a producer keeps 32, a consumer takes 160.
 // Why three warpgroups: the softmax of one hides behind the products of the other two, without being told to.

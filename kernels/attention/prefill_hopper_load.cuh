@@ -18,7 +18,8 @@ struct PrefillHopperParams : PrefillParams {
   // number of elements that divides the strides of pages and of heads.
   // counters: [0]: pieces of work handed out beyond the first of every CTA; [1 ..]: see join_parts.
   ptx::TensorMap q_map, k_map, v_map;
-  uint32_t num_items, num_kv_heads, head_shift;
+  uint32_t num_items, num_kv_heads;
+  uint32_t heads_together;  // kv heads whose work is handed out side by side; divides num_kv_heads
   uint32_t kv_rows;   // contiguous: tokens of k and v, past which the copy engine writes zeros
   uint32_t box_rows;  // paged: tokens a box, a multiple of 8 that divides page_size and kTileKv
   uint32_t k_page_units, k_head_units, v_page_units, v_head_units;
@@ -163,10 +164,10 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
 // 2^head_shift heads.
 template <class Params>
 FI_DEVICE int item_word(const Params& params, uint32_t work, int& kv_head) {
-  const uint32_t shift = params.head_shift, section = params.num_items << shift;
-  const uint32_t heads = work / section, inside = work - heads * section;
-  kv_head = heads << shift | (inside & ((1u << shift) - 1));
-  return lane_id() < sizeof(PrefillItem) / 4 ? reinterpret_cast<const int*>(params.items + (inside >> shift))[lane_id()] : 0;
+  const uint32_t together = params.heads_together, section = params.num_items * together;
+  const uint32_t heads = work / section, inside = work - heads * section, item = inside / together;
+  kv_head = heads * together + inside - item * together;
+  return lane_id() < sizeof(PrefillItem) / 4 ? reinterpret_cast<const int*>(params.items + item)[lane_id()] : 0;
 }
 
 // The first producer: hands out items, loads Q and K. A grid smaller than the work claims more as it goes: the claim for the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fi_cupy import attention, errors, prefill
+from fi_cupy import attention, errors, prefill, prefill_kernel
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import bfloat16
 from fi_cupy.dtypes import dtype as to_dtype
@@ -97,15 +97,16 @@ def test_nan_behind_a_request_does_not_leak(rng, dims, causal):
 @pytest.mark.parametrize("group", [1, 4, 7])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_many_items_a_cta(rng, dim, group):
-    """Several hundred pieces of work of every length on one grid, some without keys or rows."""
+    """Several hundred pieces of work of every length on one grid, some without keys or rows; 3, 4 and 12 kv heads."""
+    kv_heads = {1: 12, 4: 4, 7: 3}[group]
     lens = [(300, 300), (7, 90), (0, 40), (700, 700), (64, 64), (3, 0), (1, 900), (193, 80)] * 8
     qo, kv = (np.concatenate([[0], np.cumsum([x[i] for x in lens])]) for i in (0, 1))
-    q = normal(rng, (int(qo[-1]), 4 * group, dim))
-    k, v = (normal(rng, (int(kv[-1]), 4, dim)) for _ in range(2))
+    q = normal(rng, (int(qo[-1]), kv_heads * group, dim))
+    k, v = (normal(rng, (int(kv[-1]), kv_heads, dim)) for _ in range(2))
     wrapper = Ragged(workspace(), backend="fa3")
-    wrapper.plan(qo, kv, 4 * group, 4, dim, causal=True, q_data_type="bfloat16")
+    wrapper.plan(qo, kv, kv_heads * group, kv_heads, dim, causal=True, q_data_type="bfloat16")
     geometry, work = wrapper._planned.geometry, wrapper._planned.work
-    assert geometry.grid(work.num_items)[0] < work.num_items * 4
+    assert geometry.grid(work.num_items)[0] < work.num_items * kv_heads
     want = batch_prefill_ragged(*(x.astype(np.float64) for x in (q, k, v)), qo, kv, causal=True)
     gpu = [on_gpu(x) for x in (q, k, v)]
     for i in range(5):  # the counter of the work handed out is back at zero each time
@@ -165,6 +166,43 @@ def test_factors_a_head(rng):
         *(x.astype(np.float64) * f[:, None] for x, f in zip((q, k, v), factors, strict=True)), causal=True
     )
     check(*got, *want)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("dim", "heads", "kv_heads"), [(64, 6, 6), (128, 12, 4), (128, 8, 4), (256, 12, 4)])
+def test_alibi_of_any_number_of_heads(rng, dim, heads, kv_heads, causal):
+    """A lane's bias counts from its own column, and the lanes of a row must agree on the maximum; slopes up to 0.7."""
+    qo, kv = np.array([0, 300, 370, 375, 376]), np.array([0, 300, 633, 636, 765])
+    q, k, v = (normal(rng, (n, h, dim)) for n, h in ((376, heads), (765, kv_heads), (765, kv_heads)))
+    options = {"causal": causal, "pos_encoding_mode": "ALIBI"}
+    wrapper = Ragged(workspace(), backend="fa3")
+    wrapper.plan(qo, kv, heads, kv_heads, dim, q_data_type="bfloat16", **options)
+    out, lse = poisoned(q.shape, "bfloat16"), poisoned(q.shape[:2], "float32")
+    wrapper.run(*map(on_gpu, (q, k, v)), out=out, lse=lse)
+    check(out, lse, *batch_prefill_ragged(*(x.astype(np.float64) for x in (q, k, v)), qo, kv, **options))
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_both_heights_of_tiles_give_the_same_bits(rng, monkeypatch, dim, group):
+    lens = [(300, 300), (7, 90), (440, 440), (64, 64), (3, 0), (1, 400), (193, 80)]  # too few keys to be split
+    qo, kv = (np.concatenate([[0], np.cumsum([x[i] for x in lens])]) for i in (0, 1))
+    q, k, v = (normal(rng, (int(n), h, dim)) for n, h in ((qo[-1], 3 * group), (kv[-1], 3), (kv[-1], 3)))
+    want = batch_prefill_ragged(*(x.astype(np.float64) for x in (q, k, v)), qo, kv, causal=True)
+    gpu, results, heights = [on_gpu(x) for x in (q, k, v)], [], []
+    for short in (False, True):
+        monkeypatch.setattr(prefill_kernel, "wants_short_tiles", lambda *given, short=short: short)
+        prefill_kernel.geometry.cache_clear()
+        wrapper = Ragged(workspace(), backend="fa3")
+        wrapper.plan(qo, kv, 3 * group, 3, dim, causal=True, q_data_type="bfloat16")
+        out, lse = poisoned(q.shape, "bfloat16"), poisoned(q.shape[:2], "float32")
+        wrapper.run(*gpu, out=out, lse=lse)
+        check(out, lse, *want)
+        assert wrapper._planned.work.num_split == 0
+        heights.append(wrapper._planned.geometry.tiles.tile_q)
+        results.append((out.view("u2"), lse.view("u4")))
+    prefill_kernel.geometry.cache_clear()
+    assert heights == [192, 128] and all((a == b).all() for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("options", [{}, {"logits_soft_cap": 10.0}, {"pos_encoding_mode": "ALIBI"}])
