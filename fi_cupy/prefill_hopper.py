@@ -84,7 +84,7 @@ _VARIANT_TILES = {
 }
 
 
-#: A soft cap at head dim 256, or with ALiBi: up to 48 bytes.
+#: A soft cap or ALiBi at head dim 256, or both: up to 48 bytes.
 _ITEM_VALUES = "values of the item, stored and loaded once an item"
 
 
@@ -138,7 +138,7 @@ def hopper_spec(
         ),
         threads=128 * (tiles.consumers + 1),
         min_blocks=1,
-        spills=_ITEM_VALUES if soft_cap and (qk == 256 or alibi) else "",
+        spills=_ITEM_VALUES if (soft_cap or alibi) and (qk == 256 or soft_cap and alibi) else "",
         smem_bytes=tiles.smem_bytes,
         min_arch=90,
         max_arch=90,
