@@ -519,7 +519,8 @@ FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
             for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
               for (int j = 0; j < 2; ++j)
-                s[i][n][2 * h + j] = Logits::apply(params, row, s[i][n][2 * h + j], start + n * 8 + 2 * (thread & 3) + j);
+                s[i][n][2 * h + j] =
+                    Logits::apply(params, row, s[i][n][2 * h + j], start + n * 8 + 2 * (thread & 3) + j, n % 4 == 0);
           }
       }
     }
