@@ -307,7 +307,7 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             float& x = s[n + 2 * h + j];
-            if constexpr (Transform::kByElement) x = Logits::apply(params, row, x, column + 2 * n + j);
+            if constexpr (Transform::kByElement) x = Logits::apply(params, row, x, column + 2 * n + j, n % 16 == 0);
             if constexpr (kMasked) {
               bool seen = 2 * n + j <= last_seen && 2 * n + j >= first_seen;
               if constexpr (Logits::kHasMask) seen = seen && Logits::mask(params, row, column + 2 * n + j);
