@@ -15,10 +15,16 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-_NAME = re.compile(r"(?:ragged|single)_prefill (\d+)x(\d+) 32/32 d128 causal")
+_NAME = re.compile(r"(?:ragged|single)_prefill (\d+)x(\d+) 32/32 d128 causal( fa2)?")
 TOKENS = 16384
 #: Name in the chart -> colour; others get one of matplotlib's own.
-_COLOURS = {"fi_cupy": "#c0392b", "cudnn": "#2c7fb8", "flash": "#7f7f7f", "flashinfer fa3": "#31a354"}
+_COLOURS = {
+    "fi_cupy": "#c0392b",
+    "fi_cupy, portable kernel": "#e6a099",
+    "cudnn": "#2c7fb8",
+    "flash": "#7f7f7f",
+    "flashinfer fa3": "#31a354",
+}
 
 
 def series(found: dict[str, Any]) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
@@ -30,7 +36,7 @@ def series(found: dict[str, Any]) -> tuple[dict[str, dict[int, float]], dict[str
         if match is None or row["status"] != "ok" or int(match[1]) * int(match[2]) != TOKENS:
             continue
         length, ours = int(match[2]), row["flops"] / row["us"] / 1e6
-        live["fi_cupy"][length] = ours
+        live["fi_cupy, portable kernel" if match[3] else "fi_cupy"][length] = ours
         for name, peer in row["peers"].items():
             if "speedup" in peer:
                 live[name][length] = ours / peer["speedup"]
