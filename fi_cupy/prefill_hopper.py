@@ -138,7 +138,7 @@ def hopper_spec(
         ),
         threads=128 * (tiles.consumers + 1),
         min_blocks=1,
-        spills=_ITEM_VALUES if (soft_cap or alibi) and (qk == 256 or soft_cap and alibi) else "",
+        spills=_ITEM_VALUES if (soft_cap or alibi) and (qk == 256 or (soft_cap and alibi)) else "",
         smem_bytes=tiles.smem_bytes,
         min_arch=90,
         max_arch=90,

@@ -343,10 +343,13 @@ def test_the_prefill_chart_reads_a_run(monkeypatch):
     rows = [
         row("ragged_prefill 4x4096 32/32 d128 causal", peers=peers, recorded=recorded),
         row("single_prefill 1x16384 32/32 d128 causal"),
+        row("single_prefill 1x16384 32/32 d128 causal fa2", us=1000.0),
+        row("single_prefill 1x16384 32/32 d128 causal cap"),  # another problem
         row("single_prefill 1x4096 32/32 d128 causal"),  # fewer tokens
         row("ragged_prefill 16x1024 32/8 d128 causal"),  # other heads
         {"name": "ragged_prefill 16x1024 32/32 d128 causal", "status": "failed", "error": "no"},
     ]
     live, old = chart_prefill.series({"rows": rows})
-    assert live == {"fi_cupy": {4096: 700.0, 16384: 700.0}, "cudnn": {4096: 560.0}}
+    ours = {"fi_cupy": {4096: 700.0, 16384: 700.0}, "fi_cupy, portable kernel": {16384: 350.0}}
+    assert live == ours | {"cudnn": {4096: 560.0}}
     assert old == {"FlashInfer fa3, recorded": {4096: 500.0}}
