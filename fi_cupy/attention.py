@@ -251,7 +251,7 @@ def explain(call: Any, *args: Any, device: DeviceInfo | None = None, **kwargs: A
     >>> hopper = fi_cupy.device.DeviceInfo(90, "90a", 132, 232448, 233472, 50 << 20)
     >>> q, k = np.ones((2048, 32, 128), np.float16), np.ones((2048, 8, 128), np.float16)
     >>> explain(fi_cupy.single_prefill_with_kv_cache, q, k, k, causal=True, device=hopper).launches[0].kernel
-    'prefill_f16_d128_q128k64'
+    'prefill_hopper_f16_d128_q192k80'
     """
     if hasattr(call, "_parts"):
         parts = call._parts()
@@ -389,7 +389,8 @@ def _single_decode(given: dict[str, Any], device: DeviceInfo) -> Explanation:
     )
     if g is None:
         absent = dict.fromkeys(("custom_mask", "packed_custom_mask", "o_dtype", "scale_q", "scale_k"))
-        return _since(why, _single_prefill({**given, **absent, "q": given["q"][None], "causal": False}, device))
+        token = {"q": given["q"][None], "causal": False, "backend": "auto"}
+        return _since(why, _single_prefill({**given, **absent, **token}, device))
     window = given["window_left"]
     first = max(kv_len - 1 - window, 0) if window >= 0 else 0
     _, chunks = single_chunks(kv_len - first // TILE * TILE, g.num_head_blocks, g.slots)
