@@ -197,6 +197,8 @@ def launch(
 
     `variant_values` are a variant's own parameters; `kv_extent` is the tokens of contiguous k and v, or their pages.
     """
+    if not work.num_items:
+        return
     values = launch_values(
         g, work, x, k, v, k_strides, v_strides, o, s, options, scales, kv_indices, page_size, mask, sinks
     )
@@ -204,8 +206,9 @@ def launch(
     if options.pos_encoding_mode == "ROPE_LLAMA":
         more = rope_turns(x.shape[2], options.rope_scale, options.rope_theta)
     elif g.hopper is not None:
+        q = x.ptr if x.shape[0] else work.items  # an empty array has no address, which a map must have
         encoded, numbers = map_values(
-            g.hopper, x.dtype.name, x.ptr, x.shape[0], x.strides, g.group, g.num_kv_heads, k.ptr, v.ptr, k_strides,
+            g.hopper, x.dtype.name, q, x.shape[0], x.strides, g.group, g.num_kv_heads, k.ptr, v.ptr, k_strides,
             v_strides, kv_extent, page_size if g.paged else 0,
         )  # fmt: skip
         more = *encoded, work.num_items, *numbers

@@ -255,3 +255,14 @@ def test_what_it_does_not_take(rng):
     wrapper = Paged(workspace(), backend="fa3")
     with pytest.raises(errors.UnsupportedError, match="page_size 5 is not a multiple of 8"):
         wrapper.plan([0, 200], [0, 40], np.arange(40), [5], 2, 2, 128, 5, q_data_type=bfloat16.name)
+
+
+@pytest.mark.parametrize("lens", [[], [(0, 0)], [(0, 40), (0, 0)], [(3, 0)]])
+def test_nothing_to_do(rng, lens):
+    """Arrays without elements have no address; no keys are zeros and -inf."""
+    qo, kv = (np.concatenate([[0], np.cumsum([x[i] for x in lens])]).astype(np.int64) for i in (0, 1))
+    q, k, v = (normal(rng, (int(n), 2, 128)) for n in (qo[-1], kv[-1], kv[-1]))
+    wrapper = Ragged(workspace(), backend="fa3")
+    wrapper.plan(qo, kv, 2, 2, 128, causal=True, q_data_type="bfloat16")
+    out, lse = wrapper.run(*map(on_gpu, (q, k, v)), return_lse=True)
+    assert out.shape == q.shape and (to_float64(out) == 0).all() and np.isneginf(to_float64(lse)).all()
