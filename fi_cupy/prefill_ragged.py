@@ -153,6 +153,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         )  # fmt: skip
         if self.device < 0:
             if self._graph:
+                self._check_graph(p)
                 self._fill_graph_buffers(p, 0)
             self._planned = p
             return
@@ -203,11 +204,14 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
     def _most_keys(self, p: _RaggedPlan) -> int:
         return int(p.kv_len.max(initial=0))
 
-    def _fill_graph_buffers(self, p: Any, stream: int) -> None:
-        super()._fill_graph_buffers(p, stream)
+    def _graph_entries(self, p: Any) -> dict[str, int]:
         batch = self._buffers["kv_indptr_buf"].shape[0] - 1
         if len(p.kv_len) != batch:
             raise PlanError(f"{self._op}.plan: the batch is {len(p.kv_len)}, expected {batch} = len(kv_indptr_buf) - 1")
+        return {"qo_indptr_buf": batch + 1, "kv_indptr_buf": batch + 1}
+
+    def _fill_graph_buffers(self, p: Any, stream: int) -> None:
+        super()._fill_graph_buffers(p, stream)
         self._fill("qo_indptr_buf", p.qo_indptr, stream)
         self._fill("kv_indptr_buf", p.kv_indptr, stream)
 
