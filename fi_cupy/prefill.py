@@ -383,7 +383,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             check_planned(op, "window_left", max(window_left, -1), p.options.window_left, p.options.window_left)
         x = self._query(op, p, q)
         args, scales = self._scales(op, p, x, args, (q_scale, k_scale, v_scale))
-        bound = self._bind(op, args, variant_args, x)
+        bound = self._bind(op, args, variant_args, x, scales)
         kv = paged_kv(op, paged_kv_cache)
         dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.kv
         heads, layout = p.problem.num_kv_heads, self._layout

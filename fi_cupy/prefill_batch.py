@@ -227,13 +227,13 @@ class BatchPrefill(PlanRun):
         return self._variant is None or self._variant.lowered().splittable
 
     def _bind(
-        self, op: str, args: tuple[Any, ...], named: Mapping[str, Any] | None, x: View
+        self, op: str, args: tuple[Any, ...], named: Mapping[str, Any] | None, x: View, scales: Scales
     ) -> BoundVariant | None:  # fmt: skip
         """The variant with the arguments of one `run`."""
         if self._variant is not None:
             return self._variant.bind(
                 op, args, named or {}, x, sm_scale=self._planned.options.sm_scale,
-                logits_soft_cap=self._planned.options.logits_soft_cap,
+                logits_soft_cap=self._planned.options.logits_soft_cap, logit_scale=scales.logit,
             )  # fmt: skip
         if args or named:
             raise UnsupportedError(f"{op}: extra arguments belong to a variant; give one to the constructor (variant=)")

@@ -267,7 +267,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         refuse(op, kv_cache_sf=kv_cache_sf)
         x = self._query(op, p, q)
         args, scales = self._scales(op, p, x, args, (q_scale, k_scale, v_scale))
-        bound = self._bind(op, args, variant_args, x)
+        bound = self._bind(op, args, variant_args, x, scales)
         kx, vx = (as_fp8(view(y, op, name), p.problem.kv) for name, y in (("k", k), ("v", v)))
         hnd, tokens = self._layout == "HND", int(p.kv_indptr[-1])
         for name, y, dim in (("k", kx, p.problem.head_dim_qk), ("v", vx, p.problem.head_dim_vo)):

@@ -206,7 +206,10 @@ def prepare(
     options = read_options(
         op, dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta, has_mask
     )
-    bound = None if variant is None else variant.bind(op, *variant_args, x, sm_scale=options.sm_scale)
+    scales = read_scales(op, x, heads, kv_heads, scale_q, scale_k, scale_v, ("scale_q", "scale_k", "scale_v"))
+    bound = None
+    if variant is not None:
+        bound = variant.bind(op, *variant_args, x, sm_scale=options.sm_scale, logit_scale=scales.logit)
     problem = make_problem(
         op, heads, kv_heads, dim_qk, dim_vo, x.dtype, kx.dtype, o_dtype, options, False, has_mask, x.is_cpu,
         None if bound is None else bound.lowered,
@@ -219,7 +222,6 @@ def prepare(
     if custom_mask is not None:
         check_shape(op, "custom_mask", view(custom_mask, op, "custom_mask"), (qo_len, kv_len), "= (qo_len, kv_len)")
     mask = pack_mask(op, custom_mask, packed_custom_mask, np.array([qo_len]), np.array([kv_len]), x)
-    scales = read_scales(op, x, heads, kv_heads, scale_q, scale_k, scale_v, ("scale_q", "scale_k", "scale_v"))
     o = x.empty((qo_len, heads, dim_vo), problem.out)
     s = x.empty((qo_len, heads), float32) if return_lse else None
     strides = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]

@@ -1,4 +1,4 @@
-"""CUDA-graph mode and kept schedules with a stand-in for the GPU: what a captured graph reads is not touched by errors."""
+"""CUDA-graph mode and kept schedules with a stand-in for the GPU: what a captured graph reads stays as it is."""
 
 from __future__ import annotations
 
