@@ -142,6 +142,11 @@ class BatchPrefill(PlanRun):
             self._plan_buffer = PlanBuffer(self.device, 4 * (words + tail))
         buffer = self._plan_buffer
         buffer.reserve(4 * (words + tail), most_slots * p.geometry.num_kv_heads)
+        staged = buffer.stage(words + tail)
+        staged[:words] = items.reshape(-1)
+        if indices is not None:
+            staged[words:] = indices
+            p.indices_offset = 4 * words
         p.work = Work(
             buffer.ptr, len(items), schedule.num_split, self._workspace.ptr + layout.offsets["partial_o"],
             self._workspace.ptr + layout.offsets["partial_md"], buffer.counters_ptr,
@@ -154,11 +159,6 @@ class BatchPrefill(PlanRun):
                     f"{self._op}.plan: a CUDA-graph wrapper keeps kernel, grid and options of its first plan; only "
                     "lengths, the page table and the mask may change (make another wrapper for other sizes)"
                 )
-        staged = buffer.stage(words + tail)
-        staged[:words] = items.reshape(-1)
-        if indices is not None:
-            staged[words:] = indices
-            p.indices_offset = 4 * words
         stream = self._workspace.stream()
         buffer.upload(staged, stream)
         if self._graph:
