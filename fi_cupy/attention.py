@@ -189,6 +189,8 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
             planned = self._planned.options.sm_scale
             if planned == 0 != sm_scale:
                 raise PlanError(f"{op}: sm_scale is {sm_scale}, planned 0; pass it to plan()")
+            if isinstance(q_scale, (list, tuple)):
+                q_scale = np.asarray(q_scale, np.float32)
             q_scale = (1.0 if q_scale is None else q_scale) * (sm_scale / planned if planned else 1.0)
         return super().run(q, paged_kv_cache, sinks=sink if sinks is None else sinks, q_scale=q_scale, **options)
 
@@ -421,6 +423,10 @@ def _single_prefill(given: dict[str, Any], device: DeviceInfo) -> Explanation:
         False, backend=given["backend"],
     )  # fmt: skip
     k_scale = given["scale_k"] if given["scale_k"] is not None else given["k_scale"]
+    narrow, variant = None, given.get("variant")
+    if variant is not None:
+        bound = variant.bind("explain", *given["variant_args"], q, sm_scale=options.sm_scale)
+        problem, narrow = problem._replace(variant=bound.lowered), bound.narrow()[1]
     scales = read_scales("explain", q, heads, kv_heads, given["scale_q"], k_scale)
     g = geometry(
         problem, qo_len * heads // kv_heads, device,
@@ -431,6 +437,6 @@ def _single_prefill(given: dict[str, Any], device: DeviceInfo) -> Explanation:
     schedule = plan_prefill(
         np.array([0, qo_len]), np.array([kv_len]), np.array([0]), group=g.group, num_kv_heads=g.num_kv_heads,
         tile_q=g.tiles.tile_q, tile_kv=g.tiles.tile_kv, slots=g.slots, causal=options.causal,
-        window_left=options.window_left,
+        window_left=options.window_left, disable_split=not g.splittable, narrow=narrow,
     )  # fmt: skip
     return _prefill_launch(g, spec, len(schedule.items), schedule.num_split)

@@ -341,7 +341,8 @@ class BatchAttention:
         if cap not in (0.0, p.options.logits_soft_cap):
             raise PlanError(f"{op}: logits_soft_cap is {cap}, planned {p.options.logits_soft_cap}; pass it to plan()")
         x = batch._query(op, p, q)
-        bound = batch._bind(op, (), variant_args, x)
+        _, scales = batch._scales(op, p, x, (), (q_scale, k_scale, v_scale))
+        bound = batch._bind(op, (), variant_args, x, scales)
         kv = paged_kv(op, kv_cache)
         dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.kv
         heads, dims = p.problem.num_kv_heads, (p.problem.head_dim_qk, p.problem.head_dim_vo)
@@ -352,7 +353,6 @@ class BatchAttention:
             raise ArgumentError(f"{op}: kv_indices holds page {p.max_index}, but the cache has {pages} pages")
         o, s = outputs(op, x, out, lse, True, p.problem)
         assert s is not None
-        _, scales = batch._scales(op, p, x, (), (q_scale, k_scale, v_scale))
         if x.is_cpu:
             values, log = reference.attention.batch_prefill_paged(
                 x.numpy(), k.numpy(), v.numpy(), p.qo_indptr, p.indptr, p.host_indices, kv_len_arr=p.kv_len,

@@ -200,7 +200,7 @@ class PODWithPagedKVCacheWrapper:
             The same either way: the one query of a request is its last.
         kv_layout_d, pos_encoding_mode_d, sm_scale_d, window_left_d, rope_scale_d, rope_theta_d
             Defaults, or what the constructor and `plan` were given.
-        q_scale, k_scale, v_scale : float, optional
+        q_scale, k_scale, v_scale : float, or float32 array [heads], optional
             Of the decode part, as in FlashInfer.
         use_fp16_qk_reduction : bool
             A hint; products are summed in fp32.

@@ -234,6 +234,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         )  # fmt: skip
         if self.device < 0:
             if self._graph:
+                self._check_graph(p)
                 self._fill_graph_buffers(p, 0)
             self._planned = p
             return
@@ -292,21 +293,25 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
     def _most_keys(self, p: _PagedPlan) -> int:
         return self._buffers["paged_kv_indices_buf"].shape[0] * p.page_size
 
-    def _fill_graph_buffers(self, p: Any, stream: int) -> None:
-        super()._fill_graph_buffers(p, stream)
+    def _graph_entries(self, p: Any) -> dict[str, int]:
         batch = self._buffers["paged_kv_last_page_len_buf"].shape[0]
         if len(p.kv_len) != batch:
             raise PlanError(f"{self._op}.plan: the batch is {len(p.kv_len)}, expected {batch} = len(last_page_len_buf)")
+        return {
+            "qo_indptr_buf": batch + 1, "paged_kv_indptr_buf": batch + 1, "paged_kv_last_page_len_buf": batch,
+            "paged_kv_indices_buf": int(p.indptr[-1]),
+        }  # fmt: skip
+
+    def _fill_graph_buffers(self, p: Any, stream: int) -> None:
+        super()._fill_graph_buffers(p, stream)
         self._fill("qo_indptr_buf", p.qo_indptr, stream)
         self._fill("paged_kv_indptr_buf", p.indptr, stream)
         self._fill("paged_kv_last_page_len_buf", p.last_page_len, stream)
-        buffer, used = self._buffers["paged_kv_indices_buf"], int(p.indptr[-1])
+        buffer = self._buffers["paged_kv_indices_buf"]
         if p.host_indices is not None:
             self._fill("paged_kv_indices_buf", p.host_indices, stream)
-        elif used > buffer.shape[0]:
-            raise ArgumentError(f"{self._op}.plan: paged_kv_indices_buf has {buffer.shape[0]} entries, expected {used}")
         elif p.indices.ptr != buffer.ptr:
-            copy_device(buffer.ptr, p.indices.ptr, 4 * used, stream, self.device)
+            copy_device(buffer.ptr, p.indices.ptr, 4 * int(p.indptr[-1]), stream, self.device)
 
     def workspace_size(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """(float bytes, int bytes) that `plan` with these arguments needs; the wrapper owns the integer part."""
@@ -377,7 +382,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             check_planned(op, "window_left", max(window_left, -1), p.options.window_left, p.options.window_left)
         x = self._query(op, p, q)
         args, scales = self._scales(op, p, x, args, (q_scale, k_scale, v_scale))
-        bound = self._bind(op, args, variant_args, x)
+        bound = self._bind(op, args, variant_args, x, scales)
         kv = paged_kv(op, paged_kv_cache)
         dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.kv
         heads, layout = p.problem.num_kv_heads, self._layout

@@ -153,9 +153,9 @@ class BatchPrefill(PlanRun):
         items = schedule.items
         layout = p.geometry.workspace(schedule.num_slots, most_slots)
         layout.check(f"{self._op}.plan", self._workspace_bytes)
-        p.geometry.kernel(1.0, self.device)
+        p.geometry.kernel(p.options.sm_scale, self.device)
         if p.problem.dtype in FP8_TYPES:  # usually with factors a head
-            p.geometry.kernel(1.0, self.device, head_scales=True)
+            p.geometry.kernel(p.options.sm_scale, self.device, head_scales=True)
         words, tail = items.size, 0 if indices is None else len(indices)
         if self._plan_buffer is None:
             self._plan_buffer = PlanBuffer(self.device, 4 * (words + tail), 1)
@@ -166,19 +166,21 @@ class BatchPrefill(PlanRun):
         if indices is not None:
             staged[words:] = indices
             p.indices_offset = 4 * words
-        stream = self._workspace.stream()
-        address = buffer.upload(staged, stream)
         p.work = Work(
-            address, len(items), schedule.num_split, self._workspace.ptr + layout.offsets["partial_o"],
+            buffer.ptr, len(items), schedule.num_split, self._workspace.ptr + layout.offsets["partial_o"],
             self._workspace.ptr + layout.offsets["partial_md"], buffer.counters_ptr,
         )  # fmt: skip
-        if self._graph:
-            state = (p.geometry, len(items), p.problem, p.options, p.work._replace(num_split=0))
+        state = (p.geometry, len(items), p.problem, p.options, p.work._replace(num_split=0))
+        if self._graph:  # before anything is sent: a captured graph goes on with the plan it has
+            self._check_graph(p)
             if self._graph_state is not None and state != self._graph_state:
                 raise PlanError(
                     f"{self._op}.plan: a CUDA-graph wrapper keeps kernel, grid and options of its first plan; only "
                     "lengths, the page table and the mask may change (make another wrapper for other sizes)"
                 )
+        stream = self._workspace.stream()
+        buffer.upload(staged, stream)
+        if self._graph:
             self._graph_state = state
             self._fill_graph_buffers(p, stream)
             buffer.frozen = True
@@ -188,14 +190,29 @@ class BatchPrefill(PlanRun):
             runtime.streamSynchronize(stream)
         self._planned = p
 
+    def _graph_entries(self, p: Any) -> dict[str, int]:
+        """Entries that a plan writes into the caller's fixed buffers, by name."""
+        raise NotImplementedError
+
+    def _check_graph(self, p: Any) -> None:
+        """Hold a plan to the caller's fixed buffers, before any of them is written."""
+        entries = self._graph_entries(p)
+        if p.mask is not None:
+            buffer, count = self._buffers.get("custom_mask_buf"), int(p.mask.offsets[-1])
+            if buffer is None or buffer.shape[0] < count:
+                has = "is missing" if buffer is None else f"has {buffer.shape[0]} bytes"
+                raise ArgumentError(f"{self._op}.plan: custom_mask_buf {has}, expected at least {count} for this mask")
+            entries["mask_indptr_buf"] = len(p.mask.offsets)
+        for name, count in entries.items():
+            buffer = self._buffers.get(name)
+            if buffer is not None and count > buffer.shape[0]:
+                raise ArgumentError(f"{self._op}.plan: {name} has {buffer.shape[0]} entries, expected {count}")
+
     def _fill_graph_buffers(self, p: Any, stream: int) -> None:
         """Copy the mask into the caller's fixed buffer, which the captured kernel reads."""
         if p.mask is None:
             return
-        buffer, count = self._buffers.get("custom_mask_buf"), int(p.mask.offsets[-1])
-        if buffer is None or buffer.shape[0] < count:
-            has = "is missing" if buffer is None else f"has {buffer.shape[0]} bytes"
-            raise ArgumentError(f"{self._op}.plan: custom_mask_buf {has}, expected at least {count} for this mask")
+        buffer, count = self._buffers["custom_mask_buf"], int(p.mask.offsets[-1])
         if buffer.is_cpu:
             buffer.numpy()[:count] = p.mask.packed.numpy()[:count]
         elif buffer.ptr != p.mask.packed.ptr:
@@ -208,8 +225,6 @@ class BatchPrefill(PlanRun):
         buffer = self._buffers.get(name)
         if buffer is None:
             return
-        if len(values) > buffer.shape[0]:
-            raise ArgumentError(f"{self._op}.plan: {name} has {buffer.shape[0]} entries, expected {len(values)}")
         if buffer.is_cpu:
             buffer.numpy()[: len(values)] = values
         else:
@@ -231,13 +246,13 @@ class BatchPrefill(PlanRun):
         return self._variant is None or self._variant.lowered().splittable
 
     def _bind(
-        self, op: str, args: tuple[Any, ...], named: Mapping[str, Any] | None, x: View
+        self, op: str, args: tuple[Any, ...], named: Mapping[str, Any] | None, x: View, scales: Scales
     ) -> BoundVariant | None:  # fmt: skip
         """The variant with the arguments of one `run`."""
         if self._variant is not None:
             return self._variant.bind(
                 op, args, named or {}, x, sm_scale=self._planned.options.sm_scale,
-                logits_soft_cap=self._planned.options.logits_soft_cap,
+                logits_soft_cap=self._planned.options.logits_soft_cap, logit_scale=scales.logit,
             )  # fmt: skip
         if args or named:
             raise UnsupportedError(f"{op}: extra arguments belong to a variant; give one to the constructor (variant=)")

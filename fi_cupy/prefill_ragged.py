@@ -152,6 +152,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         )  # fmt: skip
         if self.device < 0:
             if self._graph:
+                self._check_graph(p)
                 self._fill_graph_buffers(p, 0)
             self._planned = p
             return
@@ -202,11 +203,14 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
     def _most_keys(self, p: _RaggedPlan) -> int:
         return int(p.kv_len.max(initial=0))
 
-    def _fill_graph_buffers(self, p: Any, stream: int) -> None:
-        super()._fill_graph_buffers(p, stream)
+    def _graph_entries(self, p: Any) -> dict[str, int]:
         batch = self._buffers["kv_indptr_buf"].shape[0] - 1
         if len(p.kv_len) != batch:
             raise PlanError(f"{self._op}.plan: the batch is {len(p.kv_len)}, expected {batch} = len(kv_indptr_buf) - 1")
+        return {"qo_indptr_buf": batch + 1, "kv_indptr_buf": batch + 1}
+
+    def _fill_graph_buffers(self, p: Any, stream: int) -> None:
+        super()._fill_graph_buffers(p, stream)
         self._fill("qo_indptr_buf", p.qo_indptr, stream)
         self._fill("kv_indptr_buf", p.kv_indptr, stream)
 
@@ -262,7 +266,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         refuse(op, kv_cache_sf=kv_cache_sf)
         x = self._query(op, p, q)
         args, scales = self._scales(op, p, x, args, (q_scale, k_scale, v_scale))
-        bound = self._bind(op, args, variant_args, x)
+        bound = self._bind(op, args, variant_args, x, scales)
         kx, vx = (as_fp8(view(y, op, name), p.problem.kv) for name, y in (("k", k), ("v", v)))
         hnd, tokens = self._layout == "HND", int(p.kv_indptr[-1])
         for name, y, dim in (("k", kx, p.problem.head_dim_qk), ("v", vx, p.problem.head_dim_vo)):

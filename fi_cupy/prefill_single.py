@@ -46,7 +46,7 @@ _scratch = ScratchPool()
 #: Schedules on the device, least recently used first; a schedule is 64 bytes a tile.
 _schedules: OrderedDict[tuple[Any, ...], tuple[Any, int, PrefillPlan]] = OrderedDict()
 _MOST_SCHEDULES = 1024
-_captured: list[Any] = []  # schedules that CUDA graphs read: kept for good
+_captured: dict[int, Any] = {}  # schedules that CUDA graphs read, by their id: kept for good
 _lock = threading.Lock()
 
 
@@ -208,7 +208,10 @@ def prepare(
     options = read_options(
         op, dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta, has_mask
     )
-    bound = None if variant is None else variant.bind(op, *variant_args, x, sm_scale=options.sm_scale)
+    scales = read_scales(op, x, heads, kv_heads, scale_q, scale_k, scale_v, ("scale_q", "scale_k", "scale_v"))
+    bound = None
+    if variant is not None:
+        bound = variant.bind(op, *variant_args, x, sm_scale=options.sm_scale, logit_scale=scales.logit)
     problem = make_problem(
         op, heads, kv_heads, dim_qk, dim_vo, x.dtype, kx.dtype, o_dtype, options, False, has_mask, x.is_cpu,
         None if bound is None else bound.lowered, backend=backend,
@@ -221,7 +224,6 @@ def prepare(
     if custom_mask is not None:
         check_shape(op, "custom_mask", view(custom_mask, op, "custom_mask"), (qo_len, kv_len), "= (qo_len, kv_len)")
     mask = pack_mask(op, custom_mask, packed_custom_mask, np.array([qo_len]), np.array([kv_len]), x)
-    scales = read_scales(op, x, heads, kv_heads, scale_q, scale_k, scale_v, ("scale_q", "scale_k", "scale_v"))
     o = x.empty((qo_len, heads, dim_vo), problem.out)
     s = x.empty((qo_len, heads), float32) if return_lse else None
     strides = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
@@ -260,6 +262,7 @@ def schedule(c: Call, device: DeviceInfo, rows: int = 0) -> tuple[Geometry, Work
             found = _make(g, options, x, qo_len, c.kv_len, stream, key, narrow)
         else:
             _schedules.move_to_end(key)
+            _keep_if_captured(found[0], stream)
     _, address, plan = found
     partial_o = partial_md = counters = 0
     if plan.num_slots or g.hopper is not None:
@@ -267,6 +270,26 @@ def schedule(c: Call, device: DeviceInfo, rows: int = 0) -> tuple[Geometry, Work
         base, counters = _scratch.get(x, stream, layout.size, g.num_counters(plan.num_slots))
         partial_o, partial_md = base + layout.offsets["partial_o"], base + layout.offsets["partial_md"]
     return g, Work(address, len(plan.items), plan.num_split, partial_o, partial_md, counters)
+
+
+def _keep_if_captured(memory: Any, stream: int) -> None:
+    """Keep a schedule that a graph being captured on `stream` reads, whatever becomes of the cache."""
+    from cupy.cuda import runtime
+
+    if id(memory) not in _captured and runtime.streamIsCapturing(stream):
+        _captured[id(memory)] = memory
+
+
+def _drop_half() -> None:
+    """Drop the schedules that were used least recently, once nothing that still runs reads them."""
+    import cupy
+
+    oldest = list(_schedules)[: _MOST_SCHEDULES // 2]
+    for index in {key[0] for key in oldest}:
+        with cupy.cuda.Device(index):
+            cupy.cuda.runtime.deviceSynchronize()
+    for key in oldest:
+        del _schedules[key]
 
 
 def _make(
@@ -291,12 +314,10 @@ def _make(
         address = view(memory, _OP, "schedule").ptr
         runtime.memcpyAsync(address, pinned.ptr, rows.nbytes, 1, stream)  # 1: host to device
         if capturing:
-            _captured.append((pinned, memory))
+            _captured[id(memory)] = pinned, memory
             return memory, address, plan
         runtime.streamSynchronize(stream)  # once a schedule: any stream may use it from here on
-        if len(_schedules) >= _MOST_SCHEDULES:
-            runtime.deviceSynchronize()  # what still runs may read the ones that go
-            for _ in range(_MOST_SCHEDULES // 2):
-                _schedules.popitem(last=False)
+    if len(_schedules) >= _MOST_SCHEDULES:
+        _drop_half()
     _schedules[key] = memory, address, plan
     return _schedules[key]

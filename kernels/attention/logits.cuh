@@ -10,7 +10,7 @@ namespace fi {
 // leaves 1.3e-4, a quadratic one the rounding.
 FI_DEVICE float rcp_exp2_plus_1(float z, bool unit = true) {
   if (unit) return math::ptx_rcp(math::ptx_exp2(z) + 1.f);
-  const float y = math::ptx_exp2(fminf(z, 120.f)) + 1.f;
+  const float y = math::ptx_exp2(math::min_nan(z, 120.f)) + 1.f;
   float r = __uint_as_float(0x7ef31000u - __float_as_uint(y));
   const float error = fmaf(-y, r, 1.f);
   r = fmaf(r, fmaf(error, error, error), r);
