@@ -27,13 +27,6 @@ struct HopperLogits {
   }
 };
 
-// The smaller one, or NaN if x is.
-FI_DEVICE float min_or_nan(float x, float y) {
-  float z;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
-}
-
 // cap tanh(x / cap) = cap - 2 cap / (e^(2 x / cap) + 1): s = -1 / (e + 1), scale = 2 cap log2(e), offset = cap log2(e).
 // One reciprocal serves four elements: 1 / a = (b c d) / (a b c d). e is kept below 2^30 for that (tanh is 1 - 2^-29 there).
 template <bool kAlibi>
@@ -81,7 +74,7 @@ struct HopperLogits<PrefillLogits<kAlibi, true, true>> {
             x = fmaf(x, r.factor, fmaf(r.slope[h], float(2 * key + (i & 1)), base));
           else
             x *= r.factor;
-          d[i] = math::ptx_exp2(min_or_nan(x, 30.f)) + 1.f;
+          d[i] = math::ptx_exp2(math::min_nan(x, 30.f)) + 1.f;
         }
         const float ab = d[0] * d[1], cd = d[2] * d[3], all = -math::ptx_rcp(ab * cd);
         const float over_ab = all * cd, over_cd = all * ab;
