@@ -80,7 +80,8 @@ def choose_tiles(
     Parameters
     ----------
     groups : int
-        Requests times head blocks of one kv head. It does not change with the lengths, so neither does the kernel of a captured graph.
+        Requests times head blocks (of one kv head each). It does not change with the lengths, so neither does the
+        kernel of a captured graph.
     arch : int
         Compute capability times ten of the code that runs.
     batch_invariant : bool
