@@ -126,7 +126,7 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
             launch(
                 p.geometry, p.work, x, k, v, *strides, o, s, p.options, scales, page_size=p.page_size,
                 kv_indices=p.indices.ptr if p.indices_offset is None else p.work.items + p.indices_offset, pdl=pdl,
-                variant_values=() if bound is None else bound.kernel_values(),
+                kv_extent=k.shape[0], variant_values=() if bound is None else bound.kernel_values(),
             )  # fmt: skip
             return
         indices = both.indices_ptr or p.indices.ptr

@@ -46,6 +46,10 @@ class FlashInferLowered(Lowered):
     members: tuple[tuple[str, str, str], ...] = ()  # (name, C type, kind), pointers first, then by size
 
     @property
+    def portable_only(self) -> str:
+        return "it is written for FlashInfer's fa2 kernels"
+
+    @property
     def splittable(self) -> bool:
         return self.use_softmax and "output" not in self.stages
 

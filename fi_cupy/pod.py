@@ -307,6 +307,7 @@ class PODWithPagedKVCacheWrapper:
         launch(
             g, work, prompt.x, prompt.k, prompt.v, *prompt.strides, prompt.o, prompt.s, prompt.options, scales,
             mask=0 if prompt.mask is None else prompt.mask.packed.ptr, pdl=self._with_pdl(device, enable_pdl),
+            kv_extent=prompt.kv_len,
         )  # fmt: skip
 
     def _launch_both(

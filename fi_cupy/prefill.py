@@ -23,7 +23,6 @@ from fi_cupy.prefill_batch import BatchPrefill, Planned
 from fi_cupy.prefill_kernel import kernel_specs
 from fi_cupy.prefill_plan import (
     Ints,
-    check_backend,
     check_planned,
     make_problem,
     read_options,
@@ -71,7 +70,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         CUDA-graph mode: `plan` copies its arguments into them; the kernel reads the indices there.
     custom_mask_buf : uint8 array, mask_indptr_buf : int32 array, optional
         CUDA-graph mode with a custom mask: room for the packed mask and for its offsets.
-    backend : "auto" or "fa2"
+    backend : "auto", "fa2" (the portable kernel) or "fa3" (the Hopper kernel; UnsupportedError where it does not fit)
         There is one implementation.
     jit_args, jit_kwargs : tuple, mapping, optional
         A variant in FlashInfer's form: the arguments of ``gen_customize_batch_prefill_module`` after `backend`.
@@ -111,7 +110,6 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         *,
         variant: AttentionVariant | None = None,
     ) -> None:
-        check_backend(self._op, backend)
         self._layout = check_layout(self._op, kv_layout)
         super().__init__(
             float_workspace_buffer,
@@ -125,6 +123,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
                 "mask_indptr_buf": (mask_indptr_buf, int32),
             },
             variant_of(self._op, variant, jit_args, jit_kwargs),
+            backend,
         )
 
     def plan(
@@ -267,7 +266,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         )  # fmt: skip
         problem = make_problem(
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
-            True, has_mask, self.device < 0, self._lowered,
+            True, has_mask, self.device < 0, self._lowered, page_size, self._backend,
         )  # fmt: skip
         hints = {} if seq_lens_q is None else {"seq_lens_q": seq_lens_q}
         table, others = read_page_table(
@@ -398,7 +397,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             indices = p.indices.ptr if p.indices_offset is None else p.work.items + p.indices_offset
         return self._run(
             op, p, x, kv.k, kv.v, token_strides(kv.k, layout), token_strides(kv.v, layout),
-            scales, out, lse, return_lse, enable_pdl, sinks, p.page_size, indices, bound,
+            scales, out, lse, return_lse, enable_pdl, sinks, p.page_size, indices, bound, kv.k.shape[0],
         )  # fmt: skip
 
     run_return_lse = partialmethod(run, return_lse=True)

@@ -18,7 +18,6 @@ from fi_cupy.prefill_batch import BatchPrefill, Planned
 from fi_cupy.prefill_plan import (
     Ints,
     Strides,
-    check_backend,
     check_rows,
     make_problem,
     read_options,
@@ -74,7 +73,6 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         *,
         variant: AttentionVariant | None = None,
     ) -> None:
-        check_backend(self._op, backend)
         self._layout = check_layout(self._op, kv_layout)
         super().__init__(
             float_workspace_buffer,
@@ -86,6 +84,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
                 "mask_indptr_buf": (mask_indptr_buf, int32),
             },
             variant_of(self._op, variant, jit_args, jit_kwargs),
+            backend,
         )
 
     def plan(
@@ -184,7 +183,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         )  # fmt: skip
         problem = make_problem(
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
-            False, has_mask, self.device < 0, self._lowered,
+            False, has_mask, self.device < 0, self._lowered, backend=self._backend,
         )  # fmt: skip
         hints = {n: x for n, x in (("seq_lens", seq_lens), ("seq_lens_q", seq_lens_q)) if x is not None}
         read = read_ints(op, {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, **hints})
@@ -277,7 +276,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         strides: list[Strides] = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
         return self._run(
             op, p, x, kx, vx, strides[0], strides[1], scales, out, lse, return_lse, enable_pdl,
-            sinks, 1, 0, bound,
+            sinks, 1, 0, bound, kx.shape[hnd],
         )  # fmt: skip
 
     run_return_lse = partialmethod(run, return_lse=True)

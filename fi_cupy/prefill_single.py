@@ -19,13 +19,14 @@ from fi_cupy.errors import ArgumentError
 from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.kv_cache import as_fp8, check_layout
 from fi_cupy.plan.prefill import PrefillPlan, plan_prefill
+from fi_cupy.prefill_hopper import load_of
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
 from fi_cupy.prefill_plan import (
     Mask,
     Options,
     Strides,
     Work,
-    check_backend,
+    check_prefill_backend,
     check_rows,
     launch,
     make_problem,
@@ -110,7 +111,7 @@ def single_prefill_with_kv_cache(
         ``cap * tanh(logit / cap)``; None or <= 0 is off.
     rope_scale, rope_theta : float, optional
         For ROPE_LLAMA.
-    backend : "auto" or "fa2"
+    backend : "auto", "fa2" (the portable kernel) or "fa3" (the Hopper kernel; UnsupportedError where it does not fit)
     return_lse : bool
     k_scale, v_scale : float or float32 array [num_kv_heads], optional
         Other names of scale_k and scale_v.
@@ -139,7 +140,6 @@ def single_prefill_with_kv_cache(
     (5, 8, 64)
     """
     refuse(_OP, kv_cache_sf=kv_cache_sf)
-    check_backend(_OP, backend)
     for name, one, other in (("k", scale_k, k_scale), ("v", scale_v, v_scale)):
         if one is not None and other is not None:
             raise ArgumentError(f"{_OP}: scale_{name} and {name}_scale name the same thing, expected one")
@@ -147,6 +147,7 @@ def single_prefill_with_kv_cache(
         _OP, q, k, v, o_dtype, custom_mask, packed_custom_mask, causal, kv_layout, pos_encoding_mode, sm_scale,
         window_left, logits_soft_cap, rope_scale, rope_theta, return_lse, scale_q,
         k_scale if scale_k is None else scale_k, v_scale if scale_v is None else scale_v, variant, variant_args,
+        backend,
     )  # fmt: skip
     if c.x.is_cpu:
         run_on_cpu(c, kv_layout)
@@ -156,7 +157,7 @@ def single_prefill_with_kv_cache(
         launch(
             g, work, c.x, c.k, c.v, *c.strides, c.o, c.s, c.options, c.scales,
             mask=0 if c.mask is None else c.mask.packed.ptr, pdl=device.has_pdl and has_driver_binding(),
-            variant_values=() if c.bound is None else c.bound.kernel_values(),
+            variant_values=() if c.bound is None else c.bound.kernel_values(), kv_extent=c.kv_len,
         )  # fmt: skip
     return c.result()
 
@@ -191,10 +192,11 @@ def prepare(
     window_left: int = -1, logits_soft_cap: float | None = None, rope_scale: float | None = None,
     rope_theta: float | None = None, return_lse: bool = False, scale_q: Any = None,
     scale_k: Any = None, scale_v: Any = None, variant: AttentionVariant | None = None,
-    variant_args: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {}),
+    variant_args: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {}), backend: str = "auto",
 ) -> Call:  # fmt: skip
     """Check the arguments of `single_prefill_with_kv_cache` and make its outputs."""
     x, kx, vx = (as_fp8(view(y, op, n), float8_e4m3fn) for n, y in (("q", q), ("k", k), ("v", v)))
+    check_prefill_backend(op, backend, x.is_cpu)
     hnd = check_layout(op, kv_layout) == "HND"
     for name, y in (("q", x), ("k", kx), ("v", vx)):
         check_ndim(op, name, y, 3)
@@ -209,7 +211,7 @@ def prepare(
     bound = None if variant is None else variant.bind(op, *variant_args, x, sm_scale=options.sm_scale)
     problem = make_problem(
         op, heads, kv_heads, dim_qk, dim_vo, x.dtype, kx.dtype, o_dtype, options, False, has_mask, x.is_cpu,
-        None if bound is None else bound.lowered,
+        None if bound is None else bound.lowered, backend=backend,
     )  # fmt: skip
     if options.causal and qo_len > kv_len:
         raise ArgumentError(f"{op}: qo_len is {qo_len} with causal=True, expected at most kv_len = {kv_len}")
@@ -242,11 +244,13 @@ def run_on_cpu(c: Call, kv_layout: str) -> None:
 def schedule(c: Call, device: DeviceInfo, rows: int = 0) -> tuple[Geometry, Work]:
     """The kernels, and the schedule on the device: from the cache, or made and uploaded.
 
-    `rows`: choose the tile for so many packed rows, not for those of the call.
+    `rows`: choose the portable kernel's tile for so many packed rows, not for those of the call.
     """
     x, qo_len, options = c.x, c.x.shape[0], c.options
     group = c.problem.num_qo_heads // c.problem.num_kv_heads
-    g = geometry(c.problem, rows or min(qo_len * group, 128), device)
+    problem = c.problem._replace(backend="fa2") if rows else c.problem
+    load = None if rows else load_of(1, group, qo_len, c.kv_len, options.causal, options.window_left)
+    g = geometry(problem, rows or qo_len * group, device, load)
     stream = x.stream()
     mask_key, narrow = (None, None) if c.bound is None else c.bound.narrow()
     key = (x.device, g, qo_len, c.kv_len, options.causal, options.window_left, mask_key)
@@ -258,9 +262,9 @@ def schedule(c: Call, device: DeviceInfo, rows: int = 0) -> tuple[Geometry, Work
             _schedules.move_to_end(key)
     _, address, plan = found
     partial_o = partial_md = counters = 0
-    if plan.num_slots:
+    if plan.num_slots or g.hopper is not None:
         layout = g.workspace(plan.num_slots)
-        base, counters = _scratch.get(x, stream, layout.size, plan.num_slots * g.num_kv_heads)
+        base, counters = _scratch.get(x, stream, layout.size, g.num_counters(plan.num_slots))
         partial_o, partial_md = base + layout.offsets["partial_o"], base + layout.offsets["partial_md"]
     return g, Work(address, len(plan.items), plan.num_split, partial_o, partial_md, counters)
 

@@ -107,6 +107,12 @@ class Lowered:
         """Whether partial results over ranges of keys can be merged by their lse afterwards."""
         return self.use_softmax and "post_process_fn" not in self.stages
 
+    @property
+    def portable_only(self) -> str:
+        """Why the Hopper kernel cannot run it; empty if it can."""
+        stages = sorted(self.stages & {"query_fn", "key_fn"})
+        return f"{stages[0]} changes what the copy engine brings" if stages else ""
+
     def narrow(self, scalars: Mapping[str, float]) -> Callable[..., Any] | None:
         """For ``plan_prefill(narrow=)``: drops keys that the mask can never show, given what numbers are known."""
         return None if self.mask is None else partial(trim, self.mask, scalars)
@@ -142,7 +148,7 @@ class Lowered:
         text = f"{self.text}\nstruct {params} : {spec.params.name} {{\n{user}}};"
         return replace(
             spec,
-            header="attention/prefill_variant.cuh",
+            header=f"{spec.header.removesuffix('.cuh')}_variant.cuh",
             symbol=f"{spec.symbol}_v_{self.name}",
             params=ParamsStruct(params, [*spec.params.fields, *self.fields()]),
             config=tuple((n, logits if n == "Logits" else value) for n, value in spec.config),

@@ -167,7 +167,12 @@ def test_explain_single_functions():
     q, k = (np.zeros((n, h, 128), bfloat16.np) for n, h in ((2048, 32), (4096, 8)))
     made = attention.explain(fi_cupy.single_prefill_with_kv_cache, q, k, k, causal=True, device=HOPPER)
     (use,) = made.launches
-    assert use.kernel == "prefill_bf16_d128_q128k64" and use.grid == (64, 8, 1) and use.kernel in str(made)
+    assert use.kernel == "prefill_hopper_bf16_d128_q192k80" and use.grid == (132, 1, 1) and use.kernel in str(made)
+    made = attention.explain(
+        fi_cupy.single_prefill_with_kv_cache, q, k, k, causal=True, backend="fa2", device=HOPPER
+    )  # fmt: skip
+    (use,) = made.launches
+    assert use.kernel == "prefill_bf16_d128_q128k64" and use.grid == (64, 8, 1) and "backend='fa2'" in str(made)
     made = attention.explain(fi_cupy.single_prefill_with_kv_cache, q[:1], k, k, None, device=HOPPER)
     assert [u.kernel for u in made.launches] == ["prefill_bf16_d128_q16k64"]
     assert "; 1 row tiles have their keys split" in made.launches[0].why and made.launches[0].grid[0] > 1
