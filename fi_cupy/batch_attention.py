@@ -20,6 +20,7 @@ from fi_cupy.plan.decode import TILE
 from fi_cupy.plan.mixed import plan_mixed
 from fi_cupy.plan.prefill import PrefillPlan
 from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
+from fi_cupy.prefill_kernel import fast_div
 from fi_cupy.prefill_plan import Ints, Work, launch, launch_values, outputs, refuse
 from fi_cupy.scales import Scales
 from fi_cupy.variants import AttentionVariant, BoundVariant, variant_of
@@ -137,7 +138,7 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
         items = (
             x.ptr, k.ptr, v.ptr, o.ptr, s.ptr, both.items_ptr, indices, 0, both.partial_out, both.partial_md,
             both.counters, x.strides[0], x.strides[1], o.strides[0], o.strides[1], *strides[0], *strides[1],
-            p.page_size, d.num_head_blocks, d.blocks_per_kv, d.heads_per_block, d.group_size, 1, 0, 0, 0, 0,
+            *fast_div(p.page_size), d.num_head_blocks, d.blocks_per_kv, d.heads_per_block, d.group_size, 1, 0, 0, 0, 0,
             *logit_floats(scale, p.options.logits_soft_cap), scales.output, *scales.kernel_values(),
         )  # fmt: skip
         mixed.launch(

@@ -92,6 +92,7 @@ class PODWithPagedKVCacheWrapper:
             float_workspace_buffer, kv_layout, use_cuda_graph, True, paged_kv_indptr_buffer, paged_kv_indices_buffer,
             paged_kv_last_page_len_buffer, jit_args=jit_args, variant=variant,
         )  # fmt: skip
+        self._decode._pairs = False  # the mixed kernel's items are of one kv head
         self._queues: PlanBuffer | None = None  # the launch's two queues, at an address that stays
         self._launched: Launched | None = None
 

@@ -41,8 +41,7 @@ FI_DEVICE void finish(const DecodeParams& params, int row, uint32_t head, int di
   O* out = static_cast<O*>(params.out) + row * params.out_stride_row + head * params.out_stride_head + dim;
   Vec<O, 4>::from_floats(values).store(out);
   if (dim == 0 && params.lse) {
-    const uint32_t num_qo_heads = params.num_head_blocks / params.blocks_per_kv * params.group_size;
-    params.lse[int64_t(row) * num_qo_heads + head] = p.d > 0.f ? p.m + math::ptx_log2(p.d) : -FI_INF;
+    params.lse[int64_t(row) * params.num_qo_heads(Config::kHeadPair ? 2 : 1) + head] = p.d > 0.f ? p.m + math::ptx_log2(p.d) : -FI_INF;
   }
 }
 
