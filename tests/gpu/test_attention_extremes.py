@@ -80,6 +80,18 @@ def test_a_key_of_nan_reaches_the_rows_that_see_it_and_no_others(rng, options, k
         assert (np.isnan(made) == sees[:, None]).all()
 
 
+@pytest.mark.parametrize("window_left", [-1, 40])
+def test_a_key_of_nan_reaches_decoding_that_sees_it(rng, window_left):
+    q, k, v = (normal(rng, shape, DTYPE) for shape in ((4, 64), (700, 2, 64), (700, 2, 64)))
+    k[600, 1] = np.nan  # of the second kv head
+    made = decode.single_decode_with_kv_cache(
+        *(on_gpu(x) for x in (q, k, v)), window_left=window_left, return_lse=True
+    )  # fmt: skip
+    sees = np.array([False, False, True, True]) & (window_left < 0)
+    for x in made:
+        assert (np.isnan(to_float64(x)).reshape(4, -1) == sees[:, None]).all()
+
+
 # --- more than 2^31 elements ------------------------------------------------------------------------------------------
 
 PAGE, KV_HEADS, DIM = 16, 8, 128
