@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.dtypes import (
     FLOAT_TYPES,
     INDEX_TYPES,
@@ -33,8 +34,6 @@ from fi_cupy.random_state import get_seed_and_offset
 
 #: The largest vocabulary of the GPU kernels: 512 segments of 1024 tokens (their sums lie in shared memory).
 MAX_VOCAB = 1 << 19
-#: A thread a segment, and up to 128 registers: a warp holds a segment of 1024 values in them.
-_THREADS = 512
 _MASK64 = (1 << 64) - 1
 # kernels/sampling.cuh: SamplingFlags
 INDICES64, _TOP_K64, _P64, _SEED_PER_ROW, _OFFSET_PER_ROW, _JOINT = 1, 2, 4, 8, 16, 32
@@ -95,13 +94,113 @@ _SPECULATIVE_PARAMS = ParamsStruct(
 )
 
 
-@lru_cache(maxsize=64)
-def sample_spec(dtype: DType, logits: bool, kind: str) -> KernelSpec:
+#: Shared memory for the segments that a CTA holds, bytes at most.
+MOST_HELD = 128 * 1024
+#: Most elements that a filter kernel lists before it searches the whole row instead.
+_LIST = 4096
+
+
+class LaunchShape(NamedTuple):
+    """How the CTAs of a launch share out the rows.
+
+    Attributes
+    ----------
+    threads : int
+        A CTA.
+    cluster : int
+        CTAs a row.
+    min_blocks : int
+        CTAs that one multiprocessor should hold; 0 leaves the registers to the compiler.
+    hold : bool
+        Rows that are written stay on chip between reading and writing.
+    """
+
+    threads: int = 512
+    cluster: int = 1
+    min_blocks: int = 2
+    hold: bool = False
+
+    @property
+    def tag(self) -> str:
+        return f"t{self.threads}c{self.cluster}" + ("h" if self.hold else "") + f"m{self.min_blocks}"
+
+    @property
+    def min_arch(self) -> int:
+        return 75 if self.cluster == 1 and not self.hold else 90
+
+    @property
+    def max_arch(self) -> int:
+        """Rows are held where a CTA may have 227 KB of shared memory."""
+        return 110 if self.hold else 0
+
+
+PORTABLE = LaunchShape(min_blocks=1)
+
+
+def _shared_bytes(segments: int, selects: bool, listed: int) -> int:
+    """sizeof(fi::sampling::RowShared<segments, selects, listed>)."""
+    size = 8 * segments + 8 * 32 + 16 * (256 if selects else 1) + 16
+    size = -(-size // 16) * 16 + 4 * (4096 if selects else 4)
+    size += 4 * segments + 4 * (8 * segments if selects else 1) + 8 * (listed if selects else 1) + 52
+    return -(-size // 16) * 16
+
+
+def _segments(vocab: int) -> int:
+    return -(-vocab // 1024)
+
+
+def _room(vocab: int) -> int:
+    """Segments that the kernel for this vocabulary has room for."""
+    return 256 if vocab <= 1 << 18 else 512
+
+
+def _row_shared(room: int, selects: bool, shape: LaunchShape) -> tuple[int, int]:
+    """(kList, bytes): what is listed must leave the portable kernels within the 64 KB of sm_75."""
+    listed = 0 if not selects else _LIST // 2 if room > 256 and shape.cluster == 1 else _LIST
+    return listed, _shared_bytes(room, selects, listed)
+
+
+@lru_cache(maxsize=256)
+def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
+    """The shape of a launch: `kind` is "draw" (nothing filtered), "select", "write" or "softmax".
+
+    Clusters spread few rows over the whole GPU; with many rows, a CTA a row has the least to synchronise. Rows that are
+    written are held on chip, which takes 8 CTAs with 16 segments each for a vocabulary of 128k.
+    """
+    segments, arch = _segments(vocab), device.code_number
+    if arch < 90:
+        return LaunchShape(min_blocks=2) if kind == "draw" else PORTABLE
+    large = _room(vocab) > 256
+    holds = kind in ("write", "softmax") and arch < 110
+    largest = 16 if arch < 110 else 8
+    few = 1  # CTAs a row that fill the GPU once; a warp has a segment at least
+    while few * 2 <= largest and rows * few * 2 <= device.num_sms and few * 8 < segments:
+        few *= 2
+    many = 1  # CTAs a row that hold it, 16 segments each
+    while holds and many < 8 and many * 16 < segments:
+        many *= 2
+    blocks = 4 if kind in ("draw", "softmax") else 2
+    return LaunchShape(512 if large else 256, max(few, many), blocks // 2 if large else blocks, holds)
+
+
+def launched_bytes(spec: KernelSpec, kind: str, vocab: int, dtype: DType, shape: LaunchShape) -> int:
+    """Dynamic shared memory of a launch; softmax keeps one held segment of each warp in registers."""
+    if not shape.hold:
+        return spec.smem_bytes
+    own = -(-_segments(vocab) // shape.cluster)
+    if kind == "softmax":
+        own = max(own - shape.threads // 32, 0)
+    return spec.smem_bytes - MOST_HELD + own * 1024 * dtype.itemsize
+
+
+@lru_cache(maxsize=256)
+def sample_spec(dtype: DType, logits: bool, kind: str, room: int = 256, shape: LaunchShape = PORTABLE) -> KernelSpec:
     """One token a row; `kind` is the filter: "none", "min_p" or "top_k_top_p" (top-k and top-p alone as well)."""
     struct = {"none": "NoFilter", "min_p": "MinP", "top_k_top_p": "TopKTopP"}[kind]
     domain = "Logits" if logits else "Probs"
+    listed, size = _row_shared(room, kind != "none", shape)
     return KernelSpec(
-        symbol=f"sample_{domain.lower()}_{kind}_{dtype.tag}",
+        symbol=f"sample_{domain.lower()}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
         header="sampling.cuh",
         function="sample",
         params=_PARAMS,
@@ -109,42 +208,70 @@ def sample_spec(dtype: DType, logits: bool, kind: str) -> KernelSpec:
             ("T", dtype),
             ("Domain", CppType(f"fi::sampling::{domain}")),
             ("Filter", CppType(f"fi::sampling::{struct}")),
-            ("kThreads", _THREADS),
+            ("kThreads", shape.threads),
+            ("kCluster", shape.cluster),
+            ("kSegments", room),
+            ("kList", listed),
+            ("kSharedBytes", size),
         ),
-        threads=_THREADS,
-        # Streaming in 64 registers lets two CTAs share an SM; 16-bit rows take a few more.
-        min_blocks=0 if kind == "none" and logits and dtype is float32 else 1,
+        threads=shape.threads,
+        min_blocks=shape.min_blocks,
+        smem_bytes=size,
+        min_arch=shape.min_arch,
+        max_arch=shape.max_arch,
+        cluster=shape.cluster if shape.cluster > 1 else 0,
     )
 
 
-@lru_cache(maxsize=64)
-def filter_spec(dtype: DType, logits: bool) -> KernelSpec:
+@lru_cache(maxsize=256)
+def filter_spec(dtype: DType, logits: bool, room: int = 256, shape: LaunchShape = PORTABLE) -> KernelSpec:
     """Rows after top-k and top-p: probabilities renormalised, or logits masked."""
+    listed, size = _row_shared(room, True, shape)
     return KernelSpec(
-        symbol=f"{'mask_logits' if logits else 'renorm_probs'}_{dtype.tag}",
+        symbol=f"{'mask_logits' if logits else 'renorm_probs'}_{dtype.tag}_s{room}_{shape.tag}",
         header="sampling.cuh",
         function="filter_rows",
         params=_PARAMS,
         config=(
             ("T", dtype),
             ("Domain", CppType(f"fi::sampling::{'Logits' if logits else 'Probs'}")),
-            ("kThreads", _THREADS),
+            ("kThreads", shape.threads),
+            ("kCluster", shape.cluster),
+            ("kSegments", room),
+            ("kList", listed),
+            ("kSharedBytes", size),
+            ("kHold", shape.hold),
         ),
-        threads=_THREADS,
-        min_blocks=1,
+        threads=shape.threads,
+        min_blocks=shape.min_blocks,
+        smem_bytes=size + (MOST_HELD if shape.hold else 0),
+        min_arch=shape.min_arch,
+        max_arch=shape.max_arch,
+        cluster=shape.cluster if shape.cluster > 1 else 0,
     )
 
 
-@lru_cache(maxsize=16)
-def softmax_spec(dtype: DType) -> KernelSpec:
+@lru_cache(maxsize=64)
+def softmax_spec(dtype: DType, room: int = 256, shape: LaunchShape = PORTABLE) -> KernelSpec:
     """Softmax with temperature, to float32."""
     return KernelSpec(
-        symbol=f"softmax_{dtype.tag}",
+        symbol=f"softmax_{dtype.tag}_s{room}_{shape.tag}",
         header="sampling/softmax.cuh",
         function="softmax",
         params=_SOFTMAX_PARAMS,
-        config=(("T", dtype), ("kThreads", _THREADS)),
-        threads=_THREADS,
+        config=(
+            ("T", dtype),
+            ("kThreads", shape.threads),
+            ("kCluster", shape.cluster),
+            ("kSegments", room),
+            ("kHold", shape.hold),
+        ),
+        threads=shape.threads,
+        min_blocks=shape.min_blocks,
+        smem_bytes=8 * room + (MOST_HELD if shape.hold else 0),
+        min_arch=shape.min_arch,
+        max_arch=shape.max_arch,
+        cluster=shape.cluster if shape.cluster > 1 else 0,
     )
 
 
@@ -156,21 +283,27 @@ def speculative_spec(dtype: DType) -> KernelSpec:
         header="sampling/speculative.cuh",
         function="chain_speculative",
         params=_SPECULATIVE_PARAMS,
-        config=(("T", dtype), ("kThreads", _THREADS)),
-        threads=_THREADS,
+        config=(("T", dtype), ("kThreads", 512)),
+        threads=512,
         min_blocks=1,
     )
 
 
 def kernel_specs() -> list[KernelSpec]:
-    """The canonical instances."""
+    """The canonical instances: a CTA a row for every architecture, and a cluster a row from sm_90 on."""
     specs = []
     for dtype in (float32, bfloat16, float16):
-        specs += [sample_spec(dtype, logits, "none") for logits in (True, False)]
-        specs += [sample_spec(dtype, logits, "top_k_top_p") for logits in (True, False)]
-        specs.append(sample_spec(dtype, False, "min_p"))
-        specs += [filter_spec(dtype, logits) for logits in (True, False)]
-        specs += [softmax_spec(dtype), speculative_spec(dtype)]
+        shapes = [(PORTABLE, LaunchShape(), PORTABLE, PORTABLE)]
+        if dtype is not float16:
+            draws, selects = LaunchShape(256, 8, 4), LaunchShape(256, 8, 2)
+            shapes.append((selects, draws, LaunchShape(256, 8, 2, True), LaunchShape(256, 8, 4, True)))
+        for selects, draws, writes, softmax in shapes:
+            specs += [sample_spec(dtype, logits, "none", 256, draws) for logits in (True, False)]
+            specs += [sample_spec(dtype, logits, "top_k_top_p", 256, selects) for logits in (True, False)]
+            specs.append(sample_spec(dtype, False, "min_p", 256, selects))
+            specs += [filter_spec(dtype, logits, 256, writes) for logits in (True, False)]
+            specs.append(softmax_spec(dtype, 256, softmax))
+        specs.append(speculative_spec(dtype))
     return specs
 
 
@@ -359,8 +492,9 @@ def draw_tokens(
         kind = "min_p" if m is not None else "none" if k is None and p is None else "top_k_top_p"
         k_ptr, p_ptr, k_value, p_value, flags = _param_values(k, p if m is None else m, x.shape[1])
         flags |= random.flags | (INDICES64 if out.dtype is int64 else 0) | (_JOINT if joint else 0)
-        load_kernel(sample_spec(x.dtype, name == "logits", kind), x.device).launch(
-            rows, x.stream(),
+        shape = launch_shape("draw" if kind == "none" else "select", rows, x.shape[1], device_info(x.device))
+        load_kernel(sample_spec(x.dtype, name == "logits", kind, _room(x.shape[1]), shape), x.device).launch(
+            rows * shape.cluster, x.stream(),
             x.ptr, out.ptr, 0 if valid is None else valid.ptr, 0 if nan is None else nan.ptr,
             0 if chosen is None else chosen.ptr, k_ptr, p_ptr, random.seed_ptr, random.offset_ptr,
             random.seed_value, random.offset_value, x.strides[0], x.shape[0], x.shape[1], k_value, p_value,
@@ -392,9 +526,12 @@ def filtered_rows(op: str, name: str, array: Any, top_k: Any, top_p: Any) -> Any
         return o.result()
     k_ptr, p_ptr, k_value, p_value, flags = _param_values(k, p, vocab)
     flags |= _JOINT | (ALIGNED_IN if aligned_rows(x) else 0) | (_ALIGNED_OUT if aligned_rows(o) else 0)
-    load_kernel(filter_spec(x.dtype, logits), x.device).launch(
-        rows, x.stream(),
+    shape = launch_shape("write", rows, vocab, device_info(x.device))
+    spec = filter_spec(x.dtype, logits, _room(vocab), shape)
+    load_kernel(spec, x.device).launch(
+        rows * shape.cluster, x.stream(),
         x.ptr, o.ptr, 0, 0, 0, k_ptr, p_ptr, 0, 0, 0, 0, x.strides[0], rows, vocab, k_value, p_value, flags,
+        smem=launched_bytes(spec, "write", vocab, x.dtype, shape),
     )  # fmt: skip
     return o.result()
 
@@ -415,10 +552,14 @@ def softmax_rows(logits: Any, temperature: Any, enable_pdl: bool | None) -> Any:
         return o.result()
     per_row = isinstance(t, View)
     inverse = 1.0 if t is None or per_row else 0.0 if t == 0 else 1.0 / t  # type: ignore[operator]
-    load_kernel(softmax_spec(x.dtype), x.device).launch(
-        x.shape[0], x.stream(),
+    rows, vocab = x.shape
+    shape = launch_shape("softmax", rows, vocab, device_info(x.device))
+    spec = softmax_spec(x.dtype, _room(vocab), shape)
+    load_kernel(spec, x.device).launch(
+        rows * shape.cluster, x.stream(),
         x.ptr, o.ptr, t.ptr if per_row else 0, x.strides[0], x.shape[1],  # type: ignore[union-attr]
         inverse, per_row and t.dtype is float64,  # type: ignore[union-attr]
-        aligned_rows(x) + 2 * (x.shape[1] % 4 == 0), pdl=bool(enable_pdl),
+        aligned_rows(x) + 2 * (vocab % 4 == 0),
+        smem=launched_bytes(spec, "softmax", vocab, x.dtype, shape), pdl=bool(enable_pdl),
     )  # fmt: skip
     return o.result()

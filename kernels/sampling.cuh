@@ -1,15 +1,16 @@
 // Sampling from rows of logits or probabilities: one token a row, of those that a filter keeps, by inversion of the
 // cumulative distribution in index order with one Philox number; and the same filters as renormalisation and as mask.
-// One CTA of 512 threads computes one row; grid = output rows.
-// Passes: 1. every segment's largest value and mass (the row from memory); 2. the filter's threshold (select.cuh: only
-// blocks that reach a proven lower bound are read again, mostly from L2); 3. mass of what is kept, the segment that holds
-// the draw, and the token in it. All decisions are integer (mass.cuh): the same for every launch shape and architecture.
-// Shared memory: RowSummary 22 KB, SelectScratch 16 KB. Bytes moved: rows * vocab * sizeof(T), and what is read again.
-// Architecture: any.
+// A cluster of kCluster CTAs (1 below sm_90) of kThreads reads one row; grid = output rows * kCluster. Its first CTA
+// collects what the others found, in its shared memory, and decides; where rows are written, all of them write.
+// The row is read once; then only blocks that reach a proven lower bound are (candidates.cuh), or what lies near the
+// threshold was listed on the way (band.cuh). All decisions are integer (mass.cuh): tokens and kept sets are the same
+// for every launch shape and architecture.
+// Shared memory (dynamic): RowShared, and the row's segments if they are held. Bytes moved: rows * vocab * sizeof(T),
+// and as much for rows written. Architecture: any; clusters need sm_90.
 #pragma once
 #include "common/philox.cuh"
 #include "ptx/pdl.cuh"
-#include "sampling/filters.cuh"
+#include "sampling/band.cuh"
 
 namespace fi {
 
@@ -69,6 +70,17 @@ FI_DEVICE FilterArgs filter_args(const SamplingParams& params, uint32_t row) {
   return {uint32_t(k), p, (flags & kJoint) != 0};
 }
 
+// The filters' kinds: kTop, top-k and then top-p; else min-p, which keeps p >= min_p * max, inclusive.
+struct NoFilter {
+  static constexpr bool kFilters = false, kTop = false;
+};
+struct MinP {
+  static constexpr bool kFilters = true, kTop = false;
+};
+struct TopKTopP {
+  static constexpr bool kFilters = true, kTop = true;
+};
+
 // Where the row's random numbers start.
 struct Stream {
   uint64_t seed, offset;
@@ -82,109 +94,224 @@ struct Stream {
   FI_DEVICE uint64_t bits64(uint32_t draw) const { return Philox::bits64(seed, offset, row, draw); }
 };
 
-// Draw a token by 64 random bits: the first whose cumulative mass exceeds random * total / 2^64. The segments' sums must
-// be in the row's unit; kWhole: each segment's own unit counts inside it (nothing is filtered). Warp 0 gets the result.
+// Draw a token by 64 random bits: the first whose cumulative mass exceeds random * total / 2^64. With kWhole nothing is
+// filtered, and the sums are the first pass's; else they are those of what the threshold keeps. Same result in every
+// thread.
 template <bool kWhole, class State>
 FI_DEVICE uint32_t draw(const State& state, uint32_t threshold, uint64_t random) {
   using Domain = typename State::Domain;
   using Row = typename State::Row;
-  uint64_t total;
-  const uint64_t own = threadIdx.x < state.row.segments() ? state.summary.sum[threadIdx.x] : 0;
-  const uint64_t end = block_scan<State::kThreads>(own, state.scratch.warp_sum, total);
+  static_assert(State::kThreads / 32 >= Row::kBlocks, "a warp a block");
+  auto& shared = state.shared;
+  uint64_t total, own = 0;
+  if constexpr (kWhole) own = state.part(threadIdx.x);
+  else if (threadIdx.x < state.row.segments()) own = shared.sum[threadIdx.x];
+  const uint64_t end = block_scan<State::kThreads>(own, shared.warp_sum, total);
   const uint64_t target = __umul64hi(random, total);
   if (end - own <= target && target < end) {  // one thread
-    state.scratch.bin = threadIdx.x;
-    state.scratch.above = target - (end - own);
+    shared.bin = threadIdx.x;
+    shared.above = target - (end - own);
   }
   __syncthreads();  // the segment is known
-  if (warp_id() != 0) return 0;
-  const uint32_t segment = state.scratch.bin;
-  const uint64_t rest = state.scratch.above;
-  const auto ref = kWhole ? Domain::ref(state.summary.top[segment]) : state.ref;
-  const uint64_t weight = kWhole ? Domain::weight(ref, state.ref) : kWeightOne;
-  float* values = reinterpret_cast<float*>(state.scratch.low) + lane_id();  // this lane's: read together, used one by one
-  {
-    typename Row::Values v;
-    state.row.load(segment, 0, Row::kAll, v);
-#pragma unroll
-    for (int b = 0; b < Row::kBlocks; ++b) {
-#pragma unroll
-      for (int j = 0; j < Row::kPer; ++j) values[(b * Row::kPer + j) * 32] = v[b][j];
-    }
+  const uint32_t segment = shared.bin;
+  const uint64_t rest = shared.above;
+  auto ref = state.ref;
+  uint64_t weight = kWeightOne;
+  if constexpr (kWhole && Domain::kOwnRef) {
+    ref = Domain::ref(value_of(shared.top[segment]));
+    weight = Domain::weight(ref, state.ref);
   }
-  uint64_t base = 0;
-#pragma unroll 1
-  for (int b = 0; b < Row::kBlocks; ++b) {
-    uint64_t mass[Row::kPer], sum = 0;
+  uint64_t mass[Row::kPer], sum = 0, inclusive = 0;  // a warp a block
+  if (warp_id() < Row::kBlocks) {
+    float v[Row::kPer];
+    state.row.load_at(segment * kSegment + warp_id() * Row::kBlock + lane_id() * Row::kPer, v);
 #pragma unroll
     for (int j = 0; j < Row::kPer; ++j) {
-      const float x = values[(b * Row::kPer + j) * 32];
-      mass[j] = kWhole || key_of(x) >= threshold ? Domain::mass(x, ref) : 0;
+      mass[j] = kWhole || key_of(v[j]) >= threshold ? Domain::mass(v[j], ref) : 0;
       sum += mass[j];
     }
-    uint64_t inclusive = sum;
+    inclusive = sum;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
       const uint64_t other = __shfl_up_sync(kFullMask, inclusive, offset);
       if (lane_id() >= offset) inclusive += other;
     }
-    const uint32_t hits = __ballot_sync(kFullMask, scaled(base + inclusive, weight) > rest);
-    if (hits) {
-      uint64_t sums = base + inclusive - sum;
-      uint32_t before = 0;  // this lane's elements in front of the one
+    if (lane_id() == 31) shared.warp_sum[warp_id()] = inclusive;
+  }
+  __syncthreads();  // the blocks' masses are known
+  if (warp_id() < Row::kBlocks) {
+    for (int w = 0; w < warp_id(); ++w) inclusive += shared.warp_sum[w];
+    uint64_t start = inclusive - sum;
+    if (scaled(start, weight) <= rest && rest < scaled(inclusive, weight)) {  // one lane
+      uint32_t before = 0;
 #pragma unroll
       for (int j = 0; j < Row::kPer; ++j) {
-        sums += mass[j];
-        before += scaled(sums, weight) <= rest;
+        start += mass[j];
+        before += scaled(start, weight) <= rest;
       }
-      const int lane = __ffs(hits) - 1;
-      return segment * kSegment + b * Row::kBlock + lane * Row::kPer + __shfl_sync(kFullMask, before, lane);
+      shared.token = segment * kSegment + warp_id() * Row::kBlock + lane_id() * Row::kPer + before;
     }
-    base += __shfl_sync(kFullMask, inclusive, 31);
   }
-  return 0;  // not reached: the segment's whole sum exceeds `rest`
+  __syncthreads();  // the token is known
+  return shared.token;
+}
+
+// What the cluster's first CTA found out about a row. The other CTAs come back with `first` false, having arrived at a
+// cluster barrier that they have not waited at.
+struct Judged {
+  bool first;
+  bool nan, valid;
+  bool whole;   // nothing is filtered: the sums are the first pass's
+  bool blocks;  // the blocks' largest keys are known
+  Verdict verdict;
+};
+
+// Before the cluster's start.
+template <class Shared>
+FI_DEVICE void set_counters(Shared& shared) {
+  if (threadIdx.x == 0) {
+    shared.count = shared.inside = shared.low[0] = shared.low[1] = 0;
+    shared.high[0] = shared.high[1] = shared.bound = shared.threshold = 0xffffffffu;
+  }
+}
+
+// Every CTA learns the row's largest key and mass from the first one, which has the sums.
+template <class Shape, class State>
+FI_DEVICE void tell_total(const typename State::Row& row, typename State::Shared& shared) {
+  if (Shape::rank() == 0) {
+    const State state(row, shared);
+    const uint64_t total = state.total();
+    if (threadIdx.x < Shape::kCluster) {
+      auto& there = Shape::at(shared, threadIdx.x);
+      there.told_key = state.top_key;
+      there.told_total = total;
+    }
+  }
+  Shape::arrive();
+  Shape::wait();  // everyone has been told
+}
+
+// Read a row by the whole cluster, and in its first CTA find what the filter keeps. `held`: where this CTA's segments
+// stay on chip.
+template <class Filter, class Shape, int exact_bits, class Domain, class Row, class Shared, class Held>
+FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& shared, uint64_t random, const Held& held) {
+  using State = RowState<Domain, Shape::kThreads, Row, Shared>;
+  const bool top_k = Filter::kTop && args.has_top_k(row.vocab), top_p = Filter::kTop && args.has_top_p();
+  const bool banded = top_p && !top_k, whole = !Filter::kFilters || (Filter::kTop && !top_k && !top_p);
+  const bool joint = Domain::kOwnRef && top_p && args.joint;  // top-p compares with the whole row's mass
+  Judged judged = {Shape::rank() == 0, false, true, whole, Filter::kFilters && (Domain::kOwnRef || !banded), {}};
+  Shared& to = Shape::at(shared, 0);
+  Started<Shape> started;
+  if (Domain::kOwnRef || !banded)
+    summarise<Domain, Filter::kFilters, Shape>(row, to, whole || joint || banded, started, held);
+  Band band = {0.f, 0.f};
+  uint64_t total = 0;
+  if constexpr (Filter::kTop) {
+    if (banded) {
+      auto ref = Domain::ref(1.f);
+      float relative = 1.f;  // probabilities are taken to sum to 1 until they have been added up
+      if constexpr (Domain::kOwnRef) {
+        Shape::arrive();
+        Shape::wait();  // the first CTA has all sums
+        tell_total<Shape, State>(row, shared);
+        total = shared.told_total;
+        ref = Domain::ref(value_of(shared.told_key));
+        relative = float(total) * (1.f / float(uint64_t(1) << kMassBits));
+        judged.nan = shared.told_key > kInfKey;
+        judged.valid = !judged.nan && Domain::valid(ref.top);
+      }
+      if (judged.valid) {
+        band = estimate<Domain, Shape::kThreads>(row, ref, (1.f - args.p) * relative, shared);
+        read_with_band<Domain, Shape, !Domain::kOwnRef>(row, ref, band, shared, to, started, held);
+      }
+    }
+  }
+  Shape::arrive();
+  if (!judged.first) return judged;
+  Shape::wait();  // this CTA has everything
+  if (!judged.valid) return judged;
+  const State state(row, shared);
+  judged.nan = state.nan();
+  judged.valid = state.valid();
+  if (!judged.valid) return judged;
+  if (whole) {
+    state.correct_unit();
+  } else if constexpr (Filter::kFilters) {
+    Rest rest;
+    FilterArgs left = args;
+    if (banded) {
+      rest = rest_of_band(state, args, band, total, Shape::kStep);
+    } else {
+      if (joint) total = state.total();
+      uint32_t low = 0;
+      bool bounded = true;
+      if constexpr (Filter::kTop) {
+        bounded = lower_bound(state, args.top_k, low);
+      } else {
+        low = min_of(key_of(__fmul_rn(args.p, state.top)), state.top_key);
+        left = {row.vocab, 1.f, false};
+      }
+      const uint32_t listed = bounded ? gather(state, low) : kWholeRow;
+      if (listed <= Shape::kThreads) {
+        judged.verdict = settle(state, listed, left, total, random);
+        return judged;
+      }
+      rest = {listed <= Shared::kList ? listed : kWholeRow, low, state.top_key, 0};
+      if (threadIdx.x < row.segments()) shared.sum[threadIdx.x] = 0;
+      __syncthreads();  // sums are clear
+    }
+    judged.verdict.threshold = search<exact_bits, State>(row, state.top_key, left, rest, total);
+  }
+  return judged;
 }
 
 }  // namespace sampling
 
-// Config: T, Domain (sampling::Logits or Probs), Filter (sampling::NoFilter, MinP or TopKTopP), kThreads
+// Config: T, Domain (sampling::Logits or Probs), Filter (sampling::NoFilter, MinP or TopKTopP), kThreads, kCluster,
+// kSegments, kList (RowShared), kSharedBytes (its size)
 template <class Config>
 FI_DEVICE void sample(const SamplingParams& params) {
   using namespace sampling;
   using T = typename Config::T;
   using Domain = typename Config::Domain;
   using Filter = typename Config::Filter;
-  constexpr int kThreads = Config::kThreads;
-  __shared__ RowSummary summary;
-  __shared__ SelectScratch scratch;
+  using Shape = sampling::Shape<Config::kThreads, Config::kCluster>;
+  using Shared = RowShared<Config::kSegments, Filter::kFilters, Config::kList>;
+  static_assert(sizeof(Shared) == Config::kSharedBytes);
+  extern __shared__ __align__(1024) uint8_t smem[];
+  Shared& shared = *reinterpret_cast<Shared*>(smem);
 
+  set_counters(shared);
+  Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
-  const uint32_t output_row = blockIdx.x, flags = params.flags;
+  const uint32_t output_row = Shape::row(), flags = params.flags;
   const int64_t index = params.indices ? read_index(params.indices, flags & kIndices64, output_row) : output_row;
   uint32_t token = 0;
   bool nan = false, valid = false;
   if (0 <= index && index < params.rows) {
     const PlainRow<T> row{static_cast<const T*>(params.input) + index * params.stride, params.vocab,
                           (flags & kAlignedInput) != 0};
-    const FilterArgs args = filter_args(params, output_row);
-    const bool sums = Filter::needs_sums(args, params.vocab, is_same_v<Domain, Logits>);
-    nan = summarise<Domain, Filter::kFilters, kThreads>(row, summary, sums);
-    nan = __syncthreads_or(nan);  // and the summary is complete
-    const RowState<Domain, kThreads, PlainRow<T>> state(row, summary, scratch);
-    valid = !nan && Domain::valid(state.top);
+    const Stream stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, output_row);
+    const uint64_t random = stream.bits64(0);
+    const Judged judged = judge_row<Filter, Shape, kExactBits<T>, Domain>(row, filter_args(params, output_row), shared,
+                                                                          random, NotHeld{});
+    if (!judged.first) return;
+    nan = judged.nan;
+    valid = judged.valid;
     if (valid) {
-      uint32_t threshold = 0;
-      if constexpr (Filter::kFilters) {
-        threshold = Filter::template threshold<kExactBits<T>>(state, args);
-        state.keep_sums(threshold);
+      const RowState<Domain, Config::kThreads, PlainRow<T>, Shared> state(row, shared);
+      if (judged.verdict.drawn) {
+        token = judged.verdict.token;
+      } else if (judged.whole) {
+        token = draw<true>(state, 0, random);
       } else {
-        state.scale_sums();
+        token = draw<false>(state, judged.verdict.threshold, random);
       }
-      const Stream stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, output_row);
-      token = draw<!Filter::kFilters>(state, threshold, stream.bits64(0));
     }
+  } else if (Shape::rank() != 0) {
+    return;
   }
   if (threadIdx.x == 0) {
     write_index(params.output, flags & kIndices64, output_row, token);
@@ -194,63 +321,99 @@ FI_DEVICE void sample(const SamplingParams& params) {
 }
 
 // Rows with what TopKTopP rejects at 0 and the rest divided by its sum (Probs), or at -inf and the rest as it is (Logits).
-// Config: T, Domain, kThreads
+// Config: as for `sample` without Filter; kHold: the row stays in shared memory, which the launch makes large enough
 template <class Config>
 FI_DEVICE void filter_rows(const SamplingParams& params) {
   using namespace sampling;
   using T = typename Config::T;
   using Domain = typename Config::Domain;
   using Row = PlainRow<T>;
-  constexpr int kThreads = Config::kThreads, kPer = Row::kPer;
+  using Shape = sampling::Shape<Config::kThreads, Config::kCluster>;
+  using Shared = RowShared<Config::kSegments, true, Config::kList>;
+  constexpr int kPer = Row::kPer;
   constexpr bool kMask = is_same_v<Domain, Logits>;
-  __shared__ RowSummary summary;
-  __shared__ SelectScratch scratch;
+  static_assert(sizeof(Shared) == Config::kSharedBytes && Config::kSharedBytes % 16 == 0);
+  extern __shared__ __align__(1024) uint8_t smem[];
+  Shared& shared = *reinterpret_cast<Shared*>(smem);
 
+  set_counters(shared);
+  Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
   const uint32_t vocab = params.vocab;
-  const Row row{static_cast<const T*>(params.input) + blockIdx.x * params.stride, vocab,
+  const int64_t row_number = Shape::row();
+  const Row row{static_cast<const T*>(params.input) + row_number * params.stride, vocab,
                 (params.flags & kAlignedInput) != 0};
-  T* output = static_cast<T*>(params.output) + blockIdx.x * int64_t(vocab);
-  const FilterArgs args = filter_args(params, blockIdx.x);
-  bool nan = summarise<Domain, true, kThreads>(row, summary, TopKTopP::needs_sums(args, vocab, kMask));
-  nan = __syncthreads_or(nan);
-  const RowState<Domain, kThreads, Row> state(row, summary, scratch);
-  const bool valid = !nan && Domain::valid(state.top);
-  uint32_t threshold = 0xffffffffu;  // nothing is kept of an invalid row
-  float sum = 1.f;
-  if (valid) {
-    threshold = TopKTopP::template threshold<kExactBits<T>>(state, args);
-    if constexpr (!kMask) sum = Domain::probability(state.keep_sums(threshold), state.ref);
+  const Held<T, Shape, Config::kHold> held{reinterpret_cast<T*>(smem + Config::kSharedBytes)};
+  const Judged judged = judge_row<TopKTopP, Shape, kExactBits<T>, Domain>(
+      row, filter_args(params, uint32_t(row_number)), shared, 0, held);
+  if (judged.first) {
+    uint32_t threshold = 0xffffffffu;  // nothing is kept of an invalid row
+    float sum = 1.f;
+    if (judged.valid) {
+      threshold = judged.verdict.threshold;
+      if constexpr (!kMask) {
+        const RowState<Domain, Config::kThreads, Row, Shared> state(row, shared);
+        sum = Domain::probability(judged.verdict.drawn ? judged.verdict.total : state.kept(), state.ref);
+      }
+    }
+    if (threadIdx.x < Shape::kCluster) {
+      Shared& there = Shape::at(shared, threadIdx.x);
+      there.told_key = threshold;
+      there.told_sum = sum;
+    }
+  } else {
+    Shape::wait();  // what judge_row left over
   }
+  Shape::arrive();
+  Shape::wait();  // everyone has been told
+  const uint32_t threshold = shared.told_key;
+  // Rows of an extreme scale are divided at another one.
+  const float scale = shared.told_sum < 1e-30f ? 0x1p100f : shared.told_sum > 1e30f ? 0x1p-100f : 1.f;
+  const float sum = shared.told_sum * scale, reciprocal = math::ptx_rcp(sum);
+  const bool blocks_known = Shape::kCluster == 1 && judged.valid && judged.blocks;
+  T* output = static_cast<T*>(params.output) + row_number * vocab;
   const bool vectors = (params.flags & kAlignedOutput) != 0;
+  constexpr int kStep = Shape::kStep;
+  const int first = Shape::first(), left = int(row.segments()) - 1 - first;
 #pragma unroll 1
-  for (uint32_t s = warp_id(); s < row.segments(); s += kThreads / 32) {
-    uint32_t blocks = 0;
+  for (int s = first + left / kStep * kStep; left >= 0 && s >= first; s -= kStep) {  // what was read last is nearest
+    typename Row::Block v[Row::kBlocks];
+    if constexpr (Config::kHold) {
+      held.get(s, v);
+    } else {
+      uint32_t blocks = Row::kAll;
+      if (blocks_known) {
+        blocks = 0;
 #pragma unroll
-    for (int b = 0; b < Row::kBlocks; ++b)
-      blocks |= uint32_t(valid && summary.block_top[s * Row::kBlocks + b] >= threshold) << b;
-    typename Row::Values v;
-    row.load(s, 0, blocks, v);
+        for (int b = 0; b < Row::kBlocks; ++b)
+          blocks |= uint32_t(shared.block_top[s * Row::kBlocks + b] >= threshold) << b;
+      }
+      row.load(s, 0, blocks, v);
+    }
 #pragma unroll
     for (int b = 0; b < Row::kBlocks; ++b) {
-      const uint32_t first = s * kSegment + b * Row::kBlock + lane_id() * kPer;
+      const uint32_t at = s * kSegment + b * Row::kBlock + lane_id() * kPer;
+      float y[kPer];
+      v[b].to_floats(y);
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
-        const bool keep = key_of(v[b][j]) >= threshold;
+        const bool keep = key_of(y[j]) >= threshold;
         if constexpr (kMask) {
-          v[b][j] = keep ? v[b][j] : -FI_INF;
+          y[j] = keep ? y[j] : -FI_INF;
         } else {
-          v[b][j] = keep ? __fdiv_rn(fmaxf(v[b][j], 0.f), sum) : 0.f;
+          const float x = fmaxf(y[j], 0.f) * scale, q = x * reciprocal;
+          y[j] = keep ? __fmaf_rn(__fmaf_rn(-q, sum, x), reciprocal, q) : 0.f;  // the remainder corrects the quotient
         }
       }
-      if (vectors && first + kPer <= vocab) {
-        Vec<T, kPer>::from_floats(v[b]).store(output + first);
+      v[b] = Vec<T, kPer>::from_floats(y);
+      if (vectors && at + kPer <= vocab) {
+        v[b].store(output + at);
       } else {
 #pragma unroll
         for (int j = 0; j < kPer; ++j)
-          if (first + j < vocab) output[first + j] = from_float<T>(v[b][j]);
+          if (at + j < vocab) output[at + j] = v[b][j];
       }
     }
   }

@@ -1,9 +1,9 @@
 """Draws in plain NumPy: the same tokens as the GPU kernels for the same seed, bit for bit.
 
-The arithmetic is that of ``kernels/sampling/mass.cuh``: a token's mass is its probability relative to a reference value
-in 43-bit fixed point, made by fp32 operations that are each rounded once; everything after that is integer. A row is
-divided into segments of 1024 tokens; where nothing is filtered, each segment has its own reference (its largest
-value) and a 63-bit weight, otherwise the row's largest value is the only reference.
+The arithmetic is that of ``kernels/sampling/mass.cuh``: a token's mass is its probability in 43-bit fixed point, made by
+fp32 operations that are each rounded once; everything after that is integer. A row is divided into segments of 1024
+tokens; logits of which nothing is filtered have their segment's largest value as reference, and a segment has a 63-bit
+weight, otherwise the row's largest value is the only reference. Probabilities have one unit for the row.
 """
 
 from __future__ import annotations
@@ -44,16 +44,32 @@ def bits64(seed: int, offset: int, row: int, draw: int) -> int:
     return words[0] << 32 | words[1]
 
 
+def _fma(a: Any, b: Any, c: Any) -> Array:
+    """``a * b + c`` of float32 values, rounded once: the product is exact in float64, and the sum rounds to odd there."""
+    product = np.asarray(a, np.float64) * np.float64(b)
+    c = np.asarray(c, np.float64)
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)
+    bits = total.view(np.int64)
+    # Towards the error where the sum is inexact and its last bit even: the second rounding then cannot go wrong.
+    step = np.where((error > 0) == (total > 0), 1, -1)
+    odd = np.where((error != 0) & (bits & 1 == 0), bits + step, bits)
+    return np.asarray(odd.view(np.float64).astype(_F32))
+
+
 def exp_fixed(d: Array, bits: int) -> Array:
-    """``trunc(e^d * 2^bits)`` of float32 values d <= 0, uint64."""
-    with np.errstate(over="ignore"):
-        t = np.maximum(np.asarray(d, _F32) * _LOG2E, _F32(-126))
-    n = (t + _F32(12582912)) - _F32(12582912)
-    f = t - n
+    """``trunc(e^d * 2^bits)`` of float32 values d <= 0 (NaN counts as 0), uint64."""
+    d = np.atleast_1d(np.asarray(d, _F32))
+    shape = np.shape(d)
+    d = np.where(np.isnan(d), _F32(0), np.clip(d, _F32(-87), _F32(0))).ravel()
+    z = _fma(d, _LOG2E, _F32(12582912))
+    n = z - _F32(12582912)
+    f = _fma(d, _LOG2E, -n)
     p = np.full_like(f, _EXP2[0])
     for c in _EXP2[1:]:
-        p = p * f + c
-    return np.asarray(np.ldexp(p, n.astype(np.int32) + bits)).astype(np.uint64)
+        p = _fma(p, f, np.full_like(f, c))
+    return np.ldexp(p, n.astype(np.int32) + bits).astype(np.uint64).reshape(shape)
 
 
 class Logits:
@@ -79,37 +95,42 @@ class Logits:
 
 
 class Probs:
-    """Masses of probabilities: x / 2^floor(log2(reference)); negative ones count as 0."""
+    """Masses of probabilities, in units of 2^-43 if the reference lies in [2^lowest, 2), else of 2^-43 of the
+    reference's power of two; negative ones count as 0.
+    """
 
     logits = False
+    #: A normalised row of 2^19 tokens has a larger one.
+    lowest = -20
 
     @staticmethod
     def valid(top: np.float32) -> bool:
         return bool(0 < top < np.inf)
 
-    @staticmethod
-    def exponent(reference: Any) -> Array:
-        positive = np.where(np.asarray(reference) > 0, reference, _F32(2.0**-149))
-        return np.frexp(positive)[1].astype(np.int64) - 1
+    @classmethod
+    def exponent(cls, reference: Any) -> int:
+        e = math.frexp(float(reference) if reference > 0 else 2.0**-149)[1] - 1
+        return 0 if cls.lowest <= e <= 0 else e
 
-    @staticmethod
-    def mass(x: Array, reference: Any) -> Array:
-        e = Probs.exponent(reference)
+    @classmethod
+    def mass(cls, x: Array, reference: Any) -> Array:
         # Exact in float64: a 24-bit number times a power of two.
-        return np.ldexp(np.maximum(x, _F32(0)).astype(np.float64), MASS_BITS - e).astype(np.uint64)
+        scaled = np.ldexp(np.maximum(x, _F32(0)).astype(np.float64), MASS_BITS - cls.exponent(reference))
+        return np.asarray(scaled).astype(np.uint64)
 
-    @staticmethod
-    def weight(part: Array, whole: Any) -> Array:
-        shift = (Probs.exponent(whole) - Probs.exponent(part)).astype(np.uint64)
-        return np.where(shift < 64, np.uint64(1 << 63) >> np.minimum(shift, np.uint64(63)), np.uint64(0))
+    @classmethod
+    def absolute(cls, p: float, total: int, top: Any) -> int:
+        return min(math.ceil(math.ldexp(p, MASS_BITS - cls.exponent(top))), _U64_MAX)
 
-    @staticmethod
-    def absolute(p: float, total: int, top: Any) -> int:
-        return min(math.ceil(math.ldexp(p, MASS_BITS - int(Probs.exponent(top)))), _U64_MAX)
+    @classmethod
+    def probability(cls, mass: int, top: Any) -> np.float32:
+        return _F32(math.ldexp(float(mass), cls.exponent(top) - MASS_BITS))
 
-    @staticmethod
-    def probability(mass: int, top: Any) -> np.float32:
-        return _F32(math.ldexp(float(mass), int(Probs.exponent(top)) - MASS_BITS))
+
+class Residuals(Probs):
+    """Masses of differences of probabilities, whose sum may be small: then the unit is fine."""
+
+    lowest = -8
 
 
 Domain = type[Logits] | type[Probs]
@@ -154,8 +175,10 @@ def segment_sums(row: Array, domain: Domain) -> tuple[Array, Array, Array]:
     """(masses in each segment's unit, weights, sums in the row's unit) of a valid row."""
     parts = _segments(row)
     tops = parts.max(axis=1)
-    masses = domain.mass(parts, tops[:, None])
-    weights = domain.weight(tops, tops.max())
+    if domain.logits:
+        masses, weights = domain.mass(parts, tops[:, None]), Logits.weight(tops, tops.max())
+    else:
+        masses, weights = domain.mass(parts, tops.max()), np.full(len(parts), 1 << 63, np.uint64)
     return masses, weights, scaled(masses.sum(axis=1, dtype=np.uint64), weights)
 
 
@@ -189,12 +212,8 @@ class Filter:
     min_p: Array | None = None
     joint: bool = False
 
-    @property
-    def keeps_all(self) -> bool:
-        return self.top_k is None and self.top_p is None and self.min_p is None
-
     def threshold(self, row: Array, domain: Domain, i: int) -> Any:
-        """The smallest kept value of a valid float32 row, for output row `i`."""
+        """The smallest kept value of a valid float32 row, for output row `i`; None if its parameters keep all."""
         top = row.max()
         if self.min_p is not None:
             return min(_F32(self.min_p[i]) * top, top)
@@ -202,7 +221,7 @@ class Filter:
         p = 1.0 if self.top_p is None else float(_F32(self.top_p[i]))
         threshold = _F32(-np.inf) if k == row.size else np.partition(row, row.size - k)[row.size - k]
         if not p < 1:
-            return threshold
+            return None if k == row.size else threshold
         kept = row >= threshold
         masses = domain.mass(row, top)
         total = 0
@@ -274,8 +293,7 @@ def sample(
         nan[i] = np.isnan(row).any()
         valid[i] = not nan[i] and domain.valid(row.max())
         if valid[i]:
-            threshold = None if keep.keeps_all else keep.threshold(row, domain, i)
-            tokens[i] = draw_token(row, domain, threshold, bits64(s, o, r, 0))
+            tokens[i] = draw_token(row, domain, keep.threshold(row, domain, i), bits64(s, o, r, 0))
     return tokens, valid, nan
 
 
@@ -283,7 +301,8 @@ def _by_row(x: Array, out: Array, domain: Domain, keep: Filter, f: Callable[[Arr
     for i in range(len(x)):
         row = upcast(x[i], _F32)
         if not np.isnan(row).any() and domain.valid(row.max()):
-            out[i] = round_to(f(row, row >= keep.threshold(row, domain, i)), x.dtype)
+            threshold = keep.threshold(row, domain, i)
+            out[i] = round_to(f(row, row >= (-np.inf if threshold is None else threshold)), x.dtype)
     return out
 
 
@@ -331,6 +350,6 @@ def chain_speculative_sampling(
             rest = row - upcast(draft_probs[b, prefix], _F32)
             rest = np.where(rest < 0, _F32(0), rest)
             row = row if not np.isnan(rest).any() and rest.max() <= 0 else rest
-        usable = not np.isnan(row).any() and Probs.valid(row.max())
-        ids[b, prefix] = draw_token(row, Probs, None, bits64(s, o, r, n)) if usable else 0
+        usable = not np.isnan(row).any() and Residuals.valid(row.max())
+        ids[b, prefix] = draw_token(row, Residuals, None, bits64(s, o, r, n)) if usable else 0
     return ids, accepted, emitted

@@ -1,8 +1,8 @@
 // Chain speculative sampling (Leviathan et al. 2023): accept a prefix of the draft tokens, then draw one more token.
 //   draft token i is accepted if u_i * draft_probs[i][token] < target_probs[i][token];
 //   the first rejected position draws from max(target - draft, 0), and if none is rejected, position n from the target.
-// One CTA of 1024 threads computes one row; grid = batch. Uniforms: Philox draw i for position i, draw n for the token.
-// Shared memory: RowSummary 22 KB, SelectScratch 16 KB. Bytes moved: two rows of vocab. Architecture: any.
+// One CTA of 512 threads computes one row; grid = batch. Uniforms: Philox draw i for position i, draw n for the token.
+// Shared memory: RowShared, 7 KB. Bytes moved: two rows of vocab. Architecture: any.
 #pragma once
 #include "sampling.cuh"
 
@@ -29,8 +29,9 @@ FI_DEVICE void chain_speculative(const SpeculativeParams& params) {
   using namespace sampling;
   using T = typename Config::T;
   constexpr int kThreads = Config::kThreads;
-  __shared__ RowSummary summary;
-  __shared__ SelectScratch scratch;
+  using Shape = sampling::Shape<kThreads, 1>;
+  using Shared = RowShared<512, false, 0>;
+  __shared__ Shared shared;
 
   ptx::grid_launch_dependents();
   ptx::grid_wait();
@@ -63,19 +64,22 @@ FI_DEVICE void chain_speculative(const SpeculativeParams& params) {
   const bool aligned = (flags & kAlignedInput) != 0;
   ResidualRow<T> source{{target + emitted * int64_t(vocab), vocab, aligned}, {nullptr, vocab, aligned}};
   if (emitted < n) source.draft.data = draft + emitted * int64_t(vocab);
-  bool nan = summarise<Probs, false, kThreads>(source, summary, true);
-  nan = __syncthreads_or(nan);
-  if (!nan && source.draft.data && !(row_top(summary, source.segments()) > 0.f)) {
-    // The target nowhere exceeds the draft (equal rows that rounding rejected): the target itself.
-    source.draft.data = nullptr;
+  uint32_t top = 0;
+#pragma unroll 1
+  for (bool again = true; again;) {
+    Started<Shape> started;
+    summarise<Residuals, false, Shape>(source, shared, true, started, NotHeld{});
+    __syncthreads();  // the summary is complete
+    top = row_top(shared, source.segments());
+    // The target may nowhere exceed the draft (equal rows that rounding rejected): then the target itself.
+    again = source.draft.data && top <= key_of(0.f);
+    if (again) source.draft.data = nullptr;
     __syncthreads();  // the tops have been read
-    nan = summarise<Probs, false, kThreads>(source, summary, true);
-    nan = __syncthreads_or(nan);
   }
-  const RowState<Probs, kThreads, ResidualRow<T>> state(source, summary, scratch);
+  const RowState<Residuals, kThreads, ResidualRow<T>, Shared> state(source, shared, top);
   uint32_t token = 0;
-  if (!nan && Probs::valid(state.top)) {
-    state.scale_sums();
+  if (state.valid()) {
+    state.correct_unit();
     token = draw<true>(state, 0, stream.bits64(n));
   }
   if (warp_id() == 0) {

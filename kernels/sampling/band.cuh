@@ -1,0 +1,226 @@
+// Top-p alone, while the row is read once. A sample of the row (64 elements of every 1024) tells between which two values
+// the threshold should lie. The pass over the row then adds up the mass above that band and lists what lies in it; the
+// threshold is found in the list, exactly. If it lies elsewhere, or the list overflows, the radix search over the whole
+// row decides instead: the result never depends on the estimate.
+#pragma once
+#include "sampling/candidates.cuh"
+
+namespace fi::sampling {
+
+struct Band {
+  float low, high;  // low <= x < high
+};
+
+constexpr int kSampled = 64;                         // elements of a segment
+constexpr float kSampleWeight = float(kSegment) / kSampled;
+constexpr int kOctaves = 42, kPerOctave = 16;        // histogram of the sample: 2^-40 ... 2^2
+constexpr int kEstimateBins = 1024;
+constexpr int kFirstBin = (127 - 40) * kPerOctave;
+
+// Add the sample's elements (relative probabilities) to the histogram of counts.
+template <class Domain, int kThreads, class Row>
+FI_DEVICE void sample_row(const Row& row, typename Domain::Ref ref, uint32_t* bins) {
+  constexpr int kLanes = kSampled / Row::kPer, kGroups = 32 / kLanes, kStep = kThreads / kLanes;
+  constexpr int kFlight = 16 / Row::kPer;  // loads of a thread that are on their way together
+  const uint32_t whole = row.vocab / kSegment;
+#pragma unroll 1
+  for (uint32_t first = warp_id() * kGroups; first < whole; first += kStep * kFlight) {
+    float v[kFlight][Row::kPer];
+#pragma unroll
+    for (int f = 0; f < kFlight; ++f) {
+      const uint32_t segment = first + f * kStep + lane_id() / kLanes;
+      const uint32_t place = (segment * 0x9e3779b1u) >> 28;  // scattered over the segment
+#pragma unroll
+      for (int j = 0; j < Row::kPer; ++j) v[f][j] = -FI_INF;
+      if (segment < whole)
+        row.load_at(segment * kSegment + place * kSampled + lane_id() % kLanes * Row::kPer, v[f]);
+    }
+#pragma unroll
+    for (int f = 0; f < kFlight; ++f) {
+      if (first + f * kStep + lane_id() / kLanes >= whole) break;
+#pragma unroll
+      for (int j = 0; j < Row::kPer; ++j) {
+        const int bin = (__float_as_int(Domain::relative(v[f][j], ref)) >> 19) - kFirstBin;  // 4 bits of mantissa
+        atomicAdd(&bins[max_of(0, min_of(bin, kOctaves * kPerOctave - 1))], 1u);
+      }
+    }
+  }
+}
+
+// The band in which top-p's threshold should lie, if what it rejects has the relative probability `rejected`. All threads
+// of the CTA get the same. shared.low and inside must be 0 and shared.high 0xffffffff, and a barrier behind that.
+template <class Domain, int kThreads, class Row, class Shared>
+FI_DEVICE Band estimate(const Row& row, typename Domain::Ref ref, float rejected, Shared& shared) {
+  if (row.vocab <= Shared::kList) return {-3.402823466e38f, FI_INF};  // the list holds everything but -inf
+  constexpr int kOwn = kEstimateBins / kThreads;
+  uint32_t* const bins = shared.bins;
+  float2* const warp_part = reinterpret_cast<float2*>(bins + kEstimateBins);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) bins[threadIdx.x + i * kThreads] = 0;
+  __syncthreads();  // bins are clear
+  sample_row<Domain, kThreads>(row, ref, bins);
+  __syncthreads();  // bins are complete
+  // Sums and sums of squares of everything lighter than each bin: thread t owns kOwn bins.
+  auto edge = [](int bin) { return __int_as_float(min_of(bin, kOctaves * kPerOctave) + kFirstBin << 19); };
+  float sum = 0.f, squares = 0.f;
+  auto add = [&](int bin) {
+    const float centre = edge(bin) * (1.f + 0.5f / kPerOctave), mass = float(bins[bin]) * centre;
+    sum += mass;
+    squares += mass * centre;
+  };
+#pragma unroll 1
+  for (int i = 0; i < kOwn; ++i) add(threadIdx.x * kOwn + i);
+  const float own_sum = sum, own_squares = squares;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const float a = __shfl_up_sync(kFullMask, sum, offset), b = __shfl_up_sync(kFullMask, squares, offset);
+    if (lane_id() >= offset) {
+      sum += a;
+      squares += b;
+    }
+  }
+  if (lane_id() == 31) warp_part[warp_id()] = {sum, squares};
+  __syncthreads();  // the warps' sums are complete
+  for (int w = 0; w < warp_id(); ++w) {
+    sum += warp_part[w].x;
+    squares += warp_part[w].y;
+  }
+  sum -= own_sum;
+  squares = fmaxf(squares - own_squares, 0.f);
+  // A wide band, and one for rows of which the wide band would overflow the list.
+  uint32_t low[2] = {0, 0}, high[2] = {0xffffffffu, 0xffffffffu};
+#pragma unroll 1
+  for (int i = 0; i < kOwn; ++i) {
+    const int bin = threadIdx.x * kOwn + i;
+    const float mass = kSampleWeight * sum, deviation = kSampleWeight * squares * math::rsqrt(fmaxf(squares, 1e-37f));
+    // What is lighter surely has less than `rejected`: also if three tokens this heavy were missed in the sample.
+    const float least = 1.005f * mass + 3.f * kSampleWeight * edge(bin) - rejected, most = 0.995f * mass - rejected;
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      const float spread = (w == 0 ? 4.f : 2.5f) * deviation;
+      if (least + spread <= 0.f) low[w] = bin;
+      if (most - spread >= 0.f) high[w] = min_of(high[w], uint32_t(bin));
+    }
+    add(bin);
+  }
+#pragma unroll
+  for (int w = 0; w < 2; ++w) {
+    const uint32_t lowest = ptx::warp_max_u32(low[w]), highest = ptx::warp_min_u32(high[w]);
+    if (lane_id() == 0) {
+      atomicMax(&shared.low[w], lowest);
+      atomicMin(&shared.high[w], highest);
+    }
+  }
+  __syncthreads();  // both bands are known
+  uint32_t inside = 0;
+  for (uint32_t bin = shared.low[0] + threadIdx.x; bin < min_of<uint32_t>(shared.high[0], kEstimateBins); bin += kThreads)
+    inside += bins[bin];
+  inside = ptx::warp_sum_u32(inside);
+  if (lane_id() == 0) atomicAdd(&shared.inside, inside);
+  __syncthreads();  // the wide band's elements are counted
+  const int which = shared.inside * kSampleWeight > 0.85f * Shared::kList;
+  const uint32_t from = min_of(shared.low[which], uint32_t(kOctaves * kPerOctave - 1)), to = shared.high[which];
+  auto value = [&](int bin) { return Domain::value_at(edge(bin), ref); };
+  return {value(from), to >= kOctaves * kPerOctave ? FI_INF : value(max_of(to, from + 1))};
+}
+
+// The pass over the row: every segment's largest key and mass above the band, and everything in the band, to the first
+// CTA's `to`; and each warp's mass of all it read (with kTotal) and of what reaches the band. `own`: this CTA's shared
+// memory. Probabilities are added up in the unit 2^-43.
+template <class Domain, class Shape, bool kTotal, class Row, class Shared, class Held>
+FI_DEVICE void read_with_band(const Row& row, typename Domain::Ref ref, Band band, Shared& own, Shared& to,
+                              Started<Shape>& started, const Held& held) {
+  constexpr uint32_t kList = Shared::kList;
+  const uint32_t segments = row.segments();
+  if (lane_id() == 0) own.warp_total[Shape::first()] = own.warp_reached[Shape::first()] = 0;
+#pragma unroll 1
+  for (uint32_t s = Shape::first(); s < segments; s += Shape::kStep) {
+    typename Row::Block v[Row::kBlocks];
+    row.load(s, 0, Row::kAll, v);
+    started.wait();
+    held.put(s, v);
+    const uint32_t top = block_tops<false, Row>(v, nullptr);
+    uint64_t sum = 0, all = 0, reached = 0;
+    uint32_t mine = 0;
+    each_value<Row>(v, [&](float x, int, int) {
+      uint64_t mass;
+      if constexpr (Domain::kOwnRef) mass = Domain::mass(x, ref);
+      else mass = Domain::mass(x);
+      if constexpr (kTotal) all += mass;
+      if (x >= band.high) sum += mass;
+      if (x >= band.low) {
+        reached += mass;
+        mine += x < band.high;
+      }
+    });
+    sum = ptx::warp_sum_u64(sum);
+    reached = ptx::warp_sum_u64(reached);
+    if constexpr (kTotal) all = ptx::warp_sum_u64(all);
+    if (lane_id() == 0) {
+      to.top[s] = top;
+      to.sum[s] = sum;
+      own.warp_reached[Shape::first()] += reached;
+      own.warp_total[Shape::first()] += all;
+    }
+    uint32_t end = mine;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const uint32_t other = __shfl_up_sync(kFullMask, end, offset);
+      if (lane_id() >= offset) end += other;
+    }
+    const uint32_t found = __shfl_sync(kFullMask, end, 31);
+    if (found == 0) continue;
+    uint32_t at = 0;
+    if (lane_id() == 0) at = atomicAdd(&to.count, found);
+    at = __shfl_sync(kFullMask, at, 0) + end - mine;
+    each_value<Row>(v, [&](float x, int b, int j) {
+      if (band.low <= x && x < band.high) {
+        if (at < kList) {
+          to.key[at] = key_of(x);
+          to.index[at] = s * kSegment + b * Row::kBlock + lane_id() * Row::kPer + j;
+        }
+        ++at;
+      }
+    });
+  }
+  started.wait();
+  if (lane_id() == 0) {
+    to.warp_total[Shape::first()] = own.warp_total[Shape::first()];
+    to.warp_reached[Shape::first()] = own.warp_reached[Shape::first()];
+  }
+}
+
+// What is left to search of a row that was read with `band` by `warps` warps: the list, if the threshold lies in the
+// band; the row's part in the band, if the list overflowed; or the row. `total`: the row's mass, known of logits.
+template <class State>
+FI_DEVICE Rest rest_of_band(const State& state, const FilterArgs& args, Band band, uint64_t& total, int warps) {
+  using Domain = typename State::Domain;
+  constexpr int kThreads = State::kThreads;
+  auto& shared = state.shared;
+  const uint32_t n = shared.count;
+  uint64_t reached = threadIdx.x < warps ? shared.warp_reached[threadIdx.x] : 0;
+  reached = block_sum<kThreads>(reached, shared.warp_sum);
+  if constexpr (!Domain::kOwnRef)
+    total = block_sum<kThreads>(threadIdx.x < warps ? shared.warp_total[threadIdx.x] : 0, shared.warp_sum);
+  const uint64_t above = state.kept(), target = args.target<Domain>(total, state.ref);
+  Rest rest = {kWholeRow, 0, state.top_key, 0};
+  bool unit = true;
+  if constexpr (!Domain::kOwnRef) unit = state.ref.exponent == 0;
+  if (unit && above < target && target <= reached)
+    rest = {n <= State::Shared::kList ? n : kWholeRow, key_of(band.low), min_of(key_of(band.high) - 1, state.top_key),
+            above};
+  if constexpr (!Domain::kOwnRef) {
+    if (rest.listed == kWholeRow) {
+      const uint32_t blocks = state.row.segments() * State::Row::kBlocks;
+      for (uint32_t b = threadIdx.x; b < blocks; b += kThreads) shared.block_top[b] = kInfKey;  // not known
+      if (!unit) {
+        state.add_up();
+        total = state.kept();
+      }
+      __syncthreads();  // the blocks' tops are set
+    }
+  }
+  return rest;
+}
+
+}  // namespace fi::sampling
