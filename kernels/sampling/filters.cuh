@@ -116,7 +116,7 @@ struct Rest {
 // arguments ask for it. The State's shared memory is the dynamic one. Not inlined: it would cost the kernel's other
 // parts registers.
 template <int exact_bits, class State>
-FI_DEVICE uint32_t search(typename State::Row row, uint32_t top_key, FilterArgs args, Rest rest,
+__device__ __noinline__ uint32_t search(typename State::Row row, uint32_t top_key, FilterArgs args, Rest rest,
                                         uint64_t total) {
   using Domain = typename State::Domain;
   constexpr int kThreads = State::kThreads;
