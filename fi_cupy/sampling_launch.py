@@ -130,11 +130,14 @@ class LaunchShape(NamedTuple):
 
     @property
     def max_arch(self) -> int:
-        """Rows are held where a CTA may have 227 KB of shared memory."""
-        return 110 if self.hold else 0
+        """Rows are held where a CTA may have 227 KB of shared memory; from sm_120 on the compiler takes more registers."""
+        return 110 if self.hold or self.min_blocks > 1 or (self.threads > 256 and self.cluster > 1) else 0
 
 
 PORTABLE = LaunchShape(min_blocks=1)
+#: Where 512 threads would have too few registers.
+NARROW = LaunchShape(256, 1, 1)
+_WRITES = ("fill", "hold")
 
 
 def _shared_bytes(segments: int, selects: bool, listed: int) -> int:
@@ -155,32 +158,37 @@ def _room(vocab: int) -> int:
 
 
 def _row_shared(room: int, selects: bool, shape: LaunchShape) -> tuple[int, int]:
-    """(kList, bytes): what is listed must leave the portable kernels within the 64 KB of sm_75."""
-    listed = 0 if not selects else _LIST // 2 if room > 256 and shape.cluster == 1 else _LIST
+    """(kList, bytes): what is listed must leave the portable kernels within the 64 KB of sm_75, and two CTAs that hold
+    64 KB of a row each in one multiprocessor.
+    """
+    short = shape.hold or (room > 256 and shape.cluster == 1)
+    listed = 0 if not selects else _LIST // 2 if short else _LIST
     return listed, _shared_bytes(room, selects, listed)
 
 
 @lru_cache(maxsize=256)
 def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
-    """The shape of a launch: `kind` is "draw" (nothing filtered), "select", "write" or "softmax".
+    """The shape of a launch, for one of five kinds: "draw" (nothing is filtered), "select" (a token of what a filter
+    keeps), "fill" (rows of which few elements are kept), "hold" (rows of which many are) or "softmax".
 
-    Clusters spread few rows over the whole GPU; with many rows, a CTA a row has the least to synchronise. Rows that are
-    written are held on chip, which takes 8 CTAs with 16 segments each for a vocabulary of 128k.
+    Clusters spread few rows over the whole GPU; with many rows, a CTA a row has the least to synchronise. A row that is
+    held takes 8 CTAs with 16 segments each for a vocabulary of 128k.
     """
     segments, arch = _segments(vocab), device.code_number
     if arch < 90:
-        return LaunchShape(min_blocks=2) if kind == "draw" else PORTABLE
-    large = _room(vocab) > 256
-    holds = kind in ("write", "softmax") and arch < 110
+        return LaunchShape(min_blocks=2) if kind == "draw" else NARROW if kind in _WRITES and segments <= 256 else PORTABLE
+    holds = kind in ("hold", "softmax") and arch < 110
     largest = 16 if arch < 110 else 8
-    few = 1  # CTAs a row that fill the GPU once; a warp has a segment at least
-    while few * 2 <= largest and rows * few * 2 <= device.num_sms and few * 8 < segments:
-        few *= 2
-    many = 1  # CTAs a row that hold it, 16 segments each
-    while holds and many < 8 and many * 16 < segments:
-        many *= 2
-    blocks = 4 if kind in ("draw", "softmax") else 2
-    return LaunchShape(512 if large else 256, max(few, many), blocks // 2 if large else blocks, holds)
+    cluster = 1  # CTAs that fill the GPU once; each of a CTA's 8 warps has a segment at least
+    while cluster < largest and rows * cluster * 2 <= device.num_sms and cluster * 8 < segments:
+        cluster *= 2
+    while holds and cluster < 8 and cluster * 16 < segments:
+        cluster *= 2
+    # A multiprocessor with one CTA of 8 warps has too few loads on their way.
+    few = arch <= 110 and not holds and cluster * 8 < segments and rows * cluster <= device.num_sms
+    wide = few or _room(vocab) > 256
+    blocks = 1 if arch > 110 else 4 if kind in ("draw", "softmax") else 2
+    return LaunchShape(512 if wide else 256, cluster, max(blocks // 2, 1) if wide else blocks, holds)
 
 
 def launched_bytes(spec: KernelSpec, kind: str, vocab: int, dtype: DType, shape: LaunchShape) -> int:
@@ -293,17 +301,19 @@ def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: a CTA a row for every architecture, and a cluster a row from sm_90 on."""
     specs = []
     for dtype in (float32, bfloat16, float16):
-        shapes = [(PORTABLE, LaunchShape(), PORTABLE, PORTABLE)]
+        draws, selects, fills = [LaunchShape()], [PORTABLE], [NARROW]
         if dtype is not float16:
-            draws, selects = LaunchShape(256, 8, 4), LaunchShape(256, 8, 2)
-            shapes.append((selects, draws, LaunchShape(256, 8, 2, True), LaunchShape(256, 8, 4, True)))
-        for selects, draws, writes, softmax in shapes:
-            specs += [sample_spec(dtype, logits, "none", 256, draws) for logits in (True, False)]
-            specs += [sample_spec(dtype, logits, "top_k_top_p", 256, selects) for logits in (True, False)]
-            specs.append(sample_spec(dtype, False, "min_p", 256, selects))
-            specs += [filter_spec(dtype, logits, 256, writes) for logits in (True, False)]
-            specs.append(softmax_spec(dtype, 256, softmax))
-        specs.append(speculative_spec(dtype))
+            draws += [LaunchShape(256, 8, 4), LaunchShape(512, 2, 2)]
+            selects += [LaunchShape(256, 8, 2), LaunchShape(512, 2, 1)]
+            fills += [LaunchShape(256, 8, 2)]
+            specs.append(filter_spec(dtype, False, 256, LaunchShape(256, 8, 2, True)))
+            specs.append(softmax_spec(dtype, 256, LaunchShape(256, 8, 4, True)))
+        both = (True, False)
+        specs += [sample_spec(dtype, logits, "none", 256, shape) for shape in draws for logits in both]
+        specs += [sample_spec(dtype, logits, "top_k_top_p", 256, shape) for shape in selects for logits in both]
+        specs += [sample_spec(dtype, False, "min_p", 256, shape) for shape in selects]
+        specs += [filter_spec(dtype, logits, 256, shape) for shape in fills for logits in both]
+        specs += [softmax_spec(dtype), speculative_spec(dtype)]
     return specs
 
 
@@ -526,12 +536,12 @@ def filtered_rows(op: str, name: str, array: Any, top_k: Any, top_p: Any) -> Any
         return o.result()
     k_ptr, p_ptr, k_value, p_value, flags = _param_values(k, p, vocab)
     flags |= _JOINT | (ALIGNED_IN if aligned_rows(x) else 0) | (_ALIGNED_OUT if aligned_rows(o) else 0)
-    shape = launch_shape("write", rows, vocab, device_info(x.device))
+    shape = launch_shape("fill" if p is None else "hold", rows, vocab, device_info(x.device))
     spec = filter_spec(x.dtype, logits, _room(vocab), shape)
     load_kernel(spec, x.device).launch(
         rows * shape.cluster, x.stream(),
         x.ptr, o.ptr, 0, 0, 0, k_ptr, p_ptr, 0, 0, 0, 0, x.strides[0], rows, vocab, k_value, p_value, flags,
-        smem=launched_bytes(spec, "write", vocab, x.dtype, shape),
+        smem=launched_bytes(spec, "hold", vocab, x.dtype, shape),
     )  # fmt: skip
     return o.result()
 

@@ -321,7 +321,8 @@ FI_DEVICE void sample(const SamplingParams& params) {
 }
 
 // Rows with what TopKTopP rejects at 0 and the rest divided by its sum (Probs), or at -inf and the rest as it is (Logits).
-// Config: as for `sample` without Filter; kHold: the row stays in shared memory, which the launch makes large enough
+// Config: as for `sample` without Filter; kHold: the row stays in shared memory, which the launch makes large enough;
+// else, if top-k rejects, the output is filled while the row is read, and only what is kept is written again
 template <class Config>
 FI_DEVICE void filter_rows(const SamplingParams& params) {
   using namespace sampling;
@@ -345,14 +346,23 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   const int64_t row_number = Shape::row();
   const Row row{static_cast<const T*>(params.input) + row_number * params.stride, vocab,
                 (params.flags & kAlignedInput) != 0};
-  const Held<T, Shape, Config::kHold> held{reinterpret_cast<T*>(smem + Config::kSharedBytes)};
-  const Judged judged = judge_row<TopKTopP, Shape, kExactBits<T>, Domain>(
-      row, filter_args(params, uint32_t(row_number)), shared, 0, held);
+  T* const output = static_cast<T*>(params.output) + row_number * vocab;
+  const bool vectors = (params.flags & kAlignedOutput) != 0;
+  const FilterArgs args = filter_args(params, uint32_t(row_number));
+  const bool fills = !Config::kHold && args.has_top_k(vocab);
+  const Held<T, Shape, true> held{reinterpret_cast<T*>(smem + Config::kSharedBytes)};
+  Judged judged;
+  if constexpr (Config::kHold) {
+    judged = judge_row<TopKTopP, Shape, kExactBits<T>, Domain>(row, args, shared, 0, held);
+  } else {
+    const Filled<T> filled{fills ? output : nullptr, shared.block_top, from_float<T>(kMask ? -FI_INF : 0.f), vocab, vectors};
+    judged = judge_row<TopKTopP, Shape, kExactBits<T>, Domain>(row, args, shared, 0, filled);
+  }
   if (judged.first) {
     uint32_t threshold = 0xffffffffu;  // nothing is kept of an invalid row
     float sum = 1.f;
     if (judged.valid) {
-      threshold = judged.verdict.threshold;
+      threshold = max_of(judged.verdict.threshold, key_of(-FI_INF));
       if constexpr (!kMask) {
         const RowState<Domain, Config::kThreads, Row, Shared> state(row, shared);
         sum = Domain::probability(judged.verdict.drawn ? judged.verdict.total : state.kept(), state.ref);
@@ -369,37 +379,36 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   Shape::arrive();
   Shape::wait();  // everyone has been told
   const uint32_t threshold = shared.told_key;
+  const float least = value_of(threshold);  // NaN for an invalid row: nothing reaches it
   // Rows of an extreme scale are divided at another one.
   const float scale = shared.told_sum < 1e-30f ? 0x1p100f : shared.told_sum > 1e30f ? 0x1p-100f : 1.f;
   const float sum = shared.told_sum * scale, reciprocal = math::ptx_rcp(sum);
-  const bool blocks_known = Shape::kCluster == 1 && judged.valid && judged.blocks;
-  T* output = static_cast<T*>(params.output) + row_number * vocab;
-  const bool vectors = (params.flags & kAlignedOutput) != 0;
   constexpr int kStep = Shape::kStep;
   const int first = Shape::first(), left = int(row.segments()) - 1 - first;
 #pragma unroll 1
   for (int s = first + left / kStep * kStep; left >= 0 && s >= first; s -= kStep) {  // what was read last is nearest
     typename Row::Block v[Row::kBlocks];
+    uint32_t blocks = Row::kAll;
     if constexpr (Config::kHold) {
       held.get(s, v);
     } else {
-      uint32_t blocks = Row::kAll;
-      if (blocks_known) {
+      if (fills) {
         blocks = 0;
 #pragma unroll
         for (int b = 0; b < Row::kBlocks; ++b)
           blocks |= uint32_t(shared.block_top[s * Row::kBlocks + b] >= threshold) << b;
+        if (!blocks) continue;
       }
       row.load(s, 0, blocks, v);
     }
 #pragma unroll
     for (int b = 0; b < Row::kBlocks; ++b) {
-      const uint32_t at = s * kSegment + b * Row::kBlock + lane_id() * kPer;
+      if (!(blocks >> b & 1)) continue;
       float y[kPer];
       v[b].to_floats(y);
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
-        const bool keep = key_of(y[j]) >= threshold;
+        const bool keep = y[j] >= least;
         if constexpr (kMask) {
           y[j] = keep ? y[j] : -FI_INF;
         } else {
@@ -407,14 +416,7 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
           y[j] = keep ? __fmaf_rn(__fmaf_rn(-q, sum, x), reciprocal, q) : 0.f;  // the remainder corrects the quotient
         }
       }
-      v[b] = Vec<T, kPer>::from_floats(y);
-      if (vectors && at + kPer <= vocab) {
-        v[b].store(output + at);
-      } else {
-#pragma unroll
-        for (int j = 0; j < kPer; ++j)
-          if (at + j < vocab) output[at + j] = v[b][j];
-      }
+      Vec<T, kPer>::from_floats(y).store_part(output, s * kSegment + b * Row::kBlock + lane_id() * kPer, vocab, vectors);
     }
   }
 }

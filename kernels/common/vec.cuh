@@ -63,6 +63,16 @@ struct alignas(sizeof(T) * N) Vec {
       *static_cast<Vec*>(p) = *this;
     }
   }
+  // To elements at, at + 1, ... of an array of `size`: those that exist. `aligned`: the array starts on sizeof(Vec).
+  FI_DEVICE void store_part(T* array, uint32_t at, uint32_t size, bool aligned) const {
+    if (aligned && at + N <= size) {
+      store(array + at);
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        if (at + j < size) array[at + j] = data[j];
+    }
+  }
   FI_DEVICE T& operator[](int i) { return data[i]; }
   FI_DEVICE const T& operator[](int i) const { return data[i]; }
 

@@ -219,16 +219,40 @@ struct Held {
 #pragma unroll
     for (int b = 0; b < Row::kBlocks; ++b) v[b] = Row::Block::load(place(segment, b));
   }
+  FI_DEVICE uint32_t* tops(uint32_t) const { return nullptr; }
 };
 struct NotHeld {
   template <class Values>
   FI_DEVICE void put(uint32_t, const Values&) const {}
+  FI_DEVICE uint32_t* tops(uint32_t) const { return nullptr; }
+};
+// Rows of which few elements will be kept: while the row is read, the output is filled with what stands for a rejected
+// one, and this CTA keeps its blocks' largest keys, to find the others again.
+template <typename T>
+struct Filled {
+  using Row = PlainRow<T>;
+  T* output;           // the row; null: nothing is filled
+  uint32_t* block_top;  // of this CTA
+  T rejected;
+  uint32_t vocab;
+  bool aligned;        // output is
+
+  FI_DEVICE void put(uint32_t segment, const typename Row::Block (&)[Row::kBlocks]) const {
+    if (output == nullptr) return;
+    typename Row::Block fill;
+#pragma unroll
+    for (int j = 0; j < Row::kPer; ++j) fill[j] = rejected;
+#pragma unroll
+    for (int b = 0; b < Row::kBlocks; ++b)
+      fill.store_part(output, segment * kSegment + b * Row::kBlock + lane_id() * Row::kPer, vocab, aligned);
+  }
+  FI_DEVICE uint32_t* tops(uint32_t segment) const { return block_top + segment * Row::kBlocks; }
 };
 
 // The largest keys of a segment's blocks, NaN's if one is there; the largest of the segment is returned. kStore: lane b
-// writes block b's to `to`.
+// writes block b's to `to`, and to `here` unless that is null.
 template <bool kStore, class Row>
-FI_DEVICE uint32_t block_tops(const typename Row::Block (&v)[Row::kBlocks], uint32_t* to) {
+FI_DEVICE uint32_t block_tops(const typename Row::Block (&v)[Row::kBlocks], uint32_t* to, uint32_t* here = nullptr) {
   uint32_t top = 0, own = 0;
 #pragma unroll
   for (int b = 0; b < Row::kBlocks; ++b) {
@@ -245,7 +269,10 @@ FI_DEVICE uint32_t block_tops(const typename Row::Block (&v)[Row::kBlocks], uint
     top = max_of(top, key);
   }
   if constexpr (kStore) {
-    if (lane_id() < Row::kBlocks) to[lane_id()] = own;
+    if (lane_id() < Row::kBlocks) {
+      to[lane_id()] = own;
+      if (here != nullptr) here[lane_id()] = own;
+    }
     return top;
   } else {
     return ptx::warp_max_u32(top);
@@ -263,7 +290,7 @@ FI_DEVICE void summarise(const Row& row, Shared& to, bool want_sums, Started<Sha
     row.load(s, 0, Row::kAll, v);
     started.wait();
     held.put(s, v);
-    const uint32_t top = block_tops<kBlockTops, Row>(v, to.block_top + (kBlockTops ? s * Row::kBlocks : 0));
+    const uint32_t top = block_tops<kBlockTops, Row>(v, to.block_top + (kBlockTops ? s * Row::kBlocks : 0), held.tops(s));
     uint64_t sum = 0;
     if (want_sums) {
       const float largest = value_of(top);
