@@ -130,14 +130,14 @@ class LaunchShape(NamedTuple):
 
     @property
     def max_arch(self) -> int:
-        """Rows are held where a CTA may have 227 KB of shared memory; from sm_120 on the compiler takes more registers."""
+        """Rows are held where a CTA may have 227 KB of shared memory; for sm_120 code takes more registers."""
         return 110 if self.hold or self.min_blocks > 1 or (self.threads > 256 and self.cluster > 1) else 0
 
 
 PORTABLE = LaunchShape(min_blocks=1)
 #: Where 512 threads would have too few registers.
 NARROW = LaunchShape(256, 1, 1)
-_WRITES = ("fill", "hold")
+_NARROW_KINDS = ("fill", "hold", "top_k")
 
 
 def _shared_bytes(segments: int, selects: bool, listed: int) -> int:
@@ -152,12 +152,12 @@ def _segments(vocab: int) -> int:
     return -(-vocab // 1024)
 
 
-def _room(vocab: int) -> int:
+def room(vocab: int) -> int:
     """Segments that the kernel for this vocabulary has room for."""
     return 256 if vocab <= 1 << 18 else 512
 
 
-def _row_shared(room: int, selects: bool, shape: LaunchShape) -> tuple[int, int]:
+def row_shared(room: int, selects: bool, shape: LaunchShape) -> tuple[int, int]:
     """(kList, bytes): what is listed must leave the portable kernels within the 64 KB of sm_75, and two CTAs that hold
     64 KB of a row each in one multiprocessor.
     """
@@ -168,15 +168,21 @@ def _row_shared(room: int, selects: bool, shape: LaunchShape) -> tuple[int, int]
 
 @lru_cache(maxsize=256)
 def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
-    """The shape of a launch, for one of five kinds: "draw" (nothing is filtered), "select" (a token of what a filter
-    keeps), "fill" (rows of which few elements are kept), "hold" (rows of which many are) or "softmax".
+    """The shape of a launch, by its kind: "draw" (nothing is filtered), "select" (a token of what a filter keeps),
+    "top_k", "fill" (rows of which few elements are kept), "hold" (rows of which many are) or "softmax".
 
     Clusters spread few rows over the whole GPU; with many rows, a CTA a row has the least to synchronise. A row that is
     held takes 8 CTAs with 16 segments each for a vocabulary of 128k.
     """
     segments, arch = _segments(vocab), device.code_number
     if arch < 90:
-        return LaunchShape(min_blocks=2) if kind == "draw" else NARROW if kind in _WRITES and segments <= 256 else PORTABLE
+        return (
+            LaunchShape(min_blocks=2)
+            if kind == "draw"
+            else NARROW
+            if kind in _NARROW_KINDS and segments <= 256
+            else PORTABLE
+        )
     holds = kind in ("hold", "softmax") and arch < 110
     largest = 16 if arch < 110 else 8
     cluster = 1  # CTAs that fill the GPU once; each of a CTA's 8 warps has a segment at least
@@ -186,7 +192,7 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
         cluster *= 2
     # A multiprocessor with one CTA of 8 warps has too few loads on their way.
     few = arch <= 110 and not holds and cluster * 8 < segments and rows * cluster <= device.num_sms
-    wide = few or _room(vocab) > 256
+    wide = few or room(vocab) > 256
     blocks = 1 if arch > 110 else 4 if kind in ("draw", "softmax") else 2
     return LaunchShape(512 if wide else 256, cluster, max(blocks // 2, 1) if wide else blocks, holds)
 
@@ -206,7 +212,7 @@ def sample_spec(dtype: DType, logits: bool, kind: str, room: int = 256, shape: L
     """One token a row; `kind` is the filter: "none", "min_p" or "top_k_top_p" (top-k and top-p alone as well)."""
     struct = {"none": "NoFilter", "min_p": "MinP", "top_k_top_p": "TopKTopP"}[kind]
     domain = "Logits" if logits else "Probs"
-    listed, size = _row_shared(room, kind != "none", shape)
+    listed, size = row_shared(room, kind != "none", shape)
     return KernelSpec(
         symbol=f"sample_{domain.lower()}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
         header="sampling.cuh",
@@ -234,7 +240,7 @@ def sample_spec(dtype: DType, logits: bool, kind: str, room: int = 256, shape: L
 @lru_cache(maxsize=256)
 def filter_spec(dtype: DType, logits: bool, room: int = 256, shape: LaunchShape = PORTABLE) -> KernelSpec:
     """Rows after top-k and top-p: probabilities renormalised, or logits masked."""
-    listed, size = _row_shared(room, True, shape)
+    listed, size = row_shared(room, True, shape)
     return KernelSpec(
         symbol=f"{'mask_logits' if logits else 'renorm_probs'}_{dtype.tag}_s{room}_{shape.tag}",
         header="sampling.cuh",
@@ -503,7 +509,7 @@ def draw_tokens(
         k_ptr, p_ptr, k_value, p_value, flags = _param_values(k, p if m is None else m, x.shape[1])
         flags |= random.flags | (INDICES64 if out.dtype is int64 else 0) | (_JOINT if joint else 0)
         shape = launch_shape("draw" if kind == "none" else "select", rows, x.shape[1], device_info(x.device))
-        load_kernel(sample_spec(x.dtype, name == "logits", kind, _room(x.shape[1]), shape), x.device).launch(
+        load_kernel(sample_spec(x.dtype, name == "logits", kind, room(x.shape[1]), shape), x.device).launch(
             rows * shape.cluster, x.stream(),
             x.ptr, out.ptr, 0 if valid is None else valid.ptr, 0 if nan is None else nan.ptr,
             0 if chosen is None else chosen.ptr, k_ptr, p_ptr, random.seed_ptr, random.offset_ptr,
@@ -537,7 +543,7 @@ def filtered_rows(op: str, name: str, array: Any, top_k: Any, top_p: Any) -> Any
     k_ptr, p_ptr, k_value, p_value, flags = _param_values(k, p, vocab)
     flags |= _JOINT | (ALIGNED_IN if aligned_rows(x) else 0) | (_ALIGNED_OUT if aligned_rows(o) else 0)
     shape = launch_shape("fill" if p is None else "hold", rows, vocab, device_info(x.device))
-    spec = filter_spec(x.dtype, logits, _room(vocab), shape)
+    spec = filter_spec(x.dtype, logits, room(vocab), shape)
     load_kernel(spec, x.device).launch(
         rows * shape.cluster, x.stream(),
         x.ptr, o.ptr, 0, 0, 0, k_ptr, p_ptr, 0, 0, 0, 0, x.strides[0], rows, vocab, k_value, p_value, flags,
@@ -564,7 +570,7 @@ def softmax_rows(logits: Any, temperature: Any, enable_pdl: bool | None) -> Any:
     inverse = 1.0 if t is None or per_row else 0.0 if t == 0 else 1.0 / t  # type: ignore[operator]
     rows, vocab = x.shape
     shape = launch_shape("softmax", rows, vocab, device_info(x.device))
-    spec = softmax_spec(x.dtype, _room(vocab), shape)
+    spec = softmax_spec(x.dtype, room(vocab), shape)
     load_kernel(spec, x.device).launch(
         rows * shape.cluster, x.stream(),
         x.ptr, o.ptr, t.ptr if per_row else 0, x.strides[0], x.shape[1],  # type: ignore[union-attr]

@@ -166,15 +166,6 @@ struct Judged {
   Verdict verdict;
 };
 
-// Before the cluster's start.
-template <class Shared>
-FI_DEVICE void set_counters(Shared& shared) {
-  if (threadIdx.x == 0) {
-    shared.count = shared.inside = shared.low[0] = shared.low[1] = 0;
-    shared.high[0] = shared.high[1] = shared.bound = shared.threshold = 0xffffffffu;
-  }
-}
-
 // Every CTA learns the row's largest key and mass from the first one, which has the sums.
 template <class Shape, class State>
 FI_DEVICE void tell_total(const typename State::Row& row, typename State::Shared& shared) {

@@ -1,7 +1,7 @@
 """Draws in plain NumPy: the same tokens as the GPU kernels for the same seed, bit for bit.
 
-The arithmetic is that of ``kernels/sampling/mass.cuh``: a token's mass is its probability in 43-bit fixed point, made by
-fp32 operations that are each rounded once; everything after that is integer. A row is divided into segments of 1024
+The arithmetic is that of ``kernels/sampling/mass.cuh``: a token's mass is its probability in 43-bit fixed point, made
+by fp32 operations that are each rounded once; everything after that is integer. A row is divided into segments of 1024
 tokens; logits of which nothing is filtered have their segment's largest value as reference, and a segment has a 63-bit
 weight, otherwise the row's largest value is the only reference. Probabilities have one unit for the row.
 """
@@ -45,7 +45,7 @@ def bits64(seed: int, offset: int, row: int, draw: int) -> int:
 
 
 def _fma(a: Any, b: Any, c: Any) -> Array:
-    """``a * b + c`` of float32 values, rounded once: the product is exact in float64, and the sum rounds to odd there."""
+    """``a * b + c`` of float32 values, rounded once: exact product in float64, sum rounded to odd there."""
     product = np.asarray(a, np.float64) * np.float64(b)
     c = np.asarray(c, np.float64)
     total = product + c

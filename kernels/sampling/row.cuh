@@ -78,6 +78,15 @@ struct RowShared {
   FI_DEVICE uint64_t* masses() { return reinterpret_cast<uint64_t*>(bins); }  // kBins of them
 };
 
+// Before the cluster's start.
+template <class Shared>
+FI_DEVICE void set_counters(Shared& shared) {
+  if (threadIdx.x == 0) {
+    shared.count = shared.inside = shared.low[0] = shared.low[1] = 0;
+    shared.high[0] = shared.high[1] = shared.bound = shared.threshold = 0xffffffffu;
+  }
+}
+
 // Elements of T in memory. Lane `l` of a warp holds, of block b of a segment, elements l * kPer ... l * kPer + kPer - 1:
 // index order is (segment, block, lane, element). Places past the end hold -inf.
 template <typename T>

@@ -1,0 +1,141 @@
+"""Times every launch shape of the sampling kernels: what the thresholds in `sampling_launch.launch_shape` come from.
+
+python bench/tune_sampling.py [--vocab 128256] [--batches 1,8,64,512] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from bench_sampling import SEED, normal_logits
+
+from fi_cupy import sampling, sampling_launch, topk
+from fi_cupy.device import device_info
+from fi_cupy.dtypes import DType, bfloat16, float32
+from fi_cupy.jit.build import build_many
+from fi_cupy.jit.spec import KernelSpec
+from fi_cupy.sampling_launch import LaunchShape, filter_spec, room, sample_spec, softmax_spec
+from fi_cupy.testing.bench import launch_count, set_count
+from fi_cupy.testing.bench_gpu import GpuTimer
+
+AT = {"seed": SEED, "offset": 0}
+#: name, kind of the launch, input ("l"ogits or "p"robabilities), call.
+OPS: list[tuple[str, str, str, Callable[[Any], Any]]] = [
+    ("from_logits", "draw", "l", lambda x: sampling.sampling_from_logits(x, **AT)),
+    ("from_probs", "draw", "p", lambda x: sampling.sampling_from_probs(x, **AT)),
+    ("topk_topp logits", "select", "l", lambda x: sampling.top_k_top_p_sampling_from_logits(x, 50, 0.9, **AT)),
+    ("topk_topp joint", "select", "l",
+     lambda x: sampling.top_k_top_p_sampling_from_logits(x, 50, 0.9, filter_apply_order="joint", **AT)),
+    ("topp logits", "select", "l", lambda x: sampling.top_k_top_p_sampling_from_logits(x, 1 << 30, 0.9, **AT)),
+    ("topk probs", "select", "p", lambda x: sampling.top_k_sampling_from_probs(x, 50, **AT)),
+    ("topp probs", "select", "p", lambda x: sampling.top_p_sampling_from_probs(x, 0.9, **AT)),
+    ("minp probs", "select", "p", lambda x: sampling.min_p_sampling_from_probs(x, 0.05, **AT)),
+    ("top_k", "top_k", "l", lambda x: topk.top_k(x, 50)),
+    ("topk_mask", "fill", "l", lambda x: sampling.top_k_mask_logits(x, 50)),
+    ("topk_renorm", "fill", "p", lambda x: sampling.top_k_renorm_probs(x, 50)),
+    ("topp_renorm", "hold", "p", lambda x: sampling.top_p_renorm_probs(x, 0.9)),
+    ("softmax", "softmax", "l", lambda x: sampling.softmax(x)),
+]  # fmt: skip
+
+
+def shapes(kind: str, vocab: int) -> Iterator[LaunchShape]:
+    """Every shape that a kind of launch may have."""
+    segments = -(-vocab // 1024)
+    for cluster in (1, 2, 4, 8, 16):
+        holds = kind in ("hold", "softmax")
+        own = -(-segments // cluster)
+        if holds and own * 4 > 128:  # does not fit
+            continue
+        for threads in (256, 512, 1024):
+            if cluster * threads // 32 > 256 or cluster * threads // 32 >= 2 * max(segments, 32):
+                continue
+            for blocks in {"draw": (1024 // threads,), "softmax": (1024 // threads, 768 // threads)}.get(
+                kind, (512 // threads,)
+            ):
+                if blocks:
+                    yield LaunchShape(threads, cluster, blocks, holds)
+
+
+def spec_of(kind: str, source: str, name: str, dtype: DType, vocab: int, shape: LaunchShape) -> KernelSpec:
+    logits, segments = source == "l", room(vocab)
+    if kind == "softmax":
+        return softmax_spec(dtype, segments, shape)
+    if kind in ("fill", "hold"):
+        return filter_spec(dtype, logits, segments, shape)
+    if kind == "top_k":
+        return topk.top_k_spec(dtype, segments, shape)
+    return sample_spec(dtype, logits, "none" if kind == "draw" else "min_p" if "minp" in name else "top_k_top_p",
+                       segments, shape)  # fmt: skip
+
+
+def inputs(rows: int, vocab: int, source: str, dtype: DType, timer: GpuTimer) -> list[Any]:
+    nbytes = rows * vocab * dtype.itemsize
+    count = set_count(nbytes, nbytes, timer.l2_bytes, timer.free_bytes())
+    made = (normal_logits(rows, vocab, i) for i in range(count))
+    return [(x if source == "l" else sampling.softmax(x)).astype(dtype.np) for x in made]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, default=128256)
+    parser.add_argument("--batches", default="1,8,64,512")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--only", default="", help="names that contain this")
+    parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    vocab, dtype = options.vocab, float32 if options.dtype == "float32" else bfloat16
+    ops = [op for op in OPS if options.only in op[0]]
+    arch = device_info(0).arch
+    specs = dict.fromkeys(spec_of(k, s, n, dtype, vocab, shape) for n, k, s, _ in ops for shape in shapes(k, vocab))
+    for job, outcome in build_many([(spec, arch) for spec in specs], processes=options.processes):
+        if isinstance(outcome, Exception):
+            print(f"{job.symbol}: {outcome}")
+    timer, table = GpuTimer(), []
+    for rows in map(int, options.batches.split(",")):
+        for source in "lp":
+            sets = inputs(rows, vocab, source, dtype, timer)
+            for name, kind, of, call in ops:
+                if of == source:
+                    table.append({"op": name, "rows": rows, "us": measure(timer, sets, kind, vocab, rows, call)})
+                    show(table[-1])
+            del sets
+            timer.release()
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(table, file, indent=1)
+
+
+def measure(timer: GpuTimer, sets: list[Any], kind: str, vocab: int, rows: int, call: Callable[[Any], Any]) -> Any:
+    """Microseconds of each shape; "now" is what `launch_shape` chooses."""
+    replays: dict[str, Any] = {}
+    now = sampling_launch.launch_shape(kind, rows, vocab, device_info(0))
+    for shape in dict.fromkeys([now, *shapes(kind, vocab)]):
+        label = shape.tag + ("*" if shape == now else "")
+        with (
+            mock.patch.object(sampling_launch, "launch_shape", lambda *_, shape=shape: shape),
+            mock.patch.object(topk, "launch_shape", lambda *_, shape=shape: shape),
+        ):
+            try:
+                first = timer.capture(call, sets, len(sets), "fi_cupy")
+                us = min(timer.time({label: first}, 2, 0.0)[label]) / first.launches
+                replays[label] = timer.capture(call, sets, launch_count(us, len(sets)), "fi_cupy")
+            except Exception as error:
+                print(f"{label}: {type(error).__name__}: {error}")
+    times = timer.time(replays, 5, 0.0)
+    return {label: sorted(times[label])[2] / replays[label].launches for label in replays}
+
+
+def show(row: dict[str, Any]) -> None:
+    ranked = sorted(row["us"].items(), key=lambda item: item[1])
+    now = next((f"{us:.1f} {label}" for label, us in ranked if label.endswith("*")), "-")
+    best = "  ".join(f"{label} {us:.1f}" for label, us in ranked[:5])
+    print(f"{row['op']:18} b{row['rows']:<4} now {now:22} best {best}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
