@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fi_cupy import sampling
+from fi_cupy import sampling, sampling_launch
+from fi_cupy.device import device_info
 from fi_cupy.reference import sampling as rs
 from fi_cupy.reference import sampling_filters as sf
+from fi_cupy.sampling_launch import LaunchShape
 from fi_cupy.testing.generators import normal, on_gpu, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
@@ -73,10 +75,52 @@ def test_tokens_equal_the_reference(rng, dtype, shape):
     check(sampling.top_k_top_p_sampling_from_logits, logits, "scalars", top_k=40, top_p=0.8, **at)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape",
+    [LaunchShape(256, 1, 2), LaunchShape(512, 2, 1), LaunchShape(256, 4, 2), LaunchShape(256, 8, 2),
+     LaunchShape(256, 16, 2), LaunchShape(512, 1, 1)],
+    ids=lambda s: s.tag,
+)  # fmt: skip
+def test_every_launch_shape_gives_the_same(rng, dtype, shape, monkeypatch):
+    if shape.min_arch > device_info(0).code_number:
+        pytest.skip("clusters need sm_90")
+
+    def chosen(kind, rows, vocab, device):
+        holds = shape.cluster > 1 and kind in ("hold", "softmax")
+        return shape._replace(cluster=max(shape.cluster, 8), hold=True) if holds else shape
+
+    monkeypatch.setattr(sampling_launch, "launch_shape", chosen)
+    for rows, vocab in ((5, 5003), (10, 40000), (5, 128256)):
+        logits, probs = rows_of(rng, rows, vocab, dtype, True), rows_of(rng, rows, vocab, dtype, False)
+        check(sampling.sampling_from_logits, logits, "logits", seed=1)
+        check(sampling.sampling_from_probs, probs, "probs", seed=1)
+        check(sampling.min_p_sampling_from_probs, probs, "min_p", min_p=0.05, seed=1)
+        check(sampling.top_p_sampling_from_probs, probs, "top_p", top_p=0.9, seed=1)
+        check(sampling.top_k_sampling_from_probs, probs, "top_k", top_k=50, seed=1)
+        for order in ("top_k_first", "joint"):
+            for k, p in ((50, 0.9), (3000, 0.5), (1 << 30, 0.9)):
+                both = {"top_k": k, "top_p": p, "filter_apply_order": order, "seed": 1}
+                check(sampling.top_k_top_p_sampling_from_logits, logits, f"{order} {k} {p}", **both)
+                check(sampling.top_k_top_p_sampling_from_probs, probs, f"{order} {k} {p}", **both)
+        for function, x, parameter in (
+            (sampling.top_k_renorm_probs, probs, 50),
+            (sampling.top_p_renorm_probs, probs, 0.9),
+            (sampling.top_k_mask_logits, logits, 50),
+        ):
+            got, want = to_float64(function(on_gpu(x), parameter)), function(x, parameter).astype(np.float64)
+            assert ((got == 0) == (want == 0)).all()
+            assert_close(got, want, dtype)
+        assert_close(to_float64(sampling.softmax(on_gpu(logits))), sf.softmax(logits.astype(np.float64)), "float32")
+
+
 def test_many_rows_of_one_launch(rng):
-    logits = normal(rng, (2000, 1000), "float32", 3.0)
+    logits = normal(rng, (700, 1000), "float32", 3.0)
     check(sampling.sampling_from_logits, logits, "logits", seed=3)
     check(sampling.top_k_top_p_sampling_from_logits, logits, "top_k_top_p", top_k=50, top_p=0.9, seed=3)
+    long = normal(rng, (40, 32000), "bfloat16", 3.0)  # two waves of clusters
+    check(sampling.sampling_from_logits, long, "logits", seed=3)
+    check(sampling.top_k_top_p_sampling_from_logits, long, "top_k_top_p", top_k=50, top_p=0.9, seed=3)
 
 
 @pytest.mark.parametrize("logits", [True, False])
