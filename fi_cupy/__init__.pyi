@@ -10,6 +10,7 @@ from . import (
     errors as errors,
     gemm as gemm,
     jit as jit,
+    logits_processor as logits_processor,
     lookup as lookup,
     norm as norm,
     page as page,

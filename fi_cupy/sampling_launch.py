@@ -38,6 +38,7 @@ _MASK64 = (1 << 64) - 1
 # kernels/sampling.cuh: SamplingFlags
 INDICES64, _TOP_K64, _P64, _SEED_PER_ROW, _OFFSET_PER_ROW, _JOINT = 1, 2, 4, 8, 16, 32
 ALIGNED_IN, _ALIGNED_OUT, NEW_ACCEPTED, NEW_EMITTED = 64, 128, 256, 512
+_MIN_P64, _TEMPERATURE64 = 1024, 2048
 
 _PARAMS = ParamsStruct(
     "SamplingParams",
@@ -59,6 +60,10 @@ _PARAMS = ParamsStruct(
         ("top_k_value", "i32"),
         ("p_value", "f32"),
         ("flags", "u32"),
+        ("min_p_value", "f32"),
+        ("min_p", "ptr"),
+        ("temperature", "ptr"),
+        ("inverse_value", "f32"),
     ],
 )
 _SOFTMAX_PARAMS = ParamsStruct(
@@ -207,21 +212,32 @@ def launched_bytes(spec: KernelSpec, kind: str, vocab: int, dtype: DType, shape:
     return spec.smem_bytes - MOST_HELD + own * 1024 * dtype.itemsize
 
 
+_SPILLS = (
+    "all filters' parameters live across the loop over the row: some wait in local memory, or a CTA less would fit"
+)
+#: Filters of the kernels, by name.
+_FILTERS = {"none": "NoFilter", "min_p": "MinP", "top_k_top_p": "TopKTopP", "all": "AllFilters"}
+
+
 @lru_cache(maxsize=256)
-def sample_spec(dtype: DType, logits: bool, kind: str, room: int = 256, shape: LaunchShape = PORTABLE) -> KernelSpec:
-    """One token a row; `kind` is the filter: "none", "min_p" or "top_k_top_p" (top-k and top-p alone as well)."""
-    struct = {"none": "NoFilter", "min_p": "MinP", "top_k_top_p": "TopKTopP"}[kind]
+def sample_spec(
+    dtype: DType, logits: bool, kind: str, room: int = 256, shape: LaunchShape = PORTABLE, scaled: bool = False
+) -> KernelSpec:
+    """One token a row; `kind` is the filter: "none", "min_p", "top_k_top_p" (top-k and top-p alone as well) or "all";
+    `scaled`: by a temperature.
+    """
     domain = "Logits" if logits else "Probs"
     listed, size = row_shared(room, kind != "none", shape)
     return KernelSpec(
-        symbol=f"sample_{domain.lower()}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
+        symbol=f"sample_{'scaled_' if scaled else ''}{domain.lower()}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
         header="sampling.cuh",
         function="sample",
         params=_PARAMS,
         config=(
             ("T", dtype),
             ("Domain", CppType(f"fi::sampling::{domain}")),
-            ("Filter", CppType(f"fi::sampling::{struct}")),
+            ("Filter", CppType(f"fi::sampling::{_FILTERS[kind]}")),
+            ("kScaled", scaled),
             ("kThreads", shape.threads),
             ("kCluster", shape.cluster),
             ("kSegments", room),
@@ -234,21 +250,26 @@ def sample_spec(dtype: DType, logits: bool, kind: str, room: int = 256, shape: L
         min_arch=shape.min_arch,
         max_arch=shape.max_arch,
         cluster=shape.cluster if shape.cluster > 1 else 0,
+        spills=_SPILLS if kind == "all" else "",
     )
 
 
 @lru_cache(maxsize=256)
-def filter_spec(dtype: DType, logits: bool, room: int = 256, shape: LaunchShape = PORTABLE) -> KernelSpec:
-    """Rows after top-k and top-p: probabilities renormalised, or logits masked."""
+def filter_spec(
+    dtype: DType, logits: bool, room: int = 256, shape: LaunchShape = PORTABLE, kind: str = "top_k_top_p"
+) -> KernelSpec:
+    """Rows after top-k and top-p (or "all" filters): probabilities renormalised, or logits masked."""
+    tail = "" if kind == "top_k_top_p" else f"_{kind}"
     listed, size = row_shared(room, True, shape)
     return KernelSpec(
-        symbol=f"{'mask_logits' if logits else 'renorm_probs'}_{dtype.tag}_s{room}_{shape.tag}",
+        symbol=f"{'mask_logits' if logits else 'renorm_probs'}{tail}_{dtype.tag}_s{room}_{shape.tag}",
         header="sampling.cuh",
         function="filter_rows",
         params=_PARAMS,
         config=(
             ("T", dtype),
             ("Domain", CppType(f"fi::sampling::{'Logits' if logits else 'Probs'}")),
+            ("Filter", CppType(f"fi::sampling::{_FILTERS[kind]}")),
             ("kThreads", shape.threads),
             ("kCluster", shape.cluster),
             ("kSegments", room),
@@ -262,6 +283,7 @@ def filter_spec(dtype: DType, logits: bool, room: int = 256, shape: LaunchShape 
         min_arch=shape.min_arch,
         max_arch=shape.max_arch,
         cluster=shape.cluster if shape.cluster > 1 else 0,
+        spills=_SPILLS if kind == "all" else "",
     )
 
 
@@ -319,6 +341,11 @@ def kernel_specs() -> list[KernelSpec]:
         specs += [sample_spec(dtype, logits, "top_k_top_p", 256, shape) for shape in selects for logits in both]
         specs += [sample_spec(dtype, False, "min_p", 256, shape) for shape in selects]
         specs += [filter_spec(dtype, logits, 256, shape) for shape in fills for logits in both]
+        specs += [
+            sample_spec(dtype, True, kind, 256, shape, True)
+            for kind, shape in (("none", draws[-1]), ("all", selects[-1]))
+        ]
+        specs += [sample_spec(dtype, False, "all", 256, selects[-1]), filter_spec(dtype, False, 256, fills[-1], "all")]
         specs += [softmax_spec(dtype), speculative_spec(dtype)]
     return specs
 
@@ -442,18 +469,22 @@ def _filter(rows: int, top_k: Any, top_p: Any, min_p: Any, joint: bool) -> Any:
     )
 
 
+def _real(p: Any, nothing: float, flag: int) -> tuple[int, float, int]:
+    """(pointer, value, flag if float64) of a real parameter."""
+    if isinstance(p, View):
+        return p.ptr, 0.0, flag if p.dtype is float64 else 0
+    return 0, nothing if p is None else p, 0
+
+
 def _param_values(top_k: Any, p: Any, vocab: int) -> tuple[int, int, int, float, int]:
     """(top_k pointer, p pointer, top_k value, p value, flags) of a launch."""
-    k_ptr, k_value, p_ptr, p_value, flags = 0, vocab, 0, 1.0, 0
+    k_ptr, k_value, flags = 0, vocab, 0
     if isinstance(top_k, View):
         k_ptr, flags = top_k.ptr, _TOP_K64 if top_k.dtype is int64 else 0
     elif top_k is not None:
         k_value = top_k
-    if isinstance(p, View):
-        p_ptr, flags = p.ptr, flags | (_P64 if p.dtype is float64 else 0)
-    elif p is not None:
-        p_value = p
-    return k_ptr, p_ptr, k_value, p_value, flags
+    p_ptr, p_value, wide = _real(p, 1.0, _P64)
+    return k_ptr, p_ptr, k_value, p_value, flags | wide
 
 
 def draw_tokens(
@@ -464,13 +495,14 @@ def draw_tokens(
     top_k: Any = None,
     top_p: Any = None,
     min_p: Any = None,
+    temperature: Any = None,
     joint: bool = False,
     indices: Any,
     generator: Any,
-    check_nan: bool,
+    check_nan: bool = False,
     seed: Any,
     offset: Any,
-    return_valid: bool,
+    return_valid: bool = False,
 ) -> Any:
     """Check, draw one token a row, and give the result back; every sampling function ends here."""
     x = checked_rows(op, name, array)
@@ -485,6 +517,7 @@ def draw_tokens(
     k = None if top_k is None else _top_k(op, top_k, rows, x)
     p = None if top_p is None else _probability(op, "top_p", top_p, rows, x)
     m = None if min_p is None else _probability(op, "min_p", min_p, rows, x)
+    t = None if temperature is None else _temperature(op, temperature, rows, x)
     random = Random(op, x, rows, seed, offset, generator)
     out = x.empty((rows,), int32 if chosen is None else chosen.dtype)
     valid = x.empty((rows,), bool_) if return_valid else None
@@ -497,29 +530,49 @@ def draw_tokens(
             )
         domain = reference.sampling.Logits if name == "logits" else reference.sampling.Probs
         tokens, ok, has_nan = reference.sampling.sample(
-            x.numpy(), domain, _filter(rows, k, p, m, joint), random.seed, random.offset, index
-        )
+            x.numpy(), domain, _filter(rows, k, p, m, joint), random.seed, random.offset, index,
+            _array(t, rows, np.float64),
+        )  # fmt: skip
         out.write(tokens)
         if valid is not None:
             valid.write(ok)
         any_nan = bool(has_nan.any())
     else:
         nan = x.empty((rows,), uint8) if check_nan else None
-        kind = "min_p" if m is not None else "none" if k is None and p is None else "top_k_top_p"
-        k_ptr, p_ptr, k_value, p_value, flags = _param_values(k, p if m is None else m, x.shape[1])
-        flags |= random.flags | (INDICES64 if out.dtype is int64 else 0) | (_JOINT if joint else 0)
+        logits, scaled = name == "logits", t is not None
+        kind = _kind(k is not None or p is not None, m is not None, logits, scaled)
+        k_ptr, p_ptr, k_value, p_value, flags = _param_values(k, m if kind == "min_p" else p, x.shape[1])
+        m_ptr, m_value, m_wide = _real(m, 0.0, _MIN_P64)
+        t_ptr, t_value, t_wide = _real(t, 1.0, _TEMPERATURE64)
+        flags |= m_wide | t_wide | random.flags | (INDICES64 if out.dtype is int64 else 0) | (_JOINT if joint else 0)
         shape = launch_shape("draw" if kind == "none" else "select", rows, x.shape[1], device_info(x.device))
-        load_kernel(sample_spec(x.dtype, name == "logits", kind, room(x.shape[1]), shape), x.device).launch(
+        spec = sample_spec(x.dtype, logits, kind, room(x.shape[1]), shape, scaled)
+        load_kernel(spec, x.device).launch(
             rows * shape.cluster, x.stream(),
             x.ptr, out.ptr, 0 if valid is None else valid.ptr, 0 if nan is None else nan.ptr,
             0 if chosen is None else chosen.ptr, k_ptr, p_ptr, random.seed_ptr, random.offset_ptr,
             random.seed_value, random.offset_value, x.strides[0], x.shape[0], x.shape[1], k_value, p_value,
-            flags | (ALIGNED_IN if aligned_rows(x) else 0),
+            flags | (ALIGNED_IN if aligned_rows(x) else 0), m_value, m_ptr, t_ptr, 1.0 / t_value if t_value else 0.0,
         )  # fmt: skip
         any_nan = nan is not None and bool(nan.host().any())
     if check_nan and any_nan:
         raise ArgumentError(f"{op}: Input {name} contains NaN.")
     return out.result() if valid is None else (out.result(), valid.result())
+
+
+def _kind(tops: bool, min_p: bool, logits: bool, scaled: bool) -> str:
+    """The filter of the kernel that does it: those of pipelines are compiled with all of them."""
+    if not tops and not min_p:
+        return "none"
+    if min_p:
+        return "all" if tops or logits else "min_p"
+    return "all" if scaled else "top_k_top_p"
+
+
+def _temperature(op: str, value: Any, rows: int, x: View) -> float | View:
+    if is_scalar(value):
+        return float(value)
+    return per_row_param(op, "temperature", value, rows, x, (float32, float64))
 
 
 def is_joint(op: str, order: str) -> bool:
@@ -528,25 +581,29 @@ def is_joint(op: str, order: str) -> bool:
     return order == "joint"
 
 
-def filtered_rows(op: str, name: str, array: Any, top_k: Any, top_p: Any) -> Any:
-    """Rows after one filter, dtype of the input."""
+def filtered_rows(op: str, name: str, array: Any, top_k: Any, top_p: Any, min_p: Any = None, joint: bool = True) -> Any:
+    """Rows after filters, dtype of the input."""
     x = checked_rows(op, name, array)
     rows, vocab = x.shape
     logits = name == "logits"
     k = None if top_k is None else _top_k(op, top_k, rows, x)
     p = None if top_p is None else _probability(op, "top_p", top_p, rows, x)
+    m = None if min_p is None else _probability(op, "min_p", min_p, rows, x)
     o = x.empty(x.shape, x.dtype)
     if x.is_cpu:
         apply = reference.sampling.mask_logits if logits else reference.sampling.renorm_probs
-        o.write(apply(x.numpy(), _filter(rows, k, p, None, True)))
+        o.write(apply(x.numpy(), _filter(rows, k, p, m, joint)))
         return o.result()
     k_ptr, p_ptr, k_value, p_value, flags = _param_values(k, p, vocab)
-    flags |= _JOINT | (ALIGNED_IN if aligned_rows(x) else 0) | (_ALIGNED_OUT if aligned_rows(o) else 0)
-    shape = launch_shape("fill" if p is None else "hold", rows, vocab, device_info(x.device))
-    spec = filter_spec(x.dtype, logits, room(vocab), shape)
+    m_ptr, m_value, m_wide = _real(m, 0.0, _MIN_P64)
+    flags |= m_wide | (_JOINT if joint else 0) | (ALIGNED_IN if aligned_rows(x) else 0)
+    flags |= _ALIGNED_OUT if aligned_rows(o) else 0
+    shape = launch_shape("fill" if k is not None else "hold", rows, vocab, device_info(x.device))
+    spec = filter_spec(x.dtype, logits, room(vocab), shape, "top_k_top_p" if m is None else "all")
     load_kernel(spec, x.device).launch(
         rows * shape.cluster, x.stream(),
         x.ptr, o.ptr, 0, 0, 0, k_ptr, p_ptr, 0, 0, 0, 0, x.strides[0], rows, vocab, k_value, p_value, flags,
+        m_value, m_ptr, 0, 1.0,
         smem=launched_bytes(spec, "hold", vocab, x.dtype, shape),
     )  # fmt: skip
     return o.result()

@@ -25,6 +25,8 @@ enum SamplingFlags : uint32_t {
   kAlignedOutput = 128,
   kNewAccepted = 256,   // chain sampling: this counter is written, not added to
   kNewEmitted = 512,
+  kMinP64 = 1024,       // min_p is float64, else float32
+  kTemperature64 = 2048,
 };
 
 struct SamplingParams {
@@ -44,6 +46,10 @@ struct SamplingParams {
   int32_t top_k_value;
   float p_value;
   uint32_t flags;
+  float min_p_value;        // of pipelines: min-p beside top-k and top-p
+  const void* min_p;
+  const void* temperature;  // of pipelines on logits, or null for the value
+  float inverse_value;      // 1 / temperature; 0 for temperature 0
 };
 
 namespace sampling {
@@ -61,24 +67,33 @@ FI_DEVICE void write_index(void* p, bool wide, int64_t i, int64_t value) {
     static_cast<int32_t*>(p)[i] = int32_t(value);
   }
 }
+// One a row, float64 or float32; without an array, the value.
+FI_DEVICE double read_real(const void* p, bool wide, int64_t i, float value) {
+  if (p == nullptr) return value;
+  return wide ? static_cast<const double*>(p)[i] : double(static_cast<const float*>(p)[i]);
+}
+template <class Filter>
 FI_DEVICE FilterArgs filter_args(const SamplingParams& params, uint32_t row) {
   const uint32_t flags = params.flags;
   int64_t k = params.top_k ? read_index(params.top_k, flags & kTopK64, row) : params.top_k_value;
-  float p = params.p_value;
-  if (params.p) p = flags & kP64 ? float(static_cast<const double*>(params.p)[row]) : static_cast<const float*>(params.p)[row];
   k = max_of<int64_t>(1, min_of<int64_t>(k, params.vocab));
-  return {uint32_t(k), p, (flags & kJoint) != 0};
+  FilterArgs args = {uint32_t(k), float(read_real(params.p, flags & kP64, row, params.p_value)), (flags & kJoint) != 0};
+  if constexpr (Filter::kTop && Filter::kMin) args.min_p = float(read_real(params.min_p, flags & kMinP64, row, params.min_p_value));
+  return args;
 }
 
-// The filters' kinds: kTop, top-k and then top-p; else min-p, which keeps p >= min_p * max, inclusive.
+// The filters' kinds: kTop, top-k and then top-p; kMin, min-p, which keeps p >= min_p * max, inclusive, of what they left.
 struct NoFilter {
-  static constexpr bool kFilters = false, kTop = false;
+  static constexpr bool kFilters = false, kTop = false, kMin = false;
 };
 struct MinP {
-  static constexpr bool kFilters = true, kTop = false;
+  static constexpr bool kFilters = true, kTop = false, kMin = true;
 };
 struct TopKTopP {
-  static constexpr bool kFilters = true, kTop = true;
+  static constexpr bool kFilters = true, kTop = true, kMin = false;
+};
+struct AllFilters {
+  static constexpr bool kFilters = true, kTop = true, kMin = true;
 };
 
 // Where the row's random numbers start.
@@ -188,7 +203,8 @@ template <class Filter, class Shape, int exact_bits, class Domain, class Row, cl
 FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& shared, uint64_t random, const Held& held) {
   using State = RowState<Domain, Shape::kThreads, Row, Shared>;
   const bool top_k = Filter::kTop && args.has_top_k(row.vocab), top_p = Filter::kTop && args.has_top_p();
-  const bool banded = top_p && !top_k, whole = !Filter::kFilters || (Filter::kTop && !top_k && !top_p);
+  const bool banded = top_p && !top_k;
+  const bool whole = !Filter::kFilters || (Filter::kTop && !top_k && !top_p && !args.has_min_p());
   const bool joint = Domain::kOwnRef && top_p && args.joint;  // top-p compares with the whole row's mass
   Judged judged = {Shape::rank() == 0, false, true, whole, Filter::kFilters && (Domain::kOwnRef || !banded), {}};
   Shared& to = Shape::at(shared, 0);
@@ -230,21 +246,25 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
   } else if constexpr (Filter::kFilters) {
     Rest rest;
     FilterArgs left = args;
+    if constexpr (Filter::kTop && Filter::kMin) {
+      if (args.has_min_p()) left.least = Domain::min_p_key(args.min_p, state.top);
+    }
     if (banded) {
-      rest = rest_of_band(state, args, band, total, Shape::kStep);
+      rest = rest_of_band(state, left, band, total, Shape::kStep);
     } else {
       if (joint) total = state.total();
       uint32_t low = 0;
       bool bounded = true;
       if constexpr (Filter::kTop) {
-        bounded = lower_bound(state, args.top_k, low);
+        if (!Filter::kMin || top_k) bounded = lower_bound(state, args.top_k, low);
+        else low = left.least;
       } else {
-        low = min_of(key_of(__fmul_rn(args.p, state.top)), state.top_key);
+        if (args.p > 0.f) low = Domain::min_p_key(args.p, state.top);
         left = {row.vocab, 1.f, false};
       }
       const uint32_t listed = bounded ? gather(state, low) : kWholeRow;
       if (listed <= Shape::kThreads) {
-        judged.verdict = settle(state, listed, left, total, random);
+        judged.verdict = settle<State>(row, state.top_key, listed, left, total, random);
         return judged;
       }
       rest = {listed <= Shared::kList ? listed : kWholeRow, low, state.top_key, 0};
@@ -258,14 +278,16 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
 
 }  // namespace sampling
 
-// Config: T, Domain (sampling::Logits or Probs), Filter (sampling::NoFilter, MinP or TopKTopP), kThreads, kCluster,
-// kSegments, kList (RowShared), kSharedBytes (its size)
+// Config: T, Domain (sampling::Logits or Probs), Filter (sampling::NoFilter, MinP, TopKTopP or AllFilters), kScaled (by
+// temperature), kThreads, kCluster, kSegments, kList (RowShared), kSharedBytes (its size)
 template <class Config>
 FI_DEVICE void sample(const SamplingParams& params) {
   using namespace sampling;
   using T = typename Config::T;
   using Domain = typename Config::Domain;
   using Filter = typename Config::Filter;
+  using Source = SourceRow<T, Config::kScaled>;
+  using Row = typename Source::Row;
   using Shape = sampling::Shape<Config::kThreads, Config::kCluster>;
   using Shared = RowShared<Config::kSegments, Filter::kFilters, Config::kList>;
   static_assert(sizeof(Shared) == Config::kSharedBytes);
@@ -282,17 +304,23 @@ FI_DEVICE void sample(const SamplingParams& params) {
   uint32_t token = 0;
   bool nan = false, valid = false;
   if (0 <= index && index < params.rows) {
-    const PlainRow<T> row{static_cast<const T*>(params.input) + index * params.stride, params.vocab,
-                          (flags & kAlignedInput) != 0};
+    const PlainRow<T> plain{static_cast<const T*>(params.input) + index * params.stride, params.vocab,
+                            (flags & kAlignedInput) != 0};
+    float inverse = params.inverse_value;
+    if (Config::kScaled && params.temperature) {
+      const double t = read_real(params.temperature, flags & kTemperature64, output_row, 0.f);
+      inverse = t == 0. ? 0.f : float(1. / t);
+    }
+    const Row row = Source::make(plain, inverse);
     const Stream stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, output_row);
     const uint64_t random = stream.bits64(0);
-    const Judged judged = judge_row<Filter, Shape, kExactBits<T>, Domain>(row, filter_args(params, output_row), shared,
-                                                                          random, NotHeld{});
+    const Judged judged = judge_row<Filter, Shape, Config::kScaled ? 0 : kExactBits<T>, Domain>(
+        row, filter_args<Filter>(params, output_row), shared, random, NotHeld{});
     if (!judged.first) return;
     nan = judged.nan;
     valid = judged.valid;
     if (valid) {
-      const RowState<Domain, Config::kThreads, PlainRow<T>, Shared> state(row, shared);
+      const RowState<Domain, Config::kThreads, Row, Shared> state(row, shared);
       if (judged.verdict.drawn) {
         token = judged.verdict.token;
       } else if (judged.whole) {
@@ -311,14 +339,15 @@ FI_DEVICE void sample(const SamplingParams& params) {
   }
 }
 
-// Rows with what TopKTopP rejects at 0 and the rest divided by its sum (Probs), or at -inf and the rest as it is (Logits).
-// Config: as for `sample` without Filter; kHold: the row stays in shared memory, which the launch makes large enough;
+// Rows with what Filter rejects at 0 and the rest divided by its sum (Probs), or at -inf and the rest as it is (Logits).
+// Config: as for `sample` without kScaled; kHold: the row stays in shared memory, which the launch makes large enough;
 // else, if top-k rejects, the output is filled while the row is read, and only what is kept is written again
 template <class Config>
 FI_DEVICE void filter_rows(const SamplingParams& params) {
   using namespace sampling;
   using T = typename Config::T;
   using Domain = typename Config::Domain;
+  using Filter = typename Config::Filter;
   using Row = PlainRow<T>;
   using Shape = sampling::Shape<Config::kThreads, Config::kCluster>;
   using Shared = RowShared<Config::kSegments, true, Config::kList>;
@@ -339,15 +368,15 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
                 (params.flags & kAlignedInput) != 0};
   T* const output = static_cast<T*>(params.output) + row_number * vocab;
   const bool vectors = (params.flags & kAlignedOutput) != 0;
-  const FilterArgs args = filter_args(params, uint32_t(row_number));
+  const FilterArgs args = filter_args<Filter>(params, uint32_t(row_number));
   const bool fills = !Config::kHold && args.has_top_k(vocab);
   const Held<T, Shape, true> held{reinterpret_cast<T*>(smem + Config::kSharedBytes)};
   Judged judged;
   if constexpr (Config::kHold) {
-    judged = judge_row<TopKTopP, Shape, kExactBits<T>, Domain>(row, args, shared, 0, held);
+    judged = judge_row<Filter, Shape, kExactBits<T>, Domain>(row, args, shared, 0, held);
   } else {
     const Filled<T> filled{fills ? output : nullptr, shared.block_top, from_float<T>(kMask ? -FI_INF : 0.f), vocab, vectors};
-    judged = judge_row<TopKTopP, Shape, kExactBits<T>, Domain>(row, args, shared, 0, filled);
+    judged = judge_row<Filter, Shape, kExactBits<T>, Domain>(row, args, shared, 0, filled);
   }
   if (judged.first) {
     uint32_t threshold = 0xffffffffu;  // nothing is kept of an invalid row

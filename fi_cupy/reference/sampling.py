@@ -93,6 +93,10 @@ class Logits:
     def absolute(p: float, total: int, top: Any) -> int:
         return share(p, total)
 
+    @staticmethod
+    def min_p_value(min_p: Any, top: Any) -> Any:
+        return _F32(top + _F32(np.log(np.float64(min_p))))
+
 
 class Probs:
     """Masses of probabilities, in units of 2^-43 if the reference lies in [2^lowest, 2), else of 2^-43 of the
@@ -121,6 +125,10 @@ class Probs:
     @classmethod
     def absolute(cls, p: float, total: int, top: Any) -> int:
         return min(math.ceil(math.ldexp(p, MASS_BITS - cls.exponent(top))), _U64_MAX)
+
+    @staticmethod
+    def min_p_value(min_p: Any, top: Any) -> Any:
+        return _F32(min_p * top)
 
     @classmethod
     def probability(cls, mass: int, top: Any) -> np.float32:
@@ -202,7 +210,7 @@ class Filter:
     top_p : float array, optional
         1 or more keeps all.
     min_p : float array, optional
-        Excludes the other two.
+        Keeps, of what the others left, what has this probability relative to the likeliest token; 0 or less keeps all.
     joint : bool
         top-p looks at the row as it stands, else at what top-k left, renormalised.
     """
@@ -214,9 +222,15 @@ class Filter:
 
     def threshold(self, row: Array, domain: Domain, i: int) -> Any:
         """The smallest kept value of a valid float32 row, for output row `i`; None if its parameters keep all."""
+        threshold = self._top_threshold(row, domain, i)
+        if self.min_p is None or not self.min_p[i] > 0:
+            return threshold
         top = row.max()
-        if self.min_p is not None:
-            return min(_F32(self.min_p[i]) * top, top)
+        least = min(domain.min_p_value(_F32(self.min_p[i]), top), top)
+        return least if threshold is None else max(threshold, least)
+
+    def _top_threshold(self, row: Array, domain: Domain, i: int) -> Any:
+        top = row.max()
         k = row.size if self.top_k is None else min(max(int(self.top_k[i]), 1), row.size)
         p = 1.0 if self.top_p is None else float(_F32(self.top_p[i]))
         threshold = _F32(-np.inf) if k == row.size else np.partition(row, row.size - k)[row.size - k]
@@ -268,7 +282,13 @@ def streams(rows: int, seed: Any, offset: Any) -> list[tuple[int, int, int]]:
 
 
 def sample(
-    x: Array, domain: Domain, keep: Filter, seed: Any, offset: Any, indices: Array | None = None
+    x: Array,
+    domain: Domain,
+    keep: Filter,
+    seed: Any,
+    offset: Any,
+    indices: Array | None = None,
+    temperature: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """One token a row.
 
@@ -280,6 +300,8 @@ def sample(
     seed, offset : int or uint64 array of 1 or `rows`
     indices : [rows], optional
         Row of `x` for each output row.
+    temperature : [rows], optional
+        Logits are divided by it (multiplied by its inverse) first; 0 is uniform.
 
     Returns
     -------
@@ -290,6 +312,10 @@ def sample(
     tokens, valid, nan = (np.zeros(len(chosen), t) for t in (np.int64, bool, bool))
     for i, (s, o, r) in enumerate(streams(len(chosen), seed, offset)):
         row = upcast(x[chosen[i]], _F32)
+        if temperature is not None:
+            t = np.float64(temperature[i])
+            with np.errstate(invalid="ignore"):
+                row = np.where(np.isneginf(row), row, row * _F32(1 / t if t else 0))
         nan[i] = np.isnan(row).any()
         valid[i] = not nan[i] and domain.valid(row.max())
         if valid[i]:

@@ -206,7 +206,9 @@ FI_DEVICE Rest rest_of_band(const State& state, const FilterArgs& args, Band ban
   Rest rest = {kWholeRow, 0, state.top_key, 0};
   bool unit = true;
   if constexpr (!Domain::kOwnRef) unit = state.ref.exponent == 0;
-  if (unit && above < target && target <= reached)
+  // What lies above the band is kept whole, unless min-p cuts there: then the row is read again.
+  const bool cut = band.high < FI_INF && args.least >= key_of(band.high);
+  if (unit && !cut && above < target && target <= reached)
     rest = {n <= State::Shared::kList ? n : kWholeRow, key_of(band.low), min_of(key_of(band.high) - 1, state.top_key),
             above};
   if constexpr (!Domain::kOwnRef) {

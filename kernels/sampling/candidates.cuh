@@ -129,13 +129,17 @@ FI_DEVICE uint32_t gather(const State& state, uint32_t low) {
   return shared.count;
 }
 
-// A list of at most kThreads: everyone is compared with everyone. shared.threshold must be 0xffffffff.
+// A list of at most kThreads: everyone is compared with everyone. shared.threshold must be 0xffffffff, and the State's
+// shared memory the dynamic one. Not inlined, as `search`.
 template <class State>
-FI_DEVICE Verdict settle(const State& state, uint32_t n, const FilterArgs& args, uint64_t total, uint64_t random) {
+__device__ __noinline__ Verdict settle(typename State::Row row, uint32_t top_key, uint32_t n, FilterArgs args,
+                                       uint64_t total, uint64_t random) {
   using Domain = typename State::Domain;
   constexpr int kThreads = State::kThreads;
   static_assert(2 * kThreads <= kBins);
-  auto& shared = state.shared;
+  extern __shared__ __align__(1024) uint8_t smem[];
+  auto& shared = *reinterpret_cast<typename State::Shared*>(smem);
+  const State state(row, shared, top_key);
   uint64_t *const mass = shared.masses(), *const kept_mass = mass + kThreads;
   if (threadIdx.x < n) mass[threadIdx.x] = Domain::mass(value_of(shared.key[threadIdx.x]), state.ref);
   __syncthreads();  // masses are complete
@@ -158,6 +162,7 @@ FI_DEVICE Verdict settle(const State& state, uint32_t n, const FilterArgs& args,
     if (!args.joint) total = block_sum<kThreads>(kept && part == 0 ? mass[mine] : 0, shared.warp_sum);
     kept = kept && above < args.target<Domain>(total, state.ref);
   }
+  kept = kept && key >= args.least;
   const uint64_t own = kept ? mass[mine] : 0;
   if (there && part == 0) kept_mass[mine] = own;
   const uint32_t lowest = ptx::warp_min_u32(kept ? key : 0xffffffffu);

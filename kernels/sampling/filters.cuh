@@ -92,9 +92,12 @@ struct FilterArgs {
   uint32_t top_k;  // 1 ... vocab; vocab keeps all
   float p;         // top-p (1 or more, or NaN, keeps all) or min-p
   bool joint;      // top-p looks at the row as it stands, else at what top-k left, renormalised
+  float min_p = 0.f;   // beside top-k and top-p: p >= min_p * max, inclusive; 0 keeps all
+  uint32_t least = 0;  // the key of that bound, once the row's largest value is known
 
   FI_DEVICE bool has_top_k(uint32_t vocab) const { return top_k < vocab; }
   FI_DEVICE bool has_top_p() const { return p < 1.f; }
+  FI_DEVICE bool has_min_p() const { return min_p > 0.f; }
   // The mass that top-p has to reach. `total`: of the row if joint (probabilities do without), else of top-k's tokens.
   template <class Domain>
   FI_DEVICE uint64_t target(uint64_t total, typename Domain::Ref ref) const {
@@ -157,6 +160,7 @@ __device__ __noinline__ uint32_t search(typename State::Row row, uint32_t top_ke
         visit, [&](float x) { return stage == 0 ? uint64_t(1) : Domain::mass(x, state.ref); }, threshold, rest.high,
         target, exact_bits, shared);
   }
+  threshold = max_of(threshold, args.least);
   if (rest.listed == kWholeRow) {
     state.keep_sums(threshold);
   } else {

@@ -58,6 +58,10 @@ struct Logits {
   FI_DEVICE static uint64_t weight(Ref part, Ref whole) { return exp_fixed(__fsub_rn(part.top, whole.top), 63); }
   // The mass that top-p compares with: p of everything.
   FI_DEVICE static uint64_t absolute(float p, uint64_t total, Ref) { return share(p, total); }
+  // The key that min-p's tokens reach: of probability min_p relative to the largest value.
+  FI_DEVICE static uint32_t min_p_key(float min_p, float top) {
+    return key_of(fminf(__fadd_rn(top, float(log(double(min_p)))), top));
+  }
   // A value that has a mass of surely less than `mass`, and everything below it too.
   FI_DEVICE static float value_below(float mass, Ref r) {
     return __fadd_rd(r.top, (math::ptx_log2(mass) - (kMassBits + 1)) * math::loge2);
@@ -93,6 +97,7 @@ struct Probabilities {
   FI_DEVICE static uint64_t absolute(float p, uint64_t, Ref r) {
     return __double2ull_ru(double(p) * __longlong_as_double(int64_t(kMassBits - r.exponent + 1023) << 52));
   }
+  FI_DEVICE static uint32_t min_p_key(float min_p, float top) { return key_of(fminf(__fmul_rn(min_p, top), top)); }
   FI_DEVICE static float value_below(float mass, Ref r) { return 0.5f * probability(uint64_t(mass), r); }
   // A mass as a probability.
   FI_DEVICE static float probability(uint64_t mass, Ref r) {

@@ -137,6 +137,59 @@ struct PlainRow {
   }
 };
 
+// Logits divided by a temperature: elements times its inverse, rounded to fp32. -inf stays -inf: an inverse of 0 is
+// uniform over what is not masked.
+template <typename T>
+struct ScaledRow {
+  using Plain = PlainRow<T>;
+  static constexpr int kPer = Plain::kPer, kBlock = Plain::kBlock, kBlocks = Plain::kBlocks;
+  static constexpr uint32_t kAll = Plain::kAll;
+  struct Block {
+    typename Plain::Block plain;
+    float inverse;
+    FI_DEVICE void to_floats(float (&out)[kPer]) const {
+      plain.to_floats(out);
+      scale(out, inverse);
+    }
+  };
+
+  Plain plain;
+  float inverse;
+  uint32_t vocab;
+
+  FI_DEVICE ScaledRow(const Plain& plain, float inverse) : plain(plain), inverse(inverse), vocab(plain.vocab) {}
+  FI_DEVICE uint32_t segments() const { return plain.segments(); }
+  template <int kCount>
+  FI_DEVICE void load(uint32_t segment, int block, uint32_t blocks, Block (&v)[kCount]) const {
+    typename Plain::Block p[kCount];
+    plain.load(segment, block, blocks, p);
+#pragma unroll
+    for (int b = 0; b < kCount; ++b) v[b] = {p[b], inverse};
+  }
+  FI_DEVICE void load_at(uint32_t first, float (&v)[kPer]) const {
+    plain.load_at(first, v);
+    scale(v, inverse);
+  }
+
+ private:
+  FI_DEVICE static void scale(float (&v)[kPer], float inverse) {
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) v[j] = v[j] == -FI_INF ? -FI_INF : __fmul_rn(v[j], inverse);
+  }
+};
+
+// The row that a draw reads.
+template <typename T, bool kScaled>
+struct SourceRow {
+  using Row = PlainRow<T>;
+  FI_DEVICE static Row make(const PlainRow<T>& plain, float) { return plain; }
+};
+template <typename T>
+struct SourceRow<T, true> {
+  using Row = ScaledRow<T>;
+  FI_DEVICE static Row make(const PlainRow<T>& plain, float inverse) { return Row(plain, inverse); }
+};
+
 // max(target - draft, 0): what a rejected draft token is replaced from. Without draft, the target alone.
 template <typename T>
 struct ResidualRow {
