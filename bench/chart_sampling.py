@@ -1,6 +1,6 @@
 """Draws sampling times over the batch size from the bench's JSON.
 
-python -m fi_cupy bench sampling_batches --json batches.json
+python -m fi_cupy.testing.bench_cli --op sampling_batches --json batches.json
 python bench/chart_sampling.py batches.json sampling.svg
 """
 

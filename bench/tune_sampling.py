@@ -1,21 +1,23 @@
 """Times every launch shape of the sampling kernels: what the thresholds in `sampling_launch.launch_shape` come from.
 
 python bench/tune_sampling.py [--vocab 128256] [--batches 1,8,64,512] [--json FILE]
+python bench/tune_sampling.py --build    # only compiles, in parallel, what `launch_shape` can choose
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from typing import Any
 from unittest import mock
 
 from bench_sampling import SEED, normal_logits
 
 from fi_cupy import sampling, sampling_launch, topk
-from fi_cupy.device import device_info
-from fi_cupy.dtypes import DType, bfloat16, float32
+from fi_cupy.device import DeviceInfo, device_info
+from fi_cupy.dtypes import DType, bfloat16, float16, float32
 from fi_cupy.jit.build import build_many
 from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.sampling_launch import LaunchShape, filter_spec, room, sample_spec, softmax_spec
@@ -72,6 +74,33 @@ def spec_of(kind: str, source: str, name: str, dtype: DType, vocab: int, shape: 
                        segments, shape)  # fmt: skip
 
 
+def chosen_specs(device: DeviceInfo) -> Iterator[KernelSpec]:
+    """The kernels that the GPU tests and the bench need on a device."""
+    vocabs = (1000, 5003, 20000, 32000, 40000, 128256)
+    sizes = [*product(vocabs, (1, 5, 10, 33, 64, 133)), (262144, 2), (524288, 2)]
+    for dtype in (float32, bfloat16, float16):
+        for vocab, rows in sizes:
+
+            def shape(kind: str, vocab: int = vocab, rows: int = rows) -> LaunchShape:
+                return sampling_launch.launch_shape(kind, rows, vocab, device)
+
+            for logits in (True, False):
+                yield sample_spec(dtype, logits, "none", room(vocab), shape("draw"))
+                yield sample_spec(dtype, logits, "top_k_top_p", room(vocab), shape("select"))
+                yield filter_spec(dtype, logits, room(vocab), shape("fill"))
+            yield sample_spec(dtype, False, "min_p", room(vocab), shape("select"))
+            yield filter_spec(dtype, False, room(vocab), shape("hold"))
+            yield softmax_spec(dtype, room(vocab), shape("softmax"))
+            yield topk.top_k_spec(dtype, room(vocab), shape("top_k"))
+    yield from (*sampling_launch.kernel_specs(), *topk.kernel_specs())
+
+
+def compile_all(specs: Iterable[KernelSpec], device: DeviceInfo, processes: int) -> None:
+    for job, outcome in build_many([(s, device.arch) for s in specs if s.supports(device.arch)], processes=processes):
+        if isinstance(outcome, Exception):
+            print(f"{job.symbol}: {outcome}")
+
+
 def inputs(rows: int, vocab: int, source: str, dtype: DType, timer: GpuTimer) -> list[Any]:
     nbytes = rows * vocab * dtype.itemsize
     count = set_count(nbytes, nbytes, timer.l2_bytes, timer.free_bytes())
@@ -87,14 +116,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names that contain this")
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--json")
+    parser.add_argument("--build", action="store_true", help="only compile what launch_shape can choose")
     options = parser.parse_args()
     vocab, dtype = options.vocab, float32 if options.dtype == "float32" else bfloat16
     ops = [op for op in OPS if options.only in op[0]]
-    arch = device_info(0).arch
+    device = device_info(0)
+    if options.build:
+        return compile_all(dict.fromkeys(chosen_specs(device)), device, options.processes)
     specs = dict.fromkeys(spec_of(k, s, n, dtype, vocab, shape) for n, k, s, _ in ops for shape in shapes(k, vocab))
-    for job, outcome in build_many([(spec, arch) for spec in specs], processes=options.processes):
-        if isinstance(outcome, Exception):
-            print(f"{job.symbol}: {outcome}")
+    compile_all(specs, device, options.processes)
     timer, table = GpuTimer(), []
     for rows in map(int, options.batches.split(",")):
         for source in "lp":
