@@ -20,7 +20,7 @@ from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.dtypes import DType, bfloat16, float16, float32
 from fi_cupy.jit.build import build_many
 from fi_cupy.jit.spec import KernelSpec
-from fi_cupy.sampling_launch import LaunchShape, filter_spec, room, sample_spec, softmax_spec
+from fi_cupy.sampling_launch import LaunchShape, filter_spec, room, sample_spec, softmax_spec, speculative_spec
 from fi_cupy.testing.bench import launch_count, set_count
 from fi_cupy.testing.bench_gpu import GpuTimer
 
@@ -92,6 +92,7 @@ def chosen_specs(device: DeviceInfo) -> Iterator[KernelSpec]:
             yield filter_spec(dtype, False, room(vocab), shape("hold"))
             yield softmax_spec(dtype, room(vocab), shape("softmax"))
             yield topk.top_k_spec(dtype, room(vocab), shape("top_k"))
+            yield speculative_spec(dtype, room(vocab), shape("speculative"))
     yield from (*sampling_launch.kernel_specs(), *topk.kernel_specs())
 
 

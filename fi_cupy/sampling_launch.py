@@ -142,7 +142,7 @@ class LaunchShape(NamedTuple):
 PORTABLE = LaunchShape(min_blocks=1)
 #: Where 512 threads would have too few registers.
 NARROW = LaunchShape(256, 1, 1)
-_NARROW_KINDS = ("fill", "hold", "top_k")
+_NARROW_KINDS = ("fill", "hold", "top_k", "speculative")
 
 
 def _shared_bytes(segments: int, selects: bool, listed: int) -> int:
@@ -174,7 +174,7 @@ def row_shared(room: int, selects: bool, shape: LaunchShape) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
     """The shape of a launch, by its kind: "draw" (nothing is filtered), "select" (a token of what a filter keeps),
-    "top_k", "fill" (rows of which few elements are kept), "hold" (rows of which many are) or "softmax".
+    "top_k", "speculative", "fill" (rows of which few elements are kept), "hold" (rows of which many are) or "softmax".
 
     Clusters spread few rows over the whole GPU; with many rows, a CTA a row has the least to synchronise. A row that is
     held takes 8 CTAs with 16 segments each for a vocabulary of 128k.
@@ -312,16 +312,27 @@ def softmax_spec(dtype: DType, room: int = 256, shape: LaunchShape = PORTABLE) -
 
 
 @lru_cache(maxsize=16)
-def speculative_spec(dtype: DType) -> KernelSpec:
+def speculative_spec(dtype: DType, room: int = 256, shape: LaunchShape = NARROW) -> KernelSpec:
     """Chain speculative sampling."""
+    size = _shared_bytes(room, False, 0)
     return KernelSpec(
-        symbol=f"chain_speculative_{dtype.tag}",
+        symbol=f"chain_speculative_{dtype.tag}_s{room}_{shape.tag}",
         header="sampling/speculative.cuh",
         function="chain_speculative",
         params=_SPECULATIVE_PARAMS,
-        config=(("T", dtype), ("kThreads", 512)),
-        threads=512,
-        min_blocks=1,
+        config=(
+            ("T", dtype),
+            ("kThreads", shape.threads),
+            ("kCluster", shape.cluster),
+            ("kSegments", room),
+            ("kSharedBytes", size),
+        ),
+        threads=shape.threads,
+        min_blocks=shape.min_blocks,
+        smem_bytes=size,
+        min_arch=shape.min_arch,
+        max_arch=shape.max_arch,
+        cluster=shape.cluster if shape.cluster > 1 else 0,
     )
 
 
@@ -336,6 +347,7 @@ def kernel_specs() -> list[KernelSpec]:
             fills += [LaunchShape(256, 8, 2)]
             specs.append(filter_spec(dtype, False, 256, LaunchShape(256, 8, 2, True)))
             specs.append(softmax_spec(dtype, 256, LaunchShape(256, 8, 4, True)))
+            specs += [speculative_spec(dtype, 256, shape) for shape in selects[1:]]
         both = (True, False)
         specs += [sample_spec(dtype, logits, "none", 256, shape) for shape in draws for logits in both]
         specs += [sample_spec(dtype, logits, "top_k_top_p", 256, shape) for shape in selects for logits in both]

@@ -1,8 +1,9 @@
 // Chain speculative sampling (Leviathan et al. 2023): accept a prefix of the draft tokens, then draw one more token.
 //   draft token i is accepted if u_i * draft_probs[i][token] < target_probs[i][token];
 //   the first rejected position draws from max(target - draft, 0), and if none is rejected, position n from the target.
-// One CTA of 512 threads computes one row; grid = batch. Uniforms: Philox draw i for position i, draw n for the token.
-// Shared memory: RowShared, 7 KB. Bytes moved: two rows of vocab. Architecture: any.
+// A cluster of kCluster CTAs (1 below sm_90) of kThreads computes one row; grid = batch * kCluster. Its first CTA draws.
+// Uniforms: Philox draw i for position i, draw n for the token.
+// Shared memory (dynamic): RowShared. Bytes moved: two rows of vocab. Architecture: any; clusters need sm_90.
 #pragma once
 #include "sampling.cuh"
 
@@ -23,25 +24,28 @@ struct SpeculativeParams {
   uint32_t flags;               // SamplingFlags
 };
 
-// Config: T, kThreads
+// Config: T, kThreads, kCluster, kSegments (RowShared), kSharedBytes (its size)
 template <class Config>
 FI_DEVICE void chain_speculative(const SpeculativeParams& params) {
   using namespace sampling;
   using T = typename Config::T;
   constexpr int kThreads = Config::kThreads;
-  using Shape = sampling::Shape<kThreads, 1>;
-  using Shared = RowShared<512, false, 0>;
-  __shared__ Shared shared;
+  using Shape = sampling::Shape<kThreads, Config::kCluster>;
+  using Shared = RowShared<Config::kSegments, false, 0>;
+  static_assert(sizeof(Shared) == Config::kSharedBytes);
+  extern __shared__ __align__(1024) uint8_t smem[];
+  Shared& shared = *reinterpret_cast<Shared*>(smem);
 
+  Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
   const uint32_t n = params.num_draft, vocab = params.vocab, flags = params.flags;
-  const int64_t row = blockIdx.x;
+  const int64_t row = Shape::row();
   const bool wide = (flags & kIndices64) != 0;
   const T* draft = static_cast<const T*>(params.draft_probs) + row * n * int64_t(vocab);
   const T* target = static_cast<const T*>(params.target_probs) + row * (n + 1) * int64_t(vocab);
-  const Stream stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, blockIdx.x);
+  const Stream stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, uint32_t(row));
 
   // Every warp makes the same decisions.
   uint32_t emitted = n, accepted = 0;
@@ -65,17 +69,22 @@ FI_DEVICE void chain_speculative(const SpeculativeParams& params) {
   ResidualRow<T> source{{target + emitted * int64_t(vocab), vocab, aligned}, {nullptr, vocab, aligned}};
   if (emitted < n) source.draft.data = draft + emitted * int64_t(vocab);
   uint32_t top = 0;
+  Started<Shape> started;
 #pragma unroll 1
   for (bool again = true; again;) {
-    Started<Shape> started;
-    summarise<Residuals, false, Shape>(source, shared, true, started, NotHeld{});
-    __syncthreads();  // the summary is complete
-    top = row_top(shared, source.segments());
+    summarise<Residuals, false, Shape>(source, Shape::at(shared, 0), true, started, NotHeld{});
+    Shape::arrive();
+    Shape::wait();  // the first CTA has the summary
+    if (Shape::rank() == 0) top = row_top(shared, source.segments());
+    if (Shape::rank() == 0 && threadIdx.x < Shape::kCluster) Shape::at(shared, threadIdx.x).told_key = top;
+    Shape::arrive();
+    Shape::wait();  // every CTA has been told the largest key, and the tops have been read
+    top = shared.told_key;
     // The target may nowhere exceed the draft (equal rows that rounding rejected): then the target itself.
     again = source.draft.data && top <= key_of(0.f);
     if (again) source.draft.data = nullptr;
-    __syncthreads();  // the tops have been read
   }
+  if (Shape::rank() != 0) return;
   const RowState<Residuals, kThreads, ResidualRow<T>, Shared> state(source, shared, top);
   uint32_t token = 0;
   if (state.valid()) {

@@ -6,6 +6,7 @@ order. What this cannot show is the hardware's arithmetic; tests/gpu does.
 
 from __future__ import annotations
 
+import contextlib
 from unittest import mock
 
 import emulate
@@ -33,12 +34,10 @@ def shape(request):
         holds = cluster > 1 and kind in ("hold", "softmax")
         return LaunchShape(threads, max(cluster, 8) if holds else cluster, 1, holds)
 
-    with emulate.emulated(emulate.HOPPER, sampling_launch, speculative, topk):
-        with (
-            mock.patch.object(sampling_launch, "launch_shape", chosen),
-            mock.patch.object(topk, "launch_shape", chosen),
-        ):
-            yield request.param
+    with emulate.emulated(emulate.HOPPER, sampling_launch, speculative, topk), contextlib.ExitStack() as stack:
+        for module in (sampling_launch, speculative, topk):
+            stack.enter_context(mock.patch.object(module, "launch_shape", chosen))
+        yield request.param
 
 
 def rows_of(rng, rows, vocab, dtype, logits):
@@ -155,15 +154,19 @@ def test_top_k_transforms(rng, shape):
             assert (np.sort(raw, 1) == np.sort(raw_want, 1)).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_chain_speculative(rng, dtype):
-    batch, n, vocab = 6, 3, 1500
+def test_chain_speculative(rng, shape):
+    batch, n, vocab, dtype = 6, 3, 3500, DTYPE[shape]
     kind = normal(rng, (1,), dtype).dtype
     target = sf.softmax(normal(rng, (batch * (n + 1), vocab), "float32", 2.0)).reshape(batch, n + 1, vocab)
     draft = target[:, :n] * rng.uniform(0.7, 1.3, (batch, n, vocab)).astype(np.float32)
     draft[::3] = target[::3, :n]
     args = draft.astype(kind), np.argmax(draft, -1).astype(np.int32), target.astype(kind)
-    with emulate.emulated(emulate.HOPPER, sampling_launch, speculative):
-        got = sampling.chain_speculative_sampling(*map(on_device, args), seed=5, offset=8)
-    for g, w in zip(got, sampling.chain_speculative_sampling(*args, seed=5, offset=8), strict=True):
-        assert (np.asarray(g) == w).all()
+    args[0][2, 0], args[2][2, 0], args[1][2, 0] = 0.001, 0, 3  # nothing to draw from: token 0
+    args[1][1, 0] = vocab  # out of range: rejected
+    args[0][4], args[1][4, 1] = args[2][4, :n], vocab  # a residual of nothing: drawn from the target
+    for order in range(3):
+        emulate.EmulatedKernel.order = order
+        got = sampling.chain_speculative_sampling(*map(on_device, args), seed=5 + order, offset=8)
+        want = sampling.chain_speculative_sampling(*args, seed=5 + order, offset=8)
+        for g, w in zip(got, want, strict=True):
+            assert (np.asarray(g) == w).all()
