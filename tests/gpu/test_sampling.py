@@ -75,43 +75,56 @@ def test_tokens_equal_the_reference(rng, dtype, shape):
     check(sampling.top_k_top_p_sampling_from_logits, logits, "scalars", top_k=40, top_p=0.8, **at)
 
 
+LAUNCH_SHAPES = [
+    LaunchShape(256, 1, 2), LaunchShape(512, 1, 1), LaunchShape(512, 2, 1), LaunchShape(256, 4, 2),
+    LaunchShape(256, 8, 2), LaunchShape(256, 16, 2),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "shape",
-    [LaunchShape(256, 1, 2), LaunchShape(512, 2, 1), LaunchShape(256, 4, 2), LaunchShape(256, 8, 2),
-     LaunchShape(256, 16, 2), LaunchShape(512, 1, 1)],
-    ids=lambda s: s.tag,
-)  # fmt: skip
-def test_every_launch_shape_gives_the_same(rng, dtype, shape, monkeypatch):
-    if shape.min_arch > device_info(0).code_number:
-        pytest.skip("clusters need sm_90")
+@pytest.mark.parametrize("size", [(5, 5003), (10, 40000), (5, 128256)])
+def test_every_launch_shape_gives_the_same(rng, dtype, size, monkeypatch):
+    logits, probs = rows_of(rng, *size, dtype, True), rows_of(rng, *size, dtype, False)
+    draws = [
+        (sampling.sampling_from_logits, logits, {}),
+        (sampling.sampling_from_probs, probs, {}),
+        (sampling.min_p_sampling_from_probs, probs, {"min_p": 0.05}),
+        (sampling.top_p_sampling_from_probs, probs, {"top_p": 0.9}),
+        (sampling.top_k_sampling_from_probs, probs, {"top_k": 50}),
+    ]
+    for k, p, order in ((50, 0.9, "top_k_first"), (3000, 0.5, "joint"), (1 << 30, 0.9, "joint")):
+        both = {"top_k": k, "top_p": p, "filter_apply_order": order}
+        draws.append((sampling.top_k_top_p_sampling_from_logits, logits, both))
+        draws.append((sampling.top_k_top_p_sampling_from_probs, probs, both))
+    written = [
+        (sampling.top_k_renorm_probs, probs, 50),
+        (sampling.top_p_renorm_probs, probs, 0.9),
+        (sampling.top_k_mask_logits, logits, 50),
+    ]
+    tokens = [f(x, **parameters, seed=1) for f, x, parameters in draws]
+    rows = [f(x, parameter).astype(np.float64) for f, x, parameter in written]
+    softmax = sf.softmax(logits.astype(np.float64))
+    bits = None
+    for shape in LAUNCH_SHAPES:
+        if shape.min_arch > device_info(0).code_number:
+            continue
 
-    def chosen(kind, rows, vocab, device):
-        holds = shape.cluster > 1 and kind in ("hold", "softmax")
-        return shape._replace(cluster=max(shape.cluster, 8), hold=True) if holds else shape
+        def chosen(kind, rows, vocab, device, shape=shape):
+            holds = shape.cluster > 1 and kind in ("hold", "softmax")
+            return shape._replace(cluster=max(shape.cluster, 8), hold=True) if holds else shape
 
-    monkeypatch.setattr(sampling_launch, "launch_shape", chosen)
-    for rows, vocab in ((5, 5003), (10, 40000), (5, 128256)):
-        logits, probs = rows_of(rng, rows, vocab, dtype, True), rows_of(rng, rows, vocab, dtype, False)
-        check(sampling.sampling_from_logits, logits, "logits", seed=1)
-        check(sampling.sampling_from_probs, probs, "probs", seed=1)
-        check(sampling.min_p_sampling_from_probs, probs, "min_p", min_p=0.05, seed=1)
-        check(sampling.top_p_sampling_from_probs, probs, "top_p", top_p=0.9, seed=1)
-        check(sampling.top_k_sampling_from_probs, probs, "top_k", top_k=50, seed=1)
-        for order in ("top_k_first", "joint"):
-            for k, p in ((50, 0.9), (3000, 0.5), (1 << 30, 0.9)):
-                both = {"top_k": k, "top_p": p, "filter_apply_order": order, "seed": 1}
-                check(sampling.top_k_top_p_sampling_from_logits, logits, f"{order} {k} {p}", **both)
-                check(sampling.top_k_top_p_sampling_from_probs, probs, f"{order} {k} {p}", **both)
-        for function, x, parameter in (
-            (sampling.top_k_renorm_probs, probs, 50),
-            (sampling.top_p_renorm_probs, probs, 0.9),
-            (sampling.top_k_mask_logits, logits, 50),
-        ):
-            got, want = to_float64(function(on_gpu(x), parameter)), function(x, parameter).astype(np.float64)
-            assert ((got == 0) == (want == 0)).all()
+        monkeypatch.setattr(sampling_launch, "launch_shape", chosen)
+        for (f, x, parameters), want in zip(draws, tokens, strict=True):
+            got = cupy.asnumpy(f(on_gpu(x), **parameters, seed=1))
+            assert (got == want).all(), (shape.tag, f.__name__, parameters, np.flatnonzero(got != want))
+        for (f, x, parameter), want in zip(written, rows, strict=True):
+            got = to_float64(f(on_gpu(x), parameter))
+            assert ((got == 0) == (want == 0)).all(), (shape.tag, f.__name__)
             assert_close(got, want, dtype)
-        assert_close(to_float64(sampling.softmax(on_gpu(logits))), sf.softmax(logits.astype(np.float64)), "float32")
+        got = cupy.asnumpy(sampling.softmax(on_gpu(logits)))
+        assert_close(got.astype(np.float64), softmax, "float32")
+        bits = got if bits is None else bits
+        assert (got == bits).all(), shape.tag
 
 
 def test_many_rows_of_one_launch(rng):
