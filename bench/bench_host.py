@@ -126,8 +126,15 @@ def _wrapper(module: str, name: str) -> Any:
     return kind(cupy.empty(32 << 20, np.uint8))
 
 
-def _decode_plan(batch: int, kv_len: int) -> float:
+def _on_gpu(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    import cupy
+
+    return tuple(cupy.asarray(x) for x in arrays)
+
+
+def _decode_plan(batch: int, kv_len: int, on_gpu: bool = False) -> float:
     wrapper, table = _wrapper("decode", "BatchDecodeWithPagedKVCacheWrapper"), _page_table(batch, kv_len)
+    table = _on_gpu(table) if on_gpu else table
     return host_us(lambda: wrapper.plan(*table, 32, 8, 128, 16, q_data_type="bfloat16"), calls=20, rounds=9)
 
 
@@ -139,13 +146,22 @@ def _decode_run() -> float:
     return host_us(lambda: wrapper.run(q, cache, out=out))
 
 
-def _prefill_plan(batch: int, qo_len: int, kv_len: int) -> float:
-    wrapper, table = _wrapper("prefill", "BatchPrefillWithPagedKVCacheWrapper"), _page_table(batch, kv_len)
-    qo_indptr = np.arange(batch + 1, dtype=np.int32) * qo_len
+def _prefill_plan(batch: int, qo_len: int, kv_len: int, on_gpu: bool = False) -> float:
+    wrapper = _wrapper("prefill", "BatchPrefillWithPagedKVCacheWrapper")
+    table = (np.arange(batch + 1, dtype=np.int32) * qo_len, *_page_table(batch, kv_len))
+    table = _on_gpu(table) if on_gpu else table
     return host_us(
-        lambda: wrapper.plan(qo_indptr, *table, 32, 8, 128, 16, causal=True, q_data_type="bfloat16"),
+        lambda: wrapper.plan(*table, 32, 8, 128, 16, causal=True, q_data_type="bfloat16"),
         calls=10,
         rounds=9,
+    )
+
+
+def _ragged_plan(batch: int, length: int) -> float:
+    wrapper = _wrapper("prefill", "BatchPrefillWithRaggedKVCacheWrapper")
+    indptr = np.arange(batch + 1, dtype=np.int32) * length
+    return host_us(
+        lambda: wrapper.plan(indptr, indptr, 32, 8, 128, causal=True, q_data_type="bfloat16"), calls=10, rounds=9
     )
 
 
@@ -187,5 +203,10 @@ def cases(device: DeviceInfo) -> list[BenchCase]:
             "prefill plan(), 1 x (4096, 16384)",
             lambda: _prefill_plan(1, 4096, 16384),
             recorded="plan paged.fa2 b1 q4096 kv16384 h32/8 d128 p16 c",
+        ),
+        host_case("prefill plan(), ragged 16x1024", lambda: _ragged_plan(16, 1024)),
+        host_case("decode plan(), 64x8192, page table on the GPU", lambda: _decode_plan(64, 8192, True)),
+        host_case(
+            "prefill plan(), 16 x (512, 4096), page table on the GPU", lambda: _prefill_plan(16, 512, 4096, True)
         ),
     ]

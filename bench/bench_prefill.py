@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import peers
 
-from fi_cupy import prefill
+from fi_cupy import jit, prefill
 from fi_cupy.device import DeviceInfo
+from fi_cupy.jit import ops
 from fi_cupy.testing.bench import BenchCase, bench_case, random_array
 
 PAGE = 16
@@ -28,6 +29,8 @@ class Shape(NamedTuple):
     window: int = -1
     cap: float = 0.0
     alibi: bool = False
+    kv: str = "bfloat16"
+    rope: bool = False
 
 
 S16K, S4K, S1K = 16384, 4096, 1024
@@ -50,6 +53,8 @@ PAGED = [
     Shape(16, S1K, S1K, 32, 8),
     Shape(1, 16, 65536, 32, 8),  # a few tokens over a long prompt: split keys
     Shape(8, 128, 128, 9, 3, 64),  # SmolLM2-135M: the demo's shape
+    Shape(16, 512, S4K, 32, 8, kv="float8_e4m3fn"),  # keys and values are widened in shared memory,
+    Shape(16, 512, S4K, 32, 8, rope=True),  # or rotated there: against the first row
 ]
 
 
@@ -65,12 +70,28 @@ def name_of(s: Shape, kind: str) -> str:
     """The row's name."""
     length = str(s.qo_len) if s.qo_len == s.kv_len else f"q{s.qo_len}/kv{s.kv_len}"
     options = (" window" if s.window >= 0 else "") + (" cap" if s.cap else "") + (" alibi" if s.alibi else "")
+    options += (f" {s.kv}" if s.kv != "bfloat16" else "") + (" rope" if s.rope else "")
     return f"{kind} {s.batch}x{length} {s.heads}/{s.kv_heads} d{s.dim} {'causal' if s.causal else 'full'}{options}"
+
+
+def _soft_cap(score: Any, ctx: Any) -> Any:
+    return ctx.cap * ops.tanh(score / ctx.cap)
+
+
+def _alibi(score: Any, ctx: Any) -> Any:
+    return score + ctx.slopes[ctx.qo_head] * (ctx.kv_idx - ctx.qo_idx)
+
+
+#: Variants as a user writes them: what they cost is the ratio to the plain row of the same shape.
+VARIANTS = {
+    "soft cap": (jit.define_variant("soft_cap", "causal", score_fn=_soft_cap, scalars=["cap"]), "softcap30"),
+    "ALiBi": (jit.define_variant("alibi", "causal", score_fn=_alibi, tensors=["slopes"]), "alibi"),
+}
 
 
 def _recorded(s: Shape, kind: str) -> tuple[str, ...]:
     """Rows of the recorded peers."""
-    if s.window >= 0 or s.cap or s.alibi:
+    if s.window >= 0 or s.cap or s.alibi or s.rope or s.kv != "bfloat16":
         return ()
     rest = f"h{s.heads}/{s.kv_heads} d{s.dim} "
     lengths = f"s{s.qo_len}" if kind == "sprefill" else f"b{s.batch} s{s.qo_len}"
@@ -98,13 +119,15 @@ def _single(s: Shape) -> BenchCase:
         run = peers.flashinfer().single_prefill_with_kv_cache
         run(x["q"], x["k"], x["v"], backend=backend, **options)
 
-    def torch(x: dict[str, Any]) -> None:
-        peers.attention(*(x[n].transpose(0, 1)[None] for n in "qkv"), causal=s.causal)
+    def torch(backend: str, x: dict[str, Any]) -> None:
+        peers.attention(*(x[n].transpose(0, 1)[None] for n in "qkv"), causal=s.causal, backend=backend)
 
     plain = s.window < 0 and not s.cap and not s.alibi
     rivals: dict[str, Any] = {f"flashinfer {b}": partial(flashinfer, b) for b in ("fa2", "fa3")}
+    if plain:
+        rivals["flash"] = partial(torch, "flash")
     if plain and s.dim <= 128:
-        rivals["cudnn"] = torch
+        rivals["cudnn"] = partial(torch, "cudnn")
     return bench_case(
         name_of(s, "single_prefill"),
         lambda x: prefill.single_prefill_with_kv_cache(x["q"], x["k"], x["v"], **options),
@@ -112,6 +135,26 @@ def _single(s: Shape) -> BenchCase:
         flops=flops(s),
         peers=rivals,
         recorded=_recorded(s, "sprefill"),
+        interleave=True,
+    )
+
+
+def _variant(name: str) -> BenchCase:
+    s = Shape(1, S16K, S16K)
+    variant, recorded = VARIANTS[name]
+    kernel = jit.compile(variant)
+    cap = {"cap": 30.0} if name == "soft cap" else {}
+
+    def make(i: int) -> dict[str, Any]:
+        slopes = {} if cap else {"slopes": random_array((s.heads,), "float32", 7)}
+        return {**_contiguous(s, i), "extra": slopes}
+
+    return bench_case(
+        f"{name_of(s, 'single_prefill')}, Python variant {name}",
+        lambda x: kernel.run(x["q"], x["k"], x["v"], **cap, **x["extra"]),
+        make_inputs=make,
+        flops=flops(s),
+        recorded=(f"flex b1 s{s.qo_len} h{s.heads} d{s.dim} causal+{recorded}",),
         interleave=True,
     )
 
@@ -130,9 +173,12 @@ def _paged_inputs(s: Shape, i: int) -> dict[str, Any]:
 
     wrapper = prefill.BatchPrefillWithPagedKVCacheWrapper(cupy.empty((64 << 20,), cupy.uint8))
     table = page_table(s, i)
-    wrapper.plan(*table, s.heads, s.kv_heads, s.dim, PAGE, causal=s.causal, q_data_type="bfloat16")
+    wrapper.plan(
+        *table, s.heads, s.kv_heads, s.dim, PAGE, causal=s.causal, q_data_type="bfloat16", kv_data_type=s.kv,
+        pos_encoding_mode="ROPE_LLAMA" if s.rope else "NONE",
+    )  # fmt: skip
     q = random_array((s.batch * s.qo_len, s.heads, s.dim), "bfloat16", 2 * i)
-    cache = random_array((len(table[2]), 2, PAGE, s.kv_heads, s.dim), "bfloat16", 2 * i + 1)
+    cache = random_array((len(table[2]), 2, PAGE, s.kv_heads, s.dim), s.kv, 2 * i + 1)
     return {"q": q, "cache": cache, "out": cupy.empty_like(q), "wrapper": wrapper, "seed": i}
 
 
@@ -168,6 +214,16 @@ def _flashinfer_batch(s: Shape, backend: str, paged: bool) -> Any:
 
 def _batch(s: Shape, paged: bool) -> BenchCase:
     kind = "paged_prefill" if paged else "ragged_prefill"
+    rivals: dict[str, Any] = {}
+    if not s.rope and s.kv == "bfloat16":
+        rivals = {f"flashinfer {b}": _flashinfer_batch(s, b, paged) for b in ("fa2", "fa3")}
+
+    def torch(backend: str, x: dict[str, Any]) -> None:
+        q, k, v = (x[n].view(s.batch, -1, *x[n].shape[1:]).transpose(1, 2) for n in "qkv")
+        peers.attention(q, k, v, causal=s.causal, backend=backend)
+
+    if not paged:  # requests of one length are a batch to torch
+        rivals |= {backend: partial(torch, backend) for backend in ("flash", "cudnn")}
     return bench_case(
         name_of(s, kind),
         (lambda x: x["wrapper"].run(x["q"], x["cache"], out=x["out"]))
@@ -175,7 +231,7 @@ def _batch(s: Shape, paged: bool) -> BenchCase:
         else (lambda x: x["wrapper"].run(x["q"], x["k"], x["v"], out=x["out"])),
         make_inputs=partial(_paged_inputs if paged else _ragged_inputs, s),
         flops=flops(s),
-        peers={f"flashinfer {b}": _flashinfer_batch(s, b, paged) for b in ("fa2", "fa3")},
+        peers=rivals,
         recorded=_recorded(s, "paged" if paged else "ragged"),
         interleave=True,
     )
@@ -183,4 +239,5 @@ def _batch(s: Shape, paged: bool) -> BenchCase:
 
 def cases(device: DeviceInfo) -> list[BenchCase]:
     """One contiguous request, ragged batches, and batches over pages of 16 in random order."""
-    return [*map(_single, SINGLE), *(_batch(s, False) for s in RAGGED), *(_batch(s, True) for s in PAGED)]
+    singles = [*map(_single, SINGLE), *map(_variant, VARIANTS)]
+    return [*singles, *(_batch(s, False) for s in RAGGED), *(_batch(s, True) for s in PAGED)]

@@ -190,15 +190,15 @@ class _NumPy(Framework):
     name = "numpy"
 
     def view(self, array: Any) -> View:
-        kind = kind_of(array.dtype)
-        if not array.dtype.isnative:
-            raise DTypeError(f"has the foreign byte order of {array.dtype.str!r}, expected the machine's own")
-        itemsize = array.dtype.itemsize
-        if any(s % itemsize for s in array.strides):
-            raise LayoutError(
-                f"has strides of {array.strides} bytes, expected multiples of its {itemsize}-byte elements"
-            )
-        return View(self, array, 0, array.shape, tuple([s // itemsize for s in array.strides]), kind, CPU, array)
+        given = array.dtype
+        kind = dtypes._KNOWN.get(given) or kind_of(given)
+        if not given.isnative:
+            raise DTypeError(f"has the foreign byte order of {given.str!r}, expected the machine's own")
+        itemsize, strides = given.itemsize, array.strides
+        for s in strides:
+            if s % itemsize:
+                raise LayoutError(f"has strides of {strides} bytes, expected multiples of its {itemsize}-byte elements")
+        return View(self, array, 0, array.shape, tuple([s // itemsize for s in strides]), kind, CPU, array)
 
     def empty(self, shape: tuple[int, ...], dtype: DType, like: View) -> View:
         return self.view(np.empty(shape, dtype.np))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fi_cupy import mixed
 from fi_cupy.arrays import view
 from fi_cupy.batch_attention import BatchAttention
 from fi_cupy.cascade_attention import (
@@ -25,8 +26,11 @@ from fi_cupy.decode import (
 from fi_cupy.decode_single import _geometry as single_decode_geometry
 from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.dtypes import dtype as to_dtype
+from fi_cupy.dtypes import float8_e4m3fn
 from fi_cupy.errors import ArgumentError, PlanError
+from fi_cupy.kv_cache import as_fp8
 from fi_cupy.plan.decode import TILE, single_chunks
+from fi_cupy.plan.mixed import grid
 from fi_cupy.plan.prefill import plan_prefill
 from fi_cupy.pod import PODWithPagedKVCacheWrapper
 from fi_cupy.prefill import (
@@ -36,7 +40,9 @@ from fi_cupy.prefill import (
     single_prefill_with_kv_cache_return_lse,
 )
 from fi_cupy.prefill_batch import BatchPrefill
-from fi_cupy.prefill_kernel import Geometry, Problem, check_problem, geometry
+from fi_cupy.prefill_kernel import Geometry, geometry
+from fi_cupy.prefill_plan import Work, make_problem, read_options
+from fi_cupy.scales import read_scales
 from fi_cupy.sparse import BlockSparseAttentionWrapper, VariableBlockSparseAttentionWrapper
 
 __all__ = [
@@ -149,7 +155,7 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
         sm_scale: float | None = None,
         *,
         sinks: Any = None,
-        q_scale: float | None = None,
+        q_scale: Any = None,
         **options: Any,
     ) -> Any:
         """Attention of the planned batch.
@@ -254,6 +260,10 @@ def explain(call: Any, *args: Any, device: DeviceInfo | None = None, **kwargs: A
             use._replace(part=f"{name}; {use.part}".rstrip("; ")) for name, w in parts for use in explain(w).launches
         ]
         return Explanation(tuple(launches))
+    if isinstance(call, BatchAttention):
+        return _explain_batch(call)
+    if isinstance(call, PODWithPagedKVCacheWrapper):
+        return _explain_pod(call)
     if isinstance(call, BatchDecodeWithPagedKVCacheWrapper):
         return _explain_decode(call)
     if isinstance(call, BatchPrefill):
@@ -274,6 +284,8 @@ def _explain_decode(wrapper: BatchDecodeWithPagedKVCacheWrapper) -> Explanation:
         raise PlanError(f"explain: {type(wrapper).__name__} has no plan yet")
     if wrapper.device < 0:
         return _ON_CPU
+    if wrapper._by_prefill is not None:
+        return _since(wrapper._why_prefill, _explain_prefill(wrapper._by_prefill))
     items = p.grid // max(p.geometry.num_head_blocks, 1)
     fixed = " (the fixed number of a captured graph)" if wrapper.is_cuda_graph_enabled else ""
     why = (
@@ -285,6 +297,50 @@ def _explain_decode(wrapper: BatchDecodeWithPagedKVCacheWrapper) -> Explanation:
     return Explanation((KernelUse("", spec.symbol, (p.grid, 1, 1), spec.threads, spec.smem_bytes, why),))
 
 
+def _mixed_launch(
+    g: mixed.Geometry, scale: float, tiles: Work, num_items: int, head_scales: bool = False
+) -> KernelUse:  # fmt: skip
+    spec = g.heads_spec if head_scales else g.spec if scale > 0 else g.negative_spec
+    num_head_blocks = g.decode.num_head_blocks
+    tasks = tiles.num_items * g.prefill.num_kv_heads, num_items * num_head_blocks
+    ctas, tile_ctas = grid(g.slots, *tasks)
+    why = (
+        f"one launch: {tasks[0]} tiles of {g.prefill.tiles.tile_q} packed rows ({tiles.num_items} work items, "
+        f"{tiles.num_split} row tiles split, times {g.prefill.num_kv_heads} kv heads) and {tasks[1]} decode items "
+        f"({num_items} ranges of keys times {num_head_blocks} head blocks) in two queues; {tile_ctas} CTAs begin with "
+        f"a tile, {ctas - tile_ctas} with a decode item"
+    )
+    return KernelUse("", spec.symbol, (ctas, 1, 1), spec.threads, spec.smem_bytes, why)
+
+
+def _explain_batch(wrapper: BatchAttention) -> Explanation:
+    batch = wrapper._batch
+    if batch is None or batch._planned is None:
+        raise PlanError("explain: BatchAttention has no plan yet")
+    both = batch.both
+    if both is None:
+        return _explain_prefill(batch)
+    return Explanation(
+        (_mixed_launch(both.geometry, batch._planned.options.sm_scale, both.tiles, both.num_items),)
+    )  # fmt: skip
+
+
+def _explain_pod(wrapper: PODWithPagedKVCacheWrapper) -> Explanation:
+    decode = wrapper._decode
+    (part,) = _explain_decode(decode).launches
+    made, p = wrapper._launched, decode._planned
+    if made is None or p is None:  # no run yet, or on the CPU
+        return Explanation((part._replace(part="decode part, to which run() adds the prompt"),))
+    if made.mixed is not None:
+        num_items = p.grid // p.geometry.num_head_blocks
+        return Explanation((_mixed_launch(made.mixed, made.scale, made.work, num_items, made.head_scales),))
+    spec = made.prefill.spec if made.scale > 0 else made.prefill.negative_spec
+    spec = made.prefill.heads_spec if made.head_scales else spec
+    (prompt,) = _prefill_launch(made.prefill, spec, made.work.num_items, made.work.num_split).launches
+    why = f"a launch of its own, since {made.why}; {prompt.why}"
+    return Explanation((prompt._replace(part="prompt", why=why), part._replace(part="decode part")))
+
+
 def _explain_prefill(wrapper: BatchPrefill) -> Explanation:
     p = wrapper._planned
     if p is None:
@@ -293,21 +349,18 @@ def _explain_prefill(wrapper: BatchPrefill) -> Explanation:
         return _ON_CPU
     spec = p.geometry.kernel(p.options.sm_scale, wrapper.device).spec
     fixed = " (the fixed number of a captured graph)" if wrapper.is_cuda_graph_enabled else ""
-    return _prefill_launches(p.geometry, spec, p.work.num_items, p.work.num_merges, fixed)
+    return _prefill_launch(p.geometry, spec, p.work.num_items, p.work.num_split, fixed)
 
 
-def _prefill_launches(g: Geometry, spec: Any, num_items: int, num_merges: int, fixed: str = "") -> Explanation:
+def _prefill_launch(g: Geometry, spec: Any, num_items: int, num_split: int, fixed: str = "") -> Explanation:
     why = (
         f"{num_items} work items{fixed} of {g.tiles.tile_q} packed rows (query tokens times {g.group} heads a kv head) "
         f"and tiles of {g.tiles.tile_kv} keys, times {g.num_kv_heads} kv heads, on {g.slots} CTA slots"
     )
-    launches = [KernelUse("", spec.symbol, (num_items, g.num_kv_heads, 1), spec.threads, spec.smem_bytes, why)]
-    if num_merges:
-        why = f"{num_merges} row tiles{fixed} had their keys split to fill the device; this merges them"
-        launches.append(
-            KernelUse("", g.merge.symbol, g.merge_grid(num_merges), g.merge.threads, g.merge.smem_bytes, why)
-        )
-    return Explanation(tuple(launches))
+    if num_split:
+        why += f"; {num_split} row tiles have their keys split to fill the device, the last CTA of a tile writes it"
+    grid = (num_items, g.num_kv_heads, 1)
+    return Explanation((KernelUse("", spec.symbol, grid, spec.threads, spec.smem_bytes, why),))
 
 
 def _explain_single(
@@ -326,38 +379,53 @@ def _explain_single(
 
 
 def _single_decode(given: dict[str, Any], device: DeviceInfo) -> Explanation:
-    q, k = view(given["q"], "explain", "q"), view(given["k"], "explain", "k")
+    q, k = (as_fp8(view(given[name], "explain", name), float8_e4m3fn) for name in "qk")
     hnd = given["kv_layout"] == "HND"
     kv_len, kv_heads = k.shape[hnd], k.shape[not hnd]
+    scales = read_scales("explain", q, q.shape[0], kv_heads, given["q_scale"], given["k_scale"])
     cap = (given["logits_soft_cap"] or 0.0) > 0
-    g = single_decode_geometry(
+    g, why = single_decode_geometry(
         *q.shape[:1], kv_heads, q.shape[1], q.dtype, k.dtype, cap, given["pos_encoding_mode"], device
     )
+    if g is None:
+        absent = dict.fromkeys(("custom_mask", "packed_custom_mask", "o_dtype", "scale_q", "scale_k"))
+        return _since(why, _single_prefill({**given, **absent, "q": given["q"][None], "causal": False}, device))
     window = given["window_left"]
     first = max(kv_len - 1 - window, 0) if window >= 0 else 0
     _, chunks = single_chunks(kv_len - first // TILE * TILE, g.num_head_blocks, g.slots)
     why = f"{chunks} ranges of keys times {g.num_head_blocks} head blocks, on {g.slots} CTA slots"
     grid = (chunks * g.num_head_blocks, 1, 1)
-    return Explanation((KernelUse("", g.spec.symbol, grid, g.spec.threads, g.spec.smem_bytes, why),))
+    spec = g.heads_spec if scales.on_logits else g.spec
+    return Explanation((KernelUse("", spec.symbol, grid, spec.threads, spec.smem_bytes, why),))
+
+
+def _since(why: str, by_prefill: Explanation) -> Explanation:
+    """A decode call that takes the prefill kernel."""
+    first, *rest = by_prefill.launches
+    return Explanation((first._replace(why=f"the prefill kernel, since {why}: {first.why}"), *rest))
 
 
 def _single_prefill(given: dict[str, Any], device: DeviceInfo) -> Explanation:
-    q, k, v = (view(given[name], "explain", name) for name in "qkv")
+    q, k, v = (as_fp8(view(given[name], "explain", name), float8_e4m3fn) for name in "qkv")
     hnd = given["kv_layout"] == "HND"
     qo_len, heads, dim = q.shape
     kv_len, kv_heads = k.shape[hnd], k.shape[not hnd]
     has_mask = given["custom_mask"] is not None or given["packed_custom_mask"] is not None
-    problem = Problem(
-        heads, kv_heads, dim, v.shape[2], q.dtype, False, has_mask, given["pos_encoding_mode"] == "ALIBI",
-        (given["logits_soft_cap"] or 0.0) > 0,
+    options = read_options(
+        "explain", dim, given["causal"], given["pos_encoding_mode"], given["sm_scale"], given["window_left"],
+        given["logits_soft_cap"], given["rope_scale"], given["rope_theta"], has_mask,
     )  # fmt: skip
-    check_problem("explain", problem)
+    problem = make_problem(
+        "explain", heads, kv_heads, dim, v.shape[2], q.dtype, k.dtype, given["o_dtype"], options, False, has_mask, False
+    )
+    k_scale = given["scale_k"] if given["scale_k"] is not None else given["k_scale"]
+    scales = read_scales("explain", q, heads, kv_heads, given["scale_q"], k_scale)
     g = geometry(problem, min(qo_len * heads // kv_heads, 128), device)
-    scale = given["sm_scale"]
-    spec = g.spec if scale is None or scale > 0 else g.negative_spec
+    spec = g.spec if options.sm_scale * scales.logit > 0 else g.negative_spec
+    spec = g.heads_spec if scales.on_logits else spec
     schedule = plan_prefill(
         np.array([0, qo_len]), np.array([kv_len]), np.array([0]), group=g.group, num_kv_heads=g.num_kv_heads,
-        tile_q=g.tiles.tile_q, tile_kv=g.tiles.tile_kv, slots=g.slots, causal=given["causal"] and not has_mask,
-        window_left=max(given["window_left"], -1),
+        tile_q=g.tiles.tile_q, tile_kv=g.tiles.tile_kv, slots=g.slots, causal=options.causal,
+        window_left=options.window_left,
     )  # fmt: skip
-    return _prefill_launches(g, spec, len(schedule.items), len(schedule.merges))
+    return _prefill_launch(g, spec, len(schedule.items), schedule.num_split)

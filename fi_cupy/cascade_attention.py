@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partialmethod
 from typing import Any
 
@@ -16,14 +16,16 @@ from fi_cupy.decode import BatchDecodeWithPagedKVCacheWrapper
 from fi_cupy.dtypes import DType, float32
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
+from fi_cupy.page_table import Ints, check_offsets, read_ints
 from fi_cupy.plan.decode import kv_lengths
 from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
-from fi_cupy.prefill_plan import Ints, check_indptr, host_ints
 from fi_cupy.shared_prefix import (
     BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
     BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
     merge_into,
 )
+from fi_cupy.variants import AttentionVariant, variant_of
+from fi_cupy.variants_placed import check_mergeable
 from fi_cupy.workspace import copy_to_device
 
 __all__ = [
@@ -39,8 +41,10 @@ _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class _Level:
     """One level: the paged prefill wrapper, or the decode wrapper where every request has exactly one query."""
 
-    def __init__(self, workspace: Any, kv_layout: str, buffers: tuple[Any, ...] | None) -> None:
-        self._workspace, self._layout, self._buffers = workspace, kv_layout, buffers
+    def __init__(
+        self, workspace: Any, kv_layout: str, buffers: tuple[Any, ...] | None, variant: AttentionVariant | None
+    ) -> None:  # fmt: skip
+        self._workspace, self._layout, self._buffers, self._variant = workspace, kv_layout, buffers, variant
         self._prefill: BatchPrefillWithPagedKVCacheWrapper | None = None
         self._decode: BatchDecodeWithPagedKVCacheWrapper | None = None
         self.uses_decode: bool | None = None  # in CUDA-graph mode what the first plan chose
@@ -52,11 +56,13 @@ class _Level:
         if self.uses_decode:
             if self._decode is None:
                 buffers = self._buffers[1:] if self._buffers is not None else ()
-                self._decode = BatchDecodeWithPagedKVCacheWrapper(self._workspace, self._layout, graph, True, *buffers)
+                self._decode = BatchDecodeWithPagedKVCacheWrapper(
+                    self._workspace, self._layout, graph, True, *buffers, variant=self._variant
+                )
             return self._decode
         if self._prefill is None:
             self._prefill = BatchPrefillWithPagedKVCacheWrapper(
-                self._workspace, self._layout, graph, *(self._buffers or ())
+                self._workspace, self._layout, graph, *(self._buffers or ()), variant=self._variant
             )
         return self._prefill
 
@@ -107,6 +113,9 @@ class MultiLevelCascadeAttentionWrapper:
         Keep every address and grid fixed so that a captured `run` follows later plans.
     qo_indptr_buf_arr, paged_kv_indptr_buf_arr, paged_kv_indices_buf_arr, paged_kv_last_page_len_buf_arr
         CUDA-graph mode: for each of the arguments of `plan` one int32 array a level.
+    variant : AttentionVariant, optional
+        See `fi_cupy.jit.define_variant`. With more than one level it must be one that parts can be merged of: softmax,
+        no `post_process_fn`, and functions that look at heads and values but not at positions.
 
     Source
     ------
@@ -133,9 +142,14 @@ class MultiLevelCascadeAttentionWrapper:
         paged_kv_indptr_buf_arr: Sequence[Any] | None = None,
         paged_kv_indices_buf_arr: Sequence[Any] | None = None,
         paged_kv_last_page_len_buf_arr: Sequence[Any] | None = None,
+        *,
+        variant: AttentionVariant | None = None,
     ) -> None:
         if num_levels < 1:
             raise ArgumentError(f"{_OP}: num_levels is {num_levels}, expected at least 1")
+        variant = variant_of(_OP, variant, None, None)
+        if num_levels > 1:
+            check_mergeable(_OP, variant)
         buffers: list[tuple[Any, ...] | None] = [None] * num_levels
         if use_cuda_graph:
             given = {
@@ -147,7 +161,7 @@ class MultiLevelCascadeAttentionWrapper:
                 _check_levels(_OP, name, arrays or (), num_levels)
             buffers = list(zip(*(arrays or () for arrays in given.values()), strict=True))
         self._graph = use_cuda_graph
-        self._levels = [_Level(float_workspace_buffer, kv_layout, b) for b in buffers]
+        self._levels = [_Level(float_workspace_buffer, kv_layout, b, variant) for b in buffers]
         self._workspace: View = self._levels[-1].wrapper._workspace  # made now, so that its arguments are checked now
         self._rows: int | None = None
         self._scratch: tuple[Any, Any, Any] | None = None  # a level's out and lse, and the lse of the result
@@ -265,13 +279,13 @@ class MultiLevelCascadeAttentionWrapper:
                 f"{op}: window_left is {window_left}, expected -1 with use_cuda_graph=True and more than one level "
                 "(levels cut by a window take masks, which a captured graph cannot gain or lose)"
             )
-        qo = [host_ints(op, f"qo_indptr_arr[{i}]", x)[1] for i, x in enumerate(qo_indptr_arr)]
+        del tables["paged_kv_indices_arr"]
+        named = {f"{name}[{i}]": x for name, arrays in tables.items() for i, x in enumerate(arrays)}
+        read = list(read_ints(op, named).values())  # of all levels at once
+        qo, kv_indptr, last = read[:count], read[count : 2 * count], read[2 * count :]
         _check_queries(op, qo)
-        kv_indptr, last = list(kv_indptr_arr), list(last_page_len_arr)
         masks: list[Ints | None] = [None] * count
         if window_left >= 0 and count > 1:
-            kv_indptr = [host_ints(op, f"paged_kv_indptr_arr[{i}]", x)[1] for i, x in enumerate(kv_indptr)]
-            last = [host_ints(op, f"paged_kv_last_page_len[{i}]", x)[1] for i, x in enumerate(last)]
             masks = _window_masks(qo, [kv_lengths(i, n, page_size) for i, n in zip(kv_indptr, last, strict=True)],
                                   window_left)  # fmt: skip
         common.update(
@@ -339,14 +353,15 @@ class MultiLevelCascadeAttentionWrapper:
         self,
         q: Any,
         paged_kv_cache: Any,
-        *,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        *args: Any,
+        q_scale: Any = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
         out: Any = None,
         lse: Any = None,
         return_lse: bool = False,
         enable_pdl: bool | None = None,
+        variant_args: Mapping[str, Any] | None = None,
     ) -> Any:
         """Attention over all levels; no synchronisation, and no allocation with `out`.
 
@@ -362,6 +377,8 @@ class MultiLevelCascadeAttentionWrapper:
         lse : float32 array, [queries, num_qo_heads], contiguous, optional
             Base-2 log-sum-exp over all levels.
         return_lse : bool
+        *args, variant_args : optional
+            The variant's tensors and scalars, in the order of their declaration, and by name.
 
         Returns
         -------
@@ -379,18 +396,23 @@ class MultiLevelCascadeAttentionWrapper:
             if x.ndim != 3 or x.shape[0] < rows or not self._graph:
                 raise ShapeError(f"{op}: q has shape {x.shape}, expected ({rows}, num_qo_heads, head_dim) of the plan")
             q, out, lse = (None if a is None else a[:rows] for a in (q, out, lse))
-        options = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale, "enable_pdl": enable_pdl}
+        options = {
+            "q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale, "enable_pdl": enable_pdl,
+            "variant_args": variant_args,
+        }  # fmt: skip
         last, before = self._levels[-1].wrapper, self._levels[:-1]
         if not before:
-            return last.run(q, paged_kv_cache, out=out, lse=lse, return_lse=return_lse, **options)
+            return last.run(q, paged_kv_cache, *args, out=out, lse=lse, return_lse=return_lse, **options)
         part_out = part_lse = total_lse = None
         if self._scratch is not None:
             part_out, part_lse, total_lse = (a if a.shape[0] == rows else a[:rows] for a in self._scratch)
         if lse is None and not return_lse:
             lse = total_lse
-        o, s = last.run(q, paged_kv_cache, out=out, lse=lse, return_lse=True, **options)
+        o, s = last.run(q, paged_kv_cache, *args, out=out, lse=lse, return_lse=True, **options)
         for level in before:
-            o_i, s_i = level.wrapper.run(q, paged_kv_cache, out=part_out, lse=part_lse, return_lse=True, **options)
+            o_i, s_i = level.wrapper.run(
+                q, paged_kv_cache, *args, out=part_out, lse=part_lse, return_lse=True, **options
+            )
             o, s = merge_into(x.framework, o, s, o_i, s_i)
         return (o, s) if return_lse else o
 
@@ -414,7 +436,7 @@ def _check_levels(op: str, name: str, arrays: Sequence[Any], count: int) -> None
 def _check_queries(op: str, qo: list[Ints]) -> None:
     """Every level must divide the same queries among its requests."""
     for i, indptr in enumerate(qo):
-        check_indptr(op, f"qo_indptr_arr[{i}]", indptr)
+        check_offsets(op, f"qo_indptr_arr[{i}]", indptr)
         if indptr[0] != 0 or indptr[-1] != qo[0][-1]:
             raise ArgumentError(
                 f"{op}: qo_indptr_arr[{i}] goes from {indptr[0]} to {indptr[-1]}, expected 0 to {qo[0][-1]} "

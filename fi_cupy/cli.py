@@ -30,8 +30,16 @@ def cli() -> None:
     """Kernels for LLM serving, compiled at run time: look at the machine, warm the cache, write text."""
 
 
+def _add_bench() -> None:
+    """`fi-cupy bench` lives beside the harness that it runs."""
+    from fi_cupy.testing.bench_cli import bench_command
+
+    cli.add_command(bench_command)
+
+
 def main() -> None:
     """Run the command line; an error that fi_cupy raises on purpose is one line and exit code 1."""
+    _add_bench()
     try:
         cli(prog_name="fi-cupy")
     except FiCupyError as error:

@@ -16,6 +16,7 @@ from fi_cupy.checks import check_device
 from fi_cupy.dtypes import DType, bfloat16, bool_, float16, float32, int32, int64, uint8, uint16, uint32
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, DTypeError, LayoutError, UnsupportedError
+from fi_cupy.jit.attention.variants import attention_sink_decl
 from fi_cupy.jit.lower import Lowered, is_name
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec, UserSource
@@ -51,19 +52,22 @@ class FlashInferLowered(Lowered):
     def fields(self) -> list[tuple[str, str]]:
         return [(f"user.{name}", kind) for name, _, kind in self.members]
 
-    def specialise(self, spec: KernelSpec, alibi: bool, soft_cap: bool) -> KernelSpec:
+    def specialise(self, spec: KernelSpec, alibi: bool, soft_cap: bool, head_scales: bool = False) -> KernelSpec:
         """As `Lowered.specialise`; a soft cap is the text's own affair."""
         if alibi:
             raise UnsupportedError(f"variant {self.name}: pos_encoding_mode 'ALIBI' belongs into the variant's text")
-        flags = ", ".join("true" if x in self.stages else "false" for x in ("mask", "output"))
+        flags = ", ".join(
+            "true" if on else "false" for on in (*(x in self.stages for x in ("mask", "output")), head_scales)
+        )
         members = "".join(f"  {ctype} {name};\n" for name, ctype, _ in self.members)
         values = "".join(f", params.user.{name}" for name, _, _ in self.members)
         user = "  VariantUser user;\n" if self.members else ""
+        params = f"{spec.params.name.removesuffix('Params')}VariantParams"
         text = (
             f'#line 1 "fi_cupy, for variant {self.name}"\nstruct VariantUser {{\n{members}}};\n'
-            f"struct PrefillVariantParams : {spec.params.name} {{\n{user}}};\n"
+            f"struct {params} : {spec.params.name} {{\n{user}}};\n"
             f"struct FlashInferParams : FlashInferBase {{\n{members}}};\n"
-            "FI_DEVICE FlashInferParams flashinfer_params(const PrefillVariantParams& params, "
+            f"FI_DEVICE FlashInferParams flashinfer_params(const {params}& params, "
             "const FlashInferBase& base) {\n"
             f"  return FlashInferParams{{base{values}}};\n}}\n"
             f'#line 1 "variant:{self.name}"\n{self.text}'
@@ -73,7 +77,7 @@ class FlashInferLowered(Lowered):
             spec,
             header="attention/prefill_flashinfer.cuh",
             symbol=f"{spec.symbol}_v_{self.name}",
-            params=ParamsStruct("PrefillVariantParams", [*spec.params.fields, *self.fields()]),
+            params=ParamsStruct(params, [*spec.params.fields, *self.fields()]),
             config=tuple((n, logits if n == "Logits" else value) for n, value in spec.config),
             user=UserSource("variant", self.name, text),
             spills="a variant's values come on top of a full register file",
@@ -297,6 +301,24 @@ def gen_customize_batch_decode_module(
     return gen_customize_single_prefill_module(
         "fa2", uri, dtype_q, dtype_kv, dtype_o, head_dim_qk, head_dim_vo, *rest, **options
     )
+
+
+def gen_batch_prefill_attention_sink_module(
+    backend: str, dtype_q: Any, dtype_kv: Any, dtype_o: Any, dtype_idx: Any, head_dim_qk: int, head_dim_vo: int,
+    pos_encoding_mode: int = 0, use_sliding_window: bool = False,
+) -> FlashInferVariant:  # fmt: skip
+    """The variant with attention sinks: one tensor ``sink``, float32 [num_qo_heads], and the scalar ``sm_scale``.
+
+    The window is the plan's; `use_sliding_window` changes nothing here.
+
+    Source: flashinfer.jit.attention.gen_batch_prefill_attention_sink_module.
+    """
+    text = attention_sink_decl["fa2" if backend == "auto" else backend]
+    return gen_customize_batch_prefill_module(
+        backend, "batch_prefill_attention_sink", dtype_q, dtype_kv, dtype_o, dtype_idx, head_dim_qk, head_dim_vo,
+        ["sink"], ["float"], ["sm_scale"], ["double"], "AttentionSink", text, pos_encoding_mode=pos_encoding_mode,
+        use_sliding_window=use_sliding_window,
+    )  # fmt: skip
 
 
 def single_prefill_with_kv_cache_with_jit_module(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partialmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.checks import check_device, check_dtype, check_inner, check_shape
 from fi_cupy.customize import single_decode_with_kv_cache_with_jit_module
+from fi_cupy.decode_fallback import prefill_plan, prefill_wrapper
 from fi_cupy.decode_kernel import (
     Geometry,
     Problem,
@@ -20,17 +21,17 @@ from fi_cupy.decode_kernel import (
     kernel_specs,
     logit_floats,
     output_view,
-    scale_factor,
     sinks_view,
+    why_not,
 )
 from fi_cupy.decode_plan import Planned, fill_graph_buffers, keep_on_host, prepare
 from fi_cupy.decode_single import single_decode_with_kv_cache
 from fi_cupy.device import device_info
-from fi_cupy.dtypes import float32, int32
+from fi_cupy.dtypes import FP8_TYPES, float32, int32
 from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
-from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.jit.kernel import load_kernel
-from fi_cupy.kv_cache import PagedKV, check_layout, check_paged_kv, paged_kv, token_strides
+from fi_cupy.kv_cache import PagedKV, as_fp8, check_layout, check_paged_kv, paged_kv, token_strides
+from fi_cupy.page_table import check_gpu_indices
 from fi_cupy.plan.decode import (
     ITEM_WORDS,
     MIN_CHUNK_TILES,
@@ -39,6 +40,9 @@ from fi_cupy.plan.decode import (
     max_items,
     plan_decode,
 )
+from fi_cupy.plan_run import PlanRun
+from fi_cupy.prefill_plan import check_backend
+from fi_cupy.scales import Scales, read_scales
 from fi_cupy.variants import AttentionVariant, variant_of
 from fi_cupy.workspace import PlanBuffer, copy_device
 
@@ -50,7 +54,26 @@ __all__ = [
 _OP = "BatchDecodeWithPagedKVCacheWrapper"
 
 
-class BatchDecodeWithPagedKVCacheWrapper:
+class Call(NamedTuple):
+    """The checked arguments of one `run`."""
+
+    x: View
+    kv: PagedKV
+    o: View
+    s: View | None
+    sink: View | None
+    scales: Scales
+
+    def result(self, out: Any, lse: Any, return_lse: bool) -> Any:
+        """What `run` returns: the caller's own arrays where it gave some."""
+        made = self.o.result() if out is None else out
+        if not return_lse:
+            return made
+        assert self.s is not None
+        return made, (self.s.result() if lse is None else lse)
+
+
+class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
     """Batch decode attention over a paged KV cache: `plan` once for the lengths of a step, `run` for every layer.
 
     Parameters
@@ -93,6 +116,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
     (1, 8, 64)
     """
 
+    _op = _OP
+
     def __init__(
         self,
         float_workspace_buffer: Any = None,
@@ -114,8 +139,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             raise ArgumentError(f"{_OP}: float_workspace_buffer and workspace_buffer name the same thing, expected one")
         if float_workspace_buffer is None:
             raise ArgumentError(f"{_OP}: float_workspace_buffer is missing")
-        if backend not in ("auto", "fa2"):
-            raise UnsupportedError(f"{_OP}: backend is {backend!r}, expected 'auto' (there is one implementation)")
+        check_backend(_OP, backend)
         self._layout = check_layout(_OP, kv_layout)
         self._use_tensor_cores = use_tensor_cores
         self._graph = use_cuda_graph
@@ -127,84 +151,44 @@ class BatchDecodeWithPagedKVCacheWrapper:
         self._attach(float_workspace_buffer)
         if use_cuda_graph:
             self._attach_graph_buffers(paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer)
-        chosen = variant_of(_OP, variant, jit_args, None)
-        self._by_prefill = None if chosen is None else self._prefill_wrapper(chosen)
+        self._variant = variant_of(_OP, variant, jit_args, None)
+        self._prefill: Any = None  # made when first needed
+        self._by_prefill: Any = None  # the same, where the plan runs in the prefill kernel
+        self._why_prefill = ""
 
-    def _prefill_wrapper(self, variant: Any) -> Any:
-        """Variants run in the prefill kernel, on tiles of 16 rows that a group of query heads shares."""
-        from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
-
-        class ByPrefill(BatchPrefillWithPagedKVCacheWrapper):
-            _op = _OP
-
-        buffers: tuple[Any, ...] = ()
-        if self._buffers is not None:
-            indptr, indices, last_page_len = self._buffers
-            rows = indptr.empty(indptr.shape, int32).array
-            buffers = (rows, indptr.array, indices.array, last_page_len.array)
-        return ByPrefill(self._workspace.array, self._layout, self._graph, *buffers, variant=variant)
-
-    def _prefill_plan(self, p: Planned) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The plan of the prefill wrapper: one query token a request."""
-        split_keys, disable_split = p.split
-        args = (
-            np.arange(p.batch_size + 1), p.indptr, p.indices.array, p.last_page_len, p.num_qo_heads, p.num_kv_heads,
-            p.head_dim, p.page_size,
-        )  # fmt: skip
-        return args, {
-            **p.options, "sm_scale": p.sm_scale, "q_data_type": p.dtype, "kv_data_type": p.kv_dtype,
-            "o_data_type": p.out_dtype, "disable_split_kv": disable_split,
-            "fixed_split_size": None if split_keys is None else split_keys // p.page_size,
-        }  # fmt: skip
-
-    def _attach(self, workspace: Any) -> None:
-        w = view(workspace, _OP, "float_workspace_buffer")
-        if not w.contiguous:
-            check_inner(_OP, "float_workspace_buffer", w)
-            raise ArgumentError(f"{_OP}: float_workspace_buffer has strides {w.strides}, expected a contiguous array")
-        check_aligned(_OP, "float_workspace_buffer", w, 16)
-        self._workspace = w.writable(_OP, "float_workspace_buffer")
-        self._workspace_bytes = w.size * w.dtype.itemsize
-        self.device = w.device
-        self._pdl = w.device >= 0 and device_info(w.device).has_pdl and has_driver_binding()
+    def _route(self, op: str, p: Planned) -> tuple[Any, str]:
+        """The prefill wrapper, and why, where the decode kernel does not take a plan; else (None, "")."""
+        why, problem = "", self._problem_of(p)
+        if self._variant is not None:
+            why = f"variant {self._variant.name} is applied there"
+        elif self.device >= 0 and p.q_len_per_req > 1:
+            why = f"q_len_per_req is {p.q_len_per_req}"
+        elif self.device >= 0 and problem != self._problem:  # else the decode kernel took it before
+            why = why_not(problem)
+        if self._graph and self._planned is not None and bool(why) != (self._by_prefill is not None):
+            raise PlanError(f"{op}: a CUDA-graph wrapper keeps the kernel of its first plan; make another wrapper")
+        if why and self._prefill is None:
+            self._prefill = prefill_wrapper(
+                _OP, self._workspace, self._layout, self._graph, self._buffers, self._variant
+            )
+        return (self._prefill if why else None), why
 
     def _attach_graph_buffers(self, indptr: Any, indices: Any, last_page_len: Any) -> None:
-        views = []
-        for name, buffer in (("indptr", indptr), ("indices", indices), ("last_page_len", last_page_len)):
-            name = f"paged_kv_{name}_buffer"
-            if buffer is None:
-                raise ArgumentError(f"{_OP}: {name} is missing, expected an int32 array with use_cuda_graph=True")
-            b = view(buffer, _OP, name).writable(_OP, name)
-            check_ndim(_OP, name, b, 1)
-            check_dtype(_OP, name, b, (int32,))
-            check_inner(_OP, name, b)
-            check_device(_OP, self._workspace, **{name: b})
-            views.append(b)
-        check_shape(
-            _OP, "paged_kv_indptr_buffer", views[0], (views[2].shape[0] + 1,), "= len(last_page_len_buffer) + 1"
-        )
-        self._buffers = (views[0], views[1], views[2])
+        given = {"indptr": indptr, "indices": indices, "last_page_len": last_page_len}
+        a, b, c = (self._graph_buffer(f"paged_kv_{name}_buffer", x, int32) for name, x in given.items())
+        check_shape(_OP, "paged_kv_indptr_buffer", a, (c.shape[0] + 1,), "= len(last_page_len_buffer) + 1")
+        self._buffers = (a, b, c)
 
     @property
     def use_tensor_cores(self) -> bool:
         """What the constructor was given."""
         return self._use_tensor_cores
 
-    @property
-    def is_cuda_graph_enabled(self) -> bool:
-        """Whether the wrapper keeps addresses and grid fixed."""
-        return self._graph
-
     def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
         """Use another scratch buffer from the next `plan` on. The wrapper owns its integer buffer: pass None for it."""
-        if int_workspace_buffer is not None:
-            view(int_workspace_buffer, _OP, "int_workspace_buffer")  # FlashInfer's second buffer has no use here
-        if self._graph_state is not None:
-            raise PlanError(f"{_OP}: the workspace address is part of the captured graph; make another wrapper")
-        self._attach(float_workspace_buffer)
-        if self._by_prefill is not None:
-            self._by_prefill.reset_workspace_buffer(float_workspace_buffer)
-        self._planned = None
+        super().reset_workspace_buffer(float_workspace_buffer, int_workspace_buffer)
+        if self._prefill is not None:
+            self._prefill.reset_workspace_buffer(float_workspace_buffer)
 
     def plan(
         self,
@@ -241,22 +225,24 @@ class BatchDecodeWithPagedKVCacheWrapper:
         ----------
         indptr : int [batch + 1]
             Request b has pages ``indices[indptr[b] : indptr[b + 1]]``. Host arrays cost no synchronisation; GPU arrays
-            are copied back first.
+            are copied back first, all of a plan's together.
         indices : int32 [pages in use]
             Page numbers. A GPU array is read in place by `run`, so it must stay as it is until then.
         last_page_len : int [batch]
             Keys on each request's last page, 1..page_size.
         num_qo_heads, num_kv_heads, head_dim, page_size : int
-            Any group size; head_dim a multiple of 8 (fp8: 16) up to 256.
+            Any group size; head_dim a multiple of 8 up to 256. An fp8 cache with other than multiples of 16 takes the
+            prefill kernel.
         pos_encoding_mode : "NONE", "ALIBI" or "ROPE_LLAMA"
-            ROPE_LLAMA rotates halves of q and of the (unrotated) cached keys; head_dim a multiple of 32 (fp8: 64).
+            ROPE_LLAMA rotates halves of q and of the (unrotated) cached keys; head_dim a multiple of 16. Others than
+            multiples of 32 (fp8: 64) take the prefill kernel.
         window_left : int
             Keys to the left of the newest that are seen; -1: all.
         logits_soft_cap : float, optional
             ``cap * tanh(logit / cap)``; None or <= 0 is off.
         q_data_type, kv_data_type, o_data_type : dtype
-            float16 or bfloat16; the cache has the type of q (the default) or an fp8 type; o: the type of q, or any
-            float.
+            q: float16, bfloat16, or an fp8 type (in the prefill kernel). The cache has the type of q (the default) or
+            an fp8 type. o: the type of q, or any float.
         data_type : dtype, optional
             Deprecated: type of q and cache together.
         sm_scale : float, optional
@@ -269,6 +255,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
             Pages of every chunk, so that a request's bits do not depend on the rest of the batch.
         disable_split_kv : bool
             One chunk a request, with the same property.
+        q_len_per_req : int
+            Query tokens of every request, at the end of its keys: ``q [batch * q_len_per_req, ...]``, causal. More than
+            one takes the prefill kernel.
         indptr_host : int [batch + 1], optional
             A host copy of a GPU `indptr`.
 
@@ -282,9 +271,10 @@ class BatchDecodeWithPagedKVCacheWrapper:
             o_data_type, data_type, sm_scale, rope_scale, rope_theta, non_blocking, block_tables, seq_lens,
             fixed_split_size, disable_split_kv, q_len_per_req, window_right=window_right, indptr_host=indptr_host,
         )  # fmt: skip
-        if self._by_prefill is not None:
-            args, options = self._prefill_plan(p)
-            self._by_prefill.plan(*args, **options, non_blocking=non_blocking)
+        by_prefill, why = self._route(f"{_OP}.plan", p)
+        if by_prefill is not None:
+            args, options = prefill_plan(p)
+            by_prefill.plan(*args, **options, non_blocking=non_blocking)
         elif self.device < 0:
             keep_on_host(f"{_OP}.plan", self._buffers, p)
         else:
@@ -299,17 +289,21 @@ class BatchDecodeWithPagedKVCacheWrapper:
                 from cupy.cuda import runtime
 
                 runtime.streamSynchronize(self._workspace.stream())
-        self._planned = p
+        self._planned, self._by_prefill, self._why_prefill = p, by_prefill, why
 
     begin_forward = plan
+
+    def _problem_of(self, p: Planned) -> Problem:
+        split_keys, disable_split = p.split
+        return Problem(
+            p.batch_size, p.num_qo_heads, p.num_kv_heads, p.head_dim, p.dtype, p.kv_dtype, p.out_dtype,
+            p.page_size % TILE == 0, p.logits_soft_cap > 0, p.alibi, p.rope, disable_split or split_keys is not None,
+        )  # fmt: skip
 
     def _schedule(self, p: Planned, kv_len: np.ndarray[Any, Any]) -> tuple[DecodePlan, int]:
         """The work list, and the partial slots to reserve (in graph mode those of the worst case)."""
         split_keys, disable_split = p.split
-        problem = Problem(
-            p.batch_size, p.num_qo_heads, p.num_kv_heads, p.head_dim, p.dtype, p.kv_dtype, p.out_dtype,
-            p.page_size % TILE == 0, p.logits_soft_cap > 0, p.alibi, p.rope, disable_split or split_keys is not None,
-        )  # fmt: skip
+        problem = self._problem_of(p)
         if problem != self._problem:
             check_problem(f"{_OP}.plan", problem)
             self._problem = problem
@@ -366,14 +360,11 @@ class BatchDecodeWithPagedKVCacheWrapper:
         staged = buffer.stage(words + (used if from_host else 0))
         staged[:words] = schedule.items.reshape(-1)
         if from_host:
-            staged[words:] = indices.numpy()[:used]
+            staged[words:] = p.table.host_indices
         p.items_ptr = buffer.upload(staged, stream)
         p.copied_indices = words if own else 0
         if not indices.is_cpu:
-            if indices.dtype is not int32:
-                raise UnsupportedError(f"{_OP}.plan: indices on the GPU has dtype {indices.dtype.name}, expected int32")
-            if indices.strides[0] != 1 and indices.shape[0] > 1:
-                check_inner(f"{_OP}.plan", "indices", indices)
+            check_gpu_indices(f"{_OP}.plan", "indices", p.table, self._workspace)
             if own:
                 copy_device(p.items_ptr + 4 * words, indices.ptr, 4 * used, stream, self.device)
         if self._buffers is not None:
@@ -388,9 +379,10 @@ class BatchDecodeWithPagedKVCacheWrapper:
         p, kv_len = prepare(f"{_OP}.workspace_size", self.device, self._buffers, *args, **kwargs)
         if self.device < 0:
             return 0, 0
-        if self._by_prefill is not None:
-            plan_args, options = self._prefill_plan(p)
-            size: tuple[int, int] = self._by_prefill.workspace_size(*plan_args, **options)
+        by_prefill, _ = self._route(f"{_OP}.workspace_size", p)
+        if by_prefill is not None:
+            plan_args, options = prefill_plan(p)
+            size: tuple[int, int] = by_prefill.workspace_size(*plan_args, **options)
             return size
         schedule, num_slots = self._schedule(p, kv_len)
         int_bytes = schedule.items.nbytes + 4 * int(p.indptr[-1]) + 4 * num_slots * p.geometry.num_head_blocks
@@ -401,9 +393,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
         q: Any,
         paged_kv_cache: Any,
         *args: Any,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        q_scale: Any = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
         out: Any = None,
         lse: Any = None,
         return_lse: bool = False,
@@ -419,15 +411,16 @@ class BatchDecodeWithPagedKVCacheWrapper:
 
         Parameters
         ----------
-        q : array, [batch, num_qo_heads, head_dim]
+        q : array, [batch * q_len_per_req, num_qo_heads, head_dim]
             Rows and heads may be strided.
         paged_kv_cache : array, or (keys, values)
             ``[pages, 2, page_size, num_kv_heads, head_dim]`` (NHD) or ``[pages, 2, num_kv_heads, page_size, head_dim]``
             (HND), or a pair without dimension 1; any strides that are multiples of 16 bytes, inner stride 1.
-        q_scale, k_scale, v_scale : float, optional
-            Dequantisation factors: the first two multiply `sm_scale`, the last the output.
-        out : array, [batch, num_qo_heads, head_dim], optional
-        lse : float32 array, [batch, num_qo_heads], contiguous, optional
+        q_scale, k_scale, v_scale : float, or float32 array [heads], optional
+            Dequantisation factors: the first two multiply `sm_scale`, the last the output. An array (of query heads, kv
+            heads, kv heads) holds one a head.
+        out : array, [rows of q, num_qo_heads, head_dim], optional
+        lse : float32 array, [rows of q, num_qo_heads], contiguous, optional
             Log-sum-exp of the scaled logits in base 2; -inf for a request without keys (whose output is 0).
         return_lse : bool
         enable_pdl : bool, optional
@@ -436,8 +429,11 @@ class BatchDecodeWithPagedKVCacheWrapper:
             Must be the planned one.
         sinks : float32 array, [num_qo_heads], optional
             Raw logits that join the denominator.
+        q_len_per_req : int, optional
+            Must be the planned one.
         *args, variant_args : optional
-            The variant's tensors and scalars, in the order of their declaration, and by name.
+            The variant's tensors and scalars, in the order of their declaration, and by name. With fp8 queries and no
+            variant: scale_q, scale_k, scale_v.
 
         Returns
         -------
@@ -453,23 +449,46 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if p is None:
             raise PlanError(f"{_OP}.run: plan() must come first")
         op = f"{_OP}.run"
-        if self._by_prefill is None and (args or variant_args):
+        if self._variant is None and p.dtype in FP8_TYPES and len(args) == 3:
+            if any(s is not None for s in (q_scale, k_scale, v_scale)):
+                raise ArgumentError(f"{op}: scales are given by position and by name, expected one of the two")
+            (q_scale, k_scale, v_scale), args = args, ()
+        if self._variant is None and (args or variant_args):
             raise UnsupportedError(f"{op}: extra arguments belong to a variant; give one to the constructor (variant=)")
         if skip_softmax_threshold_scale_factor is not None or kv_cache_sf is not None:
             raise UnsupportedError(f"{op}: skip_softmax_threshold_scale_factor and kv_cache_sf are not supported")
-        if q_len_per_req not in (None, 1):
-            raise PlanError(f"{op}: q_len_per_req is {q_len_per_req}, planned 1")
+        if q_len_per_req not in (None, p.q_len_per_req):
+            raise PlanError(
+                f"{op}: q_len_per_req is {q_len_per_req}, planned {p.q_len_per_req}; pass it to plan()"
+            )  # fmt: skip
         if window_left is not None and max(window_left, -1) != p.window_left:
-            raise PlanError(f"{op}: window_left is {window_left}, planned {p.window_left}")
+            raise PlanError(f"{op}: window_left is {window_left}, planned {p.window_left}; pass it to plan()")
         if self._by_prefill is not None:
             return self._by_prefill.run(
                 q, paged_kv_cache, *args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse,
                 return_lse=return_lse, enable_pdl=enable_pdl, sinks=sinks, variant_args=variant_args,
             )  # fmt: skip
-        x = view(q, op, "q")
-        shape = (p.batch_size, p.num_qo_heads, p.head_dim)
+        c = self._checked(op, p, q, paged_kv_cache, q_scale, k_scale, v_scale, out, lse, return_lse, sinks)
+        if c.x.is_cpu:
+            self._run_cpu(p, c)
+        else:
+            kernel = load_kernel(p.geometry.heads_spec, self.device) if c.scales.on_logits else p.kernel
+            kernel.launch(
+                p.grid, c.x.stream(), *self._values(p, c), *p.turns, pdl=self._pdl if enable_pdl is None else enable_pdl
+            )  # fmt: skip
+        return c.result(out, lse, return_lse)
+
+    run_return_lse = partialmethod(run, return_lse=True)
+
+    def _checked(
+        self, op: str, p: Planned, q: Any, paged_kv_cache: Any, q_scale: Any, k_scale: Any, v_scale: Any,
+        out: Any, lse: Any, return_lse: bool, sinks: Any,
+    ) -> Call:  # fmt: skip
+        """The arguments of `run` held to the plan, and its outputs."""
+        x = as_fp8(view(q, op, "q"), p.dtype)
+        shape = (p.batch_size * p.q_len_per_req, p.num_qo_heads, p.head_dim)
         if x.shape != shape:
-            check_shape(op, "q", x, shape, "= (batch, num_qo_heads, head_dim) of the plan")
+            check_shape(op, "q", x, shape, "= (batch * q_len_per_req, num_qo_heads, head_dim) of the plan")
         if x.dtype is not p.dtype:
             check_dtype(op, "q", x, (p.dtype,), "= q_data_type of the plan")
         if x.device != self.device:
@@ -485,24 +504,10 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if s is not None and not s.contiguous:
             raise ArgumentError(f"{op}: lse has strides {s.strides}, expected a contiguous array")
         sink = None if sinks is None else sinks_view(op, sinks, x, p.num_qo_heads)
-        scale = p.sm_scale * scale_factor(op, "q_scale", q_scale) * scale_factor(op, "k_scale", k_scale)
-        out_scale = scale_factor(op, "v_scale", v_scale)
-        if x.is_cpu:
-            self._run_cpu(p, x, kv, o, s, sink, scale, out_scale)
-        else:
-            self._launch(p, x, kv, o, s, sink, scale, out_scale, enable_pdl)
-        result = o.result() if out is None else out
-        if not return_lse:
-            return result
-        assert s is not None
-        return result, (s.result() if lse is None else lse)
+        return Call(x, kv, o, s, sink, read_scales(op, x, p.num_qo_heads, p.num_kv_heads, q_scale, k_scale, v_scale))
 
-    run_return_lse = partialmethod(run, return_lse=True)
-
-    def _launch(
-        self, p: Planned, x: View, kv: PagedKV, o: View, s: View | None, sink: View | None, scale: float,
-        out_scale: float, enable_pdl: bool | None,
-    ) -> None:  # fmt: skip
+    def _values(self, p: Planned, c: Call) -> tuple[Any, ...]:
+        """The fields of DecodeParams."""
         if p.copied_indices:
             indices, ready = p.items_ptr + 4 * p.copied_indices, 1
         elif self._buffers is not None:
@@ -510,40 +515,29 @@ class BatchDecodeWithPagedKVCacheWrapper:
         else:
             indices, ready = p.indices.ptr, 0
         assert self._plan_buffer is not None
-        p.kernel.launch(
-            p.grid, x.stream(),
-            x.ptr, kv.k.ptr, kv.v.ptr, o.ptr, 0 if s is None else s.ptr, p.items_ptr, indices,
-            0 if sink is None else sink.ptr, p.partial_out, p.partial_md, self._plan_buffer.counters_ptr,
+        x, kv, o = c.x, c.kv, c.o
+        return (
+            x.ptr, kv.k.ptr, kv.v.ptr, o.ptr, 0 if c.s is None else c.s.ptr, p.items_ptr, indices,
+            0 if c.sink is None else c.sink.ptr, p.partial_out, p.partial_md, self._plan_buffer.counters_ptr,
             x.strides[0], x.strides[1], o.strides[0], o.strides[1],
             *token_strides(kv.k, self._layout), *token_strides(kv.v, self._layout),
-            *p.counts, ready, 0, 0, 0, 0, *logit_floats(scale, p.logits_soft_cap), out_scale,
-            *p.turns,
-            pdl=self._pdl if enable_pdl is None else enable_pdl,
+            *p.counts, ready, 0, 0, 0, 0, *logit_floats(p.sm_scale * c.scales.logit, p.logits_soft_cap),
+            c.scales.output, *c.scales.kernel_values(),
         )  # fmt: skip
 
-    def _run_cpu(
-        self,
-        p: Planned,
-        x: View,
-        kv: PagedKV,
-        o: View,
-        s: View | None,
-        sink: View | None,
-        scale: float,
-        v_scale: float,
-    ) -> None:
+    def _run_cpu(self, p: Planned, c: Call) -> None:
         values, lse = reference.attention.batch_decode_paged(
-            x.numpy(), kv.k.numpy(), kv.v.numpy(), p.indptr, p.indices, p.last_page_len, kv_layout=self._layout,
-            sm_scale=scale, v_scale=v_scale, sinks=None if sink is None else sink.numpy(), out_dtype=o.dtype.np,
-            **p.options,
+            c.x.numpy(), c.kv.k.numpy(), c.kv.v.numpy(), p.indptr, p.indices, p.last_page_len, kv_layout=self._layout,
+            sm_scale=p.sm_scale * c.scales.logit, sinks=None if c.sink is None else c.sink.numpy(),
+            out_dtype=c.o.dtype.np, q_len_per_req=p.q_len_per_req, **c.scales.reference(), **p.options,
         )  # fmt: skip
-        o.write(values)
-        if s is not None and lse is not None:
-            s.write(lse)
+        c.o.write(values)
+        if c.s is not None and lse is not None:
+            c.s.write(lse)
 
     def forward(
-        self, q: Any, paged_kv_cache: Any, pos_encoding_mode: str = "NONE", q_scale: float | None = None,
-        k_scale: float | None = None, v_scale: float | None = None, window_left: int = -1,
+        self, q: Any, paged_kv_cache: Any, pos_encoding_mode: str = "NONE", q_scale: Any = None,
+        k_scale: Any = None, v_scale: Any = None, window_left: int = -1,
         logits_soft_cap: float | None = None, sm_scale: float | None = None, rope_scale: float | None = None,
         rope_theta: float | None = None, *, return_lse: bool = False,
     ) -> Any:  # fmt: skip
@@ -565,9 +559,6 @@ class BatchDecodeWithPagedKVCacheWrapper:
         return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
 
     forward_return_lse = partialmethod(forward, return_lse=True)
-
-    def end_forward(self) -> None:
-        """Kept for FlashInfer's signature; there is nothing to release."""
 
 
 BatchDecodeWrapper = BatchDecodeWithPagedKVCacheWrapper

@@ -12,9 +12,10 @@ import numpy as np
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_shape
 from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32
-from fi_cupy.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
+from fi_cupy.errors import ArgumentError, DTypeError, ShapeError
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
+from fi_cupy.kv_cache import as_fp8
 from fi_cupy.plan.decode import DecodeTiles, choose_tiles, head_blocks, smem_bytes
 from fi_cupy.plan.workspace import WorkspaceLayout
 from fi_cupy.reference.rope import rope_frequencies
@@ -38,6 +39,8 @@ _FIELDS = [
     *((name, "u32") for name in _COUNTS),
     *((name, "i32") for name in _SINGLE),
     *((name, "f32") for name in _FLOATS),
+    *((f"scales.{name}", "ptr") for name in "qkv"),
+    *((f"scales.{name}", "u32") for name in ("q_step", "k_step", "v_step", "unused")),
 ]
 PARAMS = ParamsStruct("DecodeParams", _FIELDS)
 #: The same, then 128 frequencies as opaque blocks of 16: they travel with the launch, so there is no table to keep.
@@ -62,6 +65,7 @@ def decode_spec(
     soft_cap: bool = False,
     alibi: bool = False,
     rope: bool = False,
+    head_scales: bool = False,
 ) -> KernelSpec:
     """The decode kernel for queries of `dtype` over a cache of `kv`.
 
@@ -74,11 +78,13 @@ def decode_spec(
     tile_in_page : bool
         16 keys from a multiple of 16 on never cross a page: the page size is a multiple of 16, or the keys are
         contiguous.
+    head_scales : bool
+        There are factors of q or k a head, which only the GPU knows.
     """
     size = smem_bytes(warps, stages, head_dim, kv.itemsize, column_tiles, rope)
     types = dtype.tag + (f"_kv{kv.tag}" if kv is not dtype else "") + (f"_o{out.tag}" if out is not dtype else "")
     options = ("" if tile_in_page else "_rows") + ("_cap" if soft_cap else "") + ("_alibi" if alibi else "")
-    options += "_rope" if rope else ""
+    options += ("_rope" if rope else "") + ("_heads" if head_scales else "")
     return KernelSpec(
         symbol=f"batch_decode_{types}_d{head_dim}_h{8 * column_tiles}_w{warps}s{stages}b{min_blocks}{options}",
         header="attention/decode.cuh",
@@ -97,6 +103,7 @@ def decode_spec(
             ("kSoftCap", soft_cap),
             ("kAlibi", alibi),
             ("kRope", rope),
+            ("kHeadScales", head_scales),
         ),
         threads=32 * warps,
         min_blocks=min_blocks,
@@ -147,6 +154,7 @@ def kernel_specs() -> list[KernelSpec]:
     add(90, bfloat16, bfloat16, 128, 4, 1000, alibi=True)
     add(90, bfloat16, bfloat16, 128, 4, 1000, rope=True)
     add(90, float16, float8_e4m3fn, 64, 4, 1000, rope=True, tile_in_page=False)
+    add(90, bfloat16, float8_e4m3fn, 128, 4, 1000, head_scales=True)
     return list(specs)
 
 
@@ -180,7 +188,8 @@ class Geometry:
 
     Attributes
     ----------
-    spec : KernelSpec
+    spec, heads_spec : KernelSpec
+        Without and with factors of q or k a head.
     num_head_blocks, blocks_per_kv, heads_per_block, group_size : int
         See `plan.decode.head_blocks`; the first counts those of all kv heads.
     slots : int
@@ -189,6 +198,7 @@ class Geometry:
     """
 
     spec: KernelSpec
+    heads_spec: KernelSpec
     num_head_blocks: int
     blocks_per_kv: int
     heads_per_block: int
@@ -217,16 +227,35 @@ def geometry(problem: Problem, device: DeviceInfo) -> Geometry:
         num_sms=device.num_sms, smem_per_block=device.smem_per_block, smem_per_sm=device.smem_per_sm,
         batch_invariant=p.batch_invariant, rope=p.rope,
     )  # fmt: skip
-    spec = spec_of(
-        tiles, p.dtype, p.kv, p.out, p.head_dim, columns,
-        tile_in_page=p.tile_in_page, soft_cap=p.soft_cap, alibi=p.alibi, rope=p.rope,
+    spec, heads_spec = (
+        spec_of(
+            tiles, p.dtype, p.kv, p.out, p.head_dim, columns,
+            tile_in_page=p.tile_in_page, soft_cap=p.soft_cap, alibi=p.alibi, rope=p.rope, head_scales=scaled,
+        )
+        for scaled in (False, True)
     )  # fmt: skip
     slots = device.num_sms * tiles.ctas_per_sm
-    return Geometry(spec, num_head_blocks, blocks, heads, group, slots, p.head_dim)
+    return Geometry(spec, heads_spec, num_head_blocks, blocks, heads, group, slots, p.head_dim)
+
+
+def why_not(p: Problem) -> str:
+    """Why this kernel does not take a problem that the prefill kernel takes; empty if it does, or if neither does."""
+    if p.head_dim % (16 if p.rope else 8) or not 0 < p.head_dim <= 256:
+        return ""
+    if p.dtype in FP8_TYPES:
+        return f"q is {p.dtype.name}"
+    if p.out not in (*HALF_TYPES, float32):
+        return f"the output is {p.out.name}"
+    # Rows are whole 16-byte chunks; a rotation's two halves must lie in the same lane's registers.
+    step = (8 if p.kv.itemsize == 2 else 16) * (4 if p.rope else 1)
+    if p.head_dim % step:
+        rotated = " with ROPE_LLAMA" if p.rope else ""
+        return f"head_dim {p.head_dim} is no multiple of {step} ({p.kv.name} keys{rotated})"
+    return ""
 
 
 def check_problem(op: str, p: Problem) -> None:
-    """Raise the typed error for sizes and types that the kernel does not take."""
+    """Raise the typed error for sizes and types that no kernel takes, once `why_not` says nothing."""
     if p.num_kv_heads < 1 or p.num_qo_heads % p.num_kv_heads:
         raise ArgumentError(
             f"{op}: num_qo_heads is {p.num_qo_heads}, expected a multiple of num_kv_heads = {p.num_kv_heads}"
@@ -237,15 +266,9 @@ def check_problem(op: str, p: Problem) -> None:
         raise DTypeError(
             f"{op}: the cache has dtype {p.kv.name}, expected {p.dtype.name} like q, float8_e4m3fn or float8_e5m2"
         )
-    if p.out not in (*HALF_TYPES, float32):
-        raise DTypeError(f"{op}: o_data_type is {p.out.name}, expected float16, bfloat16 or float32")
-    # Rows are whole 16-byte chunks; a rotation's two halves must lie in the same lane's registers.
-    step = (8 if p.kv.itemsize == 2 else 16) * (4 if p.rope else 1)
+    step, rotated = (16, " with ROPE_LLAMA") if p.rope else (8, "")
     if p.head_dim % step or not 0 < p.head_dim <= 256:
-        rotated = " with ROPE_LLAMA" if p.rope else ""
-        raise ShapeError(
-            f"{op}: head_dim is {p.head_dim}, expected a multiple of {step} up to 256 for a {p.kv.name} cache{rotated}"
-        )
+        raise ShapeError(f"{op}: head_dim is {p.head_dim}, expected a multiple of {step} up to 256{rotated}")
 
 
 def logit_floats(sm_scale: float, logits_soft_cap: float) -> tuple[float, float, float]:
@@ -272,24 +295,11 @@ def rope_turns(head_dim: int, rope_scale: float | None, rope_theta: float | None
     return tuple(data[i : i + 128] for i in range(0, len(data), 128))
 
 
-def scale_factor(op: str, name: str, value: Any) -> float:
-    """A scalar scale as a float."""
-    if value is None:
-        return 1.0
-    if isinstance(value, (int, float)):
-        return float(value)
-    if getattr(value, "ndim", None) == 0 and not hasattr(value, "__cuda_array_interface__"):
-        return float(value)
-    raise UnsupportedError(
-        f"{op}: {name} is a {type(value).__name__}, expected a number (per-head scales are not there)"
-    )
-
-
 def output_view(op: str, name: str, given: Any, x: View, shape: tuple[int, ...], dtype: DType) -> View:
     """The caller's array after checks, or a new one."""
     if given is None:
         return x.empty(shape, dtype)
-    o = view(given, op, name).writable(op, name)
+    o = as_fp8(view(given, op, name).writable(op, name), dtype)
     if o.shape != shape:
         check_shape(op, name, o, shape)
     if o.dtype is not dtype:

@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_dtype, check_ndim, check_shape
+from fi_cupy.checks import check_shape
 from fi_cupy.decode_kernel import Geometry, check_pos_encoding, rope_turns
-from fi_cupy.dtypes import INDEX_TYPES, DType, int32
+from fi_cupy.dtypes import DType
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, DeviceError, UnsupportedError
 from fi_cupy.jit.kernel import Kernel
-from fi_cupy.plan.decode import check_page_table, kv_lengths
+from fi_cupy.page_table import PageTable, read_page_table
 from fi_cupy.workspace import copy_device, copy_to_device
 
 #: indptr, indices and last_page_len of CUDA-graph mode.
 Buffers = tuple[View, View, View]
+NAMES = ("indptr", "indices", "last_page_len")
 
 
 class Planned:
@@ -49,15 +50,11 @@ class Planned:
     page_size: int
     partial_md: int
     partial_out: int
+    q_len_per_req: int  # more than one query token a request implies causal
     sm_scale: float
     split: tuple[int | None, bool]  # fixed_split_size in keys, disable_split_kv
-    table: tuple[View, View, View]  # indptr, indices, last_page_len as given
+    table: PageTable
     window_left: int
-
-
-def _host_ints(x: View) -> np.ndarray[Any, Any]:
-    """The values as int64; a GPU array is copied, which waits for it."""
-    return x.host().astype(np.int64)
 
 
 def prepare(
@@ -89,10 +86,8 @@ def prepare(
     """
     if block_tables is not None:
         raise UnsupportedError(f"{op}: block_tables is not supported; the page table is indptr and indices")
-    if q_len_per_req != 1:
-        raise UnsupportedError(
-            f"{op}: q_len_per_req is {q_len_per_req}, expected 1; use BatchPrefillWithPagedKVCacheWrapper"
-        )
+    if q_len_per_req < 1:
+        raise ArgumentError(f"{op}: q_len_per_req is {q_len_per_req}, expected at least 1")
     if window_right != 0:
         raise UnsupportedError(f"{op}: window_right is {window_right}, expected 0")
     if fixed_split_size is not None and fixed_split_size < 1:
@@ -102,6 +97,7 @@ def prepare(
         q_data_type = data_type if q_data_type == "float16" else q_data_type
     mode = check_pos_encoding(op, pos_encoding_mode)
     p = Planned()
+    p.q_len_per_req = int(q_len_per_req)
     p.alibi, p.rope, p.window_left = mode == "ALIBI", mode == "ROPE_LLAMA", max(int(window_left), -1)
     p.turns = rope_turns(head_dim, rope_scale, rope_theta) if p.rope and device >= 0 and head_dim <= 256 else ()
     p.logits_soft_cap = max(float(logits_soft_cap or 0.0), 0.0)
@@ -110,8 +106,6 @@ def prepare(
     p.kv_dtype = p.dtype if kv_data_type is None else to_dtype(kv_data_type)
     p.out_dtype = p.dtype if o_data_type is None else to_dtype(o_data_type)
     p.sm_scale = 1.0 / math.sqrt(head_dim) if sm_scale is None else float(sm_scale)
-    if page_size < 1:
-        raise ArgumentError(f"{op}: page_size is {page_size}, expected at least 1")
     p.options = {
         "pos_encoding_mode": pos_encoding_mode, "window_left": p.window_left, "logits_soft_cap": p.logits_soft_cap,
         "rope_scale": rope_scale, "rope_theta": rope_theta,
@@ -125,59 +119,26 @@ def prepare(
 
 
 def _read_table(
-    op: str,
-    buffers: Buffers | None,
-    p: Planned,
-    indptr: Any,
-    indices: Any,
-    last_page_len: Any,
-    seq_lens: Any,
+    op: str, buffers: Buffers | None, p: Planned, indptr: Any, indices: Any, last_page_len: Any, seq_lens: Any,
     indptr_host: Any,
-) -> np.ndarray[Any, Any]:
-    """Put views and host values of the page table into `p`; the keys of every request."""
-    views = []
-    for name, x in (("indptr", indptr), ("indices", indices), ("last_page_len", last_page_len)):
-        x = np.asarray(x, dtype=np.int64 if not len(x) else None) if isinstance(x, (list, tuple)) else x
-        v = view(x, op, name)
-        check_ndim(op, name, v, 1)
-        check_dtype(op, name, v, INDEX_TYPES)
-        views.append(v)
-    v_indptr, v_indices, v_last = views
-    batch = v_indptr.shape[0] - 1
-    if batch < 0:
-        raise ArgumentError(f"{op}: indptr is empty, expected batch + 1 entries")
-    check_shape(op, "last_page_len", v_last, (batch,), "= len(indptr) - 1")
+) -> np.ndarray[Any, Any]:  # fmt: skip
+    """Put the page table into `p`; the keys of every request."""
+    pointers = indptr if indptr_host is None else indptr_host
+    table, _ = read_page_table(op, NAMES, pointers, indices, last_page_len, seq_lens, p.page_size)
+    p.batch_size = len(table.last_page_len)
+    if indptr_host is not None:
+        check_shape(op, "indptr_host", view(table.indptr), view(indptr, op, "indptr").shape, "= indptr.shape")
     if buffers is not None:
-        check_shape(op, "last_page_len", v_last, buffers[2].shape, "= the batch size of the CUDA-graph buffers")
-        if v_indices.shape[0] > buffers[1].shape[0]:
+        last = view(table.last_page_len)
+        check_shape(op, "last_page_len", last, buffers[2].shape, "= the batch size of the CUDA-graph buffers")
+        if table.indices.shape[0] > buffers[1].shape[0]:
             raise ArgumentError(
-                f"{op}: indices has {v_indices.shape[0]} entries, more than paged_kv_indices_buffer's "
+                f"{op}: indices has {table.indices.shape[0]} entries, more than paged_kv_indices_buffer's "
                 f"{buffers[1].shape[0]}"
             )
-    p.batch_size = batch
-    p.indptr = _host_ints(v_indptr if indptr_host is None else view(indptr_host, op, "indptr_host"))
-    check_shape(op, "indptr_host", view(p.indptr), (batch + 1,), "= len(indptr)")
-    pages = np.diff(p.indptr)
-    if seq_lens is not None:
-        kv_len = _host_ints(view(seq_lens, op, "seq_lens"))
-        check_shape(op, "seq_lens", view(kv_len), (batch,), "= len(last_page_len)")
-        if (-(-kv_len // p.page_size) != pages).any():
-            raise ArgumentError(f"{op}: seq_lens and indptr disagree on the number of pages")
-        p.last_page_len = np.where(kv_len > 0, (kv_len - 1) % p.page_size + 1, 1)
-    elif p.page_size == 1:
-        p.last_page_len = np.ones(batch, np.int64)
-    else:
-        p.last_page_len = _host_ints(v_last)
-    check_page_table(op, p.indptr, p.last_page_len, p.page_size, v_indices.shape[0])
-    p.max_index = -1
-    if v_indices.is_cpu:
-        used = v_indices.numpy()[p.indptr[0] : p.indptr[-1]]
-        if len(used):
-            p.max_index = int(used.max())
-            if int(used.min()) < 0:
-                raise ArgumentError(f"{op}: indices holds a negative page number ({int(used.min())})")
-    p.indices, p.table = v_indices, (v_indptr, v_indices, v_last)
-    return kv_lengths(p.indptr, p.last_page_len, p.page_size)
+    p.indptr, p.last_page_len, p.indices, p.table = table.indptr, table.last_page_len, table.indices, table
+    p.max_index = table.max_index
+    return table.kv_len
 
 
 def keep_on_host(op: str, buffers: Buffers | None, p: Planned) -> None:
@@ -192,15 +153,8 @@ def keep_on_host(op: str, buffers: Buffers | None, p: Planned) -> None:
 
 def fill_graph_buffers(buffers: Buffers, p: Planned, device: int, stream: int) -> None:
     """CUDA-graph mode: copy the page table into the caller's fixed buffers."""
-    indptr, indices, last_page_len = p.table
-    used = int(p.indptr[-1])
-    for buffer, given, values, count in (
-        (buffers[0], indptr, p.indptr, p.batch_size + 1),
-        (buffers[1], indices, None, used),
-        (buffers[2], last_page_len, p.last_page_len, p.batch_size),
-    ):
-        if given.is_cpu or given.dtype is not int32 or given.strides[0] != 1:
-            host = given.numpy()[:count] if values is None else values
-            copy_to_device(buffer.ptr, host.astype(np.int32), stream, device)
-        elif given.ptr != buffer.ptr:
-            copy_device(buffer.ptr, given.ptr, 4 * count, stream, device)
+    for buffer, values in zip(buffers, (p.indptr, p.table.host_indices, p.last_page_len), strict=True):
+        if values is not None:
+            copy_to_device(buffer.ptr, values.astype(np.int32, copy=False), stream, device)
+        elif p.indices.ptr != buffer.ptr:
+            copy_device(buffer.ptr, p.indices.ptr, 4 * int(p.indptr[-1]), stream, device)

@@ -26,6 +26,16 @@ class PagedKV(NamedTuple):
     v: View
 
 
+def as_fp8(x: View, dtype: DType) -> View:
+    """`x` with its type where fp8 travels as bytes."""
+    return x.typed(dtype) if x.dtype is uint8 and dtype.itemsize == 1 else x
+
+
+def row_alignment(dtype: DType, dim: int) -> int:
+    """Bytes that rows of `dim` elements are aligned to, since kernels read them in pieces of that size."""
+    return 16 if dim * dtype.itemsize % 16 == 0 else 8
+
+
 def half_of(packed: View, index: int) -> View:
     """``packed[:, index]`` without the framework's own indexing (which costs microseconds)."""
     shape, strides = packed.shape, packed.strides
@@ -64,12 +74,11 @@ def token_strides(x: View, kv_layout: str) -> tuple[int, int, int]:
 def check_paged_kv(
     op: str, kv: PagedKV, like: View, dtype: DType, page_size: int, num_kv_heads: int, head_dim: int, kv_layout: str
 ) -> PagedKV:
-    """Hold both halves to the plan; CuPy's fp8 (bytes) gets its type. Rows must be readable in 16-byte pieces."""
+    """Hold both halves to the plan; CuPy's fp8 (bytes) gets its type. Rows are aligned as `row_alignment` says."""
     inner = (page_size, num_kv_heads, head_dim) if kv_layout == "NHD" else (num_kv_heads, page_size, head_dim)
     halves = []
     for name, x in (("keys", kv.k), ("values", kv.v)):
-        if x.dtype is uint8 and dtype.itemsize == 1:
-            x = x.typed(dtype)
+        x = as_fp8(x, dtype)
         if x.shape[1:] != inner:
             check_shape(
                 op, f"paged_kv_cache ({name})", x, (x.shape[0], *inner), f"= [pages, ...] in layout {kv_layout}"
@@ -79,7 +88,7 @@ def check_paged_kv(
         if x.device != like.device:
             check_device(op, like, paged_kv_cache=x)
         check_inner(op, f"paged_kv_cache ({name})", x)
-        check_aligned(op, f"paged_kv_cache ({name})", x, 16)
+        check_aligned(op, f"paged_kv_cache ({name})", x, row_alignment(dtype, head_dim))
         halves.append(x)
     if halves[0].shape[0] != halves[1].shape[0]:
         raise ArgumentError(

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fi_cupy.arrays import view
+from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_dtype
 from fi_cupy.dtypes import INDEX_TYPES, DType, uint16, uint32
 from fi_cupy.errors import ArgumentError, ShapeError
+from fi_cupy.page_table import host_values
 from fi_cupy.reference.masks import multi_item_mask
 
 Ints = np.ndarray[Any, np.dtype[Any]]
@@ -86,8 +87,11 @@ def read_multi_item(
         raise ArgumentError(f"{op}: prefix_len_ptr makes a mask of its own, expected no custom_mask beside it")
     if token_pos_in_items_ptr is None or token_pos_in_items_len < 1:
         raise ArgumentError(f"{op}: multi-item scoring needs token_pos_in_items_ptr and token_pos_in_items_len")
-    prefix = _host(op, "prefix_len_ptr", prefix_len_ptr, uint32)
-    flat = _host(op, "token_pos_in_items_ptr", token_pos_in_items_ptr, uint16)
+    arrays = [_view(op, "prefix_len_ptr", prefix_len_ptr, uint32),
+              _view(op, "token_pos_in_items_ptr", token_pos_in_items_ptr, uint16)]  # fmt: skip
+    if max_item_len_ptr is not None:
+        arrays.append(_view(op, "max_item_len_ptr", max_item_len_ptr, uint16))
+    prefix, flat, *longest = (x.astype(np.int64).reshape(-1) for x in host_values(arrays))
     if flat.size != len(prefix) * token_pos_in_items_len:
         raise ShapeError(
             f"{op}: token_pos_in_items_ptr has {flat.size} entries, expected {len(prefix) * token_pos_in_items_len} "
@@ -96,16 +100,15 @@ def read_multi_item(
     if (prefix < 0).any() or (flat < 0).any():
         raise ArgumentError(f"{op}: prefix_len_ptr and token_pos_in_items_ptr must not be negative")
     positions = flat.reshape(len(prefix), token_pos_in_items_len)
-    if max_item_len_ptr is not None:
-        longest = _host(op, "max_item_len_ptr", max_item_len_ptr, uint16)
-        if len(longest) != len(prefix) or (longest < positions.max(axis=1)).any():
+    for lens in longest:
+        if len(lens) != len(prefix) or (lens < positions.max(axis=1)).any():
             raise ArgumentError(
-                f"{op}: max_item_len_ptr is {longest.tolist()}, expected at least the largest position of each request"
+                f"{op}: max_item_len_ptr is {lens.tolist()}, expected at least the largest position of each request"
             )
     return MultiItem(prefix, positions)
 
 
-def _host(op: str, name: str, x: Any, unsigned: DType) -> Ints:
+def _view(op: str, name: str, x: Any, unsigned: DType) -> View:
     v = view(np.asarray(x) if isinstance(x, (list, tuple)) else x, op, name)
     check_dtype(op, name, v, (*INDEX_TYPES, unsigned))
-    return v.host().astype(np.int64).reshape(-1)
+    return v

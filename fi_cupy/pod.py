@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from fi_cupy.decode import BatchDecodeWithPagedKVCacheWrapper
+from fi_cupy import decode, mixed, prefill_kernel, prefill_single
+from fi_cupy.checks import check_device
+from fi_cupy.decode_plan import Planned
+from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.errors import PlanError, UnsupportedError
-from fi_cupy.prefill import single_prefill_with_kv_cache
-from fi_cupy.prefill_plan import check_planned
+from fi_cupy.jit.driver import has_driver_binding
+from fi_cupy.jit.kernel import load_kernel
+from fi_cupy.plan.decode import TILE
+from fi_cupy.prefill_plan import Work, check_planned, launch, launch_values
+from fi_cupy.variants import AttentionVariant, variant_of
+from fi_cupy.workspace import PlanBuffer
 
 _OP = "PODWithPagedKVCacheWrapper"
+
+
+class Launched(NamedTuple):
+    """What the latest `run` did, for `fi_cupy.attention.explain`."""
+
+    mixed: mixed.Geometry | None
+    prefill: prefill_kernel.Geometry
+    work: Work
+    scale: float
+    head_scales: bool  # factors of q or k a head
+    why: str  # why not one launch
 
 
 class PODWithPagedKVCacheWrapper:
     """Prefill attention of one prompt over contiguous keys, and decode attention of a batch over a paged cache.
 
-    Both parts are queued on the caller's stream, the prompt first: two launches (a third one merges, where the prompt
-    is short and its keys are many), not the single launch in which the two share the multiprocessors. Results are those
-    of `single_prefill_with_kv_cache` and of `BatchDecodeWithPagedKVCacheWrapper`, bit by bit. `run` can be captured in
-    a CUDA graph after it has run once with the same shapes.
+    One launch on the caller's stream, whose CTAs share the multiprocessors: half of them begin with tiles of the
+    prompt, which compute, the others with decode items, which wait for memory, and each goes on with what is left.
+    Results are those of `single_prefill_with_kv_cache` and of `BatchDecodeWithPagedKVCacheWrapper` up to rounding.
+    `run` can be captured in a CUDA graph after it has run once with the same shapes.
+
+    Parts that one kernel cannot hold take two launches, the prompt first: a prompt whose type or head dims
+    (``head_dim_vo`` too) are not those of the decode part, arrays on different streams, ROPE_LLAMA, a variant, or a
+    decode part that the decode kernel does not take. After a `run`, `fi_cupy.attention.explain` says which.
 
     Parameters
     ----------
@@ -30,8 +53,10 @@ class PODWithPagedKVCacheWrapper:
         Keep the decode part's addresses and grid fixed, so that a captured `run` follows later plans.
     paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer : int32 arrays
         CUDA-graph mode, see `BatchDecodeWithPagedKVCacheWrapper`.
-    jit_args : None
-        Kept for FlashInfer's signature.
+    jit_args : tuple, optional
+        A variant in FlashInfer's form, see `BatchDecodeWithPagedKVCacheWrapper`.
+    variant : AttentionVariant, optional
+        See `fi_cupy.jit.define_variant`: of both parts. The prompt is batch 0 to it, and so is the first request.
 
     Source
     ------
@@ -58,14 +83,17 @@ class PODWithPagedKVCacheWrapper:
         paged_kv_indices_buffer: Any = None,
         paged_kv_last_page_len_buffer: Any = None,
         jit_args: Any = None,
+        *,
+        variant: AttentionVariant | None = None,
     ) -> None:
-        if jit_args is not None:
-            raise UnsupportedError(f"{_OP}: jit_args is not supported; leave it out")
+        self._variant: Any = variant_of(_OP, variant, jit_args, None)
         self._layout = kv_layout
-        self._decode = BatchDecodeWithPagedKVCacheWrapper(
+        self._decode = decode.BatchDecodeWithPagedKVCacheWrapper(
             float_workspace_buffer, kv_layout, use_cuda_graph, True, paged_kv_indptr_buffer, paged_kv_indices_buffer,
-            paged_kv_last_page_len_buffer,
+            paged_kv_last_page_len_buffer, jit_args=jit_args, variant=variant,
         )  # fmt: skip
+        self._queues: PlanBuffer | None = None  # the launch's two queues, at an address that stays
+        self._launched: Launched | None = None
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -107,6 +135,9 @@ class PODWithPagedKVCacheWrapper:
             kv_data_type=kv_data_type, data_type=data_type, sm_scale=sm_scale, rope_scale=rope_scale,
             rope_theta=rope_theta, non_blocking=non_blocking, **decode_options,
         )  # fmt: skip
+        if self._queues is None and self._decode.device >= 0:
+            self._queues = PlanBuffer(self._decode.device, 16, mixed.QUEUE_WORDS)
+        self._launched = None
 
     begin_forward = plan
 
@@ -140,9 +171,9 @@ class PODWithPagedKVCacheWrapper:
         window_left_d: int = -1,
         rope_scale_d: float | None = None,
         rope_theta_d: float | None = None,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        q_scale: Any = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
         return_lse_d: bool = False,
         use_fp16_qk_reduction: bool = False,
         enable_pdl: bool | None = None,
@@ -151,6 +182,7 @@ class PODWithPagedKVCacheWrapper:
         out_d: Any = None,
         lse_d: Any = None,
         sinks_d: Any = None,
+        variant_args: Mapping[str, Any] | None = None,
     ) -> tuple[Any, Any]:
         """Attention of both parts.
 
@@ -173,7 +205,7 @@ class PODWithPagedKVCacheWrapper:
         use_fp16_qk_reduction : bool
             A hint; products are summed in fp32.
         enable_pdl : bool, optional
-            Of the decode part; the prompt's launch uses it where the device has it. It does not change results.
+            Programmatic dependent launch; None: where the device has it. It does not change results.
         return_lse_p, return_lse_d : bool
         out_d, lse_d, sinks_d : arrays, optional
             See `BatchDecodeWithPagedKVCacheWrapper.run`.
@@ -191,10 +223,8 @@ class PODWithPagedKVCacheWrapper:
         p = self._decode._planned
         if p is None:
             raise PlanError(f"{op}: plan() must come first")
-        if args:
-            raise UnsupportedError(
-                f"{op}: {len(args)} extra arguments; they belong to JIT variants, which this has not"
-            )
+        if self._variant is None and (args or variant_args):
+            raise UnsupportedError(f"{op}: extra arguments belong to a variant; give one to the constructor (variant=)")
         if custom_mask_d is not None or packed_custom_mask_d is not None:
             raise UnsupportedError(
                 f"{op}: custom_mask_d is not supported; BatchPrefillWithPagedKVCacheWrapper takes masks"
@@ -205,23 +235,97 @@ class PODWithPagedKVCacheWrapper:
         check_planned(op, "window_left_d", max(window_left_d, -1), -1, p.window_left)
         check_planned(op, "rope_scale_d", rope_scale_d, None, p.options["rope_scale"])
         check_planned(op, "rope_theta_d", rope_theta_d, None, p.options["rope_theta"])
-        prefill = single_prefill_with_kv_cache(
-            q_p, k_p, v_p, custom_mask=custom_mask_p, packed_custom_mask=packed_custom_mask_p, causal=causal_p,
-            kv_layout=kv_layout_p, pos_encoding_mode=pos_encoding_mode_p, sm_scale=sm_scale_p,
-            window_left=window_left_p, logits_soft_cap=logits_soft_cap_p, rope_scale=rope_scale_p,
-            rope_theta=rope_theta_p, return_lse=return_lse_p,
-        )  # fmt: skip
-        decode = self._decode.run(
-            q_d, paged_kv_cache_d, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse_d,
-            enable_pdl=enable_pdl, out=out_d, lse=lse_d, sinks=sinks_d,
-        )  # fmt: skip
-        return prefill, decode
+        options = {
+            "custom_mask": custom_mask_p, "packed_custom_mask": packed_custom_mask_p, "causal": causal_p,
+            "kv_layout": kv_layout_p, "pos_encoding_mode": pos_encoding_mode_p, "sm_scale": sm_scale_p,
+            "window_left": window_left_p, "logits_soft_cap": logits_soft_cap_p, "rope_scale": rope_scale_p,
+            "rope_theta": rope_theta_p, "return_lse": return_lse_p,
+        }  # fmt: skip
+        if self._variant is not None:
+            o_p = prefill_single.single_prefill_with_kv_cache(
+                q_p, k_p, v_p, **options, variant=self._variant, variant_args=(args, variant_args or {})
+            )
+            return o_p, self._decode.run(
+                q_d, paged_kv_cache_d, *args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out_d, lse=lse_d,
+                return_lse=return_lse_d, enable_pdl=enable_pdl, sinks=sinks_d, variant_args=variant_args,
+            )  # fmt: skip
+        prompt = prefill_single.prepare(op, q_p, k_p, v_p, **options)
+        check_device(op, self._decode._workspace, q_p=prompt.x)
+        if self._decode._by_prefill is not None:
+            self._launch_prompt(
+                prompt, f"the decode part takes the prefill kernel ({self._decode._why_prefill})", enable_pdl
+            )
+            return prompt.result(), self._decode.run(
+                q_d, paged_kv_cache_d, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out_d, lse=lse_d,
+                return_lse=return_lse_d, enable_pdl=enable_pdl, sinks=sinks_d,
+            )  # fmt: skip
+        c = self._decode._checked(
+            op, p, q_d, paged_kv_cache_d, q_scale, k_scale, v_scale, out_d, lse_d, return_lse_d, sinks_d
+        )
+        if prompt.x.is_cpu:
+            prefill_single.run_on_cpu(prompt, kv_layout_p)
+            self._decode._run_cpu(p, c)
+        else:
+            self._launch(p, prompt, c, enable_pdl)
+        return prompt.result(), c.result(out_d, lse_d, return_lse_d)
 
     forward = run
 
+    def _launch(self, p: Planned, prompt: prefill_single.Call, c: decode.Call, enable_pdl: bool | None) -> None:
+        """One launch of the mixed kernel, or a launch for each part."""
+        device = device_info(prompt.x.device)
+        stream = c.x.stream()
+        if p.rope:
+            why = "the decode part rotates its keys (ROPE_LLAMA)"
+        elif prompt.x.stream() != stream:
+            why = "the parts' arrays are on different streams"
+        else:
+            part = mixed.Decode(
+                p.num_kv_heads, p.num_qo_heads // p.num_kv_heads, p.head_dim, p.dtype, p.kv_dtype, p.out_dtype,
+                p.page_size % TILE == 0, p.logits_soft_cap > 0, p.alibi,
+            )  # fmt: skip
+            both = mixed.geometry(prompt.problem, part, device)
+            if both is not None:
+                self._launch_both(both, p, prompt, c, stream, self._with_pdl(device, enable_pdl))
+                return
+            why = "the parts differ in type or head dims, or the prompt is rotated"
+        self._launch_prompt(prompt, why, enable_pdl)
+        kernel = load_kernel(p.geometry.heads_spec, c.x.device) if c.scales.on_logits else p.kernel
+        pdl = self._with_pdl(device, enable_pdl)
+        kernel.launch(p.grid, stream, *self._decode._values(p, c), *p.turns, pdl=pdl)
+
+    def _with_pdl(self, device: DeviceInfo, enable_pdl: bool | None) -> bool:
+        return device.has_pdl and has_driver_binding() if enable_pdl is None else enable_pdl
+
+    def _launch_prompt(self, prompt: prefill_single.Call, why: str, enable_pdl: bool | None) -> None:
+        """A launch of its own for the prompt."""
+        device = device_info(prompt.x.device)
+        g, work = prefill_single.schedule(prompt, device)
+        scales = prompt.scales
+        self._launched = Launched(None, g, work, prompt.options.sm_scale * scales.logit, scales.on_logits, why)
+        launch(
+            g, work, prompt.x, prompt.k, prompt.v, *prompt.strides, prompt.o, prompt.s, prompt.options, scales,
+            mask=0 if prompt.mask is None else prompt.mask.packed.ptr, pdl=self._with_pdl(device, enable_pdl),
+        )  # fmt: skip
+
+    def _launch_both(
+        self, both: mixed.Geometry, p: Planned, prompt: prefill_single.Call, c: decode.Call, stream: int, pdl: bool
+    ) -> None:
+        """The mixed kernel."""
+        device = prompt.x.device
+        g, work = prefill_single.schedule(prompt, device_info(device), both.rows)
+        scales, mask = prompt.scales, 0 if prompt.mask is None else prompt.mask.packed.ptr
+        scale, head_scales = prompt.options.sm_scale * scales.logit, scales.on_logits or c.scales.on_logits
+        self._launched = Launched(both, g, work, scale, head_scales, "")
+        tiles = launch_values(
+            g, work, prompt.x, prompt.k, prompt.v, *prompt.strides, prompt.o, prompt.s, prompt.options, scales, 0, 1,
+            mask, 0,
+        )  # fmt: skip
+        assert self._queues is not None
+        mixed.launch(
+            both, device, stream, scale, head_scales, tiles, self._decode._values(p, c), self._queues.counters_ptr,
+            work.num_items, g.num_kv_heads, p.grid // p.geometry.num_head_blocks, p.geometry.num_head_blocks, pdl,
+        )  # fmt: skip
+
     def end_forward(self) -> None:
         """Kept for FlashInfer's signature; there is nothing to release."""
-
-    def _parts(self) -> list[tuple[str, Any]]:
-        """What `fi_cupy.attention.explain` looks into."""
-        return [("decode part, after the prompt's single_prefill_with_kv_cache", self._decode)]

@@ -12,24 +12,20 @@ from typing import Any
 import numpy as np
 
 from fi_cupy import reference
-from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_device, check_shape
+from fi_cupy.arrays import View
 from fi_cupy.customize import single_prefill_with_kv_cache_with_jit_module
 from fi_cupy.dtypes import float32, int32, uint8
-from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
+from fi_cupy.errors import ArgumentError, PlanError
 from fi_cupy.kv_cache import check_layout, check_paged_kv, paged_kv, token_strides
 from fi_cupy.multi_item import read_multi_item
-from fi_cupy.plan.decode import check_page_table, kv_lengths
+from fi_cupy.page_table import check_gpu_indices, check_hints, read_page_table
 from fi_cupy.prefill_batch import BatchPrefill, Planned
 from fi_cupy.prefill_kernel import kernel_specs
 from fi_cupy.prefill_plan import (
     Ints,
     check_backend,
-    check_indptr,
     check_planned,
-    host_ints,
     make_problem,
-    pack_mask,
     read_options,
     refuse,
 )
@@ -43,6 +39,9 @@ __all__ = [
     "single_prefill_with_kv_cache", "single_prefill_with_kv_cache_return_lse",
     "single_prefill_with_kv_cache_with_jit_module",
 ]  # fmt: skip
+
+
+_NAMES = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
 
 
 class _PagedPlan(Planned):
@@ -171,7 +170,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         ----------
         qo_indptr : int [batch + 1]
             Request b has rows ``q[qo_indptr[b] : qo_indptr[b + 1]]``. Host arrays cost no synchronisation; GPU arrays
-            are copied back first.
+            are copied back first, all of a plan's together.
         paged_kv_indptr : int [batch + 1]
             Request b has pages ``paged_kv_indices[indptr[b] : indptr[b + 1]]``.
         paged_kv_indices : int32 [pages in use]
@@ -189,7 +188,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             The same in little-endian bits, each request from a byte on.
         causal : bool
             Query i sees keys up to ``kv_len - qo_len + i``. With qo_len > kv_len the first rows see nothing: 0, -inf.
-        pos_encoding_mode : "NONE", "ALIBI"; "ROPE_LLAMA" on the CPU only
+        pos_encoding_mode : "NONE", "ALIBI" or "ROPE_LLAMA"
+            ROPE_LLAMA rotates halves of q and of the (unrotated) cached keys; head_dim_qk a multiple of 16.
         use_fp16_qk_reduction : bool
             A hint that FlashInfer takes for speed; products are summed in fp32 here.
         sm_scale : float, optional
@@ -199,7 +199,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         logits_soft_cap : float, optional
             ``cap * tanh(logit / cap)``; None or <= 0 is off.
         q_data_type, kv_data_type, o_data_type : dtype
-            float16 or bfloat16 (the CPU takes float32 too), the same for all three.
+            q: float16, bfloat16 or an fp8 type (the CPU takes float32 too). kv: that of q (the default), or an fp8
+            type. o: that of q (the default), or any 16-bit float, fp8 type (saturating) or float32.
         non_blocking : bool
             False: wait until the schedule has arrived.
         prefix_len_ptr : int [batch], optional
@@ -213,7 +214,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         seq_lens : int [batch], optional
             Keys of every request; if given, `paged_kv_last_page_len` is not read back from the GPU.
         seq_lens_q, max_token_per_sequence, max_sequence_kv : optional
-            Hints of other backends; the schedule follows from the offsets.
+            Hints of other backends, which must agree with the offsets.
         fixed_split_size : int, optional
             Pages of every chunk, so that a row's bits do not depend on the rest of the batch.
         disable_split_kv : bool
@@ -259,71 +260,35 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             op, prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr, custom_mask,
             packed_custom_mask,
         )  # fmt: skip
-        if page_size < 1:
-            raise ArgumentError(f"{op}: page_size is {page_size}, expected at least 1")
         has_mask = custom_mask is not None or packed_custom_mask is not None or items is not None
         options = read_options(
             op, head_dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta,
-            self.device < 0, has_mask,
+            has_mask,
         )  # fmt: skip
         problem = make_problem(
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
             True, has_mask, self.device < 0, self._lowered,
         )  # fmt: skip
-        _, qo = host_ints(op, "qo_indptr", qo_indptr)
-        _, indptr = host_ints(op, "paged_kv_indptr", kv_indptr)
-        indices = view(np.asarray(kv_indices, np.int32) if isinstance(kv_indices, (list, tuple)) else kv_indices, op,
-                       "paged_kv_indices")  # fmt: skip
-        check_indptr(op, "qo_indptr", qo)
+        hints = {} if seq_lens_q is None else {"seq_lens_q": seq_lens_q}
+        table, others = read_page_table(
+            op, _NAMES, kv_indptr, kv_indices, last_page_len, seq_lens, page_size, qo_indptr=qo_indptr, **hints
+        )
+        qo, indptr = others["qo_indptr"], table.indptr
         if len(indptr) != len(qo):
             raise ArgumentError(f"{op}: paged_kv_indptr has {len(indptr)} entries, expected {len(qo)} = len(qo_indptr)")
-        last = self._last_page_len(op, indptr, last_page_len, seq_lens, page_size)
-        check_page_table(op, indptr, last, page_size, indices.shape[0])
-        kv_len = kv_lengths(indptr, last, page_size)
-        if items is not None:
-            packed_custom_mask = items.packed_mask(op, np.diff(qo), kv_len)
-        p = _PagedPlan(
-            problem, options, qo, kv_len,
-            pack_mask(op, custom_mask, packed_custom_mask, np.diff(qo), kv_len, self._workspace),
-        )  # fmt: skip
-        p.page_size, p.indptr, p.indices, p.last_page_len = page_size, indptr, indices, last
+        p = _PagedPlan(problem, options, qo, table.kv_len, None)
+        p.mask = self._pack_mask(op, p, custom_mask, packed_custom_mask, items)
+        if hints or max_token_per_sequence is not None or max_sequence_kv is not None:
+            check_hints(op, qo, p.kv_len, others, max_token_per_sequence, max_sequence_kv)
+        p.page_size, p.indptr, p.indices, p.last_page_len = page_size, indptr, table.indices, table.last_page_len
+        p.host_indices, p.max_index = table.host_indices, table.max_index
+        if p.host_indices is None:
+            check_gpu_indices(op, _NAMES[1], table, self._workspace)
+        elif self.device < 0:
+            p.host_indices = p.host_indices.copy()  # `run` reads them
         p.disable_split = disable_split_kv or not self._splittable
         p.fixed_split = fixed_split_size * page_size if fixed_split_size and fixed_split_size > 0 else None
-        self._read_indices(op, p)
         return p
-
-    def _last_page_len(self, op: str, indptr: Ints, last_page_len: Any, seq_lens: Any, page_size: int) -> Ints:
-        batch = len(indptr) - 1
-        if seq_lens is not None:
-            v, kv_len = host_ints(op, "seq_lens", seq_lens)
-            check_shape(op, "seq_lens", v, (batch,), "= len(paged_kv_indptr) - 1")
-            if (-(-kv_len // page_size) != np.diff(indptr)).any():
-                raise ArgumentError(f"{op}: seq_lens and paged_kv_indptr disagree on the number of pages")
-            return np.where(kv_len > 0, (kv_len - 1) % page_size + 1, 1)
-        if page_size == 1:
-            return np.ones(batch, np.int64)
-        v, last = host_ints(op, "paged_kv_last_page_len", last_page_len)
-        check_shape(op, "paged_kv_last_page_len", v, (batch,), "= len(paged_kv_indptr) - 1")
-        return last
-
-    def _read_indices(self, op: str, p: _PagedPlan) -> None:
-        """Look at the page numbers where the host has them; a GPU array must be what the kernel can read."""
-        p.max_index, p.host_indices = -1, None
-        used = int(p.indptr[-1])
-        if p.indices.is_cpu:
-            p.host_indices = p.indices.numpy()[:used].astype(np.int32)
-            read = p.host_indices[p.indptr[0] :]
-            if len(read):
-                p.max_index = int(read.max())
-                if int(read.min()) < 0:
-                    raise ArgumentError(f"{op}: paged_kv_indices holds a negative page number ({int(read.min())})")
-            return
-        check_device(op, self._workspace, paged_kv_indices=p.indices)
-        if p.indices.dtype is not int32 or (used > 1 and p.indices.strides[0] != 1):
-            raise UnsupportedError(
-                f"{op}: paged_kv_indices on the GPU has dtype {p.indices.dtype.name}, stride {p.indices.strides[0]}, "
-                "expected contiguous int32"
-            )
 
     def _most_keys(self, p: _PagedPlan) -> int:
         return self._buffers["paged_kv_indices_buf"].shape[0] * p.page_size
@@ -354,9 +319,9 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         q: Any,
         paged_kv_cache: Any,
         *args: Any,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        q_scale: Any = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
         out: Any = None,
         lse: Any = None,
         return_lse: bool = False,
@@ -375,9 +340,11 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             ``qo_indptr[-1]`` are neither read nor written.
         paged_kv_cache : array, or (keys, values)
             ``[pages, 2, page_size, num_kv_heads, head_dim]`` (NHD) or ``[pages, 2, num_kv_heads, page_size, head_dim]``
-            (HND), or a pair without dimension 1; any strides that are multiples of 16 bytes, inner stride 1.
-        q_scale, k_scale, v_scale : float, optional
-            Dequantisation factors: the first two multiply `sm_scale`, the last the output.
+            (HND), or a pair without dimension 1; any strides that are multiples of 16 bytes (8 for fp8 rows that 16
+            does not divide), inner stride 1. fp8 may come as uint8.
+        q_scale, k_scale, v_scale : float, or float32 array [heads], optional
+            Dequantisation factors: the first two multiply `sm_scale`, the last the output. An array (of query heads, kv
+            heads, kv heads) holds one a head.
         out : array, [rows of q, num_qo_heads, head_dim_vo], optional
         lse : float32 array, [rows of q, num_qo_heads], contiguous, optional
             Log-sum-exp of the scaled logits in base 2; -inf for rows that see no key (whose output is 0).
@@ -389,7 +356,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         sinks : float32 array, [num_qo_heads], optional
             Raw logits that join the denominator.
         *args, variant_args : optional
-            The variant's tensors and scalars, in the order of their declaration, and by name.
+            The variant's tensors and scalars, in the order of their declaration, and by name. With fp8 queries and no
+            variant: scale_q, scale_k, scale_v.
 
         Returns
         -------
@@ -409,9 +377,10 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         if window_left is not None:
             check_planned(op, "window_left", max(window_left, -1), p.options.window_left, p.options.window_left)
         x = self._query(op, p, q)
+        args, scales = self._scales(op, p, x, args, (q_scale, k_scale, v_scale))
         bound = self._bind(op, args, variant_args, x)
         kv = paged_kv(op, paged_kv_cache)
-        dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.dtype
+        dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.kv
         heads, layout = p.problem.num_kv_heads, self._layout
         if p.problem.head_dim_qk == p.problem.head_dim_vo:
             kv = check_paged_kv(op, kv, x, dtype, p.page_size, heads, p.problem.head_dim_qk, layout)
@@ -429,7 +398,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             indices = p.indices.ptr if p.indices_offset is None else p.work.items + p.indices_offset
         return self._run(
             op, p, x, kv.k, kv.v, token_strides(kv.k, layout), token_strides(kv.v, layout),
-            (q_scale, k_scale, v_scale), out, lse, return_lse, enable_pdl, sinks, p.page_size, indices, bound,
+            scales, out, lse, return_lse, enable_pdl, sinks, p.page_size, indices, bound,
         )  # fmt: skip
 
     run_return_lse = partialmethod(run, return_lse=True)
@@ -442,7 +411,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
 
     def forward(
         self, q: Any, paged_kv_cache: Any, causal: bool = False, pos_encoding_mode: str = "NONE",
-        use_fp16_qk_reduction: bool = False, k_scale: float | None = None, v_scale: float | None = None,
+        use_fp16_qk_reduction: bool = False, k_scale: Any = None, v_scale: Any = None,
         window_left: int = -1, logits_soft_cap: float | None = None, sm_scale: float | None = None,
         rope_scale: float | None = None, rope_theta: float | None = None, *, return_lse: bool = False,
     ) -> Any:  # fmt: skip

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim
-from fi_cupy.decode_kernel import scale_factor, sinks_view
+from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner
+from fi_cupy.decode_kernel import sinks_view
 from fi_cupy.device import device_info
-from fi_cupy.dtypes import DType
+from fi_cupy.dtypes import FP8_TYPES, DType
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
-from fi_cupy.jit.driver import has_driver_binding
-from fi_cupy.jit.kernel import load_kernel
-from fi_cupy.plan.prefill import max_counts, pad, plan_prefill
+from fi_cupy.kv_cache import as_fp8, row_alignment
+from fi_cupy.page_table import check_offsets
+from fi_cupy.plan.prefill import PrefillPlan, max_items, pad, plan_prefill
+from fi_cupy.plan_run import PlanRun
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
-from fi_cupy.prefill_plan import Ints, Mask, Options, Strides, Work, check_planned, launch, outputs
+from fi_cupy.prefill_plan import Ints, Mask, Options, Strides, Work, check_planned, launch, outputs, pack_mask
+from fi_cupy.scales import Scales, read_scales
 from fi_cupy.workspace import PlanBuffer, copy_device, copy_to_device
 
 if TYPE_CHECKING:
     from fi_cupy.jit.lower import Lowered
+    from fi_cupy.multi_item import MultiItem
     from fi_cupy.variants import AttentionVariant, BoundVariant
 
 
@@ -42,14 +46,12 @@ class Planned:
 
     def __init__(self, problem: Problem, options: Options, qo_indptr: Ints, kv_len: Ints, mask: Mask | None) -> None:
         self.problem, self.options, self.qo_indptr, self.kv_len, self.mask = problem, options, qo_indptr, kv_len, mask
-        self.total_rows = int(qo_indptr[-1])
+        self.total_rows = int(qo_indptr[-1]) if len(qo_indptr) else 0
         self.indices_offset = None
 
 
-class BatchPrefill:
+class BatchPrefill(PlanRun):
     """Workspace, CUDA-graph buffers and schedule of a prefill wrapper."""
-
-    _op = ""
 
     def __init__(
         self,
@@ -68,50 +70,22 @@ class BatchPrefill:
         if not use_cuda_graph:
             return
         for name, (buffer, dtype) in buffers.items():
-            if buffer is None:
-                if "mask" in name:
-                    continue
-                raise ArgumentError(f"{self._op}: {name} is missing, expected an array with use_cuda_graph=True")
-            b = view(buffer, self._op, name).writable(self._op, name)
-            check_ndim(self._op, name, b, 1)
-            check_dtype(self._op, name, b, (dtype,))
-            check_inner(self._op, name, b)
-            check_device(self._op, self._workspace, **{name: b})
-            self._buffers[name] = b
-
-    def _attach(self, workspace: Any) -> None:
-        w = view(workspace, self._op, "float_workspace_buffer")
-        if not w.contiguous:
-            raise ArgumentError(
-                f"{self._op}: float_workspace_buffer has strides {w.strides}, expected a contiguous array"
-            )
-        check_aligned(self._op, "float_workspace_buffer", w, 16)
-        self._workspace = w.writable(self._op, "float_workspace_buffer")
-        self._workspace_bytes = w.size * w.dtype.itemsize
-        self.device = w.device
-        self._pdl = w.device >= 0 and device_info(w.device).has_pdl and has_driver_binding()
-
-    @property
-    def is_cuda_graph_enabled(self) -> bool:
-        """Whether the wrapper keeps addresses and grid fixed."""
-        return self._graph
-
-    def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
-        """Use another scratch buffer from the next `plan` on. The wrapper owns its integer buffer: pass None for it."""
-        if int_workspace_buffer is not None:
-            view(int_workspace_buffer, self._op, "int_workspace_buffer")  # FlashInfer's second buffer has no use here
-        if self._graph_state is not None:
-            raise PlanError(f"{self._op}: the workspace address is part of the captured graph; make another wrapper")
-        self._attach(float_workspace_buffer)
-        self._planned = None
-
-    def end_forward(self) -> None:
-        """Kept for FlashInfer's signature; there is nothing to release."""
+            if buffer is not None or "mask" not in name:
+                self._buffers[name] = self._graph_buffer(name, buffer, dtype)
 
     # -- plan ---------------------------------------------------------------------------------------------------------
 
-    def _schedule(self, p: Planned, kv_base: Ints) -> tuple[Ints, Ints, int, int]:
-        """(items, merges, slots, slots whose lse gets room); in graph mode padded to what any later plan can need."""
+    def _pack_mask(
+        self, op: str, p: Planned, custom_mask: Any, packed_custom_mask: Any, items: MultiItem | None
+    ) -> Mask | None:  # fmt: skip
+        """Check the offsets of the queries, and make the mask, if there is one."""
+        qo_len = check_offsets(op, "qo_indptr", p.qo_indptr)
+        if items is not None:
+            packed_custom_mask = items.packed_mask(op, qo_len, p.kv_len)
+        return pack_mask(op, custom_mask, packed_custom_mask, qo_len, p.kv_len, self._workspace)
+
+    def _schedule(self, p: Planned, kv_base: Ints) -> tuple[PrefillPlan, int]:
+        """(schedule, slots with room for counters and sums); in graph mode padded to what any later plan can need."""
         batch, rows = len(p.kv_len), p.total_rows
         if self._graph_state is not None:
             p.geometry = self._graph_state[0]
@@ -127,20 +101,18 @@ class BatchPrefill:
             mask_offsets=None if p.mask is None else p.mask.offsets,
             narrow=None if self._lowered is None else self._lowered.narrow({}),
         )  # fmt: skip
-        items, merges = schedule.items, schedule.merges
         if not self._graph:
-            return items, merges, schedule.num_slots, 0
+            return schedule, schedule.num_slots
         if self._graph_state is not None:
-            num_items, num_merges = self._graph_state[1:3]
+            num_items = self._graph_state[1]
         else:
-            num_items, num_merges = max_counts(rows, batch, g.group, g.tiles.tile_q, self._most_chunks(p))
-            num_merges *= not p.disable_split
-        if len(items) > num_items or len(merges) > num_merges:
+            num_items = max_items(rows, batch, g.group, g.tiles.tile_q, self._most_chunks(p))
+        if len(schedule.items) > num_items:
             raise PlanError(
-                f"{self._op}.plan: {len(items)} work items and {len(merges)} split tiles exceed the {num_items} and "
-                f"{num_merges} of the first plan; give the first plan as many query rows as any later one has"
+                f"{self._op}.plan: {len(schedule.items)} work items exceed the {num_items} of the first plan; give the "
+                "first plan as many query rows as any later one has"
             )
-        return pad(items, num_items), pad(merges, num_merges), schedule.num_slots, num_items
+        return replace(schedule, items=pad(schedule.items, num_items)), num_items
 
     def _most_chunks(self, p: Planned) -> int:
         """Work items beyond one a tile that splitting may add in graph mode."""
@@ -158,31 +130,31 @@ class BatchPrefill:
 
     def _finish(self, p: Planned, kv_base: Ints, indices: np.ndarray[Any, Any] | None, non_blocking: bool) -> None:
         """Schedule, check the workspace, load the kernels and send everything to the GPU."""
-        items, merges, num_slots, most_slots = self._schedule(p, kv_base)
-        layout = p.geometry.workspace(num_slots, most_slots)
+        schedule, most_slots = self._schedule(p, kv_base)
+        items = schedule.items
+        layout = p.geometry.workspace(schedule.num_slots, most_slots)
         layout.check(f"{self._op}.plan", self._workspace_bytes)
         p.geometry.kernel(1.0, self.device)
-        if len(merges):
-            load_kernel(p.geometry.merge, self.device)
-        words, tail = items.size + merges.size, 0 if indices is None else len(indices)
+        if p.problem.dtype in FP8_TYPES:  # usually with factors a head
+            p.geometry.kernel(1.0, self.device, head_scales=True)
+        words, tail = items.size, 0 if indices is None else len(indices)
         if self._plan_buffer is None:
             self._plan_buffer = PlanBuffer(self.device, 4 * (words + tail))
         buffer = self._plan_buffer
-        buffer.reserve(4 * (words + tail))
+        buffer.reserve(4 * (words + tail), most_slots * p.geometry.num_kv_heads)
         staged = buffer.stage(words + tail)
-        staged[: items.size] = items.reshape(-1)
-        staged[items.size : words] = merges.reshape(-1)
+        staged[:words] = items.reshape(-1)
         if indices is not None:
             staged[words:] = indices
             p.indices_offset = 4 * words
         stream = self._workspace.stream()
         address = buffer.upload(staged, stream)
         p.work = Work(
-            address, len(items), address + items.nbytes, len(merges),
-            self._workspace.ptr + layout.offsets["partial_o"], self._workspace.ptr + layout.offsets["partial_lse"],
+            address, len(items), schedule.num_split, self._workspace.ptr + layout.offsets["partial_o"],
+            self._workspace.ptr + layout.offsets["partial_md"], buffer.counters_ptr,
         )  # fmt: skip
         if self._graph:
-            state = (p.geometry, len(items), len(merges), p.problem, p.options, p.work)
+            state = (p.geometry, len(items), p.problem, p.options, p.work._replace(num_split=0))
             if self._graph_state is not None and state != self._graph_state:
                 raise PlanError(
                     f"{self._op}.plan: a CUDA-graph wrapper keeps kernel, grid and options of its first plan; only "
@@ -225,8 +197,9 @@ class BatchPrefill:
             copy_to_device(buffer.ptr, values.astype(np.int32), stream, self.device)
 
     def _workspace_size(self, p: Planned, kv_base: Ints, indices: int) -> tuple[int, int]:
-        items, merges, num_slots, most_slots = self._schedule(p, kv_base)
-        return p.geometry.workspace(num_slots, most_slots).size, items.nbytes + merges.nbytes + 4 * indices
+        schedule, most_slots = self._schedule(p, kv_base)
+        int_bytes = schedule.items.nbytes + 4 * most_slots * p.geometry.num_kv_heads + 4 * indices
+        return p.geometry.workspace(schedule.num_slots, most_slots).size, int_bytes
 
     # -- variants -----------------------------------------------------------------------------------------------------
 
@@ -251,11 +224,21 @@ class BatchPrefill:
             raise UnsupportedError(f"{op}: extra arguments belong to a variant; give one to the constructor (variant=)")
         return None
 
+    def _scales(
+        self, op: str, p: Planned, x: View, args: tuple[Any, ...], given: tuple[Any, Any, Any]
+    ) -> tuple[tuple[Any, ...], Scales]:
+        """(what of `args` belongs to a variant, the scales): fp8 queries take scale_q, scale_k, scale_v by position."""
+        if self._variant is None and p.problem.dtype in FP8_TYPES and len(args) == 3:
+            if any(value is not None for value in given):
+                raise ArgumentError(f"{op}: scales are given by position and by name, expected one of the two")
+            return (), read_scales(op, x, p.problem.num_qo_heads, p.problem.num_kv_heads, *args)
+        return args, read_scales(op, x, p.problem.num_qo_heads, p.problem.num_kv_heads, *given)
+
     # -- run ----------------------------------------------------------------------------------------------------------
 
     def _query(self, op: str, p: Planned, q: Any) -> View:
         """The view of `q`, held to the plan."""
-        x = view(q, op, "q")
+        x = as_fp8(view(q, op, "q"), p.problem.dtype)
         heads, dim = p.problem.num_qo_heads, p.problem.head_dim_qk
         few = x.shape[0] < p.total_rows if self._graph and x.ndim == 3 else x.shape[:1] != (p.total_rows,)
         if few or x.shape[1:] != (heads, dim):
@@ -267,23 +250,21 @@ class BatchPrefill:
         if x.device != self.device:
             check_device(op, self._workspace, q=x)
         check_inner(op, "q", x)
-        check_aligned(op, "q", x, 16)
+        check_aligned(op, "q", x, row_alignment(x.dtype, dim))
         return x
 
     def _run(
         self, op: str, p: Planned, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides,
-        scales: tuple[Any, Any, Any], out: Any, lse: Any, return_lse: bool, enable_pdl: bool | None, sinks: Any,
+        scales: Scales, out: Any, lse: Any, return_lse: bool, enable_pdl: bool | None, sinks: Any,
         page_size: int, kv_indices: int, bound: BoundVariant | None,
     ) -> Any:  # fmt: skip
         if bound is not None and not bound.use_softmax and (return_lse or lse is not None):
             raise ArgumentError(f"{op}: variant {bound.variant.name} has no softmax, and without it there is no lse")
-        o, s = outputs(op, x, out, lse, return_lse, p.problem.head_dim_vo)
+        o, s = outputs(op, x, out, lse, return_lse, p.problem)
         sink = None if sinks is None else sinks_view(op, sinks, x, p.problem.num_qo_heads)
-        scale = p.options.sm_scale * scale_factor(op, "q_scale", scales[0]) * scale_factor(op, "k_scale", scales[1])
-        out_scale = scale_factor(op, "v_scale", scales[2])
         if x.is_cpu:
             values, log = self._reference(
-                p, x.numpy(), k.numpy(), v.numpy(), sm_scale=scale, v_scale=out_scale,
+                p, x.numpy(), k.numpy(), v.numpy(), sm_scale=p.options.sm_scale * scales.logit, **scales.reference(),
                 sinks=None if sink is None else sink.numpy(), out_dtype=o.dtype.np, **p.options.reference(),
                 packed_custom_mask=None if p.mask is None else p.mask.packed.numpy(), variant=bound,
                 params=None if bound is None else bound.params(),
@@ -293,7 +274,7 @@ class BatchPrefill:
                 s.write(log)
         else:
             launch(
-                p.geometry, p.work, x, k, v, k_strides, v_strides, o, s, p.options, scale, out_scale,
+                p.geometry, p.work, x, k, v, k_strides, v_strides, o, s, p.options, scales,
                 kv_indices=kv_indices, page_size=page_size, mask=0 if p.mask is None else p.mask.packed.ptr,
                 sinks=0 if sink is None else sink.ptr, pdl=self._pdl if enable_pdl is None else bool(enable_pdl),
                 variant_values=() if bound is None else bound.kernel_values(),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fi_cupy.dtypes import HALF_TYPES, DType, bfloat16, float16
+from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32
 from fi_cupy.errors import ArgumentError, DTypeError, ShapeError
 from fi_cupy.jit.kernel import Kernel, load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec
-from fi_cupy.plan.prefill import PrefillTiles, choose_tiles, narrow_tiles
+from fi_cupy.plan.prefill import PrefillTiles, TileKind, choose_tiles, narrow_tiles
 from fi_cupy.plan.workspace import WorkspaceLayout
 
 if TYPE_CHECKING:
@@ -24,12 +24,18 @@ LOG2E = math.log2(math.e)
 NO_WINDOW = 1 << 30
 
 _DIVISOR = ("divisor", "magic", "shift")
+#: struct HeadScales of kernels/attention/head_scales.cuh.
+SCALES = [
+    *((f"scales.{name}", "ptr") for name in "qkv"),
+    *((f"scales.{name}", "u32") for name in ("q_step", "k_step", "v_step", "unused")),
+]
 PARAMS = ParamsStruct(
     "PrefillParams",
     [
         *((name, "ptr") for name in ("q", "k", "v", "o", "lse", "items", "kv_indices", "mask", "sinks")),
         ("partial_o", "ptr"),
-        ("partial_lse", "ptr"),
+        ("partial_md", "ptr"),
+        ("counters", "ptr"),
         *((f"{x}_stride_{d}", "i64") for x, ds in (("q", "nh"), ("k", ("page", "n", "h"))) for d in ds),
         *((f"{x}_stride_{d}", "i64") for x, ds in (("v", ("page", "n", "h")), ("o", "nh")) for d in ds),
         *((f"group.{field}", "u32") for field in _DIVISOR),
@@ -38,20 +44,13 @@ PARAMS = ParamsStruct(
         ("causal", "i32"),
         ("window_left", "i32"),
         *((name, "f32") for name in ("sm_scale", "sm_scale_log2", "out_scale", "soft_cap", "soft_cap_rcp")),
+        *SCALES,
     ],
 )
-MERGE_PARAMS = ParamsStruct(
-    "PrefillMergeParams",
-    [
-        *((name, "ptr") for name in ("o", "lse", "items", "partial_o", "partial_lse")),
-        ("o_stride_n", "i64"),
-        ("o_stride_h", "i64"),
-        *((f"group.{field}", "u32") for field in _DIVISOR),
-        ("num_qo_heads", "u32"),
-        ("out_scale", "f32"),
-    ],
+#: The same, then 128 frequencies as opaque blocks of 16 (`decode_kernel.rope_turns`).
+ROPE_PARAMS = ParamsStruct(
+    "PrefillRopeParams", [*PARAMS.fields, *((f"turns[{i}]", "tensormap") for i in range(0, 128, 16))]
 )
-_MERGE_WARPS = 4
 _MOST_SPILLED = 64
 
 
@@ -62,9 +61,9 @@ def fast_div(divisor: int) -> tuple[int, int, int]:
     return divisor, ((1 << 32) * ((1 << shift) - divisor)) // divisor + 1, shift
 
 
-#: 128 accumulators and 64 logits a thread, at 255 registers. Measured on an H200 with 40 bytes spilled: 346 TFLOP/s;
-#: unrolled less, without a spill: 336.
-_FULL_REGISTERS = "the ptxas of CUDA 12.9 and 13.0 spills 8 to 148 bytes, outside the products; that of 13.5 none"
+#: Head dim 128: 128 accumulators and 64 logits a thread at 255 registers, two CTAs a multiprocessor; 48 or 32 keys
+#: a tile spill nothing and lose 6 and 10 % (H100). Head dim 64: 64 and 64 at 168, three CTAs; two lose 12 %.
+_FULL_REGISTERS = "up to 250 bytes, outside the products; which instance spills how much changes with ptxas' version"
 
 
 @lru_cache(maxsize=512)
@@ -79,12 +78,20 @@ def prefill_spec(
     alibi: bool = False,
     soft_cap: bool = False,
     positive_scale: bool = True,
+    rope: bool = False,
+    head_scales: bool = False,
+    q: DType | None = None,
+    kv: DType | None = None,
+    out: DType | None = None,
 ) -> KernelSpec:
-    """The prefill kernel for one element type, head dims and CTA shape (`plan.prefill.choose_tiles`).
+    """The prefill kernel for the type that is multiplied, head dims and CTA shape (`plan.prefill.choose_tiles`).
 
     Causality and the window are run-time parameters: they cost nothing away from the tiles they cut.
-    `positive_scale` False is for sm_scale <= 0, where the scale does not commute with the maximum.
+    `positive_scale` False is for sm_scale <= 0, where the scale does not commute with the maximum; `head_scales` for
+    factors of q or k a head, which only the GPU knows. `q`, `kv`: `dtype` or an fp8 type; `out`: any float.
     """
+    q, kv, out = q or dtype, kv or dtype, out or dtype
+    types = dtype.tag + "".join(f"_{n}{t.tag}" for n, t in (("q", q), ("kv", kv), ("o", out)) if t is not dtype)
     dims = f"d{head_dim_qk}" + (f"x{head_dim_vo}" if head_dim_vo != head_dim_qk else "")
     options = (
         ("paged", paged),
@@ -92,16 +99,21 @@ def prefill_spec(
         ("alibi", alibi),
         ("cap", soft_cap),
         ("neg", not positive_scale),
+        ("rope", rope),
+        ("heads", head_scales),
     )
     suffix = "".join(f"_{name}" for name, on in options if on)
-    flags = ", ".join("true" if on else "false" for on in (alibi, soft_cap, positive_scale))
+    flags = ", ".join("true" if on else "false" for on in (alibi, soft_cap, positive_scale, head_scales))
     return KernelSpec(
-        symbol=f"prefill_{dtype.tag}_{dims}_q{tiles.tile_q}k{tiles.tile_kv}{suffix}",
+        symbol=f"prefill_{types}_{dims}_q{tiles.tile_q}k{tiles.tile_kv}{suffix}",
         header="attention/prefill.cuh",
         function="prefill",
-        params=PARAMS,
+        params=ROPE_PARAMS if rope else PARAMS,
         config=(
             ("T", dtype),
+            ("Q", q),
+            ("KV", kv),
+            ("O", out),
             ("kHeadDimQK", head_dim_qk),
             ("kHeadDimVO", head_dim_vo),
             ("kWarps", tiles.warps),
@@ -109,25 +121,15 @@ def prefill_spec(
             ("kTileKv", tiles.tile_kv),
             ("kPaged", paged),
             ("kCustomMask", custom_mask),
+            ("kRope", rope),
             ("Logits", CppType(f"fi::PrefillLogits<{flags}>")),
         ),
         threads=32 * tiles.warps,
+        # Tile passes and other outputs need a few registers more than the bound leaves without spills.
+        min_blocks=tiles.ctas_per_sm if tiles.row_tiles == 2 and not rope and q is kv is out is dtype else 0,
         smem_bytes=tiles.smem_bytes,
         min_arch=75 if tiles.smem_bytes <= 64 * 1024 else 80,  # Turing has 64 KB of shared memory
-        spills=_FULL_REGISTERS if tiles.row_tiles == 2 and tiles.tile_kv == 64 and head_dim_vo > 64 else "",
-    )
-
-
-@lru_cache(maxsize=64)
-def merge_spec(dtype: DType, head_dim_vo: int, tile_q: int) -> KernelSpec:
-    """The kernel that merges the partial results of split tiles."""
-    return KernelSpec(
-        symbol=f"prefill_merge_{dtype.tag}_d{head_dim_vo}_q{tile_q}",
-        header="attention/prefill_merge.cuh",
-        function="prefill_merge",
-        params=MERGE_PARAMS,
-        config=(("T", dtype), ("kHeadDimVO", head_dim_vo), ("kTileQ", tile_q), ("kWarps", _MERGE_WARPS)),
-        threads=32 * _MERGE_WARPS,
+        spills=_FULL_REGISTERS if tiles.row_tiles == 2 and tiles.tile_kv == 64 else "",
     )
 
 
@@ -139,10 +141,9 @@ def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: what Turing, A100, RTX and Hopper or Blackwell cards run for the usual head dims."""
     specs: dict[KernelSpec, None] = {}
 
-    def add(
-        arch: int, dtype: DType, qk: int, vo: int, rows: int = 1024, *, paged: bool = True, **options: bool
-    ) -> None:
-        tiles = choose_tiles(rows, qk, vo, *_GPUS[arch])
+    def add(arch: int, dtype: DType, qk: int, vo: int, rows: int = 1024, *, paged: bool = True, **options: Any) -> None:
+        kind = TileKind("kv" in options, "rope" in options)
+        tiles = choose_tiles(rows, qk, vo, *_GPUS[arch], kind)
         specs[prefill_spec(dtype, qk, vo, tiles, paged=paged, **options)] = None
 
     for dtype in (bfloat16, float16):
@@ -164,8 +165,17 @@ def kernel_specs() -> list[KernelSpec]:
     add(90, bfloat16, 128, 128, paged=False, soft_cap=True)
     add(90, bfloat16, 128, 128, paged=False, alibi=True)
     add(90, bfloat16, 128, 128, paged=False, positive_scale=False)
-    for dim, tile_q in ((64, 128), (128, 128), (128, 16), (256, 128)):
-        specs[merge_spec(bfloat16, dim, tile_q)] = None
+    add(90, bfloat16, 128, 128, kv=float8_e4m3fn)
+    add(90, bfloat16, 128, 128, rows=16, kv=float8_e4m3fn)
+    add(90, float16, 128, 128, paged=False, kv=float8_e5m2)
+    add(75, float16, 128, 128, kv=float8_e4m3fn)
+    add(90, bfloat16, 72, 72, kv=float8_e4m3fn)
+    add(90, bfloat16, 128, 128, q=float8_e4m3fn, kv=float8_e4m3fn, head_scales=True)
+    add(90, float16, 64, 64, q=float8_e4m3fn, kv=float8_e4m3fn, out=float8_e4m3fn)
+    add(90, bfloat16, 128, 128, rope=True)
+    add(90, bfloat16, 128, 128, rows=16, rope=True)
+    add(90, float16, 64, 64, kv=float8_e4m3fn, rope=True)
+    add(90, bfloat16, 64, 64, out=float32)
     return list(specs)
 
 
@@ -176,12 +186,35 @@ class Problem(NamedTuple):
     num_kv_heads: int
     head_dim_qk: int
     head_dim_vo: int
-    dtype: DType
+    dtype: DType  # of q
     paged: bool
     custom_mask: bool
     alibi: bool
     soft_cap: bool
     variant: Lowered | None = None
+    rope: bool = False
+    kv_dtype: DType | None = None  # None: that of q
+    out_dtype: DType | None = None
+
+    @property
+    def kv(self) -> DType:
+        """Type of keys and values."""
+        return self.kv_dtype or self.dtype
+
+    @property
+    def out(self) -> DType:
+        """Type of the output."""
+        return self.out_dtype or self.dtype
+
+    @property
+    def math(self) -> DType:
+        """The 16-bit type that is multiplied: of q, k, the output or float16; both hold any fp8 value."""
+        return next((t for t in (self.dtype, self.kv, self.out) if t in HALF_TYPES), float16)
+
+    @property
+    def kind(self) -> TileKind:
+        """What decides the CTA's shared memory beside the head dims."""
+        return TileKind(self.kv in FP8_TYPES, self.rope)
 
 
 @dataclass(frozen=True)
@@ -192,7 +225,8 @@ class Geometry:
     ----------
     spec, negative_spec : KernelSpec
         For a positive sm_scale, and for any other.
-    merge : KernelSpec
+    heads_spec : KernelSpec
+        For factors of q or k a head.
     tiles : PrefillTiles
     group, num_kv_heads : int
     slots : int
@@ -206,7 +240,7 @@ class Geometry:
 
     spec: KernelSpec
     negative_spec: KernelSpec
-    merge: KernelSpec
+    heads_spec: KernelSpec
     tiles: PrefillTiles
     group: int
     num_kv_heads: int
@@ -214,57 +248,57 @@ class Geometry:
     head_dim_vo: int
     splittable: bool = True
     narrow_spec: KernelSpec | None = None
+    narrow_heads_spec: KernelSpec | None = None
 
-    def kernel(self, scale: float, device: int) -> Kernel:
-        """The loaded kernel for an sm_scale.
+    def kernel(self, scale: float, device: int, head_scales: bool = False) -> Kernel:
+        """The loaded kernel for an sm_scale, or for factors of q or k a head.
 
         The wide shape leaves some 60 registers to what is not an accumulator. A few spilled values cost less than its
         two row tiles gain; beyond `_MOST_SPILLED` bytes the narrow shape is taken.
         """
-        found = load_kernel(self.spec if scale > 0 else self.negative_spec, device)
-        if self.narrow_spec is not None and found.meta.spill_bytes > _MOST_SPILLED:
-            found = load_kernel(self.narrow_spec, device)
+        spec, narrow = self.spec if scale > 0 else self.negative_spec, self.narrow_spec
+        if head_scales:
+            spec, narrow = self.heads_spec, self.narrow_heads_spec
+        found = load_kernel(spec, device)
+        if narrow is not None and found.meta.spill_bytes > _MOST_SPILLED:
+            found = load_kernel(narrow, device)
         return found
 
     def workspace(self, num_slots: int, most_slots: int = 0) -> WorkspaceLayout:
-        """Layout of the partial results of `num_slots` chunks; room for the lse of `most_slots` keeps its offsets."""
+        """Layout of the partial results of `num_slots` chunks; room for (m, d) of `most_slots` keeps the offsets."""
         states = num_slots * self.num_kv_heads * self.tiles.tile_q
         layout = WorkspaceLayout()
-        layout.add("partial_lse", max(states, most_slots * self.num_kv_heads * self.tiles.tile_q) * 4)
-        layout.add("partial_o", states * self.head_dim_vo * 4)
+        layout.add("partial_md", max(states, most_slots * self.num_kv_heads * self.tiles.tile_q) * 8)
+        layout.add("partial_o", states * -(-self.head_dim_vo // 16) * 16 * 4)
         return layout
-
-    def merge_grid(self, num_merges: int) -> tuple[int, int, int]:
-        """Grid of the merge kernel: four rows a CTA."""
-        return num_merges * (self.tiles.tile_q // _MERGE_WARPS), self.num_kv_heads, 1
 
 
 @lru_cache(maxsize=1024)
 def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry:
     """Kernels for requests of about `packed_rows` packed rows (a tile size is enough) on `device`."""
     p = problem
-    narrow: KernelSpec | None = None
     smem_per_block = 65536 if device.code_number < 80 else device.smem_per_block
-    tiles = choose_tiles(packed_rows, p.head_dim_qk, p.head_dim_vo, smem_per_block, device.smem_per_sm)
-    spec, negative = (
-        prefill_spec(
-            p.dtype, p.head_dim_qk, p.head_dim_vo, tiles, paged=p.paged, custom_mask=p.custom_mask, alibi=p.alibi,
-            soft_cap=p.soft_cap, positive_scale=positive,
-        )
-        for positive in (True, False)
-    )  # fmt: skip
+    tiles = choose_tiles(packed_rows, p.head_dim_qk, p.head_dim_vo, smem_per_block, device.smem_per_sm, p.kind)
+
+    def spec_of(tiles: PrefillTiles, positive: bool = True, heads: bool = False) -> KernelSpec:
+        plain = prefill_spec(
+            p.math, p.head_dim_qk, p.head_dim_vo, tiles, paged=p.paged, custom_mask=p.custom_mask, rope=p.rope,
+            alibi=p.alibi, soft_cap=p.soft_cap, positive_scale=positive, head_scales=heads, q=p.dtype, kv=p.kv,
+            out=p.out,
+        )  # fmt: skip
+        return plain if p.variant is None else p.variant.specialise(plain, p.alibi, p.soft_cap, heads)
+
+    spec, negative, heads = spec_of(tiles), spec_of(tiles, False), spec_of(tiles, heads=True)
+    narrow = narrow_heads = None
     if p.variant is not None:
-        spec = negative = p.variant.specialise(spec, p.alibi, p.soft_cap)
+        negative = spec
         if tiles.row_tiles == 2:
-            narrow = prefill_spec(
-                p.dtype, p.head_dim_qk, p.head_dim_vo, narrow_tiles(tiles, p.head_dim_qk, p.head_dim_vo), paged=p.paged,
-                custom_mask=p.custom_mask,
-            )  # fmt: skip
-            narrow = p.variant.specialise(narrow, p.alibi, p.soft_cap)
+            slim = narrow_tiles(tiles, p.head_dim_qk, p.head_dim_vo, p.kind)
+            narrow, narrow_heads = spec_of(slim), spec_of(slim, heads=True)
     return Geometry(
-        spec, negative, merge_spec(p.dtype, p.head_dim_vo, tiles.tile_q), tiles, p.num_qo_heads // p.num_kv_heads,
-        p.num_kv_heads, device.num_sms * tiles.ctas_per_sm, p.head_dim_vo,
-        p.variant is None or p.variant.splittable, narrow,
+        spec, negative, heads, tiles, p.num_qo_heads // p.num_kv_heads, p.num_kv_heads,
+        device.num_sms * tiles.ctas_per_sm, p.head_dim_vo, p.variant is None or p.variant.splittable, narrow,
+        narrow_heads,
     )  # fmt: skip
 
 
@@ -274,13 +308,24 @@ def check_problem(op: str, p: Problem, on_cpu: bool = False) -> None:
         raise ArgumentError(
             f"{op}: num_qo_heads is {p.num_qo_heads}, expected a multiple of num_kv_heads = {p.num_kv_heads}"
         )
+    if p.dtype not in (*HALF_TYPES, *FP8_TYPES) and not (on_cpu and p.dtype is float32):
+        raise DTypeError(
+            f"{op}: q has dtype {p.dtype.name}, expected float16 or bfloat16 (float8_e4m3fn, float8_e5m2) on the GPU"
+        )
+    same = p.dtype if on_cpu and p.dtype is float32 else p.math
+    if p.kv not in FP8_TYPES and p.kv is not same:
+        raise DTypeError(
+            f"{op}: keys and values have dtype {p.kv.name}, expected {same.name} like q, float8_e4m3fn or float8_e5m2"
+        )
+    if p.out not in (*HALF_TYPES, *FP8_TYPES, float32):
+        raise DTypeError(f"{op}: the output has dtype {p.out.name}, expected a 16-bit or fp8 float, or float32")
     if on_cpu:
         return
-    if p.dtype not in HALF_TYPES:
-        raise DTypeError(f"{op}: q has dtype {p.dtype.name}, expected float16 or bfloat16 on the GPU")
     for name, dim in (("head_dim_qk", p.head_dim_qk), ("head_dim_vo", p.head_dim_vo)):
         if dim % 8 or not 0 < dim <= 256:
             raise ShapeError(f"{op}: {name} is {dim}, expected a multiple of 8 up to 256")
+    if p.rope and p.head_dim_qk % 16:
+        raise ShapeError(f"{op}: head_dim_qk is {p.head_dim_qk}, expected a multiple of 16 with ROPE_LLAMA")
 
 
 def scale_floats(sm_scale: float, out_scale: float, soft_cap: float) -> tuple[float, ...]:

@@ -10,12 +10,13 @@ import numpy as np
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
-from fi_cupy.decode_kernel import output_view
-from fi_cupy.dtypes import INDEX_TYPES, DType, float32, uint8
+from fi_cupy.decode_kernel import output_view, rope_turns
+from fi_cupy.dtypes import DType, float32, uint8
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
-from fi_cupy.jit.kernel import load_kernel
+from fi_cupy.kv_cache import row_alignment
 from fi_cupy.prefill_kernel import NO_WINDOW, Geometry, Problem, check_problem, fast_div, scale_floats
+from fi_cupy.scales import Scales
 from fi_cupy.workspace import copy_to_device
 
 if TYPE_CHECKING:
@@ -44,17 +45,12 @@ class Options(NamedTuple):
 
 def read_options(
     op: str, head_dim_qk: int, causal: bool, pos_encoding_mode: str, sm_scale: float | None, window_left: int,
-    logits_soft_cap: float | None, rope_scale: float | None, rope_theta: float | None, on_cpu: bool, has_mask: bool,
+    logits_soft_cap: float | None, rope_scale: float | None, rope_theta: float | None, has_mask: bool,
 ) -> Options:  # fmt: skip
     """Normalise the options; a custom mask replaces `causal`."""
     if pos_encoding_mode not in ("NONE", "ALIBI", "ROPE_LLAMA"):
         raise ArgumentError(
             f"{op}: pos_encoding_mode is {pos_encoding_mode!r}, expected 'NONE', 'ROPE_LLAMA' or 'ALIBI'"
-        )
-    if pos_encoding_mode == "ROPE_LLAMA" and not on_cpu:
-        raise UnsupportedError(
-            f"{op}: pos_encoding_mode='ROPE_LLAMA' rotates keys inside the kernel, which is not there yet; rotate q "
-            "and k with fi_cupy.rope before they enter the cache and pass 'NONE'"
         )
     scale = 1.0 / math.sqrt(head_dim_qk) if sm_scale is None else float(sm_scale)
     return Options(
@@ -70,32 +66,14 @@ def make_problem(
 ) -> Problem:  # fmt: skip
     """The problem of a plan, checked."""
     dtype = to_dtype(q_data_type)
-    for name, other in (("kv_data_type", kv_data_type), ("o_data_type", o_data_type)):
-        if other is not None and to_dtype(other) is not dtype:
-            raise UnsupportedError(f"{op}: {name} is {to_dtype(other).name}, expected {dtype.name} = q_data_type")
+    kv, out = (None if t is None or to_dtype(t) is dtype else to_dtype(t) for t in (kv_data_type, o_data_type))
     problem = Problem(
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo, dtype, paged,
         has_mask, options.pos_encoding_mode == "ALIBI", options.logits_soft_cap > 0, variant,
+        options.pos_encoding_mode == "ROPE_LLAMA", kv, out,
     )  # fmt: skip
     check_problem(op, problem, on_cpu)
     return problem
-
-
-def host_ints(op: str, name: str, x: Any) -> tuple[View, Ints]:
-    """A 1-D index array and its values as int64; a GPU array is copied, which waits for it."""
-    if isinstance(x, (list, tuple)):
-        x = np.asarray(x, np.int64)
-    v = view(x, op, name)
-    check_ndim(op, name, v, 1)
-    check_dtype(op, name, v, INDEX_TYPES)
-    return v, v.host().astype(np.int64)
-
-
-def check_indptr(op: str, name: str, indptr: Ints) -> None:
-    """Raise `ArgumentError` unless offsets start at >= 0 and do not decrease."""
-    if len(indptr) == 0 or indptr[0] < 0 or (np.diff(indptr) < 0).any():
-        shown = np.array2string(indptr, threshold=12)
-        raise ArgumentError(f"{op}: {name} must start at >= 0 and not decrease, got {shown}")
 
 
 class Mask(NamedTuple):
@@ -150,20 +128,21 @@ def _upload(values: np.ndarray[Any, Any], like: View) -> View:
 
 
 def check_rows(op: str, name: str, x: View, shape: tuple[int, ...], dtype: DType, meaning: str) -> None:
-    """Hold a 3-D array to the plan; GPU rows are read in 16-byte pieces."""
+    """Hold a 3-D array to the plan; GPU rows are read in pieces of 16 bytes, or of 8 where 16 do not divide a row."""
     if x.shape != shape:
         check_shape(op, name, x, shape, meaning)
     if x.dtype is not dtype:
-        check_dtype(op, name, x, (dtype,), "= q_data_type of the plan")
+        check_dtype(op, name, x, (dtype,), f"= {'q' if name == 'q' else 'kv'}_data_type of the plan")
     check_inner(op, name, x)
-    check_aligned(op, name, x, 16)
+    check_aligned(op, name, x, row_alignment(dtype, shape[-1]))
 
 
-def outputs(op: str, x: View, out: Any, lse: Any, return_lse: bool, head_dim_vo: int) -> tuple[View, View | None]:
-    """The output and, where asked for, the log-sum-exp."""
-    shape = (x.shape[0], x.shape[1], head_dim_vo)
-    o = output_view(op, "out", out, x, shape, x.dtype)
-    check_aligned(op, "out", o, 16)
+def outputs(op: str, x: View, out: Any, lse: Any, return_lse: bool, p: Problem) -> tuple[View, View | None]:
+    """The output and, where asked for, the log-sum-exp; float32 queries on the CPU keep their type."""
+    shape = (x.shape[0], x.shape[1], p.head_dim_vo)
+    o = output_view(op, "out", out, x, shape, p.out if x.dtype is p.dtype else x.dtype)
+    if o.dtype.itemsize == 2:
+        check_aligned(op, "out", o, 16)
     if not return_lse and lse is None:
         return o, None
     s = output_view(op, "lse", lse, x, shape[:2], float32)
@@ -190,10 +169,10 @@ class Work(NamedTuple):
 
     items: int
     num_items: int
-    merges: int
-    num_merges: int
+    num_split: int  # tiles whose keys are split
     partial_o: int
-    partial_lse: int
+    partial_md: int
+    counters: int
 
 
 #: (page, token, head) strides in elements of keys or values.
@@ -202,27 +181,34 @@ Strides = tuple[int, int, int]
 
 def launch(
     g: Geometry, work: Work, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides, o: View,
-    s: View | None, options: Options, scale: float, out_scale: float, *, kv_indices: int = 0, page_size: int = 1,
+    s: View | None, options: Options, scales: Scales, *, kv_indices: int = 0, page_size: int = 1,
     mask: int = 0, sinks: int = 0, variant_values: tuple[Any, ...] = (), pdl: bool = False,
 ) -> None:  # fmt: skip
-    """Queue the kernel and, if any tile is split, the merge; `variant_values` are a variant's own parameters."""
-    stream, heads, lse = x.stream(), x.shape[1], 0 if s is None else s.ptr
-    group = fast_div(g.group)
-    g.kernel(scale, x.device).launch(
-        (work.num_items, g.num_kv_heads, 1), stream,
-        x.ptr, k.ptr, v.ptr, o.ptr, lse, work.items, kv_indices, mask, sinks, work.partial_o, work.partial_lse,
-        x.strides[0], x.strides[1], *k_strides, *v_strides, o.strides[0], o.strides[1],
-        *group, *fast_div(page_size), heads, options.causal,
-        options.window_left if options.window_left >= 0 else NO_WINDOW,
-        *scale_floats(scale, out_scale, options.logits_soft_cap), *variant_values,
-        pdl=pdl,
+    """Queue the kernel; `variant_values` are a variant's own parameters."""
+    values = launch_values(
+        g, work, x, k, v, k_strides, v_strides, o, s, options, scales, kv_indices, page_size, mask, sinks
+    )
+    turns: tuple[bytes, ...] = ()
+    if options.pos_encoding_mode == "ROPE_LLAMA":
+        turns = rope_turns(x.shape[2], options.rope_scale, options.rope_theta)
+    g.kernel(options.sm_scale * scales.logit, x.device, scales.on_logits).launch(
+        (work.num_items, g.num_kv_heads, 1), x.stream(), *values, *turns, *variant_values, pdl=pdl
     )  # fmt: skip
-    if work.num_merges:
-        load_kernel(g.merge, x.device).launch(
-            g.merge_grid(work.num_merges), stream,
-            o.ptr, lse, work.merges, work.partial_o, work.partial_lse, o.strides[0], o.strides[1], *group, heads,
-            out_scale, pdl=pdl,
-        )  # fmt: skip
+
+
+def launch_values(
+    g: Geometry, work: Work, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides, o: View,
+    s: View | None, options: Options, scales: Scales, kv_indices: int, page_size: int, mask: int, sinks: int,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The fields of PARAMS."""
+    return (
+        x.ptr, k.ptr, v.ptr, o.ptr, 0 if s is None else s.ptr, work.items, kv_indices, mask, sinks,
+        work.partial_o, work.partial_md, work.counters,
+        x.strides[0], x.strides[1], *k_strides, *v_strides, o.strides[0], o.strides[1],
+        *fast_div(g.group), *fast_div(page_size), x.shape[1], options.causal,
+        options.window_left if options.window_left >= 0 else NO_WINDOW,
+        *scale_floats(options.sm_scale * scales.logit, scales.output, options.logits_soft_cap), *scales.kernel_values(),
+    )  # fmt: skip
 
 
 def check_planned(op: str, name: str, value: Any, default: Any, planned: Any) -> None:

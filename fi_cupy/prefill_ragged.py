@@ -6,25 +6,21 @@ from collections.abc import Mapping
 from functools import partialmethod
 from typing import Any
 
-import numpy as np
-
 from fi_cupy import reference
 from fi_cupy.arrays import view
 from fi_cupy.checks import check_device
 from fi_cupy.dtypes import int32, uint8
 from fi_cupy.errors import ArgumentError, PlanError
-from fi_cupy.kv_cache import check_layout
+from fi_cupy.kv_cache import as_fp8, check_layout
 from fi_cupy.multi_item import read_multi_item
+from fi_cupy.page_table import check_hints, check_offsets, read_ints
 from fi_cupy.prefill_batch import BatchPrefill, Planned
 from fi_cupy.prefill_plan import (
     Ints,
     Strides,
     check_backend,
-    check_indptr,
     check_rows,
-    host_ints,
     make_problem,
-    pack_mask,
     read_options,
     refuse,
 )
@@ -138,7 +134,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         fixed_split_size : int, optional
             Keys of every chunk.
         seq_lens, seq_lens_q, max_token_per_sequence, max_sequence_kv : optional
-            Hints of other backends; the schedule follows from the offsets.
+            Hints of other backends, which must agree with the offsets.
         v_indptr, o_indptr : None
             Values and output lie as keys and queries do.
         num_qo_heads, ... : as in `BatchPrefillWithPagedKVCacheWrapper.plan`
@@ -184,25 +180,22 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         has_mask = custom_mask is not None or packed_custom_mask is not None or items is not None
         options = read_options(
             op, head_dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta,
-            self.device < 0, has_mask,
+            has_mask,
         )  # fmt: skip
         problem = make_problem(
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
             False, has_mask, self.device < 0, self._lowered,
         )  # fmt: skip
-        _, qo = host_ints(op, "qo_indptr", qo_indptr)
-        _, kv = host_ints(op, "kv_indptr", kv_indptr)
-        check_indptr(op, "qo_indptr", qo)
-        check_indptr(op, "kv_indptr", kv)
+        hints = {n: x for n, x in (("seq_lens", seq_lens), ("seq_lens_q", seq_lens_q)) if x is not None}
+        read = read_ints(op, {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, **hints})
+        qo, kv = read["qo_indptr"], read["kv_indptr"]
+        kv_len = check_offsets(op, "kv_indptr", kv)
         if len(kv) != len(qo):
             raise ArgumentError(f"{op}: kv_indptr has {len(kv)} entries, expected {len(qo)} = len(qo_indptr)")
-        kv_len = np.diff(kv)
-        if items is not None:
-            packed_custom_mask = items.packed_mask(op, np.diff(qo), kv_len)
-        p = _RaggedPlan(
-            problem, options, qo, kv_len,
-            pack_mask(op, custom_mask, packed_custom_mask, np.diff(qo), kv_len, self._workspace),
-        )  # fmt: skip
+        p = _RaggedPlan(problem, options, qo, kv_len, None)
+        p.mask = self._pack_mask(op, p, custom_mask, packed_custom_mask, items)
+        if hints or max_token_per_sequence is not None or max_sequence_kv is not None:
+            check_hints(op, qo, kv_len, read, max_token_per_sequence, max_sequence_kv)
         p.kv_indptr, p.disable_split = kv, disable_split_kv or not self._splittable
         p.fixed_split = fixed_split_size if fixed_split_size and fixed_split_size > 0 else None
         return p
@@ -229,9 +222,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         k: Any,
         v: Any,
         *args: Any,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        q_scale: Any = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
         o_scale: float | None = None,
         out: Any = None,
         lse: Any = None,
@@ -248,8 +241,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         q : array, [qo_indptr[-1], num_qo_heads, head_dim_qk]
         k : array, [kv_indptr[-1], num_kv_heads, head_dim_qk]; v : array, [kv_indptr[-1], num_kv_heads, head_dim_vo]
             HND: ``[num_kv_heads, tokens, dim]``. More tokens than planned are allowed and not read.
-        q_scale, k_scale, v_scale, o_scale : float, optional
-            Dequantisation factors: the first two multiply `sm_scale`, v_scale the output; o_scale divides the output.
+        q_scale, k_scale, v_scale : float, or float32 array [heads], optional
+            Dequantisation factors: the first two multiply `sm_scale`, the last the output.
+        o_scale : float, optional
+            Divides the output.
         out, lse, return_lse, enable_pdl, sinks, *args, variant_args
             As in `BatchPrefillWithPagedKVCacheWrapper.run`.
 
@@ -267,20 +262,21 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
             raise PlanError(f"{op}: plan() must come first")
         refuse(op, kv_cache_sf=kv_cache_sf)
         x = self._query(op, p, q)
+        args, scales = self._scales(op, p, x, args, (q_scale, k_scale, v_scale))
         bound = self._bind(op, args, variant_args, x)
-        kx, vx = view(k, op, "k"), view(v, op, "v")
+        kx, vx = (as_fp8(view(y, op, name), p.problem.kv) for name, y in (("k", k), ("v", v)))
         hnd, tokens = self._layout == "HND", int(p.kv_indptr[-1])
         for name, y, dim in (("k", kx, p.problem.head_dim_qk), ("v", vx, p.problem.head_dim_vo)):
             have = y.shape[1 if hnd else 0] if y.ndim == 3 else tokens
             n, heads = max(have, tokens), p.problem.num_kv_heads
             shape = (heads, n, dim) if hnd else (n, heads, dim)
-            check_rows(op, name, y, shape, p.problem.dtype, f"= [tokens, num_kv_heads, head_dim] in {self._layout}")
+            check_rows(op, name, y, shape, p.problem.kv, f"= [tokens, num_kv_heads, head_dim] in {self._layout}")
         check_device(op, x, k=kx, v=vx)
         if o_scale is not None:
-            v_scale = (1.0 if v_scale is None else v_scale) / o_scale
+            scales = scales._replace(output=scales.output / o_scale)
         strides: list[Strides] = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
         return self._run(
-            op, p, x, kx, vx, strides[0], strides[1], (q_scale, k_scale, v_scale), out, lse, return_lse, enable_pdl,
+            op, p, x, kx, vx, strides[0], strides[1], scales, out, lse, return_lse, enable_pdl,
             sinks, 1, 0, bound,
         )  # fmt: skip
 

@@ -6,22 +6,22 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_ndim, check_shape
-from fi_cupy.decode_kernel import scale_factor
 from fi_cupy.device import DeviceInfo, device_info
-from fi_cupy.dtypes import FLOAT_TYPES, float32, int32
+from fi_cupy.dtypes import FLOAT_TYPES, FP8_TYPES, float8_e4m3fn, float32, int32
 from fi_cupy.errors import ArgumentError
 from fi_cupy.jit.driver import has_driver_binding
-from fi_cupy.kv_cache import check_layout
+from fi_cupy.kv_cache import as_fp8, check_layout
 from fi_cupy.plan.prefill import PrefillPlan, plan_prefill
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
 from fi_cupy.prefill_plan import (
+    Mask,
     Options,
     Strides,
     Work,
@@ -33,6 +33,7 @@ from fi_cupy.prefill_plan import (
     read_options,
     refuse,
 )
+from fi_cupy.scales import Scales, read_scales
 from fi_cupy.workspace import ScratchPool
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 _OP = "single_prefill_with_kv_cache"
 #: Partial results of split tiles, one set a (device, stream): calls on one stream run one after the other.
 _scratch = ScratchPool()
-#: Schedules on the device, least recently used first; a schedule is 48 bytes a tile.
+#: Schedules on the device, least recently used first; a schedule is 64 bytes a tile.
 _schedules: OrderedDict[tuple[Any, ...], tuple[Any, int, PrefillPlan]] = OrderedDict()
 _MOST_SCHEDULES = 1024
 _captured: list[Any] = []  # schedules that CUDA graphs read: kept for good
@@ -70,8 +71,8 @@ def single_prefill_with_kv_cache(
     backend: str = "auto",
     return_lse: bool = False,
     kv_cache_sf: Any = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
     *,
     variant: AttentionVariant | None = None,
     variant_args: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {}),
@@ -80,14 +81,16 @@ def single_prefill_with_kv_cache(
 
     Parameters
     ----------
-    q : array, [qo_len, num_qo_heads, head_dim_qk], float16 or bfloat16 (the CPU takes float32, too)
-        head dims a multiple of 8 up to 256. Rows and heads may be strided (multiples of 16 bytes).
+    q : array, [qo_len, num_qo_heads, head_dim_qk], float16, bfloat16 or fp8 (the CPU takes float32, too)
+        uint8 is bytes of float8_e4m3fn. Head dims are multiples of 8 up to 256. Rows and heads may be strided
+        (multiples of 16 bytes, or of 8 for fp8 rows that 16 does not divide).
     k : array, [kv_len, num_kv_heads, head_dim_qk] (NHD) or [num_kv_heads, kv_len, head_dim_qk] (HND)
+        The type of `q`, or an fp8 type; uint8 is bytes of float8_e4m3fn.
     v : array, as `k` with head_dim_vo, which may differ
-    scale_q, scale_k, scale_v : None
-        Per-head scales of fp8 inputs, which no kernel takes yet.
+    scale_q, scale_k, scale_v : float32 arrays, [num_qo_heads], [num_kv_heads], [num_kv_heads], optional
+        Dequantisation factors a head (numbers will do): the first two multiply `sm_scale`, the last the output.
     o_dtype : dtype, optional
-        Must be the type of `q`.
+        Default: that of `q`; any 16-bit float, fp8 (saturating) or float32.
     custom_mask : bool array, [qo_len, kv_len], optional
         True = visible; replaces `causal`, and the window still applies.
     packed_custom_mask : uint8 array, optional
@@ -95,7 +98,8 @@ def single_prefill_with_kv_cache(
     causal : bool
         Query i sees keys up to ``kv_len - qo_len + i``; qo_len > kv_len is an error here.
     kv_layout : "NHD" or "HND"
-    pos_encoding_mode : "NONE", "ALIBI"; "ROPE_LLAMA" on the CPU only
+    pos_encoding_mode : "NONE", "ALIBI" or "ROPE_LLAMA"
+        ROPE_LLAMA rotates halves of q and k, query i at position ``kv_len - qo_len + i``; head_dim_qk a multiple of 16.
     use_fp16_qk_reduction : bool
         A hint that FlashInfer takes for speed; products are summed in fp32 here.
     sm_scale : float, optional
@@ -108,8 +112,8 @@ def single_prefill_with_kv_cache(
         For ROPE_LLAMA.
     backend : "auto" or "fa2"
     return_lse : bool
-    k_scale, v_scale : float, optional
-        Dequantisation factors: the first multiplies `sm_scale`, the second the output.
+    k_scale, v_scale : float or float32 array [num_kv_heads], optional
+        Other names of scale_k and scale_v.
     variant : AttentionVariant, optional
         See `fi_cupy.jit.define_variant`; `causal` and the mask arguments count here, not its `mask_mode`.
     variant_args : (tuple, mapping)
@@ -134,85 +138,131 @@ def single_prefill_with_kv_cache(
     >>> fi_cupy.prefill.single_prefill_with_kv_cache(q, k, k, causal=True).shape
     (5, 8, 64)
     """
-    x, kx, vx = view(q, _OP, "q"), view(k, _OP, "k"), view(v, _OP, "v")
-    refuse(_OP, scale_q=scale_q, scale_k=scale_k, scale_v=scale_v, kv_cache_sf=kv_cache_sf)
+    refuse(_OP, kv_cache_sf=kv_cache_sf)
     check_backend(_OP, backend)
-    hnd = check_layout(_OP, kv_layout) == "HND"
-    for name, y in (("q", x), ("k", kx), ("v", vx)):
-        check_ndim(_OP, name, y, 3)
-    check_dtype(_OP, "q", x, FLOAT_TYPES)
-    check_device(_OP, x, k=kx, v=vx)
-    (qo_len, heads, dim_qk), dim_vo = x.shape, vx.shape[2]
-    kv_heads, kv_len = kx.shape[not hnd], kx.shape[hnd]
-    has_mask = custom_mask is not None or packed_custom_mask is not None
-    options = read_options(
-        _OP, dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta,
-        x.is_cpu, has_mask,
+    for name, one, other in (("k", scale_k, k_scale), ("v", scale_v, v_scale)):
+        if one is not None and other is not None:
+            raise ArgumentError(f"{_OP}: scale_{name} and {name}_scale name the same thing, expected one")
+    c = prepare(
+        _OP, q, k, v, o_dtype, custom_mask, packed_custom_mask, causal, kv_layout, pos_encoding_mode, sm_scale,
+        window_left, logits_soft_cap, rope_scale, rope_theta, return_lse, scale_q,
+        k_scale if scale_k is None else scale_k, v_scale if scale_v is None else scale_v, variant, variant_args,
     )  # fmt: skip
-    bound = None if variant is None else variant.bind(_OP, *variant_args, x, sm_scale=options.sm_scale)
-    problem = make_problem(
-        _OP, heads, kv_heads, dim_qk, dim_vo, x.dtype, kx.dtype, o_dtype, options, False, has_mask, x.is_cpu,
-        None if bound is None else bound.lowered,
-    )  # fmt: skip
-    if options.causal and qo_len > kv_len:
-        raise ArgumentError(f"{_OP}: qo_len is {qo_len} with causal=True, expected at most kv_len = {kv_len}")
-    check_rows(_OP, "q", x, (qo_len, heads, dim_qk), x.dtype, "")
-    check_rows(_OP, "k", kx, (*kx.shape[:2], dim_qk), x.dtype, "= [.., .., q.shape[-1]]")
-    check_rows(_OP, "v", vx, (*kx.shape[:2], dim_vo), x.dtype, "= [*k.shape[:2], head_dim_vo]")
-    if custom_mask is not None:
-        check_shape(_OP, "custom_mask", view(custom_mask, _OP, "custom_mask"), (qo_len, kv_len), "= (qo_len, kv_len)")
-    mask = pack_mask(_OP, custom_mask, packed_custom_mask, np.array([qo_len]), np.array([kv_len]), x)
-    scale, out_scale = options.sm_scale * scale_factor(_OP, "k_scale", k_scale), scale_factor(_OP, "v_scale", v_scale)
-    o = x.empty((qo_len, heads, dim_vo))
-    s = x.empty((qo_len, heads), float32) if return_lse else None
-    if x.is_cpu:
-        values, lse = reference.attention.single_prefill(
-            x.numpy(), kx.numpy(), vx.numpy(), kv_layout=kv_layout, sm_scale=scale, v_scale=out_scale,
-            packed_custom_mask=None if mask is None else mask.packed.numpy(), variant=bound,
-            params=None if bound is None else bound.params(), **options.reference(),
-        )  # fmt: skip
-        o.write(values)
-        if s is not None and lse is not None:
-            s.write(lse)
+    if c.x.is_cpu:
+        run_on_cpu(c, kv_layout)
     else:
-        strides: list[Strides] = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
-        device = device_info(x.device)
-        g, work = _work(problem, options, x, qo_len, kv_len, device, bound)
+        device = device_info(c.x.device)
+        g, work = schedule(c, device)
         launch(
-            g, work, x, kx, vx, strides[0], strides[1], o, s, options, scale, out_scale,
-            mask=0 if mask is None else mask.packed.ptr, pdl=device.has_pdl and has_driver_binding(),
-            variant_values=() if bound is None else bound.kernel_values(),
+            g, work, c.x, c.k, c.v, *c.strides, c.o, c.s, c.options, c.scales,
+            mask=0 if c.mask is None else c.mask.packed.ptr, pdl=device.has_pdl and has_driver_binding(),
+            variant_values=() if c.bound is None else c.bound.kernel_values(),
         )  # fmt: skip
-    return o.result() if s is None else (o.result(), s.result())
+    return c.result()
 
 
 single_prefill_with_kv_cache_return_lse = partial(single_prefill_with_kv_cache, return_lse=True)
 
 
-def _work(
-    problem: Problem, options: Options, x: View, qo_len: int, kv_len: int, device: DeviceInfo,
-    bound: BoundVariant | None,
-) -> tuple[Geometry, Work]:  # fmt: skip
-    """The kernels, and the schedule on the device: from the cache, or made and uploaded."""
-    group = problem.num_qo_heads // problem.num_kv_heads
-    g = geometry(problem, min(qo_len * group, 128), device)
+class Call(NamedTuple):
+    """The checked arguments of one call."""
+
+    x: View
+    k: View
+    v: View
+    strides: tuple[Strides, Strides]  # of k and v
+    o: View
+    s: View | None
+    problem: Problem
+    options: Options
+    bound: BoundVariant | None
+    mask: Mask | None
+    scales: Scales
+    kv_len: int
+
+    def result(self) -> Any:
+        """What the function returns."""
+        return self.o.result() if self.s is None else (self.o.result(), self.s.result())
+
+
+def prepare(
+    op: str, q: Any, k: Any, v: Any, o_dtype: Any = None, custom_mask: Any = None, packed_custom_mask: Any = None,
+    causal: bool = False, kv_layout: str = "NHD", pos_encoding_mode: str = "NONE", sm_scale: float | None = None,
+    window_left: int = -1, logits_soft_cap: float | None = None, rope_scale: float | None = None,
+    rope_theta: float | None = None, return_lse: bool = False, scale_q: Any = None,
+    scale_k: Any = None, scale_v: Any = None, variant: AttentionVariant | None = None,
+    variant_args: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {}),
+) -> Call:  # fmt: skip
+    """Check the arguments of `single_prefill_with_kv_cache` and make its outputs."""
+    x, kx, vx = (as_fp8(view(y, op, n), float8_e4m3fn) for n, y in (("q", q), ("k", k), ("v", v)))
+    hnd = check_layout(op, kv_layout) == "HND"
+    for name, y in (("q", x), ("k", kx), ("v", vx)):
+        check_ndim(op, name, y, 3)
+    check_dtype(op, "q", x, (*FLOAT_TYPES, *FP8_TYPES))
+    check_device(op, x, k=kx, v=vx)
+    (qo_len, heads, dim_qk), dim_vo = x.shape, vx.shape[2]
+    kv_heads, kv_len = kx.shape[not hnd], kx.shape[hnd]
+    has_mask = custom_mask is not None or packed_custom_mask is not None
+    options = read_options(
+        op, dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta, has_mask
+    )
+    bound = None if variant is None else variant.bind(op, *variant_args, x, sm_scale=options.sm_scale)
+    problem = make_problem(
+        op, heads, kv_heads, dim_qk, dim_vo, x.dtype, kx.dtype, o_dtype, options, False, has_mask, x.is_cpu,
+        None if bound is None else bound.lowered,
+    )  # fmt: skip
+    if options.causal and qo_len > kv_len:
+        raise ArgumentError(f"{op}: qo_len is {qo_len} with causal=True, expected at most kv_len = {kv_len}")
+    check_rows(op, "q", x, (qo_len, heads, dim_qk), x.dtype, "")
+    check_rows(op, "k", kx, (*kx.shape[:2], dim_qk), kx.dtype, "= [.., .., q.shape[-1]]")
+    check_rows(op, "v", vx, (*kx.shape[:2], dim_vo), kx.dtype, "= [*k.shape[:2], head_dim_vo]")
+    if custom_mask is not None:
+        check_shape(op, "custom_mask", view(custom_mask, op, "custom_mask"), (qo_len, kv_len), "= (qo_len, kv_len)")
+    mask = pack_mask(op, custom_mask, packed_custom_mask, np.array([qo_len]), np.array([kv_len]), x)
+    scales = read_scales(op, x, heads, kv_heads, scale_q, scale_k, scale_v, ("scale_q", "scale_k", "scale_v"))
+    o = x.empty((qo_len, heads, dim_vo), problem.out)
+    s = x.empty((qo_len, heads), float32) if return_lse else None
+    strides = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
+    return Call(x, kx, vx, (strides[0], strides[1]), o, s, problem, options, bound, mask, scales, kv_len)
+
+
+def run_on_cpu(c: Call, kv_layout: str) -> None:
+    """The NumPy reference."""
+    values, lse = reference.attention.single_prefill(
+        c.x.numpy(), c.k.numpy(), c.v.numpy(), kv_layout=kv_layout, sm_scale=c.options.sm_scale * c.scales.logit,
+        **c.scales.reference(), out_dtype=c.o.dtype.np,
+        packed_custom_mask=None if c.mask is None else c.mask.packed.numpy(), variant=c.bound,
+        params=None if c.bound is None else c.bound.params(), **c.options.reference(),
+    )  # fmt: skip
+    c.o.write(values)
+    if c.s is not None and lse is not None:
+        c.s.write(lse)
+
+
+def schedule(c: Call, device: DeviceInfo, rows: int = 0) -> tuple[Geometry, Work]:
+    """The kernels, and the schedule on the device: from the cache, or made and uploaded.
+
+    `rows`: choose the tile for so many packed rows, not for those of the call.
+    """
+    x, qo_len, options = c.x, c.x.shape[0], c.options
+    group = c.problem.num_qo_heads // c.problem.num_kv_heads
+    g = geometry(c.problem, rows or min(qo_len * group, 128), device)
     stream = x.stream()
-    mask_key, narrow = (None, None) if bound is None else bound.narrow()
-    key = (x.device, g, qo_len, kv_len, options.causal, options.window_left, mask_key)
+    mask_key, narrow = (None, None) if c.bound is None else c.bound.narrow()
+    key = (x.device, g, qo_len, c.kv_len, options.causal, options.window_left, mask_key)
     with _lock:
         found = _schedules.get(key)
         if found is None:
-            found = _make(g, options, x, qo_len, kv_len, stream, key, narrow)
+            found = _make(g, options, x, qo_len, c.kv_len, stream, key, narrow)
         else:
             _schedules.move_to_end(key)
     _, address, plan = found
-    partial_o = partial_lse = 0
+    partial_o = partial_md = counters = 0
     if plan.num_slots:
         layout = g.workspace(plan.num_slots)
-        base, _ = _scratch.get(x, stream, layout.size, 0)
-        partial_o, partial_lse = base + layout.offsets["partial_o"], base + layout.offsets["partial_lse"]
-    work = Work(address, len(plan.items), address + plan.items.nbytes, len(plan.merges), partial_o, partial_lse)
-    return g, work
+        base, counters = _scratch.get(x, stream, layout.size, plan.num_slots * g.num_kv_heads)
+        partial_o, partial_md = base + layout.offsets["partial_o"], base + layout.offsets["partial_md"]
+    return g, Work(address, len(plan.items), plan.num_split, partial_o, partial_md, counters)
 
 
 def _make(
@@ -227,7 +277,7 @@ def _make(
         tile_q=g.tiles.tile_q, tile_kv=g.tiles.tile_kv, slots=g.slots, causal=options.causal,
         window_left=options.window_left, mask_offsets=np.array([0]), disable_split=not g.splittable, narrow=narrow,
     )  # fmt: skip
-    rows = np.concatenate([plan.items.reshape(-1), plan.merges.reshape(-1)])
+    rows = plan.items.reshape(-1)
     with cupy.cuda.Device(x.device):
         pinned = cupy.cuda.alloc_pinned_memory(max(rows.nbytes, 16))
         np.frombuffer(pinned, np.int32, rows.size)[:] = rows

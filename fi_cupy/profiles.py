@@ -18,7 +18,7 @@ from fi_cupy.jit.spec import ARCHS, KernelSpec
 #: The modules that hold kernels, each with ``kernel_specs()``.
 MODULES: tuple[str, ...] = (
     "norm", "lookup", "activation", "rope", "page", "quantization", "cascade", "sampling", "topk", "decode",
-    "prefill", "customize", "gemm",
+    "prefill", "mixed", "customize", "gemm",
 )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
     prefill = prefill_kernel.Problem(qo, kv, d, d, bfloat16, True, False, False, False)
     for rows in (16, 32, 64, 128, 256, 1024):
         chosen = prefill_kernel.geometry(prefill, rows, device)
-        specs += [chosen.spec, chosen.merge]
+        specs.append(chosen.spec)
     return list(dict.fromkeys(specs))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partialmethod
 from typing import Any
 
@@ -11,6 +12,8 @@ from fi_cupy.cascade import merge_state, merge_state_in_place
 from fi_cupy.decode import BatchDecodeWithPagedKVCacheWrapper
 from fi_cupy.errors import PlanError, UnsupportedError
 from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper, single_prefill_with_kv_cache
+from fi_cupy.variants import AttentionVariant, variant_of
+from fi_cupy.variants_placed import check_mergeable
 
 
 def merge_into(framework: str, v: Any, s: Any, v_other: Any, s_other: Any) -> tuple[Any, Any]:
@@ -26,13 +29,16 @@ class _SharedPrefix:
 
     _op = ""
 
-    def __init__(self, kv_layout: str) -> None:
+    def __init__(self, kv_layout: str, variant: AttentionVariant | None) -> None:
         self._layout = kv_layout
+        self._variant: AttentionVariant | None = variant_of(self._op, variant, None, None)
+        check_mergeable(self._op, self._variant)
         self._head_dim: int | None = None
 
     def _forward(
         self, unique: Any, q: Any, k_shared: Any, v_shared: Any, unique_kv_cache: Any, sm_scale: float | None,
         rope_scale: float | None, rope_theta: float | None, out: Any, return_lse: bool,
+        variant_args: Mapping[str, Any] | None,
     ) -> Any:  # fmt: skip
         op = f"{self._op}.forward"
         if self._head_dim is None:
@@ -44,10 +50,11 @@ class _SharedPrefix:
             )
         # The plan has the default scale; another one comes as a factor on it.
         q_scale = None if sm_scale is None else sm_scale * math.sqrt(self._head_dim)
-        o, s = unique.run(q, unique_kv_cache, q_scale=q_scale, out=out, return_lse=True)
+        o, s = unique.run(q, unique_kv_cache, q_scale=q_scale, out=out, return_lse=True, variant_args=variant_args)
         shared = single_prefill_with_kv_cache(
-            q, k_shared, v_shared, kv_layout=self._layout, sm_scale=sm_scale, return_lse=True
-        )
+            q, k_shared, v_shared, kv_layout=self._layout, sm_scale=sm_scale, return_lse=True, variant=self._variant,
+            variant_args=((), variant_args or {}),
+        )  # fmt: skip
         o, s = merge_into(view(q, op, "q").framework, o, s, *shared)
         return (o, s) if return_lse else o
 
@@ -66,6 +73,8 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
         As in `BatchDecodeWithPagedKVCacheWrapper`.
     kv_layout : "NHD" or "HND"
         Of the paged cache and of the shared keys.
+    variant : AttentionVariant, optional
+        As in `MultiLevelCascadeAttentionWrapper` with two levels.
 
     Source
     ------
@@ -83,9 +92,11 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
 
     _op = "BatchDecodeWithSharedPrefixPagedKVCacheWrapper"
 
-    def __init__(self, float_workspace_buffer: Any, kv_layout: str = "NHD") -> None:
-        super().__init__(kv_layout)
-        self._unique = BatchDecodeWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout)
+    def __init__(
+        self, float_workspace_buffer: Any, kv_layout: str = "NHD", *, variant: AttentionVariant | None = None
+    ) -> None:
+        super().__init__(kv_layout, variant)
+        self._unique = BatchDecodeWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout, variant=variant)
 
     def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
         """Use another scratch buffer from the next `begin_forward` on."""
@@ -133,6 +144,7 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
         *,
         out: Any = None,
         return_lse: bool = False,
+        variant_args: Mapping[str, Any] | None = None,
     ) -> Any:
         """Attention of every request's query over the shared and its own keys.
 
@@ -150,14 +162,17 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
             Nothing is rotated inside.
         out : array, optional
         return_lse : bool
+        variant_args : mapping, optional
+            The variant's tensors and scalars by name.
 
         Returns
         -------
         out, or (out, lse) with `return_lse`
         """
         return self._forward(
-            self._unique, q, k_shared, v_shared, unique_kv_cache, sm_scale, rope_scale, rope_theta, out, return_lse
-        )
+            self._unique, q, k_shared, v_shared, unique_kv_cache, sm_scale, rope_scale, rope_theta, out, return_lse,
+            variant_args,
+        )  # fmt: skip
 
     run = forward
     run_return_lse = forward_return_lse = partialmethod(forward, return_lse=True)
@@ -177,6 +192,8 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
         As in `BatchPrefillWithPagedKVCacheWrapper`.
     kv_layout : "NHD" or "HND"
         Of the paged cache and of the shared keys.
+    variant : AttentionVariant, optional
+        As in `MultiLevelCascadeAttentionWrapper` with two levels.
 
     Source
     ------
@@ -194,11 +211,14 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
 
     _op = "BatchPrefillWithSharedPrefixPagedKVCacheWrapper"
 
-    def __init__(self, float_workspace_buffer: Any, kv_layout: str = "NHD") -> None:
-        super().__init__(kv_layout)
+    def __init__(
+        self, float_workspace_buffer: Any, kv_layout: str = "NHD", *, variant: AttentionVariant | None = None
+    ) -> None:
+        super().__init__(kv_layout, variant)
         # A plan for each mask, since only `forward` says which: their schedules differ.
         self._unique = {
-            causal: BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout) for causal in (False, True)
+            causal: BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout, variant=variant)
+            for causal in (False, True)
         }
         self._planned: tuple[bool, ...] = ()
 
@@ -257,6 +277,7 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
         *,
         out: Any = None,
         return_lse: bool = False,
+        variant_args: Mapping[str, Any] | None = None,
     ) -> Any:
         """Attention of a ragged batch of queries over the shared and their requests' own keys.
 
@@ -276,6 +297,8 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
             Nothing is rotated inside.
         out : array, optional
         return_lse : bool
+        variant_args : mapping, optional
+            The variant's tensors and scalars by name.
 
         Returns
         -------
@@ -285,7 +308,7 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
             raise PlanError(f"{self._op}.forward: causal is {causal}, planned {self._planned[0]}")
         return self._forward(
             self._unique[bool(causal)], q, k_shared, v_shared, unique_kv_cache, sm_scale, rope_scale, rope_theta, out,
-            return_lse,
+            return_lse, variant_args,
         )  # fmt: skip
 
     run = forward

@@ -5,6 +5,7 @@ Runs through the paged prefill kernel: a block row is a request, the blocks it s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partialmethod
 from typing import Any
 
@@ -15,10 +16,11 @@ from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_dtype, check_ndim, check_shape
 from fi_cupy.dtypes import uint8
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
+from fi_cupy.page_table import Ints, check_offsets, read_ints
 from fi_cupy.plan.sparse import Blocks, Rows, causal_mask, has_duplicates, keys_per_row, offsets
-from fi_cupy.prefill_plan import Ints, check_indptr, host_ints, refuse
 from fi_cupy.sparse_common import BlockSparse, check_modes, hide_future
 from fi_cupy.sparse_variable import VariableBlockSparseAttentionWrapper
+from fi_cupy.variants_placed import Places
 
 __all__ = ["BlockSparseAttentionWrapper", "VariableBlockSparseAttentionWrapper", "convert_bsr_mask_layout"]
 
@@ -51,8 +53,8 @@ def convert_bsr_mask_layout(mask: Any, indptr: Any) -> Any:
     op = "convert_bsr_mask_layout"
     m = view(mask, op, "mask")
     check_ndim(op, "mask", m, 3)
-    _, rows = host_ints(op, "indptr", indptr)
-    check_indptr(op, "indptr", rows)
+    rows = read_ints(op, {"indptr": indptr})["indptr"]
+    check_offsets(op, "indptr", rows)
     nnz, r, c = m.shape
     if rows[0] != 0 or rows[-1] != nnz:
         raise ArgumentError(f"{op}: indptr goes from {rows[0]} to {rows[-1]}, expected 0 to {nnz} = mask.shape[0]")
@@ -76,6 +78,19 @@ def _like(index: Ints, like: View) -> Any:
     return index
 
 
+#: The matrix' own indices, found from the kernel's: a block row is a request, the blocks it sees are its pages.
+_PLACES: Places = {
+    "batch": lambda ctx: ctx.batch * 0,
+    "qo_idx": lambda ctx: ctx.batch * ctx.fi_block_rows + ctx.qo_idx,
+    "kv_idx": lambda ctx: (
+        ctx.fi_pages[ctx.fi_page_begin[ctx.batch] + ctx.kv_idx // ctx.fi_page_size] * ctx.fi_page_size
+        + ctx.kv_idx % ctx.fi_page_size
+    ),
+    "qo_len": lambda ctx: ctx.fi_queries,
+    "kv_len": lambda ctx: ctx.fi_keys,
+}
+
+
 class BlockSparseAttentionWrapper(BlockSparse):
     """Attention under a block-sparse matrix with blocks of R queries and C keys, the same for all heads.
 
@@ -85,6 +100,9 @@ class BlockSparseAttentionWrapper(BlockSparse):
         As in `BatchPrefillWithPagedKVCacheWrapper`. A CPU array selects the NumPy reference.
     backend : "auto" or "fa2"
         There is one implementation.
+    variant : AttentionVariant, optional
+        See `fi_cupy.jit.define_variant`. Its functions see the indices of the matrix: query 0 to M - 1, key 0 to N - 1.
+        CUDA text must not look at positions.
 
     Source
     ------
@@ -101,6 +119,9 @@ class BlockSparseAttentionWrapper(BlockSparse):
     """
 
     _op = "BlockSparseAttentionWrapper"
+    _places = _PLACES
+    _place_tensors = ("fi_pages", "fi_page_begin")
+    _place_scalars = ("fi_page_size", "fi_block_rows", "fi_queries", "fi_keys")
 
     def plan(
         self,
@@ -134,7 +155,7 @@ class BlockSparseAttentionWrapper(BlockSparse):
         ----------
         indptr : int [M / R + 1]
             Block row i sees the key blocks ``indices[indptr[i] : indptr[i + 1]]``. Host arrays cost no
-            synchronisation; GPU arrays are copied back first.
+            synchronisation; GPU arrays are copied back first, both together.
         indices : int [nnz]
             Numbers of key blocks, each at most once a block row.
         M, N : int
@@ -172,6 +193,9 @@ class BlockSparseAttentionWrapper(BlockSparse):
         self._planned = False
         self._prefill.plan(*args, **options)
         self._shape = (M, N, C)
+        self._set_places(
+            fi_pages=args[2], fi_page_begin=args[1], fi_page_size=C, fi_block_rows=R, fi_queries=M, fi_keys=N
+        )
         self._planned = True
 
     begin_forward = plan
@@ -192,9 +216,8 @@ class BlockSparseAttentionWrapper(BlockSparse):
         check_modes(op, pos_encoding_mode, num_qo_heads, num_kv_heads)
         if R < 1 or C < 1 or M % R or N % C:
             raise ArgumentError(f"{op}: M = {M} and N = {N}, expected multiples of the block size R = {R}, C = {C}")
-        _, ptr = host_ints(op, "indptr", indptr)
-        _, columns = host_ints(op, "indices", indices)
-        check_indptr(op, "indptr", ptr)
+        ptr, columns = read_ints(op, {"indptr": indptr, "indices": indices}).values()
+        check_offsets(op, "indptr", ptr)
         if len(ptr) != M // R + 1 or ptr[0] != 0 or ptr[-1] > len(columns):
             raise ArgumentError(
                 f"{op}: indptr has {len(ptr)} entries from {ptr[0]} to {ptr[-1]}, expected {M // R + 1} = M / R + 1 "
@@ -240,6 +263,8 @@ class BlockSparseAttentionWrapper(BlockSparse):
         lse: Any = None,
         return_lse: bool = False,
         enable_pdl: bool | None = None,
+        *args: Any,
+        variant_args: Mapping[str, Any] | None = None,
     ) -> Any:
         """Attention under the planned matrix; no synchronisation, and no allocation with `out` (and `lse`).
 
@@ -248,14 +273,16 @@ class BlockSparseAttentionWrapper(BlockSparse):
         q : array, [M, num_qo_heads, head_dim]
         k, v : array, [N, num_kv_heads, head_dim]
             Tokens and heads may be strided.
-        scale_q, scale_k, scale_v : None
-            They belong to fp8 queries.
+        scale_q, scale_k, scale_v : float, or float32 array [heads], optional
+            Dequantisation factors: the first two multiply `sm_scale`, the last the output.
         out : array, [M, num_qo_heads, head_dim], optional
         lse : float32 array, [M, num_qo_heads], contiguous, optional
             Base-2 log-sum-exp; -inf for rows without a visible key (whose output is 0).
         return_lse : bool
         enable_pdl : bool, optional
             As in `BatchPrefillWithPagedKVCacheWrapper.run`.
+        *args, variant_args : optional
+            The variant's tensors and scalars, in the order of their declaration, and by name.
 
         Returns
         -------
@@ -268,7 +295,6 @@ class BlockSparseAttentionWrapper(BlockSparse):
         op = f"{self._op}.run"
         if not self._planned:
             raise PlanError(f"{op}: plan() must come first")
-        refuse(op, scale_q=scale_q, scale_k=scale_k, scale_v=scale_v)
         _, n, c = self._shape
         pages = []
         for name, x in (("k", k), ("v", v)):
@@ -277,7 +303,10 @@ class BlockSparseAttentionWrapper(BlockSparse):
             if y.shape[0] != n:
                 raise ShapeError(f"{op}: {name} has shape {y.shape}, expected ({n}, num_kv_heads, head_dim) = (N, ...)")
             pages.append(x.reshape(n // c, c, *y.shape[1:]))  # splits the first dimension: a view, whatever the strides
-        return self._prefill.run(q, tuple(pages), out=out, lse=lse, return_lse=return_lse, enable_pdl=enable_pdl)
+        return self._prefill.run(
+            q, tuple(pages), q_scale=scale_q, k_scale=scale_k, v_scale=scale_v, out=out, lse=lse, return_lse=return_lse,
+            enable_pdl=enable_pdl, **self._variant_args(op, args, variant_args),
+        )  # fmt: skip
 
     run_return_lse = partialmethod(run, return_lse=True)
 

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partialmethod
 from typing import Any
 
 import numpy as np
 
-from fi_cupy.arrays import view
+from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_ndim, check_shape
 from fi_cupy.dtypes import INDEX_TYPES, bool_, float32, uint8
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError
+from fi_cupy.page_table import host_values
 from fi_cupy.plan.sparse import Blocks, Rows, expand, keys_per_row, offsets
-from fi_cupy.prefill_plan import Ints
 from fi_cupy.sparse_common import BlockSparse, check_modes, hide_future
+from fi_cupy.variants_placed import Places
+
+#: The matrix' own indices, found from the kernel's: a block row is a request, the blocks it sees are its pages.
+_PLACES: Places = {
+    "batch": lambda ctx: ctx.batch * 0,
+    "kv_head": lambda ctx: ctx.batch // ctx.fi_row_blocks,
+    "qo_head": lambda ctx: ctx.batch // ctx.fi_row_blocks * ctx.fi_group + ctx.qo_head,
+    "qo_idx": lambda ctx: ctx.fi_row_begin[ctx.batch] + ctx.qo_idx,
+    "kv_idx": lambda ctx: (
+        ctx.fi_pages[ctx.fi_page_begin[ctx.batch] + ctx.kv_idx // ctx.fi_page_size] * ctx.fi_page_size
+        + ctx.kv_idx % ctx.fi_page_size
+        - ctx.batch // ctx.fi_row_blocks * ctx.fi_keys
+    ),
+    "qo_len": lambda ctx: ctx.fi_queries,
+    "kv_len": lambda ctx: ctx.fi_keys,
+}
 
 
 class VariableBlockSparseAttentionWrapper(BlockSparse):
@@ -29,6 +46,9 @@ class VariableBlockSparseAttentionWrapper(BlockSparse):
         As in `BatchPrefillWithPagedKVCacheWrapper`. A CPU array selects the NumPy reference.
     backend : "auto" or "fa2"
         There is one implementation.
+    variant : AttentionVariant, optional
+        See `fi_cupy.jit.define_variant`. Its functions see heads and positions of the whole arrays. CUDA text must not
+        look at them.
 
     Source
     ------
@@ -46,6 +66,9 @@ class VariableBlockSparseAttentionWrapper(BlockSparse):
     """
 
     _op = "VariableBlockSparseAttentionWrapper"
+    _places = _PLACES
+    _place_tensors = ("fi_pages", "fi_page_begin", "fi_row_begin")
+    _place_scalars = ("fi_page_size", "fi_row_blocks", "fi_group", "fi_queries", "fi_keys")
 
     def plan(
         self,
@@ -98,6 +121,13 @@ class VariableBlockSparseAttentionWrapper(BlockSparse):
         self._planned = False
         self._prefill.plan(*args, **options)
         self._shape = shape
+        heads, group, qo_len, kv_len, _, page = shape
+        blocks = (len(args[0]) - 1) // heads
+        row_begin = args[0][:-1] - np.arange(heads * blocks) // max(blocks, 1) * qo_len
+        self._set_places(
+            fi_pages=args[2], fi_page_begin=args[1], fi_row_begin=row_begin,
+            fi_page_size=page, fi_row_blocks=blocks, fi_group=group, fi_queries=qo_len, fi_keys=kv_len,
+        )  # fmt: skip
         self._planned = True
 
     begin_forward = plan
@@ -111,9 +141,12 @@ class VariableBlockSparseAttentionWrapper(BlockSparse):
     ) -> tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
         """((kv heads, group, qo_len, kv_len, head_dim, page size), arguments of the prefill wrapper's plan)."""
         check_modes(op, pos_encoding_mode, num_qo_heads, num_kv_heads)
-        seen = _host(op, "block_mask_map", block_mask_map, 3).astype(bool)
-        row_sz = _host(op, "block_row_sz", block_row_sz, 2).astype(np.int64)
-        col_sz = _host(op, "block_col_sz", block_col_sz, 2).astype(np.int64)
+        arrays = (
+            _view(op, "block_mask_map", block_mask_map, 3), _view(op, "block_row_sz", block_row_sz, 2),
+            _view(op, "block_col_sz", block_col_sz, 2),
+        )  # fmt: skip
+        seen, row_sz, col_sz = host_values(arrays)
+        seen, row_sz, col_sz = seen.astype(bool), row_sz.astype(np.int64), col_sz.astype(np.int64)
         heads, mb, nb = seen.shape
         for name, sizes, blocks_of in (("block_row_sz", row_sz, mb), ("block_col_sz", col_sz, nb)):
             if heads != num_kv_heads or sizes.shape != (num_kv_heads, blocks_of):
@@ -158,6 +191,8 @@ class VariableBlockSparseAttentionWrapper(BlockSparse):
         lse: Any = None,
         return_lse: bool = False,
         enable_pdl: bool | None = None,
+        *args: Any,
+        variant_args: Mapping[str, Any] | None = None,
     ) -> Any:
         """Attention under the planned blocks; no synchronisation.
 
@@ -173,6 +208,8 @@ class VariableBlockSparseAttentionWrapper(BlockSparse):
         return_lse : bool
         enable_pdl : bool, optional
             As in `BatchPrefillWithPagedKVCacheWrapper.run`.
+        *args, variant_args : optional
+            The variant's tensors and scalars, in the order of their declaration, and by name.
 
         Returns
         -------
@@ -208,6 +245,7 @@ class VariableBlockSparseAttentionWrapper(BlockSparse):
         made = self._prefill.run(
             self._rows_first(q), tuple(pages), return_lse=wants_lse, enable_pdl=enable_pdl,
             out=self._rows_first(out) if targets[0][1] else None, lse=self._rows_first(lse) if targets[1][1] else None,
+            **self._variant_args(op, args, variant_args),
         )  # fmt: skip
         results = made if wants_lse else (made,)
         final = []
@@ -239,9 +277,9 @@ class VariableBlockSparseAttentionWrapper(BlockSparse):
         return x.reshape(heads, qo_len, group, *tail).swapaxes(1, 2).reshape(heads * group, qo_len, *tail)
 
 
-def _host(op: str, name: str, x: Any, ndim: int) -> Ints:
-    """The values of a small array of any framework; bool, uint8 or an index type."""
+def _view(op: str, name: str, x: Any, ndim: int) -> View:
+    """A small array of any framework: bool, uint8 or an index type."""
     v = view(np.asarray(x) if isinstance(x, (list, tuple)) else x, op, name)
     check_ndim(op, name, v, ndim)
     check_dtype(op, name, v, (bool_, uint8, *INDEX_TYPES))
-    return v.host()
+    return v

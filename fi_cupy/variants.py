@@ -72,6 +72,10 @@ class AttentionVariant:
         """
         return BoundVariant(self, _values(op, self, args, named, like), like.is_cpu)
 
+    def by_name(self, op: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of one call by name; `ArgumentError` for one too many, unknown or given twice."""
+        return _by_name(f"{op}: variant {self.name}", self, args, named)
+
 
 def define_variant(
     name: str = "",
@@ -217,19 +221,7 @@ def _values(
 ) -> dict[str, Any]:
     """Every tensor (as a View) and scalar (as a number) by name."""
     label = f"{op}: variant {variant.name}"
-    order = [t for t, _ in variant.tensors] + [s for s, _, _ in variant.scalars]
-    if len(args) > len(order):
-        raise ArgumentError(
-            f"{label}: got {len(args)} extra arguments, expected at most {len(order)}: {', '.join(order)}"
-        )
-    given = dict(zip(order, args, strict=False))
-    for name, value in named.items():
-        if name not in order:
-            takes = ", ".join(order) or "no extra arguments"
-            raise ArgumentError(f"{label}: {name} is unknown; it takes {takes}")
-        if name in given:
-            raise ArgumentError(f"{label}: {name} is given twice")
-        given[name] = value
+    given = _by_name(label, variant, args, named)
     values: dict[str, Any] = {}
     for (name, dtype), (_, _, rank, exact) in zip(variant.tensors, variant.lowered().tensors, strict=True):
         if given.get(name) is None:
@@ -245,6 +237,23 @@ def _values(
             raise DTypeError(f"{label}: {name} is {value!r}, expected a number of type {dtype.name}")
         values[name] = float(value) if dtype is float32 else int(value)
     return values
+
+
+def _by_name(label: str, variant: AttentionVariant, args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+    order = [t for t, _ in variant.tensors] + [s for s, _, _ in variant.scalars]
+    if len(args) > len(order):
+        raise ArgumentError(
+            f"{label}: got {len(args)} extra arguments, expected at most {len(order)}: {', '.join(order)}"
+        )
+    given = dict(zip(order, args, strict=False))
+    for name, value in named.items():
+        if name not in order:
+            takes = ", ".join(order) or "no extra arguments"
+            raise ArgumentError(f"{label}: {name} is unknown; it takes {takes}")
+        if name in given:
+            raise ArgumentError(f"{label}: {name} is given twice")
+        given[name] = value
+    return given
 
 
 def _tensor(label: str, name: str, dtype: DType, rank: int, exact: bool, value: Any, like: View) -> View:
@@ -363,8 +372,8 @@ class VariantKernel:
         pos_encoding_mode: str = "NONE",
         window_left: int = -1,
         logits_soft_cap: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
         return_lse: bool = False,
         **extra: Any,
     ) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,38 @@ def copy_to_device(dst: int, src: np.ndarray[Any, Any], stream: int, device: int
     if src.nbytes:
         with _on(device):
             runtime.memcpyAsync(dst, src.ctypes.data, src.nbytes, _HOST_TO_DEVICE, stream)
+
+
+def copy_to_host(arrays: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
+    """The values of small GPU arrays (views): asynchronous copies into one pinned buffer, and one wait for them."""
+    from cupy.cuda import runtime
+
+    dense = [x for x in arrays if x.contiguous]
+    buffer = _pinned(sum(align_up(x.size * x.dtype.itemsize, 8) for x in dense))
+    copied: dict[int, np.ndarray[Any, Any]] = {}
+    streams: dict[int, int] = {}
+    offset = 0
+    for x in dense:
+        nbytes, stream = x.size * x.dtype.itemsize, x.stream()
+        target = buffer[offset : offset + nbytes]
+        offset += align_up(nbytes, 8)
+        copied[id(x)] = target.view(x.dtype.np).reshape(x.shape)
+        if nbytes:
+            with _on(x.device):
+                runtime.memcpyAsync(target.ctypes.data, x.ptr, nbytes, _DEVICE_TO_HOST, stream)
+            streams[stream] = x.device
+    for stream, device in streams.items():
+        with _on(device):
+            runtime.streamSynchronize(stream)
+    return [copied[id(x)] if id(x) in copied else x.host() for x in arrays]
+
+
+def _pinned(nbytes: int) -> np.ndarray[Any, Any]:
+    """Page-locked bytes from CuPy's pool; the array keeps them."""
+    import cupy
+
+    memory = cupy.cuda.alloc_pinned_memory(max(nbytes, 1))
+    return np.frombuffer(memory, np.uint8, nbytes)
 
 
 class ScratchPool:

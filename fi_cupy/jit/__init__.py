@@ -20,6 +20,7 @@ __all__ = [
     "KernelSpec",
     "ParamsStruct",
     "UserSource",
+    "attention",
     "build_many",
     "cache",
     "compile",
@@ -42,12 +43,12 @@ def __getattr__(name: str) -> Any:
         from fi_cupy import variants
 
         return getattr(variants, name)
-    if name.startswith("gen_customize_"):
+    if name.startswith(("gen_customize_", "gen_batch_prefill_attention_sink_module")):
         from fi_cupy import customize
 
         return getattr(customize, name)
-    if name == "ops":
+    if name in ("attention", "ops"):
         import importlib
 
-        return importlib.import_module("fi_cupy.jit.ops")
+        return importlib.import_module(f"fi_cupy.jit.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

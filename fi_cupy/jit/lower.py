@@ -88,6 +88,8 @@ class Lowered:
     use_softmax : bool
     mask : Node or None
         The expression of a traced `mask_fn` (equal texts have equal expressions).
+    indices : frozenset of str
+        The indices that some function looks at ("kv_idx", "qo_head" ...).
     """
 
     name: str
@@ -98,6 +100,7 @@ class Lowered:
     stages: frozenset[str]
     use_softmax: bool
     mask: Node | None = field(default=None, compare=False)  # a traced mask_fn; `text` says the same
+    indices: frozenset[str] = field(default=frozenset(), compare=False, kw_only=True)
 
     @property
     def splittable(self) -> bool:
@@ -120,7 +123,7 @@ class Lowered:
                 fields.append((f"user.{name}{RECIPROCAL}", "f32"))
         return fields
 
-    def specialise(self, spec: KernelSpec, alibi: bool, soft_cap: bool) -> KernelSpec:
+    def specialise(self, spec: KernelSpec, alibi: bool, soft_cap: bool, head_scales: bool = False) -> KernelSpec:
         """`spec` (of the prefill kernel) with this variant between the product and the softmax.
 
         Parameters
@@ -129,8 +132,10 @@ class Lowered:
             The plain instance: its config member ``Logits`` is replaced, the variant's fields follow its parameters.
         alibi, soft_cap : bool
             The built-in bias comes before, the cap after the variant's score function.
+        head_scales : bool
+            Factors of q or k a head join sm_scale.
         """
-        flags = ", ".join("true" if on else "false" for on in (alibi, soft_cap))
+        flags = ", ".join("true" if on else "false" for on in (alibi, soft_cap, head_scales))
         logits = CppType(f"fi::VariantLogits<fi::Variant, {flags}>")
         user = "  VariantUser user;\n" if self.tensors or self.scalars else ""
         params = f"{spec.params.name.removesuffix('Params')}VariantParams"
@@ -199,9 +204,26 @@ def lower(
             "  }",
         ]
     lines += ["};"]
+    indices: set[str] = set()
+    for root in roots.values():
+        _collect_indices(root, indices, set())
+    for stage in texts:
+        code = _NOT_CODE.sub(" ", str(functions[stage]))
+        indices.update(i for i in STAGES[stage].indices if re.search(rf"\b{i}\b", code))
     return Lowered(
-        name, full, scalars, reciprocals, "\n".join(lines), frozenset(functions), use_softmax, roots.get("mask_fn")
-    )
+        name, full, scalars, reciprocals, "\n".join(lines), frozenset(functions), use_softmax, roots.get("mask_fn"),
+        indices=frozenset(indices),
+    )  # fmt: skip
+
+
+def _collect_indices(node: Node, found: set[str], seen: set[int]) -> None:
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if node.op == "index":
+        found.add(node.value)
+    for operand in node.args:
+        _collect_indices(operand, found, seen)
 
 
 def _traced(

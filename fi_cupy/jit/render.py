@@ -7,7 +7,7 @@ from typing import Any
 
 from fi_cupy.dtypes import DType
 from fi_cupy.jit.sources import template_root
-from fi_cupy.jit.spec import ConfigValue, CppType, CppValue, KernelSpec
+from fi_cupy.jit.spec import ConfigValue, CppStruct, CppType, CppValue, KernelSpec
 
 
 @lru_cache(maxsize=1)
@@ -37,6 +37,8 @@ def _declare(name: str, value: ConfigValue) -> str:
         return f"using {name} = {value.cpp};"
     if isinstance(value, CppType):
         return f"using {name} = {value};"
+    if isinstance(value, CppStruct):
+        return f"struct {name} {{ {' '.join(_declare(*member) for member in value)} }};"
     if isinstance(value, CppValue):
         return f"static constexpr auto {name} = {value};"
     if isinstance(value, bool):

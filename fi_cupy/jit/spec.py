@@ -20,7 +20,13 @@ class CppValue(str):
     __slots__ = ()
 
 
-ConfigValue = DType | CppType | CppValue | bool | int | float
+class CppStruct(tuple[tuple[str, "ConfigValue"], ...]):
+    """Members of a nested struct, as those of `KernelSpec.config`: rendered as ``struct name { ... };``."""
+
+    __slots__ = ()
+
+
+ConfigValue = DType | CppType | CppValue | CppStruct | bool | int | float
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class KernelSpec:
     params : ParamsStruct
         The mirror of the parameter struct.
     config : tuple of (name, value)
-        The members of ``struct Config``: a DType or CppType becomes ``using``, anything else ``static constexpr``.
+        The members of ``struct Config``: a DType or CppType becomes ``using``, a CppStruct a nested struct, anything
+        else ``static constexpr``.
     threads : int
         Threads a CTA (one-dimensional blocks).
     min_blocks : int

@@ -175,22 +175,26 @@ def kv_lengths(
     return np.where(pages > 0, (pages - 1) * page_size + last_page_len, 0)
 
 
-def check_page_table(
-    op: str, indptr: np.ndarray[Any, Any], last_page_len: np.ndarray[Any, Any], page_size: int, num_indices: int
-) -> None:
-    """Raise `ArgumentError` for an indptr that is not monotone or leaves `indices`, or a last page out of range."""
-    pages = np.diff(indptr)
-    if len(indptr) < 1 or indptr[0] < 0 or (len(pages) and pages.min() < 0):
-        raise ArgumentError(
-            f"{op}: indptr must start at >= 0 and not decrease, got {np.array2string(indptr, threshold=12)}"
-        )
+def page_lengths(
+    op: str, indptr: np.ndarray[Any, Any], last_page_len: np.ndarray[Any, Any], page_size: int, num_indices: int,
+    names: tuple[str, str, str] = ("indptr", "indices", "last_page_len"),
+) -> np.ndarray[Any, Any]:  # fmt: skip
+    """`kv_lengths` of int64 arrays that are checked: `ArgumentError` for a bad indptr or last page."""
+    pages = indptr[1:] - indptr[:-1]
+    fewest = int(np.minimum.reduce(pages)) if len(pages) else 0
+    if indptr[0] < 0 or fewest < 0:
+        shown = np.array2string(indptr, threshold=12)
+        raise ArgumentError(f"{op}: {names[0]} must start at >= 0 and not decrease, got {shown}")
     if indptr[-1] > num_indices:
-        raise ArgumentError(f"{op}: indptr ends at {indptr[-1]}, but indices has {num_indices} entries")
-    if len(pages):
+        raise ArgumentError(f"{op}: {names[0]} ends at {indptr[-1]}, but {names[1]} has {num_indices} entries")
+    # Anything out of range is the largest here, as an unsigned number.
+    if len(pages) and np.maximum.reduce((last_page_len - 1).view(np.uint64)) >= page_size:
         bad = ((last_page_len < 1) | (last_page_len > page_size)) & (pages > 0)
         if bad.any():
             b = int(np.argmax(bad))
-            raise ArgumentError(f"{op}: last_page_len[{b}] is {last_page_len[b]}, expected 1..{page_size} = page_size")
+            raise ArgumentError(f"{op}: {names[2]}[{b}] is {last_page_len[b]}, expected 1..{page_size} = page_size")
+    kv_len = (pages - 1) * page_size + last_page_len
+    return kv_len if fewest > 0 else np.where(pages > 0, kv_len, 0)
 
 
 def plan_decode(
@@ -225,10 +229,14 @@ def plan_decode(
         Add empty items up to this number.
     """
     batch = len(kv_len)
-    begin = np.maximum(kv_len - (1 + window_left), 0) if window_left >= 0 else np.zeros_like(kv_len)
-    # Whole tiles from the first on; a fixed split counts from the first key, so that no chunk is empty.
-    base = begin & -TILE if split_keys is None else begin
-    span = kv_len - base
+    begin: Any = 0
+    base: Any = np.zeros(1, np.int64)
+    span = kv_len
+    if window_left >= 0:
+        begin = np.maximum(kv_len - (1 + window_left), 0)
+        # Whole tiles from the first on; a fixed split counts from the first key, so that no chunk is empty.
+        base = begin & -TILE if split_keys is None else begin
+        span = kv_len - base
     if disable_split:
         chunks, step = None, span
     elif split_keys is not None:
@@ -242,23 +250,27 @@ def plan_decode(
             chunks = np.maximum(-(-tiles // chunk), 1)
             step = -(-tiles // chunks) * TILE  # equal chunks within a request
 
-    request = np.arange(batch)
     rows = np.zeros((batch, ITEM_WORDS), np.int32)
-    rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = request, begin, kv_len, page_begin
+    rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = np.arange(batch), begin, kv_len, page_begin
     rows[:, 5], rows[:, 7] = 1, kv_len
     num_slots = 0
     if chunks is not None:
         slot_count = np.where(chunks > 1, chunks, 0)
-        num_slots = int(slot_count.sum())
-        rows[:, 4], rows[:, 5] = np.cumsum(slot_count) - slot_count, chunks
-        rows = np.repeat(rows, chunks, axis=0)
+        ends = slot_count.cumsum()
+        num_slots = int(ends[-1]) if batch else 0
+        rows[:, 4], rows[:, 5] = ends - slot_count, chunks
+        rows[:, 6] = chunks - chunks.cumsum()  # less the number of the request's first chunk
+        rows = rows.repeat(chunks, axis=0)
+        rows[:, 6] += np.arange(len(rows), dtype=np.int32)
         owner = rows[:, 0]
-        number = np.arange(len(rows)) - (np.cumsum(chunks) - chunks)[owner]
-        start = base[owner] + number * step[owner]
-        rows[:, 6], rows[:, 1] = number, np.maximum(start, rows[:, 1])
-        rows[:, 2] = np.minimum(start + step[owner], rows[:, 7])
+        length = step[owner]
+        start = rows[:, 6] * length + (base[owner] if window_left >= 0 else base)
+        rows[:, 1], rows[:, 2] = np.maximum(start, rows[:, 1]), np.minimum(start + length, rows[:, 7])
     # Longest first: 128 random requests took 733 us sorted and 751 unsorted.
-    items = rows[np.argsort(rows[:, 1] - rows[:, 2], kind="stable")]
+    lengths = rows[:, 2] - rows[:, 1]
+    items = rows
+    if len(rows) and (lengths != lengths[0]).any():
+        items = rows.take((-lengths).argsort(kind="stable"), axis=0)
     if pad_to is not None and pad_to > len(items):
         padding = np.zeros((pad_to - len(items), ITEM_WORDS), np.int32)
         padding[:, 0] = -1

@@ -17,9 +17,9 @@ import numpy as np
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 
-#: int32 words of a work item and of a merge item (structs PrefillItem and PrefillMergeItem).
-ITEM_WORDS, MERGE_WORDS = 12, 8
-#: Shortest chunk of a split tile, keys: writing and merging a partial result must stay small beside computing it.
+#: int32 words of a work item (struct PrefillItem).
+ITEM_WORDS = 16
+#: Shortest chunk of a split tile, keys: writing and joining a partial result must stay small beside computing it.
 MIN_CHUNK_KEYS = 512
 #: The same for tiles of 16 rows, whose partial results are eight times smaller.
 MIN_CHUNK_KEYS_NARROW = 256
@@ -46,10 +46,27 @@ def _row_bytes(dim: int) -> int:
     return (chunks if chunks % 8 == 0 else chunks | 1) * 16
 
 
-def smem_bytes(warps: int, row_tiles: int, tile_kv: int, head_dim_qk: int, head_dim_vo: int) -> int:
-    """Dynamic shared memory of kernels/attention/prefill.cuh: Q, two buffers of K and V, ranges, item, page offsets."""
+class TileKind(NamedTuple):
+    """What changes the shared memory of a CTA: fp8 keys and values, and frequencies of ROPE_LLAMA."""
+
+    fp8: bool = False
+    rope: bool = False
+
+
+PLAIN = TileKind()
+
+
+def smem_bytes(
+    warps: int, row_tiles: int, tile_kv: int, head_dim_qk: int, head_dim_vo: int, kind: TileKind = PLAIN
+) -> int:
+    """Dynamic shared memory of kernels/attention/prefill.cuh.
+
+    Q, two buffers of K and V (fp8: one and the bytes of the next tile), ranges, item, page offsets, frequencies.
+    """
     qk, vo = _row_bytes(head_dim_qk), _row_bytes(head_dim_vo)
-    return 16 * warps * row_tiles * max(qk, vo) + 2 * tile_kv * (qk + vo) + 16 * warps + 80 + 2 * tile_kv * 16
+    kv = tile_kv * (qk + vo + head_dim_qk + head_dim_vo) if kind.fp8 else 2 * tile_kv * (qk + vo)
+    turns = 4 * head_dim_qk if kind.rope else 0
+    return 16 * warps * row_tiles * max(qk, vo) + kv + 16 * warps + 96 + 2 * tile_kv * 16 + turns
 
 
 def _shape(tile_q: int, head_dim_vo: int) -> tuple[int, int]:
@@ -67,37 +84,40 @@ def _ctas_per_sm(warps: int, row_tiles: int, tile_kv: int, head_dim_vo: int, sme
 
 @lru_cache(maxsize=1024)
 def choose_tiles(
-    packed_rows: int, head_dim_qk: int, head_dim_vo: int, smem_per_block: int, smem_per_sm: int
-) -> PrefillTiles:
+    packed_rows: int, head_dim_qk: int, head_dim_vo: int, smem_per_block: int, smem_per_sm: int,
+    kind: TileKind = PLAIN,
+) -> PrefillTiles:  # fmt: skip
     """The CTA shape for requests of about `packed_rows` packed query rows.
 
-    The keys of a tile depend on the head dims and the device alone, so a row is computed with the same sequence of
-    operations whatever the batch around it.
+    The keys of a tile depend on the head dims, the kind and the device alone, so a row is computed with the same
+    sequence of operations whatever the batch around it.
     """
-    tile_kv, most_rows = _key_tile(head_dim_qk, head_dim_vo, smem_per_block, smem_per_sm)
+    tile_kv, most_rows = _key_tile(head_dim_qk, head_dim_vo, smem_per_block, smem_per_sm, kind)
     wanted = 16 if packed_rows <= 16 else 64 if packed_rows <= 64 else 128
     warps, row_tiles = _shape(min(wanted, most_rows), head_dim_vo)
-    smem = smem_bytes(warps, row_tiles, tile_kv, head_dim_qk, head_dim_vo)
+    smem = smem_bytes(warps, row_tiles, tile_kv, head_dim_qk, head_dim_vo, kind)
     ctas = _ctas_per_sm(warps, row_tiles, tile_kv, head_dim_vo, smem, smem_per_sm)
     return PrefillTiles(warps, row_tiles, tile_kv, ctas, smem)
 
 
-def narrow_tiles(tiles: PrefillTiles, head_dim_qk: int, head_dim_vo: int) -> PrefillTiles:
+def narrow_tiles(tiles: PrefillTiles, head_dim_qk: int, head_dim_vo: int, kind: TileKind = PLAIN) -> PrefillTiles:
     """The same rows and keys with one 16-row tile a warp: half the registers, twice the shared-memory reads."""
     warps = tiles.warps * tiles.row_tiles
     return PrefillTiles(
-        warps, 1, tiles.tile_kv, 1, smem_bytes(warps, 1, tiles.tile_kv, head_dim_qk, head_dim_vo)
+        warps, 1, tiles.tile_kv, 1, smem_bytes(warps, 1, tiles.tile_kv, head_dim_qk, head_dim_vo, kind)
     )  # fmt: skip
 
 
-def _key_tile(head_dim_qk: int, head_dim_vo: int, smem_per_block: int, smem_per_sm: int) -> tuple[int, int]:
+def _key_tile(
+    head_dim_qk: int, head_dim_vo: int, smem_per_block: int, smem_per_sm: int, kind: TileKind
+) -> tuple[int, int]:
     """(keys a tile, largest query tile): as many rows as fit; then 64 keys unless 32 let more CTAs share an SM."""
     for keys in ((64, 32), (16,)):
         for tile_q in (128, 64, 32):
             warps, row_tiles = _shape(tile_q, head_dim_vo)
             found: tuple[int, int] | None = None
             for tile_kv in keys:
-                smem = smem_bytes(warps, row_tiles, tile_kv, head_dim_qk, head_dim_vo)
+                smem = smem_bytes(warps, row_tiles, tile_kv, head_dim_qk, head_dim_vo, kind)
                 if smem <= smem_per_block:
                     ctas = _ctas_per_sm(warps, row_tiles, tile_kv, head_dim_vo, smem, smem_per_sm)
                     if found is None or ctas > found[0]:
@@ -114,23 +134,22 @@ class PrefillPlan:
     Attributes
     ----------
     items : int32 [num_items, ITEM_WORDS]
-        Struct PrefillItem: q_row, qo_len, kv_base, kv_len, q_tile, kv_begin, kv_end, partial, mask_low, mask_high,
-        first_chunk, request.
-    merges : int32 [num_merges, MERGE_WORDS]
-        Struct PrefillMergeItem: q_row, qo_len, q_tile, first_slot, num_chunks, unused.
+        Struct PrefillItem: q_row, qo_len, kv_base, kv_len, q_tile, kv_begin, kv_end, first_slot, mask_low, mask_high,
+        request, chunk, num_chunks, unused.
     num_slots : int
         Partial results a kv head.
+    num_split : int
+        Tiles whose keys are split.
     """
 
     items: Ints
-    merges: Ints
     num_slots: int
+    num_split: int
 
 
-def max_counts(max_rows: int, batch: int, group: int, tile_q: int, slots_per_head: int) -> tuple[int, int]:
-    """(items, merges) that no plan of `batch` requests with `max_rows` query tokens exceeds without a fixed split."""
-    tiles = max_rows * group // tile_q + batch
-    return tiles + slots_per_head, min(tiles, slots_per_head)
+def max_items(max_rows: int, batch: int, group: int, tile_q: int, slots_per_head: int) -> int:
+    """Items that no plan of `batch` requests with `max_rows` query tokens exceeds without a fixed split."""
+    return max_rows * group // tile_q + batch + slots_per_head
 
 
 def plan_prefill(
@@ -176,59 +195,62 @@ def plan_prefill(
         ``narrow(begin, end, tile_kv, qo_first, qo_last, request, qo_len, kv_len) -> (begin, end)`` drops the keys of
         each tile that a variant's mask can never show.
     """
-    qo_len = np.diff(qo_indptr)
-    tiles = -(-(qo_len * group) // tile_q)
-    request = np.repeat(np.arange(len(tiles)), tiles)
-    q_tile = np.arange(len(request)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
-    rows, keys = qo_len[request], kv_len[request]
+    # Every request's fields once, then a copy of the row for each of its tiles: few NumPy calls of about 1 us each.
+    batch = len(kv_len)
+    qo_len = qo_indptr[1:] - qo_indptr[:-1]
+    tiles = (qo_len * group + (tile_q - 1)) // tile_q
+    table = np.zeros((batch, ITEM_WORDS), np.int32)
+    table[:, 0], table[:, 1], table[:, 2], table[:, 3] = qo_indptr[:-1], qo_len, kv_base, kv_len
+    table[:, 4] = tiles - tiles.cumsum()  # less the number of the request's first tile
+    table[:, 10], table[:, 12] = np.arange(batch), 1
+    if mask_offsets is not None:
+        table[:, 8:10] = mask_offsets[:batch].astype("<i8").view("<i4").reshape(-1, 2)
+    items: Ints = table.repeat(tiles, axis=0)
+    q_tile, rows, keys, request = items[:, 4], items[:, 1], items[:, 3], items[:, 10]
+    q_tile += np.arange(len(items), dtype=np.int32)
     begin, end = _visible(q_tile, rows, keys, group, tile_q, tile_kv, causal, window_left)
     if narrow is not None:
         first_row, last_row = q_tile * tile_q // group, np.minimum(((q_tile + 1) * tile_q - 1) // group, rows - 1)
         begin, end = narrow(begin, end, tile_kv, first_row, last_row, request, rows, keys)
-    first, chunk, chunks = _chunks(begin, end, num_kv_heads, tile_q, tile_kv, slots, split_keys, disable_split)
+    whole, split = _chunks(begin, end, num_kv_heads, tile_q, tile_kv, slots, split_keys, disable_split)
+    items[:, 5], items[:, 6] = begin, end
+    num_slots = num_split = 0
+    if split is not None:
+        items, num_slots, num_split = _split(items, *split)
+        whole = (items[:, 6] - items[:, 5] + (tile_kv - 1)) // tile_kv
+    if len(items) and (whole != whole[0]).any():
+        items = items.take((-whole).argsort(kind="stable"), axis=0)
+    return PrefillPlan(items, num_slots, num_split)
 
-    tile = np.repeat(np.arange(len(request)), chunks)
-    number = np.arange(len(tile)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-    start = first[tile] + number * chunk[tile]
-    kv_begin, kv_end = np.maximum(start, begin[tile]), np.minimum(start + chunk[tile], end[tile])
+
+def _split(items: Ints, first: Ints, chunk: Ints, chunks: Ints) -> tuple[Ints, int, int]:
+    """(an item for each chunk of each tile, partial results, tiles that are split) from `_chunks`."""
     is_split = chunks > 1
-    part = is_split[tile]
-    slot = np.where(part, np.cumsum(part) - 1, -1)
-    order = np.argsort((kv_begin - kv_end) // tile_kv, kind="stable")
-
-    owner = request[tile]
-    items = np.zeros((len(tile), ITEM_WORDS), np.int32)
-    columns = (qo_indptr[owner], rows[tile], kv_base[owner], keys[tile], q_tile[tile], kv_begin, kv_end, slot)
-    for i, column in enumerate(columns):
-        items[:, i] = column[order]
-    if mask_offsets is not None:
-        items[:, 8:10] = mask_offsets[owner][order].astype("<i8").view("<i4").reshape(-1, 2)
-    items[:, 10] = (number == 0)[order]
-    items[:, 11] = owner[order]
-
-    split = np.flatnonzero(is_split)
-    merges = np.zeros((len(split), MERGE_WORDS), np.int32)
-    if len(split):
-        owner = request[split]
-        counts = chunks[split]
-        merge_columns = (qo_indptr[owner], rows[split], q_tile[split], np.cumsum(counts) - counts, counts)
-        for i, column in enumerate(merge_columns):
-            merges[:, i] = column
-    return PrefillPlan(items, merges, int(chunks[split].sum()))
+    counts = np.where(is_split, chunks, 0)
+    ends = counts.cumsum()
+    items[:, 7], items[:, 12] = np.where(is_split, ends - counts, 0), chunks
+    items[:, 11] = chunks - chunks.cumsum()  # less the number of the tile's first chunk
+    tile = np.arange(len(items)).repeat(chunks)
+    items = items.take(tile, axis=0)
+    items[:, 11] += np.arange(len(tile), dtype=np.int32)
+    length = chunk[tile]
+    start = first[tile] + items[:, 11] * length
+    items[:, 5], items[:, 6] = np.maximum(start, items[:, 5]), np.minimum(start + length, items[:, 6])
+    return items, int(ends[-1]) if len(ends) else 0, int(np.count_nonzero(is_split))
 
 
 def _visible(
     q_tile: Ints, qo_len: Ints, kv_len: Ints, group: int, tile_q: int, tile_kv: int, causal: bool, window_left: int
 ) -> tuple[Ints, Ints]:
     """Keys that some row of each tile sees, [begin, end), begin a multiple of `tile_kv`; (0, 0) if there are none."""
-    own = kv_len - qo_len  # the key at query 0's own position
     end = kv_len
-    if causal:
-        last = np.minimum(((q_tile + 1) * tile_q - 1) // group, qo_len - 1) + own
-        end = np.clip(last + 1, 0, kv_len)
+    if causal:  # up to the last row's own key
+        rows = np.minimum((q_tile * tile_q + (tile_q - 1 + group)) // group, qo_len)
+        end = np.maximum(rows + (kv_len - qo_len), 0)
     if window_left < 0:
-        return np.zeros_like(end), end
-    begin = np.maximum(q_tile * tile_q // group + own - window_left, 0) // tile_kv * tile_kv
+        return np.zeros(len(end), np.int32), end
+    # In 64 bits: a window may be any number.
+    begin = np.maximum(q_tile * np.int64(tile_q) // group + (kv_len - qo_len) - window_left, 0) // tile_kv * tile_kv
     seen = begin < end
     return np.where(seen, begin, 0), np.where(seen, end, 0)
 
@@ -236,32 +258,30 @@ def _visible(
 def _chunks(
     begin: Ints, end: Ints, num_kv_heads: int, tile_q: int, tile_kv: int, slots: int, split_keys: int | None,
     disable_split: bool,
-) -> tuple[Ints, Ints, Ints]:  # fmt: skip
-    """(where the first chunk starts, keys a chunk, chunks) of every tile.
+) -> tuple[Ints, tuple[Ints, Ints, Ints] | None]:  # fmt: skip
+    """Key tiles of every item, and (where the first chunk starts, keys a chunk, chunks) of each if some are split.
 
     A tile is split when it alone would take twice as long as the whole work spread evenly over the device: splitting
-    costs a write and a read of fp32 results and a second kernel. Then its chunks are as long as that even share.
+    costs a write and a read of fp32 results. Then its chunks are as long as that even share.
     """
-    one = np.ones_like(end)
-    if split_keys is not None and not disable_split:
-        chunk = -(-split_keys // tile_kv) * tile_kv
-        first = begin // chunk
-        return first * chunk, one * chunk, np.where(end > begin, -(-end // chunk) - first, 1)
-    tiles = -(-(end - begin) // tile_kv)
-    whole = begin, np.maximum(end - begin, 1), one
+    tiles = (end - begin + (tile_kv - 1)) // tile_kv
     if disable_split or len(tiles) == 0:
-        return whole
+        return tiles, None
+    if split_keys is not None:
+        chunk = min(-(-split_keys // tile_kv) * tile_kv, 1 << 30)  # fits 32 bits
+        first = begin // chunk
+        return tiles, (first * chunk, np.full_like(end, chunk), np.where(end > begin, -(-end // chunk) - first, 1))
     least = (MIN_CHUNK_KEYS_NARROW if tile_q == 16 else MIN_CHUNK_KEYS) // tile_kv
-    share = max(-(-int(tiles.sum()) * num_kv_heads // slots), least)
-    if int(tiles.max()) < 2 * share:
-        return whole
+    share = max(-(-int(np.add.reduce(tiles, dtype=np.int64)) * num_kv_heads // slots), least)
+    if int(np.maximum.reduce(tiles)) < 2 * share:
+        return tiles, None
     chunks = np.maximum(-(-tiles // share), 1)
     chunk = np.maximum(-(-tiles // chunks), 1)  # equal chunks
-    return begin, chunk * tile_kv, np.maximum(-(-tiles // chunk), 1)
+    return tiles, (begin, chunk * tile_kv, np.maximum(-(-tiles // chunk), 1))
 
 
 def pad(rows: Ints, count: int) -> Ints:
-    """`rows` with zero rows up to `count`: items and merges of zeros are no-ops."""
+    """`rows` with zero rows up to `count`: items of zeros are no-ops."""
     padded = np.zeros((count, rows.shape[1]), np.int32)
     padded[: len(rows)] = rows
     return padded

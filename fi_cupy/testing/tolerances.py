@@ -25,7 +25,9 @@ PRODUCT = {
     "float8_e5m2": (1e-1, 3e-1),
     "float64": (1e-12, 1e-12),
 }
-_TABLES = {"elementwise": ELEMENTWISE, "product": PRODUCT}
+#: Attention with ROPE_LLAMA rounds q and k a second time, once rotated, which the reference does not do.
+ROTATED = {name: (1.5 * rel_l2, rel_max) for name, (rel_l2, rel_max) in PRODUCT.items()}
+_TABLES = {"elementwise": ELEMENTWISE, "product": PRODUCT, "rotated": ROTATED}
 
 
 def assert_close(actual: Any, expected: Any, dtype: Any, kind: str = "elementwise", what: str = "") -> None:
@@ -39,7 +41,7 @@ def assert_close(actual: Any, expected: Any, dtype: Any, kind: str = "elementwis
         The reference. Infinities must agree exactly; NaN never passes.
     dtype
         The type whose rounding is allowed for: of the output, or of the operands where that is coarser.
-    kind : {"elementwise", "product"}
+    kind : {"elementwise", "product", "rotated"}
         The row of the table.
     what : str
         Said first in the message.

@@ -18,9 +18,10 @@
 namespace fi {
 
 // Config: T (q), KV, O, kHeadDim, kTilesN, kWarps, kStages, kSmemBytes, kTileInPage (a tile of 16 keys never crosses a
-// page), kSoftCap, kAlibi, kRope
+// page), kSoftCap, kAlibi, kRope, kHeadScales (factors of q and k a head)
+// Computes one item for one head block; the CTA's threads may call it again after a barrier.
 template <class Config>
-FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turns) {
+FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turns, int index, uint32_t head_block) {
   using namespace decode_detail;
   using Tr = DecodeTraits<Config>;
   using T = typename Config::T;
@@ -31,9 +32,7 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
   constexpr int kLoadSteps = Tr::kFp8 ? 2 : 1;
   extern __shared__ __align__(1024) uint8_t smem[];
 
-  ptx::grid_launch_dependents();
-  const uint32_t head_block = blockIdx.x % params.num_head_blocks;
-  const DecodeItem item = load_item(params, blockIdx.x / params.num_head_blocks);
+  const DecodeItem item = load_item(params, index);
   if (item.request < 0) {  // padding of a fixed grid
     ptx::grid_wait();
     return;
@@ -70,7 +69,7 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
   }
 
   uint32_t q[kTilesN][kSteps][2];
-  float slope[kTilesN][2];
+  float slope[kTilesN][2], scale[kTilesN][2];
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
     const int head = 8 * n + g;
@@ -96,13 +95,17 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
         }
       }
 #pragma unroll
-    for (int c = 0; c < 2; ++c)
+    for (int c = 0; c < 2; ++c) {
+      const int column = 8 * n + 2 * t + c;  // columns past the last head repeat it
+      scale[n][c] = Config::kHeadScales
+                        ? params.logit_scale * params.scales.logit(first_head + min(column, heads - 1), kv_head)
+                        : params.logit_scale;
       slope[n][c] = Config::kAlibi ? params.slope_scale * alibi_slope(first_head + 8 * n + 2 * t + c,
                                                                       params.num_head_blocks / params.blocks_per_kv *
                                                                           params.group_size)
                                    : 0.f;
+    }
   }
-  const StandardLogits<Config::kSoftCap, Config::kAlibi> logit{params.logit_scale, params.logit_cap};
 
   // This lane's columns of S^T and O^T are heads 8n + 2t and 8n + 2t + 1.
   float o[kTilesN][kSteps][4], m[kTilesN][2], d[kTilesN][2];
@@ -167,6 +170,7 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // i = 2 * (row half) + column
         const int key = first + g + 8 * (i >> 1);
+        const StandardLogits<Config::kSoftCap, Config::kAlibi> logit{scale[n][i & 1], params.logit_cap};
         float x = logit(s[n][0][i] + s[n][1][i], slope[n][i & 1], key);
         if (!whole && (key < item.kv_begin || key >= item.kv_end)) x = -FI_INF;
         s[n][0][i] = x;
@@ -296,11 +300,14 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
 
 template <class Config>
 FI_DEVICE void batch_decode(const DecodeParams& params) {
-  decode_item<Config>(params, nullptr);
+  ptx::grid_launch_dependents();
+  decode_item<Config>(params, nullptr, blockIdx.x / params.num_head_blocks, blockIdx.x % params.num_head_blocks);
 }
 template <class Config>
 FI_DEVICE void batch_decode_rope(const DecodeRopeParams& params) {
-  decode_item<Config>(params.base, params.turns);
+  ptx::grid_launch_dependents();
+  const uint32_t blocks = params.base.num_head_blocks;
+  decode_item<Config>(params.base, params.turns, blockIdx.x / blocks, blockIdx.x % blocks);
 }
 
 }  // namespace fi

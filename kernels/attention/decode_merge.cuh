@@ -36,7 +36,7 @@ FI_DEVICE void finish(const DecodeParams& params, int row, uint32_t head, int di
     p.d += math::ptx_exp2(sink - safe);
     p.m = m;
   }
-  const float f = p.d > 0.f ? params.out_scale / p.d : 0.f;
+  const float f = p.d > 0.f ? params.out_scale * params.scales.output(head / params.group_size) / p.d : 0.f;
   const float values[4] = {p.o.x * f, p.o.y * f, p.o.z * f, p.o.w * f};
   O* out = static_cast<O*>(params.out) + row * params.out_stride_row + head * params.out_stride_head + dim;
   Vec<O, 4>::from_floats(values).store(out);

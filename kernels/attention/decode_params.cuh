@@ -1,5 +1,6 @@
 // What the decode kernel is given (mirrored in fi_cupy/decode_kernel.py), and its shapes at compile time.
 #pragma once
+#include "attention/head_scales.cuh"
 #include "common/base.cuh"
 
 namespace fi {
@@ -45,6 +46,7 @@ struct DecodeParams {
   float logit_cap;
   float slope_scale;         // ALiBi slopes times this: log2(e), or 1 / cap
   float out_scale;           // v_scale
+  HeadScales scales;         // factors a head; q and k only with kHeadScales
 };
 
 // With rotary embedding inside (ROPE_LLAMA): turns[i] is the frequency of dims i and i + head_dim / 2, in 2^-64 turns a

@@ -1,6 +1,7 @@
 // Tiles of 16 keys for the decode kernel: from the page table to shared memory, and from there to mma fragments.
 #pragma once
 #include "attention/decode_params.cuh"
+#include "attention/expand.cuh"
 #include "common/math.cuh"
 #include "common/vec.cuh"
 #include "ptx/cp_async.cuh"
@@ -17,14 +18,6 @@ template <typename A, typename B>
 struct select_type<false, A, B> {
   using type = B;
 };
-
-// Two fp8 values (low byte first) as a pair of halves; exact.
-template <typename KV>
-FI_DEVICE uint32_t halves_of(uint32_t pair) {
-  const __half2_raw h = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair),
-                                                   is_same_v<KV, __nv_fp8_e4m3> ? __NV_E4M3 : __NV_E5M2);
-  return uint32_t(h.x) | (uint32_t(h.y) << 16);
-}
 
 // 16-bit keys: A fragment = rows of 16 keys, 16 dims at a time.
 // fp8: ldmatrix hands a lane 4 neighbouring dims, so k index 2t, 2t+1, 2t+8, 2t+9 of a step means dims 4t..4t+3, and
@@ -82,30 +75,6 @@ FI_DEVICE uint32_t query_pair(const T* p) {
     const auto v = Vec<T, 2>::load(p);
     return ptx::pack2<M>(to_float(v[0]), to_float(v[1]));
   }
-}
-
-// Rotates (lo, hi), two neighbouring pairs of features, to `position`.
-FI_DEVICE void rotate(float (&lo)[2], float (&hi)[2], const uint64_t* turns, uint32_t position) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint64_t turn = turns[i];
-    // The angle's fraction of a turn in 32 bits; as a signed number it is in (-1/2, 1/2) turns.
-    const uint32_t fraction = position * uint32_t(turn >> 32) + __umulhi(position, uint32_t(turn));
-    const float angle = float(int32_t(fraction)) * (3.14159265358979f * 0x1p-31f);
-    const float c = math::ptx_cos(angle), s = math::ptx_sin(angle);
-    const float x = lo[i], y = hi[i];
-    lo[i] = x * c - y * s;
-    hi[i] = y * c + x * s;
-  }
-}
-template <typename M>
-FI_DEVICE void rotate(uint32_t& lo, uint32_t& hi, const uint64_t* turns, uint32_t position) {
-  float x[2], y[2];
-  reinterpret_cast<const Vec<M, 2>&>(lo).to_floats(x);
-  reinterpret_cast<const Vec<M, 2>&>(hi).to_floats(y);
-  rotate(x, y, turns, position);
-  lo = ptx::pack2<M>(x[0], x[1]);
-  hi = ptx::pack2<M>(y[0], y[1]);
 }
 
 // Where a tile's rows lie, and the cp.async of one tile. Everything about addresses of the cache is here.

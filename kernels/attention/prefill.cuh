@@ -3,14 +3,20 @@
 // qo_idx * group + (head in the group): a K/V tile serves the whole group whatever its size, and short queries still
 // fill the matrix unit; the price is one multiplication-division a row.
 // Grid (items, kv heads): items are longest first inside a head, so few heads' K/V compete for L2 at a time.
+// A tile whose keys were split is put together by its own CTAs (attention/prefill_join.cuh): the last one writes it.
 // Shared memory: Q [kTileQ] (later the output tile) | K [2][kTileKv] | V [2][kTileKv] | WarpRange [kWarps] |
-// PrefillShared | PageOffset [2][kTileKv].
+// PrefillShared | PageOffset [2][kTileKv] | turns [kHeadDimQK / 2] (ROPE_LLAMA). fp8 keys and values: one buffer of K
+// and V each, then their bytes, one tile ahead (attention/prefill_tiles.cuh).
 // Each warp owns 16 * kRowTiles rows; with 2 row tiles a K or V fragment from ldmatrix feeds twice the mma's, which
-// takes shared-memory bandwidth off the critical path. K and V have cp.async groups of their own, one tile ahead.
+// takes shared-memory bandwidth off the critical path. K and V have cp.async groups of their own, one tile ahead, issued
+// behind the products that they hide under; the exponentials of 16 keys run between the products of the 16 before.
 // Bytes moved: Q and O once; K and V once an item, mostly from L2. Arch: any (sm_75 copies synchronously, bf16 emulated).
 #pragma once
 #include "attention/fast_div.cuh"
+#include "attention/head_scales.cuh"
+#include "attention/prefill_join.cuh"
 #include "attention/prefill_logits.cuh"
+#include "attention/prefill_tiles.cuh"
 #include "attention/smem_tile.cuh"
 #include "common/math.cuh"
 #include "common/vec.cuh"
@@ -28,10 +34,11 @@ struct alignas(16) PrefillItem {
   int32_t kv_len;    // keys of the request
   int32_t q_tile;    // packed rows [q_tile * kTileQ, ...)
   int32_t kv_begin, kv_end;
-  int32_t partial;   // -1: write the output; else the slot of this chunk's partial result
+  int32_t first_slot;  // slot of the tile's first chunk in the partial results; 0 without a split
   int32_t mask_low, mask_high;  // byte offset of the request's custom mask
-  int32_t first_chunk;          // 1 for the chunk that adds the attention sink
   int32_t request;              // the request's number, for variants
+  int32_t chunk, num_chunks;    // this range's number among the tile's; num_chunks 1: no split
+  int32_t unused[3];
 };
 
 struct PrefillParams {
@@ -44,8 +51,9 @@ struct PrefillParams {
   const int32_t* kv_indices;
   const uint8_t* mask;   // custom mask bits, little-endian
   const float* sinks;    // [heads] raw logits, or null
-  float* partial_o;      // [slot][kv head][kTileQ][head_dim_vo]
-  float* partial_lse;    // [slot][kv head][kTileQ]
+  float4* partial_o;     // [slot][kv head][16-row tile of a warp][8 dims][thread], see prefill_join.cuh
+  float2* partial_md;    // [slot][kv head][kTileQ]: maximum and denominator
+  uint32_t* counters;    // [slot][kv head]: zero between launches
   int64_t q_stride_n, q_stride_h;  // elements, as all strides; multiples of 8 for q, k, v
   int64_t k_stride_page, k_stride_n, k_stride_h;
   int64_t v_stride_page, v_stride_n, v_stride_h;
@@ -58,7 +66,20 @@ struct PrefillParams {
   float sm_scale, sm_scale_log2;
   float out_scale;      // multiplies the output, not the lse
   float soft_cap, soft_cap_rcp;  // cap, 1 / cap
+  HeadScales scales;
 };
+
+// With rotary embedding inside (ROPE_LLAMA): turns[i] is the frequency of dims i and i + head_dim_qk / 2, in 2^-64 turns a
+// position.
+struct PrefillRopeParams : PrefillParams {
+  alignas(64) uint64_t turns[128];
+};
+
+// v_scale, of both kinds.
+template <class Params>
+FI_DEVICE float output_scale(const Params& params, int kv_head) {
+  return params.out_scale * params.scales.output(kv_head);
+}
 
 // Keys outside [seen_begin, seen_end) are seen by no row of a warp, those inside [plain_begin, plain_end) by every row.
 struct alignas(16) WarpRange {
@@ -74,7 +95,8 @@ struct alignas(16) PrefillShared {
   PrefillItem item;
   const void *k, *v;     // of this kv head; contiguous: of the request's first token
   const int32_t* pages;  // the request's page table
-  const void* unused;
+  int32_t kv_head;
+  uint32_t arrived;      // join_chunks: CTAs that came before this one
 };
 
 // A row's maximum may lag behind by this many powers of two before the output is rescaled: weights stay <= 2^8, which
@@ -92,10 +114,10 @@ struct SoftmaxState {
     for (int i = 0; i < kRowTiles; ++i) m[i][0] = m[i][1] = -FI_INF, d[i][0] = d[i][1] = 0.f;
   }
 
-  // Logits s (times `scale` = base-2 logits) become weights; o is rescaled when a maximum grew much. The rule is each
-  // row's own, so a row's result does not depend on the rows beside it.
+  // Raise the maxima to those of the logits s (times `scale` = base-2 logits), and rescale o and d where one grew much. The
+  // rule is each row's own, so a row's result does not depend on the rows beside it.
   template <int kKeyTiles, int kDimTiles>
-  FI_DEVICE void update(float (&s)[kRowTiles][kKeyTiles][4], float (&o)[kRowTiles][kDimTiles][4], float scale) {
+  FI_DEVICE void raise(const float (&s)[kRowTiles][kKeyTiles][4], float (&o)[kRowTiles][kDimTiles][4], float scale) {
     float grown[kRowTiles][2];
     bool any = false;
 #pragma unroll
@@ -112,31 +134,28 @@ struct SoftmaxState {
         grown[i][h] = up ? top : m[i][h];
         any = any || up;
       }
-    if (__any_sync(kFullMask, any)) {
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float ratio = grown[i][h] == m[i][h] ? 1.f : math::ptx_exp2((m[i][h] - grown[i][h]) * scale);
-          m[i][h] = grown[i][h];
-          d[i][h] *= ratio;
-#pragma unroll
-          for (int n = 0; n < kDimTiles; ++n) o[i][n][2 * h] *= ratio, o[i][n][2 * h + 1] *= ratio;
-        }
-    }
+    if (!__any_sync(kFullMask, any)) return;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float shift = m[i][h] == -FI_INF ? 0.f : -m[i][h] * scale;
+        const float ratio = grown[i][h] == m[i][h] ? 1.f : math::ptx_exp2((m[i][h] - grown[i][h]) * scale);
+        m[i][h] = grown[i][h];
+        d[i][h] *= ratio;
 #pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-          for (int j = 2 * h; j < 2 * h + 2; ++j) {
-            s[i][n][j] = math::ptx_exp2(fmaf(s[i][n][j], scale, shift));
-            d[i][h] += s[i][n][j];
-          }
+        for (int n = 0; n < kDimTiles; ++n) o[i][n][2 * h] *= ratio, o[i][n][2 * h + 1] *= ratio;
       }
+  }
+
+  // What is added to scaled logits of row (i, h) before exp2: the same for a whole tile.
+  FI_DEVICE float shift(int i, int h, float scale) const { return m[i][h] == -FI_INF ? 0.f : -m[i][h] * scale; }
+
+  // Two neighbouring logits of row (i, h) become weights, which join the denominator.
+  FI_DEVICE void weigh(float& a, float& b, int i, int h, float scale, float shift) {
+    a = math::ptx_exp2(fmaf(a, scale, shift));
+    b = math::ptx_exp2(fmaf(b, scale, shift));
+    d[i][h] += a;
+    d[i][h] += b;
   }
 };
 
@@ -145,31 +164,29 @@ template <class Config>
 constexpr int kWarpQBytes =
     16 * Config::kRowTiles * max_of(TileLayout<Config::kHeadDimQK>::kRowBytes, TileLayout<Config::kHeadDimVO>::kRowBytes);
 
-// Normalise the accumulators and write them: the output through this warp's own rows of shared memory (Q is dead) with
-// 16-byte stores, or a partial result in fp32 straight from registers.
+// Normalise the accumulators and write them through this warp's own rows of shared memory (Q is dead) with 16-byte
+// stores. state.d is the whole row's in each of its lanes.
 template <class Config, class Params, int kRowTiles, int kDimTiles>
-FI_DEVICE void store_output(const Params& params, const PrefillItem& item, uint8_t* smem,
-                            const float (&o)[kRowTiles][kDimTiles][4], const SoftmaxState<kRowTiles>& state, float scale) {
+FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item, int kv_head, uint8_t* smem,
+                            float (&o)[kRowTiles][kDimTiles][4], const SoftmaxState<kRowTiles>& state, float scale) {
   using T = typename Config::T;
   using Logits = typename Config::Logits;
+  using O = typename Config::O;
   using LayoutVO = TileLayout<Config::kHeadDimVO>;
   constexpr int kWarpRows = 16 * kRowTiles, kTileQ = Config::kWarps * kWarpRows;
+  const PrefillItem item = shared_item;  // in registers: the stores below could change what lies in shared memory
   const int thread = thread_again(), lane = thread & 31;
-  const int kv_head = blockIdx.y, group = params.group.divisor, packed_rows = item.qo_len * group;
+  const int group = params.group.divisor, packed_rows = item.qo_len * group;
   const int first_row = item.q_tile * kTileQ, warp_row = first_row + (thread >> 5) * kWarpRows;
-  uint8_t* const smem_o = smem + (thread >> 5) * kWarpQBytes<Config>;
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float d = state.d[i][h];
-      d += __shfl_xor_sync(kFullMask, d, 1);
-      d += __shfl_xor_sync(kFullMask, d, 2);
-      float m = state.m[i][h] * scale;
+      float d = state.d[i][h], m = state.m[i][h] * scale;
       const int packed = warp_row + i * 16 + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
       const int qo_head = kv_head * group + packed - qo_idx * group;
       float weight = 1.f;
-      if (params.sinks != nullptr && item.first_chunk && packed < packed_rows) {
+      if (params.sinks != nullptr && packed < packed_rows) {
         // exp(sink) joins the denominator alone.
         const float sink = params.sinks[qo_head] * math::log2e, top = fmaxf(m, sink);
         if (top != -FI_INF) {
@@ -180,34 +197,53 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& item, uint8
       }
       if constexpr (Logits::kHasOutput) Logits::update(params, item, qo_head, m, d, weight);
       const bool empty = m == -FI_INF;
-      float norm = empty ? 0.f : weight / d * (item.partial < 0 ? params.out_scale : 1.f);
-      if constexpr (!Logits::kUseSoftmax) norm = params.out_scale;  // such tiles are never split
-      const float lse = empty ? -FI_INF : m + math::ptx_log2(d);
-      const int64_t slot = int64_t(item.partial) * gridDim.y + kv_head;
-      if ((lane & 3) == 0 && packed < packed_rows) {
-        if (item.partial >= 0)
-          params.partial_lse[slot * kTileQ + (packed - first_row)] = lse;
-        else if (params.lse != nullptr)
-          params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] = lse;
-      }
+      const float factor = output_scale(params, kv_head);
+      float norm = empty ? 0.f : weight * math::ptx_rcp(d) * factor;
+      if constexpr (!Logits::kUseSoftmax) norm = factor;  // such tiles are never split
+      if ((lane & 3) == 0 && packed < packed_rows && params.lse != nullptr)
+        params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] =
+            empty ? -FI_INF : m + math::ptx_log2(d);
 #pragma unroll
       for (int n = 0; n < kDimTiles; ++n) {
-        float x = o[i][n][2 * h] * norm, y = o[i][n][2 * h + 1] * norm;
+        float& x = o[i][n][2 * h];
+        float& y = o[i][n][2 * h + 1];
         if constexpr (Logits::kHasOutput) {
           const auto row = Logits::row(params, item, qo_idx, qo_head, kv_head);
-          x = Logits::output(params, row, o[i][n][2 * h], x, m, d, weight, n * 8 + 2 * (lane & 3));
-          y = Logits::output(params, row, o[i][n][2 * h + 1], y, m, d, weight, n * 8 + 2 * (lane & 3) + 1);
-        }
-        if (item.partial < 0) {
-          const int row = i * 16 + h * 8 + (lane >> 2);
-          *reinterpret_cast<uint32_t*>(smem_o + LayoutVO::offset(row, n) + (lane & 3) * 4) = ptx::pack2<T>(x, y);
-        } else if (packed < packed_rows && n * 8 < Config::kHeadDimVO) {
-          float* p = params.partial_o + (slot * kTileQ + (packed - first_row)) * Config::kHeadDimVO;
-          *reinterpret_cast<float2*>(p + n * 8 + 2 * (lane & 3)) = make_float2(x, y);
+          x = Logits::output(params, row, x, x * norm, m, d, weight, n * 8 + 2 * (lane & 3));
+          y = Logits::output(params, row, y, y * norm, m, d, weight, n * 8 + 2 * (lane & 3) + 1);
+        } else {
+          x *= norm, y *= norm;
         }
       }
     }
-  if (item.partial >= 0) return;
+  if constexpr (!is_same_v<O, T>) {  // another type: straight from registers
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int packed = warp_row + i * 16 + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
+        if (packed >= packed_rows) continue;
+        O* p = static_cast<O*>(params.o) + (item.q_row + qo_idx) * params.o_stride_n +
+               (kv_head * group + packed - qo_idx * group) * params.o_stride_h + 2 * (lane & 3);
+#pragma unroll
+        for (int n = 0; n < Config::kHeadDimVO / 8; ++n) {
+          const float pair[2] = {o[i][n][2 * h], o[i][n][2 * h + 1]};
+          Vec<O, 2>::from_floats(pair).store(p + n * 8);
+        }
+      }
+    return;
+  }
+  uint8_t* const smem_o = smem + (thread >> 5) * kWarpQBytes<Config>;
+#pragma unroll
+  for (int n = 0; n < kDimTiles; ++n) {
+    uint8_t* const p = smem_o + LayoutVO::offset(lane >> 2, n) + (lane & 3) * 4;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)  // 8 rows on, the swizzle is the same
+        *reinterpret_cast<uint32_t*>(p + (i * 16 + h * 8) * LayoutVO::kRowBytes) =
+            ptx::pack2<T>(o[i][n][2 * h], o[i][n][2 * h + 1]);
+  }
   __syncwarp();
   constexpr int kChunks = Config::kHeadDimVO / 8;
   T* const out = static_cast<T*>(params.o) + item.q_row * params.o_stride_n + kv_head * group * params.o_stride_h;
@@ -221,11 +257,15 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& item, uint8
   }
 }
 
-// Config: T (q, k, v, o), kHeadDimQK, kHeadDimVO (multiples of 8), kWarps, kRowTiles (1 or 2), kTileKv (multiple of 16),
-// kPaged, kCustomMask, Logits. Params: PrefillParams, or what a variant derives from it.
+// Config: T (what is multiplied), Q and KV (T or fp8), O (T is stored best), kHeadDimQK, kHeadDimVO (multiples of 8; of 16
+// with kRope), kWarps, kRowTiles (1 or 2), kTileKv (multiple of 16), kPaged, kCustomMask, kRope, Logits. Params:
+// PrefillParams, PrefillRopeParams with kRope, or what a variant derives from it.
+// Computes one item for one kv head; the CTA's threads may call it again after a barrier.
 template <class Config, class Params>
-FI_DEVICE void prefill(const Params& params) {
+FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
   using T = typename Config::T;
+  using Q = typename Config::Q;
+  using KV = typename Config::KV;
   using Logits = typename Config::Logits;
   using LayoutQK = TileLayout<Config::kHeadDimQK>;
   using LayoutVO = TileLayout<Config::kHeadDimVO>;
@@ -235,28 +275,34 @@ FI_DEVICE void prefill(const Params& params) {
   constexpr int kDimTiles = round_up(Config::kHeadDimVO, 16) / 8;    // n8 tiles of the output
   constexpr int kKeyTiles = kTileKv / 8;                             // n8 tiles of the logits
   constexpr int kKBytes = kTileKv * LayoutQK::kRowBytes, kVBytes = kTileKv * LayoutVO::kRowBytes;
+  constexpr bool kBytes = !is_same_v<KV, T>;  // fp8 keys and values
+  constexpr int kBuffers = kBytes ? 1 : 2;    // a tile of bytes is one ahead: one 16-bit buffer will do
+  static_assert(!kBytes || sizeof(KV) == 1, "keys and values are T or fp8");
+  static_assert(!Config::kRope || Config::kHeadDimQK % 16 == 0, "the halves of a row are whole chunks");
   extern __shared__ __align__(1024) uint8_t smem[];
   uint8_t* const smem_k = smem + Config::kWarps * kWarpQBytes<Config>;
-  uint8_t* const smem_v = smem_k + 2 * kKBytes;
-  WarpRange* const ranges = reinterpret_cast<WarpRange*>(smem_v + 2 * kVBytes);
+  uint8_t* const smem_v = smem_k + kBuffers * kKBytes;
+  uint8_t* const bytes_k = smem_v + kBuffers * kVBytes;
+  uint8_t* const bytes_v = bytes_k + kBytes * kTileKv * Config::kHeadDimQK;
+  WarpRange* const ranges = reinterpret_cast<WarpRange*>(bytes_v + kBytes * kTileKv * Config::kHeadDimVO);
   PrefillShared& shared = *reinterpret_cast<PrefillShared*>(ranges + Config::kWarps);
   PageOffset* const offsets = reinterpret_cast<PageOffset*>(&shared + 1);
+  uint64_t* const turns = reinterpret_cast<uint64_t*>(offsets + 2 * kTileKv);
 
-  ptx::grid_launch_dependents();
-  ptx::grid_wait();
-  const PrefillItem item = params.items[blockIdx.x];
+  const PrefillItem item = params.items[index];
   if (item.qo_len == 0) return;
-  const int kv_head = blockIdx.y, lane = lane_id(), warp = warp_id();
+  const int lane = lane_id(), warp = warp_id();
   const int group = params.group.divisor;
   const int packed_rows = item.qo_len * group;
   const int first_row = item.q_tile * kTileQ;
   const int kv_begin = item.kv_begin, kv_end = item.kv_end;
   // kv_begin is a multiple of kTileKv, so a tile's number is start / kTileKv; its parity is its buffer.
   auto parity = [](uint32_t start) { return start / kTileKv & 1; };
+  auto buffer = [&](uint32_t start) { return kBytes ? 0 : parity(start); };
 
-  const T* const q = static_cast<const T*>(params.q) + item.q_row * params.q_stride_n + kv_head * group * params.q_stride_h;
-  const T* k = static_cast<const T*>(params.k) + kv_head * params.k_stride_h;
-  const T* v = static_cast<const T*>(params.v) + kv_head * params.v_stride_h;
+  const Q* const q = static_cast<const Q*>(params.q) + item.q_row * params.q_stride_n + kv_head * group * params.q_stride_h;
+  const KV* k = static_cast<const KV*>(params.k) + kv_head * params.k_stride_h;
+  const KV* v = static_cast<const KV*>(params.v) + kv_head * params.v_stride_h;
   if constexpr (!Config::kPaged) {
     k += item.kv_base * params.k_stride_n;
     v += item.kv_base * params.v_stride_n;
@@ -264,6 +310,10 @@ FI_DEVICE void prefill(const Params& params) {
   if (threadIdx.x == 0) {
     shared.item = item;
     shared.k = k, shared.v = v, shared.pages = params.kv_indices + item.kv_base;
+    shared.kv_head = kv_head;
+  }
+  if constexpr (Config::kRope) {
+    for (int i = threadIdx.x; i < Config::kHeadDimQK / 2; i += kThreads) turns[i] = params.turns[i];
   }
   __syncthreads();  // shared: written by thread 0, read by all
 
@@ -292,20 +342,40 @@ FI_DEVICE void prefill(const Params& params) {
   };
   // Keys at and past kv_end are zeros: what a page holds behind its last token (NaN perhaps) is never read.
   auto load_k = [&](int start) {
-    const T* const k = static_cast<const T*>(shared.k);
-    load_tile<Config::kHeadDimQK, kTileKv, kThreads>(smem_k + parity(start) * kKBytes, [&](int row, bool& valid) {
-      valid = start + row < kv_end;
-      if constexpr (Config::kPaged) return k + offsets[parity(start) * kTileKv + row].k;
-      return k + (start + row) * params.k_stride_n;
-    });
+    const KV* const k = static_cast<const KV*>(shared.k);
+    uint8_t* const tile = kBytes ? bytes_k : smem_k + parity(start) * kKBytes;
+    if constexpr (Config::kPaged) {
+      const PageOffset* const rows = offsets + parity(start) * kTileKv;
+      load_stage<kBytes, Config::kHeadDimQK, kTileKv, kThreads>(tile, [&](int row, bool& valid) {
+        valid = start + row < kv_end;
+        return k + rows[row].k;
+      });
+    } else if constexpr (kBytes) {
+      load_bytes<Config::kHeadDimQK, kTileKv, kThreads>(tile, [&](int row, bool& valid) {
+        valid = start + row < kv_end;
+        return k + (start + row) * params.k_stride_n;
+      });
+    } else {
+      load_rows<Config::kHeadDimQK, kTileKv, kThreads>(tile, k + start * params.k_stride_n, params.k_stride_n, kv_end - start);
+    }
   };
   auto load_v = [&](int start) {
-    const T* const v = static_cast<const T*>(shared.v);
-    load_tile<Config::kHeadDimVO, kTileKv, kThreads>(smem_v + parity(start) * kVBytes, [&](int row, bool& valid) {
-      valid = start + row < kv_end;
-      if constexpr (Config::kPaged) return v + offsets[parity(start) * kTileKv + row].v;
-      return v + (start + row) * params.v_stride_n;
-    });
+    const KV* const v = static_cast<const KV*>(shared.v);
+    uint8_t* const tile = kBytes ? bytes_v : smem_v + parity(start) * kVBytes;
+    if constexpr (Config::kPaged) {
+      const PageOffset* const rows = offsets + parity(start) * kTileKv;
+      load_stage<kBytes, Config::kHeadDimVO, kTileKv, kThreads>(tile, [&](int row, bool& valid) {
+        valid = start + row < kv_end;
+        return v + rows[row].v;
+      });
+    } else if constexpr (kBytes) {
+      load_bytes<Config::kHeadDimVO, kTileKv, kThreads>(tile, [&](int row, bool& valid) {
+        valid = start + row < kv_end;
+        return v + (start + row) * params.v_stride_n;
+      });
+    } else {
+      load_rows<Config::kHeadDimVO, kTileKv, kThreads>(tile, v + start * params.v_stride_n, params.v_stride_n, kv_end - start);
+    }
   };
 
   // Prologue: groups {Q, K0}, {V0}.
@@ -318,12 +388,16 @@ FI_DEVICE void prefill(const Params& params) {
   }
 #pragma unroll
   for (int w = 0; w < Config::kWarps; ++w) {
-    load_tile<Config::kHeadDimQK, kWarpRows, kThreads>(smem + w * kWarpQBytes<Config>, [&](int row, bool& valid) {
+    auto locate = [&](int row, bool& valid) {
       const int packed = first_row + w * kWarpRows + row;
       valid = packed < packed_rows;
       const int qo_idx = params.group.quotient(packed);
       return q + qo_idx * params.q_stride_n + (packed - qo_idx * group) * params.q_stride_h;
-    });
+    };
+    if constexpr (is_same_v<Q, T>)
+      load_tile<Config::kHeadDimQK, kWarpRows, kThreads>(smem + w * kWarpQBytes<Config>, locate);
+    else
+      load_widened<T, Q, Config::kHeadDimQK, kWarpRows, kThreads>(smem + w * kWarpQBytes<Config>, locate);
   }
   if (kv_begin < kv_end) load_k(kv_begin);
   ptx::cp_async_commit();
@@ -341,6 +415,7 @@ FI_DEVICE void prefill(const Params& params) {
     range.seen_end = params.causal ? min(own_last + 1, kv_end) : kv_end;
     range.plain_begin = own_last - params.window_left;
     range.plain_end = params.causal ? min(own_first + 1, kv_end) : kv_end;
+    if (warp_row >= packed_rows) range.seen_end = kv_begin;  // no rows, no work: short requests in tall tiles
     if (lane == 0) ranges[warp] = range;
     __syncwarp();
   }
@@ -351,11 +426,11 @@ FI_DEVICE void prefill(const Params& params) {
     return ptx::smem_address(smem + (thread >> 5) * kWarpQBytes<Config>) + LayoutQK::offset(thread & 15, thread >> 4 & 1);
   };
   auto k_address = [&](int thread, int start) {
-    return ptx::smem_address(smem_k + parity(start) * kKBytes) +
+    return ptx::smem_address(smem_k + buffer(start) * kKBytes) +
            LayoutQK::offset((thread >> 4 & 1) * 8 + (thread & 7), thread >> 3 & 1);
   };
   auto v_address = [&](int thread, int start) {
-    return ptx::smem_address(smem_v + parity(start) * kVBytes) + LayoutVO::offset(thread & 15, thread >> 4 & 1);
+    return ptx::smem_address(smem_v + buffer(start) * kVBytes) + LayoutVO::offset(thread & 15, thread >> 4 & 1);
   };
 
   float o[kRowTiles][kDimTiles][4];
@@ -374,7 +449,7 @@ FI_DEVICE void prefill(const Params& params) {
 
 #pragma unroll 1
   for (int start = kv_begin; start < kv_end; start += kTileKv) {
-    const bool more = start + kTileKv < kv_end;
+    const int next = start + kTileKv;
     ptx::cp_async_wait<1>();
     __syncthreads();  // K of this tile is there; every warp is done with K of the tile before
     if constexpr (Logits::kHasQuery) {
@@ -383,26 +458,34 @@ FI_DEVICE void prefill(const Params& params) {
         __syncwarp();  // a warp reads its own rows of Q alone
       }
     }
+    if constexpr (kBytes) {
+      widen_tile<T, KV, Config::kHeadDimQK, kTileKv, kThreads>(smem_k, bytes_k);
+      __syncthreads();  // K is there in 16 bits, and its bytes may be overwritten
+    }
     if constexpr (Logits::kHasKey) {
-      Logits::template transform_keys<Config>(params, shared.item, smem_k + parity(start) * kKBytes, start, kv_head);
+      Logits::template transform_keys<Config>(params, shared.item, smem_k + buffer(start) * kKBytes, start, kv_head);
       __syncthreads();  // the whole tile is transformed
     }
+    if constexpr (Config::kRope) {
+      if (start == kv_begin) {
+        rotate_tile<T, Config::kHeadDimQK, kWarpRows, 32>(
+            smem + warp * kWarpQBytes<Config>, turns, lane,
+            [&](int row) { return params.group.quotient(warp_row + row) + shared.item.kv_len - shared.item.qo_len; });
+      }
+      rotate_tile<T, Config::kHeadDimQK, kTileKv, kThreads>(smem_k + buffer(start) * kKBytes, turns, thread_again(),
+                                                            [&](int row) { return start + row; });
+      __syncthreads();  // K (and each warp's own Q) is rotated
+    }
     const WarpRange range = ranges[thread_again() >> 5];
-    const bool active = start < range.seen_end && start + kTileKv > range.seen_begin;
-    const bool plain = start >= range.plain_begin && start + kTileKv <= range.plain_end;
-    if (more) load_k(start + kTileKv);
-    ptx::cp_async_commit();
-    if constexpr (Config::kPaged) find_pages(start + 2 * kTileKv);
+    const bool active = start < range.seen_end && next > range.seen_begin;
+    const bool plain = start >= range.plain_begin && next <= range.plain_end;
+    if constexpr (Config::kPaged) find_pages(next + kTileKv);
 
     float s[kRowTiles][kKeyTiles][4];
     if (active) {
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n) s[i][n][0] = s[i][n][1] = s[i][n][2] = s[i][n][3] = 0.f;
       const int thread = thread_again();
       const uint32_t q_tile = q_address(thread), k_tile = k_address(thread, start);
-#pragma unroll 4  // the 128 bytes that an XOR spans; all steps at once cost more registers than there are
+#pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32_t a[kRowTiles][4];
 #pragma unroll
@@ -415,16 +498,17 @@ FI_DEVICE void prefill(const Params& params) {
           const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
 #pragma unroll
           for (int i = 0; i < kRowTiles; ++i) {
-            ptx::mma_m16n8k16<T>(s[i][n], a[i], b0);
-            ptx::mma_m16n8k16<T>(s[i][n + 1], a[i], b1);
+            if (step == 0) {
+              ptx::mma_m16n8k16_first<T>(s[i][n], a[i], b0);
+              ptx::mma_m16n8k16_first<T>(s[i][n + 1], a[i], b1);
+            } else {
+              ptx::mma_m16n8k16<T>(s[i][n], a[i], b0);
+              ptx::mma_m16n8k16<T>(s[i][n + 1], a[i], b1);
+            }
           }
         }
       }
-    }
-    if constexpr (Config::kPaged) store_pages(start + 2 * kTileKv);  // over the offsets of this tile, whose loads are all issued
-    if (active) {
       if constexpr (!Logits::kLinear) {
-        const int thread = thread_again();
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
@@ -438,72 +522,115 @@ FI_DEVICE void prefill(const Params& params) {
                 s[i][n][2 * h + j] = Logits::apply(params, row, s[i][n][2 * h + j], start + n * 8 + 2 * (thread & 3) + j);
           }
       }
-      // Masking costs nothing on tiles that every row sees whole: the branch is the same for the whole warp.
-      if (Config::kCustomMask || Logits::kHasMask || !plain) {
-        const int thread = thread_again();
+    }
+    // Masking costs nothing on tiles that every row sees whole: the branch is the same for the whole warp.
+    if (active && (Config::kCustomMask || Logits::kHasMask || !plain)) {
+      const int thread = thread_again();
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i)
+      for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int packed = row_of(thread, i, h), qo_idx = params.group.quotient(packed);
-            const int own = qo_idx + shared.item.kv_len - shared.item.qo_len;
-            const int last = params.causal ? min(own, kv_end - 1) : kv_end - 1, first = own - params.window_left;
+        for (int h = 0; h < 2; ++h) {
+          const int packed = row_of(thread, i, h), qo_idx = params.group.quotient(packed);
+          const int own = qo_idx + shared.item.kv_len - shared.item.qo_len;
+          const int last = params.causal ? min(own, kv_end - 1) : kv_end - 1, first = own - params.window_left;
 #pragma unroll
-            for (int n = 0; n < kKeyTiles; ++n)
+          for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
-              for (int j = 0; j < 2; ++j) {
-                const int kv = start + n * 8 + 2 * (thread & 3) + j;
-                bool seen = kv <= last && kv >= first;
-                if constexpr (Config::kCustomMask) {
-                  if (seen && qo_idx < shared.item.qo_len) {
-                    const uint64_t base = uint64_t(uint32_t(shared.item.mask_high)) << 32 | uint32_t(shared.item.mask_low);
-                    const uint64_t bit = uint64_t(uint32_t(qo_idx)) * uint32_t(shared.item.kv_len) + uint32_t(kv);
-                    seen = params.mask[base + (bit >> 3)] >> (bit & 7) & 1;
-                  }
+            for (int j = 0; j < 2; ++j) {
+              const int kv = start + n * 8 + 2 * (thread & 3) + j;
+              bool seen = kv <= last && kv >= first;
+              if constexpr (Config::kCustomMask) {
+                if (seen && qo_idx < shared.item.qo_len) {
+                  const uint64_t base = uint64_t(uint32_t(shared.item.mask_high)) << 32 | uint32_t(shared.item.mask_low);
+                  const uint64_t bit = uint64_t(uint32_t(qo_idx)) * uint32_t(shared.item.kv_len) + uint32_t(kv);
+                  seen = params.mask[base + (bit >> 3)] >> (bit & 7) & 1;
                 }
-                if constexpr (Logits::kHasMask) {
-                  const auto row = Logits::row(params, shared.item, qo_idx, kv_head * group + packed - qo_idx * group, kv_head);
-                  seen = seen && Logits::mask(params, row, kv);
-                }
-                if (!seen) s[i][n][2 * h + j] = Logits::kUseSoftmax ? -FI_INF : 0.f;
               }
-          }
-      }
-      if constexpr (Logits::kUseSoftmax) state.update(s, o, scale);
+              if constexpr (Logits::kHasMask) {
+                const auto row = Logits::row(params, shared.item, qo_idx, kv_head * group + packed - qo_idx * group, kv_head);
+                seen = seen && Logits::mask(params, row, kv);
+              }
+              if (!seen) s[i][n][2 * h + j] = Logits::kUseSoftmax ? -FI_INF : 0.f;
+            }
+        }
+    }
+    if (next < kv_end) load_k(next);
+    ptx::cp_async_commit();
+    if constexpr (Config::kPaged) store_pages(next + kTileKv);  // over the offsets of this tile, whose loads are all issued
+    if constexpr (Logits::kUseSoftmax) {
+      if (active) state.raise(s, o, scale);
     }
 
     ptx::cp_async_wait<1>();
     __syncthreads();  // V of this tile is there; every warp is done with V of the tile before
-    if (more) load_v(start + kTileKv);
-    ptx::cp_async_commit();
+    if constexpr (kBytes) {
+      widen_tile<T, KV, Config::kHeadDimVO, kTileKv, kThreads>(smem_v, bytes_v);
+      __syncthreads();  // V is there in 16 bits, and its bytes may be overwritten
+    }
     if (active) {
-      const uint32_t v_tile = v_address(thread_again(), start);
+      // The exponentials of one step of 16 keys run between the products of the step before: the tensor cores need not
+      // wait for them.
+      const int thread = thread_again();
+      const uint32_t v_tile = v_address(thread, start);
+      constexpr int kPairs = 4 * kRowTiles, kSlices = kDimTiles / 2;
+      float shift[kRowTiles][2];
+      if constexpr (Logits::kUseSoftmax) {
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) shift[i][0] = state.shift(i, 0, scale), shift[i][1] = state.shift(i, 1, scale);
+      }
+      uint32_t p[2][kRowTiles][4];
+      // Pair x of a step's weights: the accumulator's layout is the A operand's.
+      auto weigh = [&](int step, int x) {
+        const int i = x >> 2, j = x & 3, h = j & 1;
+        float(&pair)[4] = s[i][2 * step + (j >> 1)];
+        if constexpr (Logits::kUseSoftmax) state.weigh(pair[2 * h], pair[2 * h + 1], i, h, scale, shift[i][h]);
+        p[step & 1][i][j] = ptx::pack2<T>(pair[2 * h], pair[2 * h + 1]);
+      };
+#pragma unroll
+      for (int x = 0; x < kPairs; ++x) weigh(0, x);
 #pragma unroll
       for (int step = 0; step < kTileKv / 16; ++step) {
-        uint32_t p[kRowTiles][4];
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-          for (int j = 0; j < 4; ++j)  // the accumulator's layout is the A operand's
-            p[i][j] = ptx::pack2<T>(s[i][2 * step + (j >> 1)][2 * (j & 1)], s[i][2 * step + (j >> 1)][2 * (j & 1) + 1]);
-#pragma unroll
-        for (int n = 0; n < kDimTiles; n += 2) {
+        for (int slice = 0; slice < kSlices; ++slice) {
           uint32_t b[4];
-          ptx::ldmatrix_x4_trans(b, LayoutVO::advance(v_tile, n) + step * 16 * LayoutVO::kRowBytes);
+          ptx::ldmatrix_x4_trans(b, LayoutVO::advance(v_tile, 2 * slice) + step * 16 * LayoutVO::kRowBytes);
           const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
 #pragma unroll
           for (int i = 0; i < kRowTiles; ++i) {
-            ptx::mma_m16n8k16<T>(o[i][n], p[i], b0);
-            ptx::mma_m16n8k16<T>(o[i][n + 1], p[i], b1);
+            ptx::mma_m16n8k16<T>(o[i][2 * slice], p[step & 1][i], b0);
+            ptx::mma_m16n8k16<T>(o[i][2 * slice + 1], p[step & 1][i], b1);
+          }
+          if (step + 1 < kTileKv / 16) {
+#pragma unroll
+            for (int x = slice * kPairs / kSlices; x < (slice + 1) * kPairs / kSlices; ++x) weigh(step + 1, x);
           }
         }
       }
     }
+    if (next < kv_end) load_v(next);
+    ptx::cp_async_commit();
   }
   ptx::cp_async_wait<0>();
   __syncthreads();  // without a tile nothing has waited yet: Q has to land before its memory becomes the output
 
-  store_output<Config>(params, shared.item, smem, o, state, scale);
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      state.d[i][h] += __shfl_xor_sync(kFullMask, state.d[i][h], 1);
+      state.d[i][h] += __shfl_xor_sync(kFullMask, state.d[i][h], 2);
+    }
+  if constexpr (Logits::kUseSoftmax) {
+    if (shared.item.num_chunks > 1 && !join_chunks<Config>(params, shared, o, state, scale)) return;
+  }
+  store_output<Config>(params, shared.item, shared.kv_head, smem, o, state, scale);
+}
+
+template <class Config, class Params>
+FI_DEVICE void prefill(const Params& params) {
+  ptx::grid_launch_dependents();
+  ptx::grid_wait();
+  prefill_tile<Config>(params, blockIdx.x, blockIdx.y);
 }
 
 }  // namespace fi

@@ -55,7 +55,7 @@ struct FlashInferBase {
   FI_DEVICE uint32_t get_kv_len(uint32_t) const { return kv_len; }
 };
 
-template <class Variant, bool kMask, bool kOutput>
+template <class Variant, bool kMask, bool kOutput, bool kHeadScales = false>
 struct FlashInferLogits {
   static constexpr bool kLinear = false;
   static constexpr bool kHasMask = kMask, kHasQuery = false, kHasKey = false, kHasOutput = kOutput;
@@ -81,6 +81,7 @@ struct FlashInferLogits {
   FI_DEVICE static float apply(const Params& params, const Row& row, float qk, int kv_idx) {
     const auto p = view(params, row.qo_len, row.kv_len);
     Variant variant(p, row.batch, nullptr);
+    if constexpr (kHeadScales) qk *= params.scales.logit(row.qo_head, row.kv_head);
     const float x = variant.LogitsTransform(p, qk, row.batch, row.qo_idx, kv_idx, row.qo_head, row.kv_head);
     if constexpr (kUseSoftmax)
       return x * variant.sm_scale_log2;
@@ -101,7 +102,7 @@ struct FlashInferLogits {
     if constexpr (kUseSoftmax) {
       const auto p = view(params, item.qo_len, item.kv_len);
       Variant variant(p, item.request, nullptr);
-      variant.update_m_d(p, item.first_chunk ? 0 : 1, qo_head, m, d, weight);
+      variant.update_m_d(p, 0, qo_head, m, d, weight);  // once a row, when its chunks are joined
     }
   }
 
@@ -110,7 +111,7 @@ struct FlashInferLogits {
                                 int) {
     const auto p = view(params, row.qo_len, row.kv_len);
     Variant variant(p, row.batch, nullptr);
-    return variant.OutputTransform(p, raw, row.batch, row.qo_idx, row.qo_head, m, d, weight) * params.out_scale;
+    return variant.OutputTransform(p, raw, row.batch, row.qo_idx, row.qo_head, m, d, weight) * output_scale(params, row.kv_head);
   }
 };
 

@@ -6,24 +6,27 @@
 
 namespace fi {
 
+// kHeadScales: a factor a query and kv head joins sm_scale; it may have any sign.
 // log2(e) * cap(qk * sm_scale + slope * (kv_idx - qo_idx)), cap(x) = c tanh(x / c). A positive scale without cap and ALiBi
 // is linear: it commutes with the maximum.
-template <bool kAlibi, bool kSoftCap, bool kPositiveScale = true>
+template <bool kAlibi, bool kSoftCap, bool kPositiveScale = true, bool kHeadScales = false>
 struct PrefillLogits {
-  static constexpr bool kLinear = !kAlibi && !kSoftCap && kPositiveScale;
+  static constexpr bool kLinear = !kAlibi && !kSoftCap && kPositiveScale && !kHeadScales;
   static constexpr bool kHasMask = false, kHasQuery = false, kHasKey = false, kHasOutput = false, kUseSoftmax = true;
   struct Row {
     float slope;
     int qo_idx;
+    float scale;
   };
 
   template <class Params, class Item>
-  FI_DEVICE static Row row(const Params& params, const Item&, int qo_idx, int qo_head, int) {
-    return {kAlibi ? alibi_slope(qo_head, params.num_qo_heads) : 0.f, qo_idx};
+  FI_DEVICE static Row row(const Params& params, const Item&, int qo_idx, int qo_head, int kv_head) {
+    return {kAlibi ? alibi_slope(qo_head, params.num_qo_heads) : 0.f, qo_idx,
+            kHeadScales ? params.sm_scale * params.scales.logit(qo_head, kv_head) : params.sm_scale};
   }
   template <class Params>
   FI_DEVICE static float apply(const Params& params, const Row& row, float qk, int kv_idx) {
-    float x = qk * params.sm_scale;
+    float x = qk * row.scale;
     if constexpr (kAlibi) x = fmaf(row.slope, float(kv_idx - row.qo_idx), x);
     if constexpr (kSoftCap) x = params.soft_cap * tanh_from_exp(x * params.soft_cap_rcp);
     return x * math::log2e;

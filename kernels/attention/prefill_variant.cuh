@@ -8,27 +8,28 @@
 
 namespace fi {
 
-template <class Variant, bool kAlibi, bool kSoftCap>
+template <class Variant, bool kAlibi, bool kSoftCap, bool kHeadScales = false>
 struct VariantLogits {
   static constexpr bool kLinear = false;
   static constexpr bool kHasMask = Variant::kHasMask, kHasQuery = Variant::kHasQuery, kHasKey = Variant::kHasKey;
   static constexpr bool kHasOutput = Variant::kHasOutput, kUseSoftmax = Variant::kUseSoftmax;
   struct Row {
     VariantContext ctx;
-    float slope;
+    float slope, scale;
   };
 
   template <class Params>
   FI_DEVICE static Row row(const Params& params, const PrefillItem& item, int qo_idx, int qo_head, int kv_head) {
     return {{item.request, qo_idx, 0, qo_head, kv_head, item.qo_len, item.kv_len, 0},
-            kAlibi ? alibi_slope(qo_head, params.num_qo_heads) : 0.f};
+            kAlibi ? alibi_slope(qo_head, params.num_qo_heads) : 0.f,
+            kHeadScales ? params.sm_scale * params.scales.logit(qo_head, kv_head) : params.sm_scale};
   }
 
   template <class Params>
   FI_DEVICE static float apply(const Params& params, const Row& row, float qk, int kv_idx) {
     VariantContext ctx = row.ctx;
     ctx.kv_idx = kv_idx;
-    float x = qk * params.sm_scale;
+    float x = qk * row.scale;
     if constexpr (kAlibi) x = fmaf(row.slope, float(kv_idx - ctx.qo_idx), x);
     if constexpr (Variant::kHasScore) x = Variant::score(params, ctx, x);
     if constexpr (kSoftCap) x = params.soft_cap * tanh_from_exp(x * params.soft_cap_rcp);

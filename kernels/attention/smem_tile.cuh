@@ -54,4 +54,30 @@ FI_DEVICE void load_tile(uint8_t* smem, const Locate& locate) {
   }
 }
 
+// Copy kRows rows that lie `stride` elements apart; rows from `there` on are filled with zeros and not read. Whole tiles
+// take no predicates, and where the threads divide a row evenly one address serves all passes.
+template <int kDim, int kRows, int kThreads, typename T>
+FI_DEVICE void load_rows(uint8_t* smem, const T* first, int64_t stride, int there) {
+  using Layout = TileLayout<kDim>;
+  constexpr int kChunks = Layout::kChunks, kStep = kThreads % kChunks == 0 ? kThreads / kChunks : 1;
+  if constexpr (kThreads % kChunks == 0 && kDim % 16 == 0 && kRows % kStep == 0 && (!Layout::kSwizzle || kStep % 8 == 0)) {
+    if (there >= kRows) {
+      const uint32_t thread = thread_again();
+      const int row = thread / kChunks, chunk = thread % kChunks;
+      const T* p = first + row * stride + chunk * 8;
+      uint8_t* to = smem + Layout::offset(row, chunk);
+#pragma unroll
+      for (int pass = 0; pass < kRows / kStep; ++pass) {
+        ptx::cp_async_16(to + pass * (kStep * Layout::kRowBytes), p);
+        p += kStep * stride;
+      }
+      return;
+    }
+  }
+  load_tile<kDim, kRows, kThreads>(smem, [&](int row, bool& valid) {
+    valid = row < there;
+    return first + row * stride;
+  });
+}
+
 }  // namespace fi

@@ -103,6 +103,29 @@ FI_DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4]
 #endif
 }
 
+// C = A B: the first product of a sum, without registers set to zero for it.
+template <typename T>
+FI_DEVICE void mma_m16n8k16_first(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if FI_ARCH >= 800
+  constexpr bool kHalf = is_same_v<T, __half>;
+  if constexpr (kHalf)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %10, %10, %10};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.f));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %10, %10, %10};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.f));
+#else
+  c[0] = c[1] = c[2] = c[3] = 0.f;
+  mma_m16n8k16<T>(c, a, b);
+#endif
+}
+
 // Two floats as one register of T pairs, `lo` in the low half.
 template <typename T>
 FI_DEVICE uint32_t pack2(float lo, float hi);

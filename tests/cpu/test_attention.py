@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from naive_attention import Pages, attend, seen
 
 import fi_cupy
-from fi_cupy import attention, batch_attention, errors
+from fi_cupy import attention, batch_attention, errors, mixed
 from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import bfloat16
+from fi_cupy.prefill_kernel import Problem
+from fi_cupy.prefill_plan import Work
 from fi_cupy.testing.generators import normal
 from fi_cupy.testing.tolerances import assert_close
 
@@ -126,45 +124,6 @@ def test_batch_attention_errors(rng):
         wrapper.run(batch.q, tuple(x[:3] for x in batch.cache))
 
 
-@settings(max_examples=25, deadline=None)
-@given(data=st.data())
-def test_groups_cover_every_row_and_key_once(data):
-    """Property, for a Hopper GPU made by hand: the two schedules are the batch's rows, each over its visible keys."""
-    from unittest import mock
-
-    lens = data.draw(
-        st.lists(st.tuples(st.integers(0, 300), st.integers(0, 3000)), min_size=1, max_size=12).map(np.array)
-    )
-    causal = data.draw(st.booleans())
-    qo = np.concatenate([[0], np.cumsum(lens[:, 0])])
-    pages = -(-lens[:, 1] // 16)
-    indptr = np.concatenate([[0], np.cumsum(pages)])
-    wrapper = attention.BatchAttention(device="cpu")
-    wrapper.plan(qo, indptr, np.arange(indptr[-1], dtype=np.int32), lens[:, 1], 8, 2, 128, 128, 16, causal)
-    covered = {}
-    with mock.patch.object(batch_attention, "device_info", lambda _: HOPPER):
-        for group in wrapper._active:
-            p = group._planned
-            items, merges, slots, _ = group._schedule(p, p.indptr[:-1])
-            tile_q = p.geometry.tiles.tile_q
-            assert (tile_q == 16) == group.narrow
-            assert sorted(items[items[:, 7] >= 0, 7].tolist()) == list(range(slots)) and merges[:, 4].sum() == slots
-            for q_row, qo_len, base, kv_len, tile, begin, end, *_ in items.tolist():
-                b = next(i for i in range(len(lens)) if qo[i] == q_row and lens[i, 0] == qo_len and qo_len > 0)
-                assert (base, kv_len) == (indptr[b], lens[b, 1])
-                for row in range(tile * tile_q, min((tile + 1) * tile_q, qo_len * 4)):
-                    covered.setdefault((b, row), []).append((begin, end))
-            for q_row, qo_len, *_ in merges.tolist():
-                assert any(qo[i] == q_row and lens[i, 0] == qo_len for i in range(len(lens)))
-    for b, (m, n) in enumerate(lens.tolist()):
-        for row in range(m * 4):
-            ranges = sorted(covered.pop((b, row)))
-            assert all(x[1] == y[0] for x, y in pairwise(ranges))
-            last = min(n, n - m + row // 4 + 1) if causal else n
-            assert ranges[0][0] == 0 and ranges[-1][1] >= max(last, 0)
-    assert not covered
-
-
 @pytest.mark.parametrize("window", [-1, 4])
 def test_trap_15_sinks(rng, window):
     batch = Batch(rng)
@@ -210,7 +169,8 @@ def test_explain_single_functions():
     (use,) = made.launches
     assert use.kernel == "prefill_bf16_d128_q128k64" and use.grid == (64, 8, 1) and use.kernel in str(made)
     made = attention.explain(fi_cupy.single_prefill_with_kv_cache, q[:1], k, k, None, device=HOPPER)
-    assert [u.kernel.split("_d128")[0] for u in made.launches] == ["prefill_bf16", "prefill_merge_bf16"]
+    assert [u.kernel for u in made.launches] == ["prefill_bf16_d128_q16k64"]
+    assert "; 1 row tiles have their keys split" in made.launches[0].why and made.launches[0].grid[0] > 1
     made = attention.explain(
         fi_cupy.single_prefill_with_kv_cache, q, k, k, custom_mask=1, logits_soft_cap=3.0, pos_encoding_mode="ALIBI",
         device=HOPPER,
@@ -231,8 +191,7 @@ def test_explain_wrappers(rng):
     indptr, indices, _ = batch.table
     wrapper = attention.BatchAttention(device="cpu")
     wrapper.plan(batch.qo, indptr, indices, batch.kv_len, HEADS, KV_HEADS, DIM, DIM, 4)
-    lines = str(attention.explain(wrapper)).splitlines()
-    assert [line.split(" packed")[0] for line in lines] == ["2 requests of more than 16", "4 requests of at most 16"]
+    assert str(attention.explain(wrapper)) == "NumPy reference (arrays in host memory)"
     cascade = attention.MultiLevelCascadeAttentionWrapper(2, workspace())
     with pytest.raises(errors.PlanError, match="has no plan yet"):
         attention.explain(cascade)
@@ -241,6 +200,25 @@ def test_explain_wrappers(rng):
         attention.explain(decode)
     decode.plan([0, 1], [0], [1], 1, 1, 8, 1)
     assert "NumPy reference" in str(attention.explain(decode))
+
+
+def test_explain_mixed_launches(rng):
+    """What a GPU's plan would leave, made by hand."""
+    batch = Batch(rng)
+    indptr, indices, _ = batch.table
+    wrapper = attention.BatchAttention(device="cpu")
+    wrapper.plan(batch.qo, indptr, indices, batch.kv_len, HEADS, KV_HEADS, DIM, DIM, 4)
+    problem = Problem(32, 8, 128, 128, bfloat16, True, False, False, False)
+    part = mixed.Decode(8, 4, 128, bfloat16, bfloat16, bfloat16, True, False, False)
+    g = mixed.geometry(problem, part, HOPPER)
+    work = Work(0, 40, 3, 0, 0, 0)
+    wrapper._batch.both = batch_attention.Planned(g, work, 10, 0, 0, 0, 0, 0, 0)
+    (use,) = attention.explain(wrapper).launches
+    assert use.kernel == "mixed_prefill_bf16_d128_q128k64_paged_decode_bf16_d128_h8_w4s3b2"
+    assert use.grid == (264, 1, 1) and use.threads == 128
+    assert "320 tiles of 128 packed rows (40 work items, 3 row tiles split, times 8 kv heads)" in use.why
+    assert "80 decode items (10 ranges of keys times 8 head blocks)" in use.why
+    assert "184 CTAs begin with a tile, 80 with a decode item" in use.why
 
 
 def test_the_front_door_has_every_name():

@@ -188,3 +188,22 @@ def test_a_python_variant_is_a_module_as_well():
     out = single_prefill_with_kv_cache_with_jit_module(variant, q, q, q, 2.0, mask_mode=1)
     wanted = fi_cupy.prefill.single_prefill_with_kv_cache(q, q, q, causal=True, sm_scale=2.0 / 8)
     np.testing.assert_allclose(out, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["75", "90a"])
+def test_attention_sinks_in_flashinfers_form(arch):
+    pytest.importorskip("cupy")
+    types = ("float16", "float16", "float16", "int32", 64, 64)
+    module = fi_cupy.jit.attention.gen_batch_prefill_attention_sink_module("fa2", *types, 0, True)
+    assert module == fi_cupy.jit.gen_batch_prefill_attention_sink_module("auto", *types)
+    text = fi_cupy.jit.attention.variants.attention_sink_decl["fa2"]
+    assert module.text == text and (module.tensors, module.scalars) == ((("sink", "float"),), (("sm_scale", "double"),))
+    assert _compile(module, arch).code
+    for call in (
+        lambda: fi_cupy.jit.attention.variants.attention_sink_decl["fa3"],
+        lambda: fi_cupy.jit.attention.gen_batch_prefill_attention_sink_module("fa3", *types),
+    ):
+        with pytest.raises(UnsupportedError, match="backend is 'fa3', expected 'fa2'"):
+            call()
+    with pytest.raises(UnsupportedError, match="pos_encoding_mode"):
+        fi_cupy.jit.attention.gen_batch_prefill_attention_sink_module("fa2", *types, 2)

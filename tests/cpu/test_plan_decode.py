@@ -11,12 +11,12 @@ from fi_cupy.errors import ArgumentError, WorkspaceError
 from fi_cupy.plan.decode import (
     MIN_CHUNK_TILES,
     TILE,
-    check_page_table,
     choose_chunk,
     choose_tiles,
     head_blocks,
     kv_lengths,
     max_items,
+    page_lengths,
     plan_decode,
     single_chunks,
     smem_bytes,
@@ -159,8 +159,8 @@ def test_same_shape_for_every_batch_when_invariant():
 
 
 def test_trap_5_lengths_from_pages():
-    got = kv_lengths(np.array([0, 2, 2, 3]), np.array([5, 7, 16]), 16)
-    assert got.tolist() == [21, 0, 16]
+    indptr, last = np.array([0, 2, 2, 3]), np.array([5, 99, 16])  # the length of no last page is not looked at
+    assert kv_lengths(indptr, last, 16).tolist() == page_lengths("op", indptr, last, 16, 3).tolist() == [21, 0, 16]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_trap_5_lengths_from_pages():
 )
 def test_bad_page_table(indptr, last, words):
     with pytest.raises(ArgumentError, match=words):
-        check_page_table("op", np.array(indptr), np.array(last), 16, 4)
+        page_lengths("op", np.array(indptr), np.array(last), 16, 4)
 
 
 def test_workspace_layout():
@@ -184,3 +184,12 @@ def test_workspace_layout():
     layout.check("op", 1280)
     with pytest.raises(WorkspaceError, match="has 1279 bytes, expected at least 1280"):
         layout.check("op", 1279)
+
+
+def test_ten_thousand_requests():
+    lens = np.random.default_rng(3).integers(0, 7, 10_000)
+    schedule = plan(lens, num_head_blocks=1)
+    items = schedule.items[np.argsort(schedule.items[:, 0])]
+    starts = np.cumsum(lens) - lens
+    for column, values in enumerate((np.arange(10_000), 0, lens, starts, 0, 1, 0, lens)):
+        assert (items[:, column] == values).all(), column

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fi_cupy.plan.prefill import choose_tiles, max_counts, pad, plan_prefill, smem_bytes
+from fi_cupy.plan.prefill import ITEM_WORDS, choose_tiles, max_items, pad, plan_prefill, smem_bytes
 from fi_cupy.prefill_kernel import _GPUS, Problem, fast_div, geometry, prefill_spec
 from fi_cupy.reference.masks import positional_mask
 
 
-def seen_by(items, merges, group, tile_q, batch, tile_kv):
+def seen_by(items, num_slots, num_split, group, tile_q, batch, tile_kv):
     """(request, row, key) counts of the work list as the kernel walks it, and checks of its fields."""
-    counts, slots = {}, []
-    for q_row, qo_len, base, kv_len, q_tile, begin, end, partial, *_ in items.tolist():
+    counts, slots, split = {}, [], {}
+    for q_row, qo_len, base, kv_len, q_tile, begin, end, first, _, _, _, chunk, chunks, *rest in items.tolist():
+        assert rest == [0, 0, 0]
         if qo_len == 0:
             continue
         b = batch.index((q_row, base))
@@ -26,10 +28,16 @@ def seen_by(items, merges, group, tile_q, batch, tile_kv):
         assert begin % tile_kv == 0 or begin >= end
         assert 0 <= begin and end <= kv_len
         grid[q_tile * tile_q : (q_tile + 1) * tile_q, begin:end] += 1
-        if partial >= 0:
-            slots.append(partial)
-    assert sorted(slots) == list(range(len(slots)))
-    assert sum(m[4] for m in merges.tolist()) == len(slots)
+        if chunks == 1:
+            assert (first, chunk) == (0, 0)
+        else:
+            slots.append(first + chunk)
+            split.setdefault((b, q_tile), []).append((chunk, first, chunks, begin, end))
+    assert sorted(slots) == list(range(num_slots)) and len(split) == num_split
+    for parts in split.values():  # the chunks are numbered in the order of their keys
+        parts.sort()
+        assert [part[0] for part in parts] == list(range(parts[0][2])) and len({part[1:3] for part in parts}) == 1
+        assert all(a[4] == b[3] for a, b in pairwise(parts))
     return counts
 
 
@@ -58,7 +66,7 @@ def test_every_visible_pair_is_computed_once(
         causal=causal, window_left=window, split_keys=split, disable_split=disable,
     )  # fmt: skip
     batch = list(zip(qo[:-1].tolist(), base.tolist(), strict=True))
-    counts = seen_by(plan.items, plan.merges, group, tile_q, batch, tile_kv)
+    counts = seen_by(plan.items, plan.num_slots, plan.num_split, group, tile_q, batch, tile_kv)
     assert set(counts) == {b for b, (q, _) in enumerate(lens) if q > 0}
     for b, grid in counts.items():
         q, k = lens[b]
@@ -72,22 +80,24 @@ def test_every_visible_pair_is_computed_once(
     if disable:
         assert plan.num_slots == 0
     elif split is None:
-        items, merges = max_counts(int(qo[-1]), len(lens), group, tile_q, -(-slots // kv_heads))
-        assert len(plan.items) <= items and len(plan.merges) <= merges
+        assert len(plan.items) <= max_items(int(qo[-1]), len(lens), group, tile_q, -(-slots // kv_heads))
 
 
-def test_merges_point_at_consecutive_slots_in_key_order():
+def test_a_split_tiles_chunks_are_numbered_in_key_order():
     plan = plan_prefill(
         np.array([0, 4, 8]), np.array([9000, 5000]), np.array([0, 9000]), group=4, num_kv_heads=2, tile_q=16,
         tile_kv=64, slots=64, causal=True,
     )  # fmt: skip
-    assert len(plan.merges) == 2 and plan.num_slots == sum(plan.merges[:, 4])
-    for q_row, _, q_tile, first, chunks, *_ in plan.merges.tolist():
-        parts = plan.items[(plan.items[:, 0] == q_row) & (plan.items[:, 4] == q_tile)]
+    assert plan.num_split == 2 and plan.num_slots == len(plan.items)
+    next_slot = 0
+    for q_row in (0, 4):
+        parts = plan.items[plan.items[:, 0] == q_row]
         parts = parts[np.argsort(parts[:, 5])]
-        assert parts[:, 7].tolist() == list(range(first, first + chunks))
-        assert parts[0, 10] == 1 and not parts[1:, 10].any()
+        chunks = len(parts)
+        assert chunks > 1 and (parts[:, 12] == chunks).all() and (parts[:, 7] == next_slot).all()
+        assert parts[:, 11].tolist() == list(range(chunks))
         assert (parts[1:, 5] == parts[:-1, 6]).all()
+        next_slot += chunks
 
 
 def test_fixed_split_does_not_depend_on_the_batch():
@@ -115,8 +125,8 @@ def test_a_full_device_is_not_split_and_an_empty_one_is():
 
 
 def test_pad_adds_rows_that_do_nothing():
-    padded = pad(np.ones((2, 12), np.int32), 5)
-    assert padded.shape == (5, 12) and padded[:2].all() and not padded[2:].any()
+    padded = pad(np.ones((2, 16), np.int32), 5)
+    assert padded.shape == (5, 16) and padded[:2].all() and not padded[2:].any()
 
 
 def test_mask_offsets_beyond_32_bits():
@@ -157,11 +167,12 @@ def test_fast_division(divisor):
 
 def test_kernel_structs_have_the_words_the_plan_writes():
     kernels = Path(__file__).parents[2] / "kernels" / "attention"
-    for header, struct, words in (("prefill.cuh", "PrefillItem", 12), ("prefill_merge.cuh", "PrefillMergeItem", 8)):
-        body = re.search(rf"struct alignas\(16\) {struct} {{(.*?)\n}};", (kernels / header).read_text(), re.S)[1]
-        body = re.sub(r"//.*", "", body)
-        fields = re.findall(r"(\w+)(?:\[(\d+)\])?\s*(?=[,;])", body)
-        assert sum(int(n or 1) for _, n in fields) == words
+    body = re.search(r"struct alignas\(16\) PrefillItem {(.*?)\n};", (kernels / "prefill.cuh").read_text(), re.S)[1]
+    fields = re.findall(r"(\w+)(?:\[(\d+)\])?\s*(?=[,;])", re.sub(r"//.*", "", body))
+    assert sum(int(n or 1) for _, n in fields) == ITEM_WORDS
+    assert [name for name, _ in fields][7:13] == [
+        "first_slot", "mask_low", "mask_high", "request", "chunk", "num_chunks",
+    ]  # fmt: skip
 
 
 def test_specs_are_cached_and_named_by_what_they_are():
@@ -173,6 +184,36 @@ def test_specs_are_cached_and_named_by_what_they_are():
     g = geometry(problem, 128, device)
     assert g is geometry(problem, 128, device)
     assert g.spec.symbol == "prefill_bf16_d64_q128k64_paged"
-    assert g.spec is prefill_spec(bfloat16, 64, 64, g.tiles, paged=True, custom_mask=False, alibi=False, soft_cap=False,
+    assert g.spec == prefill_spec(bfloat16, 64, 64, g.tiles, paged=True, custom_mask=False, alibi=False, soft_cap=False,
                                   positive_scale=True)  # fmt: skip
     assert g.negative_spec.symbol.endswith("_neg")
+
+
+def test_ten_thousand_requests():
+    rng = np.random.default_rng(3)
+    rows, keys = rng.integers(0, 4, 10_000), rng.integers(0, 7, 10_000)
+    qo, base = np.concatenate([[0], np.cumsum(rows)]), np.cumsum(keys) - keys
+    plan = plan_prefill(
+        qo, keys, base, group=2, num_kv_heads=1, tile_q=16, tile_kv=64, slots=264, causal=True, mask_offsets=base
+    )
+    busy = np.flatnonzero(rows)  # a tile each, which holds all of its rows and keys
+    items = plan.items[np.argsort(plan.items[:, 10])]
+    assert (plan.num_slots, plan.num_split) == (0, 0)
+    wanted = (qo[busy], rows[busy], base[busy], keys[busy], 0, 0, keys[busy], 0, base[busy], 0, busy, 0, 1)
+    for column, values in enumerate(wanted):
+        assert (items[:, column] == values).all(), column
+
+
+def test_a_window_and_a_split_of_any_size():
+    one = {"group": 1, "num_kv_heads": 1, "tile_q": 16, "tile_kv": 64, "slots": 8}
+    plain = plan_prefill(np.array([0, 20]), np.array([300]), np.array([0]), causal=True, **one)
+    for options in ({"window_left": 1 << 40}, {"split_keys": 1 << 40}):
+        plan = plan_prefill(np.array([0, 20]), np.array([300]), np.array([0]), causal=True, **one, **options)
+        assert (plan.items == plain.items).all() and plan.num_slots == 0
+
+
+def test_a_schedule_of_equal_tiles_keeps_their_order():
+    plan = plan_prefill(
+        np.arange(9) * 16, np.full(8, 128), np.arange(8), group=1, num_kv_heads=8, tile_q=16, tile_kv=64, slots=8
+    )
+    assert plan.items[:, 10].tolist() == list(range(8))

@@ -98,7 +98,7 @@ def test_graph_buffers_and_errors(rng):
     ):
         with pytest.raises(error, match=text):
             wrapper.run(*case.arrays(), **change)
-    with pytest.raises(errors.UnsupportedError, match="jit_args is not supported"):
+    with pytest.raises(errors.ArgumentError, match="jit_args has 1 entries"):
         pod.PODWithPagedKVCacheWrapper(workspace(), jit_args=[1])
     other = pod.PODWithPagedKVCacheWrapper(workspace())
     other.plan(*case.table, *case.sizes, q_data_type="float32")

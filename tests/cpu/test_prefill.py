@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from naive_attention import naive
 
 from fi_cupy import errors, prefill
 from fi_cupy.testing.generators import normal
@@ -12,51 +13,20 @@ from fi_cupy.testing.tolerances import assert_close
 Paged, Ragged = prefill.BatchPrefillWithPagedKVCacheWrapper, prefill.BatchPrefillWithRaggedKVCacheWrapper
 
 
-def naive(q, k, v, *, causal=False, window=-1, scale=None, cap=0.0, mask=None, sinks=None):
-    """One loop a row and head, in float64: (out, base-2 lse)."""
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    (m, heads, dim), (n, kv_heads, _) = q.shape, k.shape
-    scale = 1 / np.sqrt(dim) if scale is None else scale
-    out, lse = np.zeros((m, heads, v.shape[2])), np.full((m, heads), -np.inf)
-    for i in range(m):
-        for h in range(heads):
-            g = h * kv_heads // heads
-            s = k[:, g] @ q[i, h] * scale
-            if cap > 0:
-                s = cap * np.tanh(s / cap)
-            j = np.arange(n)
-            keep = np.ones(n, bool)
-            if mask is not None:
-                keep &= mask[i]
-            elif causal:
-                keep &= j + m <= n + i
-            if window >= 0:
-                keep &= j + m + window >= n + i
-            s, w = s[keep], v[keep, g]
-            extra = [] if sinks is None else [sinks[h]]
-            if len(s) + len(extra) == 0:
-                continue
-            top = max([*s, *extra])
-            p = np.exp(s - top)
-            d = p.sum() + sum(np.exp(x - top) for x in extra)
-            out[i, h] = p @ w / d
-            lse[i, h] = (top + np.log(d)) * np.log2(np.e)
-    return out, lse
-
-
 def workspace():
     return np.zeros(1 << 16, np.uint8)
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 3}, {"causal": True, "window": 0, "cap": 5.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window_left": 3}, {"causal": True, "window_left": 0, "cap": 5.0}]
+)
 def test_single(rng, layout, options):
     q, k, v = normal(rng, (5, 6, 24), "float32"), normal(rng, (9, 2, 24), "float32"), normal(rng, (9, 2, 16), "float32")
     want, want_lse = naive(q, k, v, **options)
     if layout == "HND":
         k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)
-    names = {"window": "window_left", "cap": "logits_soft_cap"}
-    given = {names.get(name, name): value for name, value in options.items()}
+    given = {"logits_soft_cap" if name == "cap" else name: value for name, value in options.items()}
     out, lse = prefill.single_prefill_with_kv_cache_return_lse(q, k, v, kv_layout=layout, **given)
     assert_close(out, want, "float32", "product")
     assert_close(lse, want_lse, "float32", "product")
@@ -66,7 +36,7 @@ def test_single_scales_and_custom_mask(rng):
     q, k, v = normal(rng, (5, 2, 8), "float32"), normal(rng, (7, 1, 8), "float32"), normal(rng, (7, 1, 8), "float32")
     mask = rng.random((5, 7)) < 0.5
     mask[2] = False
-    want, want_lse = naive(q, k, v, mask=mask, scale=0.3 * 2.0, window=5)
+    want, want_lse = naive(q, k, v, mask=mask, sm_scale=0.3 * 2.0, window_left=5)
     packed = np.packbits(mask.reshape(-1), bitorder="little")
     for given in ({"custom_mask": mask}, {"packed_custom_mask": packed}):
         out, lse = prefill.single_prefill_with_kv_cache(
@@ -134,7 +104,7 @@ def test_trap_5_10_paged_tails_do_not_leak(rng, page_size, layout):
     table, caches = paged_cache(rng, kv, k, v, page_size, layout)
     wrapper = Paged(workspace(), layout)
     wrapper.plan(qo, *table, 6, 2, 16, page_size, causal=True, window_left=4, q_data_type="float32")
-    want, want_lse = expect(qo, kv, q, k, v, causal=True, window=4)
+    want, want_lse = expect(qo, kv, q, k, v, causal=True, window_left=4)
     packed = np.stack(caches, axis=1)
     for cache in (caches, packed):
         out = np.full(q.shape, np.nan, np.float32)
@@ -170,7 +140,7 @@ def test_trap_11_scales_and_sinks(rng):
     wrapper = Ragged(workspace())
     wrapper.plan(qo, kv, 6, 2, 16, sm_scale=0.2, q_data_type="float32")
     out, lse = wrapper.run(q, k, v, q_scale=2.0, k_scale=3.0, v_scale=5.0, o_scale=2.0, sinks=sinks, return_lse=True)
-    want, want_lse = expect(qo, kv, q, k, v, scale=1.2, sinks=sinks)
+    want, want_lse = expect(qo, kv, q, k, v, sm_scale=1.2, sinks=sinks)
     assert_close(out, want * 2.5, "float32", "product")
     assert_close(lse, want_lse, "float32", "product")
 
@@ -245,9 +215,11 @@ def test_run_before_plan_and_contradictions(rng):
         ({"pos_encoding_mode": "ROPE"}, errors.ArgumentError, "pos_encoding_mode is 'ROPE'"),
         ({"custom_mask": np.ones((5, 8), bool)}, errors.ShapeError, r"custom_mask has shape \(5, 8\)"),
         ({"packed_custom_mask": np.ones(3, np.uint8)}, errors.ShapeError, "packed_custom_mask has 3 bytes, expected 6"),
-        ({"scale_q": np.ones(6)}, errors.UnsupportedError, "scale_q is not supported"),
+        ({"scale_q": np.ones(6)}, errors.DTypeError, "scale_q has dtype float64, expected float32"),
+        ({"scale_k": np.ones(6, np.float32)}, errors.ShapeError, r"scale_k has shape \(6,\), .* or \(2,\) factors"),
+        ({"scale_v": 2.0, "v_scale": 2.0}, errors.ArgumentError, "scale_v and v_scale name the same thing"),
         ({"backend": "fa3"}, errors.UnsupportedError, "backend is 'fa3'"),
-        ({"o_dtype": "float16"}, errors.UnsupportedError, "o_data_type is float16, expected float32"),
+        ({"o_dtype": "int32"}, errors.DTypeError, "the output has dtype int32"),
     ],
 )
 def test_errors(rng, change, error, text):
@@ -272,10 +244,10 @@ def test_plan_errors():
         ({"qo": [0, 3, 2], "indptr": [0, 1, 2], "last": [1, 1]}, errors.ArgumentError, "qo_indptr must start"),
         ({"qo": [0, 3, 4]}, errors.ArgumentError, "paged_kv_indptr has 2 entries, expected 3"),
         ({"last": [5]}, errors.ArgumentError, r"last_page_len\[0\] is 5, expected 1..4"),
-        ({"indptr": [0, 3]}, errors.ArgumentError, "indptr ends at 3, but indices has 2"),
+        ({"indptr": [0, 3]}, errors.ArgumentError, "paged_kv_indptr ends at 3, but paged_kv_indices has 2"),
         ({"indices": [0, -1]}, errors.ArgumentError, "negative page number"),
         ({"heads": 5}, errors.ArgumentError, "num_qo_heads is 5"),
-        ({"kv_data_type": "float16"}, errors.UnsupportedError, "kv_data_type is float16"),
+        ({"kv_data_type": "float16"}, errors.DTypeError, "keys and values have dtype float16, expected float32"),
         ({"block_tables": np.zeros(1)}, errors.UnsupportedError, "block_tables is not supported"),
         ({"custom_mask": np.ones(4, bool)}, errors.ShapeError, "custom_mask has 4 elements, expected 21"),
         ({"page_size": 0}, errors.ArgumentError, "page_size is 0"),

@@ -10,71 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive_attention import naive, slope
 
 from fi_cupy.reference import attention as ra
 from fi_cupy.reference import masks
 
 LN2 = math.log(2.0)
-
-
-def naive_rope(x, position, rope_scale=1.0, rope_theta=1e4):
-    """Rotate one head's vector, halves paired."""
-    d = len(x)
-    out = list(x)
-    for i in range(d // 2):
-        angle = position * rope_theta ** (-2 * i / d) / rope_scale
-        a, b = x[i], x[i + d // 2]
-        out[i] = a * math.cos(angle) - b * math.sin(angle)
-        out[i + d // 2] = b * math.cos(angle) + a * math.sin(angle)
-    return out
-
-
-def naive_slope(head, heads):
-    n = 1
-    while n * 2 <= heads:
-        n *= 2
-    return 2.0 ** (-8.0 * (head + 1) / n) if head < n else 2.0 ** (-4.0 * (2 * (head - n) + 1) / n)
-
-
-def naive_attention(
-    q, k, v, *, causal=False, sm_scale=None, window_left=-1, cap=0.0, mode="NONE", mask=None, sinks=None,
-    rope_scale=1.0, rope_theta=1e4,
-):  # fmt: skip
-    """One score at a time; the base-2 lse comes from natural logarithms."""
-    qo_len, hq, d = q.shape
-    kv_len, hkv, dv = v.shape
-    sm_scale = 1 / math.sqrt(d) if sm_scale is None else sm_scale
-    out, lse = np.zeros((qo_len, hq, dv)), np.full((qo_len, hq), -np.inf)
-    for i in range(qo_len):
-        for h in range(hq):
-            g = h // (hq // hkv)
-            scores = {}
-            for j in range(kv_len):
-                if mask is not None:
-                    if not mask[i, j]:
-                        continue
-                elif causal and not j + qo_len <= kv_len + i:
-                    continue
-                if window_left >= 0 and not j + qo_len + window_left >= kv_len + i:
-                    continue
-                qv, kv = [float(t) for t in q[i, h]], [float(t) for t in k[j, g]]
-                if mode == "ROPE_LLAMA":
-                    qv = naive_rope(qv, kv_len - qo_len + i, rope_scale, rope_theta)
-                    kv = naive_rope(kv, j, rope_scale, rope_theta)
-                s = sm_scale * sum(a * b for a, b in zip(qv, kv, strict=True))
-                if mode == "ALIBI":
-                    s += naive_slope(h, hq) * (j - i)
-                if cap > 0:
-                    s = cap * math.tanh(s / cap)
-                scores[j] = s
-            denominator = sum(math.exp(s) for s in scores.values())
-            if sinks is not None:
-                denominator += math.exp(float(sinks[h]))
-            if denominator > 0:
-                lse[i, h] = math.log(denominator) / LN2
-            for j, s in scores.items():
-                out[i, h] += math.exp(s) / denominator * v[j, g].astype(np.float64)
-    return out, lse
 
 
 def random_qkv(rng, qo, kv, hq=4, hkv=2, d=4, dv=4, dtype=np.float64):
@@ -118,7 +59,7 @@ def test_attention_matches_loops(seed, qo, kv, heads, dv, causal, window, cap, m
         q, k, v, causal=causal, window_left=window, logits_soft_cap=cap, pos_encoding_mode=mode, custom_mask=mask,
         sinks=sinks, sm_scale=sm_scale,
     )  # fmt: skip
-    expected = naive_attention(
+    expected = naive(
         q, k, v, causal=causal, window_left=window, cap=cap, mode=mode, mask=mask, sinks=sinks, sm_scale=sm_scale
     )
     assert_same(got, expected)
@@ -128,7 +69,7 @@ def test_attention_matches_loops(seed, qo, kv, heads, dv, causal, window, cap, m
 def test_blocks_of_rows_change_nothing(monkeypatch, options):
     q, k, v = random_qkv(np.random.default_rng(1), 9, 13)
     monkeypatch.setattr(ra, "_BLOCK_ELEMENTS", 4 * 13 * 2)
-    assert_same(ra.attention(q, k, v, **options), naive_attention(q, k, v, **options))
+    assert_same(ra.attention(q, k, v, **options), naive(q, k, v, **options))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -149,7 +90,7 @@ def test_fp8_kv_and_out_dtype():
     k, v = k.astype(ml_dtypes.float8_e4m3fn), v.astype(ml_dtypes.float8_e5m2)
     out, _ = ra.attention(q, k, v, out_dtype=np.float16)
     assert out.dtype == np.float16
-    expected, _ = naive_attention(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64))
+    expected, _ = naive(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64))
     np.testing.assert_allclose(out.astype(np.float64), expected, rtol=2e-3, atol=1e-3)
 
 
@@ -170,7 +111,7 @@ def test_trap_01_causal_is_bottom_right_aligned():
     q, k, v = random_qkv(np.random.default_rng(5), 5, 2)
     out, lse = ra.attention(q, k, v, causal=True)  # more queries than keys: the first three rows see nothing
     assert np.all(out[:3] == 0) and np.all(np.isneginf(lse[:3])) and np.all(np.isfinite(lse[3:]))
-    assert_same((out, lse), naive_attention(q, k, v, causal=True))
+    assert_same((out, lse), naive(q, k, v, causal=True))
 
 
 def test_trap_02_lse_is_base_2_of_scaled_scores():
@@ -254,7 +195,7 @@ def test_trap_06_kv_range_holds_exactly_the_visible_keys(qo_len, kv_len, causal,
 def test_trap_07_soft_cap_acts_on_the_scaled_score_before_the_mask():
     q, k, v = random_qkv(np.random.default_rng(10), 2, 3)
     out = ra.attention(10 * q, k, v, logits_soft_cap=2.0, causal=True, sm_scale=0.5)
-    assert_same(out, naive_attention(10 * q, k, v, cap=2.0, causal=True, sm_scale=0.5))
+    assert_same(out, naive(10 * q, k, v, cap=2.0, causal=True, sm_scale=0.5))
     plain = ra.attention(q, k, v)
     for off in (None, 0.0, -1.0):
         assert_same(ra.attention(q, k, v, logits_soft_cap=off), plain)
@@ -262,16 +203,16 @@ def test_trap_07_soft_cap_acts_on_the_scaled_score_before_the_mask():
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 5, 8, 12, 40])
 def test_trap_08_alibi_slopes(heads):
-    np.testing.assert_allclose(ra.get_alibi_slopes(heads), [naive_slope(h, heads) for h in range(heads)], rtol=1e-6)
+    np.testing.assert_allclose(ra.get_alibi_slopes(heads), [slope(h, heads) for h in range(heads)], rtol=1e-6)
     assert ra.get_alibi_slopes(heads).dtype == np.float32
 
 
 def test_trap_08_alibi_uses_raw_indices():
     q, k, v = random_qkv(np.random.default_rng(11), 2, 6, hq=2)
     raw = ra.attention(q, k, v, pos_encoding_mode="ALIBI", causal=True)
-    assert_same(raw, naive_attention(q, k, v, mode="ALIBI", causal=True))
+    assert_same(raw, naive(q, k, v, mode="ALIBI", causal=True))
     # The same bias relative to the query's own position shifts every score of a row: same output, another lse.
-    slopes = np.asarray([naive_slope(h, 2) for h in range(2)])
+    slopes = np.asarray([slope(h, 2) for h in range(2)])
     np.testing.assert_allclose(
         ra.attention(
             q, k, v, causal=True,
@@ -291,7 +232,7 @@ def test_trap_08_alibi_uses_raw_indices():
 def test_trap_09_rope_positions_inside_attention():
     q, k, v = random_qkv(np.random.default_rng(12), 2, 5)
     got = ra.attention(q, k, v, pos_encoding_mode="ROPE_LLAMA", rope_scale=2.0, rope_theta=500.0)
-    assert_same(got, naive_attention(q, k, v, mode="ROPE_LLAMA", rope_scale=2.0, rope_theta=500.0))
+    assert_same(got, naive(q, k, v, mode="ROPE_LLAMA", rope_scale=2.0, rope_theta=500.0))
     # A decode query is at kv_len - 1, so its own key is at distance 0.
     q1 = np.random.default_rng(13).normal(size=(4, 4))
     _, lse = ra.single_decode(q1, k, v, pos_encoding_mode="ROPE_LLAMA", window_left=0)
@@ -305,7 +246,7 @@ def test_trap_11_scales():
     assert_same(scaled, (plain[0] * 3.0, plain[1]))  # v_scale leaves the lse alone
     qs, ks, vs = np.asarray([1.0, 2.0, 0.5, 3.0]), np.asarray([0.25, 4.0]), np.asarray([2.0, 5.0])
     got = ra.attention(q, k, v, q_scale=qs, k_scale=ks, v_scale=vs)
-    assert_same(got, naive_attention(q * qs[:, None], k * ks[:, None], v * vs[:, None]))
+    assert_same(got, naive(q * qs[:, None], k * ks[:, None], v * vs[:, None]))
 
 
 def test_trap_11_fp8_output_saturates():
@@ -319,7 +260,7 @@ def test_trap_12_custom_mask_replaces_causal_and_joins_the_window():
     q, k, v = random_qkv(rng, 3, 5)
     mask = rng.random((3, 5)) < 0.7
     got = ra.attention(q, k, v, custom_mask=mask, causal=True, window_left=1)
-    assert_same(got, naive_attention(q, k, v, mask=mask, causal=False, window_left=1))
+    assert_same(got, naive(q, k, v, mask=mask, causal=False, window_left=1))
 
 
 def pack_little(bits):
@@ -339,7 +280,7 @@ def test_trap_12_packed_masks_are_little_endian_and_start_on_a_byte():
     packed = np.concatenate([pack_little(m.reshape(-1)) for m in requests])
     got = ra.batch_prefill_ragged(q, k, v, np.array([0, 2, 5]), np.array([0, 5, 8]), packed_custom_mask=packed)
     assert_same(got, ra.batch_prefill_ragged(q, k, v, np.array([0, 2, 5]), np.array([0, 5, 8]), custom_mask=flat))
-    assert_same([t[2:] for t in got], naive_attention(q[2:], k[5:], v[5:], mask=requests[1]))
+    assert_same([t[2:] for t in got], naive(q[2:], k[5:], v[5:], mask=requests[1]))
     one = ra.single_prefill(q[:2], k[:5], v[:5], packed_custom_mask=pack_little(requests[0].reshape(-1)))
     assert_same(one, [t[:2] for t in got])
 
@@ -348,7 +289,7 @@ def test_trap_15_a_sink_is_unscaled_and_in_the_denominator_only():
     q, k, v = random_qkv(np.random.default_rng(18), 2, 3)
     sinks = np.asarray([0.5, -1.0, 4.0, 0.0])
     got = ra.attention(q, k, v, sinks=sinks, sm_scale=0.1)
-    assert_same(got, naive_attention(q, k, v, sinks=sinks, sm_scale=0.1))
+    assert_same(got, naive(q, k, v, sinks=sinks, sm_scale=0.1))
     # As a key of score `sink` with a zero value, merged once.
     out, lse = ra.attention(q, k, v, sm_scale=0.1)
     total = np.exp2(lse) + np.exp(sinks)
@@ -377,7 +318,7 @@ def test_trap_31_multi_item_scoring_mask():
         q, k, v, np.array([0, qo_len]), np.array([0, kv_len]), prefix_len_ptr=np.array([prefix], dtype=np.uint32),
         token_pos_in_items_ptr=np.concatenate([item, [0, 0]]), token_pos_in_items_len=8, causal=True,
     )  # fmt: skip
-    assert_same(got, naive_attention(q, k, v, mask=mask))
+    assert_same(got, naive(q, k, v, mask=mask))
 
 
 # --- variants ---------------------------------------------------------------------------------------------------------
@@ -441,7 +382,7 @@ def test_trap_05_27_batch_decode_paged(layout, page_size):
     q = rng.normal(size=(4, 4, 4))
     got = ra.batch_decode_paged(q, k, v, indptr, indices, last, kv_layout=layout, window_left=4)
     for b, kv in enumerate(tokens):
-        assert_same([t[b : b + 1] for t in got], naive_attention(q[b : b + 1], kv[0], kv[1], window_left=4))
+        assert_same([t[b : b + 1] for t in got], naive(q[b : b + 1], kv[0], kv[1], window_left=4))
     assert np.all(got[0][1] == 0) and np.all(np.isneginf(got[1][1]))
 
 
@@ -453,7 +394,7 @@ def test_trap_28_decode_of_several_tokens_a_request_is_causal(layout):
     got = ra.batch_decode_paged(q, k, v, indptr, indices, last, kv_layout=layout, q_len_per_req=2)
     for b, kv in enumerate(tokens):
         rows = slice(2 * b, 2 * b + 2)
-        assert_same([t[rows] for t in got], naive_attention(q[rows], kv[0], kv[1], causal=True))
+        assert_same([t[rows] for t in got], naive(q[rows], kv[0], kv[1], causal=True))
 
 
 @pytest.mark.parametrize("by_length", [False, True])
@@ -467,7 +408,7 @@ def test_batch_prefill_paged_and_ragged(by_length):
     got = ra.batch_prefill_paged(q, k, v, qo_indptr, indptr, indices, **length, **options)
     for b, kv in enumerate(tokens):
         rows = slice(qo_indptr[b], qo_indptr[b + 1])
-        expected = naive_attention(q[rows], kv[0], kv[1], causal=True, cap=3.0, mode="ROPE_LLAMA")
+        expected = naive(q[rows], kv[0], kv[1], causal=True, cap=3.0, mode="ROPE_LLAMA")
         assert_same([t[rows] for t in got], expected)
     assert np.all(got[0][6:] == 0) and np.all(np.isneginf(got[1][6:]))
     ragged = [np.concatenate([kv[i] for kv in tokens]) for i in range(2)]

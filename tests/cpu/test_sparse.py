@@ -245,7 +245,7 @@ def test_torch_and_jax(rng):
         ({"block_mask": np.ones((2, 3, 3), bool)}, errors.UnsupportedError, "VariableBlockSparseAttentionWrapper"),
         ({"pos_encoding_mode": "ALIBI"}, errors.UnsupportedError, "without the gaps between them"),
         ({"num_qo_heads": 3}, errors.ArgumentError, "num_qo_heads is 3"),
-        ({"o_data_type": "float16"}, errors.UnsupportedError, "o_data_type is float16"),
+        ({"o_data_type": "int32"}, errors.DTypeError, "the output has dtype int32"),
     ],
 )
 def test_plan_errors(change, error, text):
@@ -268,7 +268,7 @@ def test_other_errors(rng):
     assert wrapper.workspace_size([0, 1, 3, 3], [0, 1, 2], 6, 6, 2, 2, HEADS, KV_HEADS, DIM) == (0, 0)
     with pytest.raises(errors.ShapeError, match=r"k has shape \(5, 2, 8\), expected \(6,"):
         wrapper.run(q, k[:5], v)
-    with pytest.raises(errors.UnsupportedError, match="scale_q is not supported"):
+    with pytest.raises(errors.DTypeError, match="q_scale has dtype float64"):
         wrapper.run(q, k, v, scale_q=np.ones(4))
     with pytest.raises(errors.PlanError, match="sm_scale is 3"):
         wrapper.forward(q, k, v, sm_scale=3.0)

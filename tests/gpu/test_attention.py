@@ -61,7 +61,7 @@ class Batch:
 def test_mixed_batch(rng, dtype, layout, causal):
     batch = Batch(rng, MIXED, layout=layout, dtype=dtype)
     wrapper = batch.plan(attention.BatchAttention(layout), causal=causal)
-    assert len(wrapper._active) == 2
+    assert wrapper._batch.both.tiles.num_items > 0 and wrapper._batch.both.num_items > 0
     out, lse = batch.run(wrapper)
     check(out, lse, *batch.expect(causal=causal))
     batch.plan(wrapper, on_device=True, causal=causal)
@@ -76,21 +76,84 @@ def test_mixed_batch(rng, dtype, layout, causal):
     ("lens", "heads", "kv_heads", "dim", "page_size"),
     [
         ([(1, 900)] * 40, 8, 2, 64, 5),  # decoding only
-        ([(1, 30000), (2, 9000)], 4, 4, 128, 16),  # split narrow tiles
+        ([(1, 30000), (2, 9000)], 4, 4, 128, 16),  # a split decode request, a split tile of two rows
         ([(200, 9000)], 8, 8, 128, 16),  # one prompt, split tiles
-        ([(500, 4000), (1, 20000)], 16, 4, 128, 16),  # both groups split: one workspace, one after the other
+        ([(500, 4000), (1, 20000)], 16, 4, 128, 16),  # both kinds split: one workspace
         ([(17, 40), (16, 30), (3, 3)], 7, 7, 80, 1),
         ([(0, 5), (0, 0)], 2, 1, 64, 16),
+        ([(300, 700), (1, 5000), (1, 3), (2, 900)], 20, 1, 128, 16),  # two head blocks a kv head
+        ([(300, 700), (1, 5000), (1, 3), (2, 900)], 8, 2, 256, 16),  # eight warps
+        ([(1, 70)] * 120 + [(64, 64)] * 20, 16, 16, 64, 16),  # two sections of heads; many more tasks than CTAs
+        ([(1, 100), (9, 100)], 4, 2, 8, 16),
     ],
 )
-def test_groups(rng, lens, heads, kv_heads, dim, page_size):
+def test_batches(rng, lens, heads, kv_heads, dim, page_size):
     batch = Batch(rng, lens, heads, kv_heads, dim, page_size)
     wrapper = batch.plan(attention.BatchAttention(), causal=True, logits_soft_cap=20.0, sm_scale=0.2)
     scales = {"q_scale": 0.5, "k_scale": 1.5, "v_scale": 0.25}
     got = batch.run(wrapper, logits_soft_cap=20.0, **scales)
     check(*got, *batch.expect(causal=True, logits_soft_cap=20.0, sm_scale=0.2, **scales))
-    text = str(attention.explain(wrapper))
-    assert "prefill_bf16_d" in text and "on " in text
+    (use,) = attention.explain(wrapper).launches
+    assert use.kernel.startswith(f"mixed_prefill_bf16_d{dim}_")
+    for pdl in (False, True, False):
+        again = batch.run(wrapper, logits_soft_cap=20.0, enable_pdl=pdl, **scales)
+        assert all((bits(x) == bits(y)).all() for x, y in zip(again, got, strict=True))
+
+
+@pytest.mark.older_archs
+def test_mixed_batch_of_float16(rng):
+    batch = Batch(rng, MIXED, dtype="float16", dim=64)
+    check(*batch.run(batch.plan(attention.BatchAttention(), causal=True)), *batch.expect(causal=True))
+
+
+def test_launches_repeat_bit_for_bit(rng):
+    """Fifty launches: queues and counters are back at zero, and which CTA took which task shows nowhere."""
+    batch = Batch(rng, [(500, 4000), (1, 20000), (3, 15000), *MIXED])
+    wrapper = batch.plan(attention.BatchAttention(), causal=True)
+    assert wrapper._batch.both.tiles.num_split > 0
+    first = batch.run(wrapper)
+    check(*first, *batch.expect(causal=True))
+    for i in range(50):
+        got = batch.run(wrapper, enable_pdl=i % 3 == 0)
+        assert all((bits(x) == bits(y)).all() for x, y in zip(got, first, strict=True))
+
+
+def test_a_negative_scale(rng):
+    batch = Batch(rng, MIXED)
+    wrapper = batch.plan(attention.BatchAttention(), causal=True, sm_scale=-0.1)
+    check(*batch.run(wrapper), *batch.expect(causal=True, sm_scale=-0.1))
+    assert attention.explain(wrapper).launches[0].kernel.split("_decode")[0].endswith("_neg")
+
+
+def test_values_narrower_than_keys_take_tiles_alone(rng):
+    """head_dim_vo 64: no decode items, and still one launch."""
+    lens = [(1, 2000), (70, 333), (1, 0), (3, 9000)]
+    batch = Batch(rng, lens)
+    cache = (batch.gpu_cache[:, 0], batch.gpu_cache[:, 1, ..., :64])
+    wrapper = attention.BatchAttention()
+    wrapper.plan(batch.qo, *batch.table[:2], batch.kv_len, 8, 2, 128, 64, 16, True)
+    out, lse = poisoned((*batch.q.shape[:2], 64), "bfloat16"), poisoned(batch.q.shape[:2], "float32")
+    wrapper.run(batch.gpu_q, cache, out, lse)
+    want, want_lse = batch.expect(causal=True)
+    check(out, lse, want[..., :64], want_lse)
+    (use,) = attention.explain(wrapper).launches
+    assert use.kernel.startswith("prefill_bf16_d128x64_")
+
+
+def test_two_streams_at_once(rng):
+    batches = [Batch(rng, [(300, 9000), (1, 9000), (1, 10)]), Batch(rng, MIXED)]
+    wrappers = [batch.plan(attention.BatchAttention(), causal=True) for batch in batches]
+    outputs = [[batch.outputs() for _ in range(10)] for batch in batches]
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in batches]
+    cupy.cuda.runtime.deviceSynchronize()
+    for i in range(10):
+        for batch, wrapper, stream, made in zip(batches, wrappers, streams, outputs, strict=True):
+            with stream:
+                wrapper.run(batch.gpu_q, batch.gpu_cache, *made[i])
+    for batch, stream, made in zip(batches, streams, outputs, strict=True):
+        stream.synchronize()
+        check(*made[0], *batch.expect(causal=True))
+        assert all((bits(x) == bits(y)).all() for pair in made for x, y in zip(pair, made[0], strict=True))
 
 
 def test_replanning_with_other_batches(rng):
@@ -178,10 +241,8 @@ def test_explain_says_what_is_launched(rng):
     batch = Batch(rng, [(1, 9000), (300, 300)])
     wrapper = batch.plan(attention.BatchAttention(), causal=True)
     uses = attention.explain(wrapper).launches
-    assert [u.part for u in uses if "merge" not in u.kernel] == [
-        "1 requests of more than 16 packed rows", "1 requests of at most 16 packed rows",
-    ]  # fmt: skip
-    assert any(u.kernel.startswith("prefill_merge_") for u in uses) and all(min(u.grid) > 0 for u in uses)
+    (use,) = uses
+    assert use.kernel.startswith("mixed_prefill_bf16_d128_") and use.grid[0] > 0 and "begin with a tile" in use.why
     decode = attention.BatchDecodeWithPagedKVCacheWrapper(workspace())
     heads, kv_heads, dim = batch.sizes
     decode.plan(*batch.table, heads, kv_heads, dim, 16, q_data_type="bfloat16")

@@ -347,8 +347,8 @@ def test_unsupported_on_the_gpu(rng):
         wrapper.plan(*batch.table, *batch.args, q_data_type="float32")
     with pytest.raises(errors.ShapeError, match="head_dim is 60"):
         wrapper.plan(*batch.table, 8, 2, 60, 16)
-    with pytest.raises(errors.ShapeError, match="head_dim is 80, expected a multiple of 32"):
-        wrapper.plan(*batch.table, 8, 2, 80, 16, pos_encoding_mode="ROPE_LLAMA")
+    with pytest.raises(errors.ShapeError, match="head_dim is 40, expected a multiple of 16"):
+        wrapper.plan(*batch.table, 8, 2, 40, 16, pos_encoding_mode="ROPE_LLAMA")
     with pytest.raises(errors.DTypeError, match=r"like q, float8_e4m3fn or float8_e5m2"):
         wrapper.plan(*batch.table, *batch.args, q_data_type="float16", kv_data_type="bfloat16")
 

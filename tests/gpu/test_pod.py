@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from paged_cases import Pages, bits, check
 
-from fi_cupy import decode, pod, prefill
-from fi_cupy.reference.attention import attention
+from fi_cupy import attention, pod
+from fi_cupy.reference.attention import attention as reference
 from fi_cupy.testing.generators import normal, on_gpu, poisoned
 
 cupy = pytest.importorskip("cupy")
@@ -34,11 +34,11 @@ class Case:
         return wrapper
 
     def expect_p(self, **options):
-        return attention(*(x.astype(np.float64) for x in (self.q_p, self.k_p, self.v_p)), **options)
+        return reference(*(x.astype(np.float64) for x in (self.q_p, self.k_p, self.v_p)), **options)
 
     def expect_d(self, **options):
         parts = [
-            attention(self.q_d[b : b + 1].astype(np.float64), k.astype(np.float64), v.astype(np.float64), **options)
+            reference(self.q_d[b : b + 1].astype(np.float64), k.astype(np.float64), v.astype(np.float64), **options)
             for b, (k, v) in enumerate(self.sequences)
         ]
         return tuple(np.concatenate([p[i] for p in parts]) for i in (0, 1))
@@ -57,10 +57,102 @@ def test_both_parts(rng, layout, qo_len, kv_len):
     assert o_d is out_d and s_d is lse_d
     check(o_p, s_p, *case.expect_p(causal=True, window_left=200))
     check(o_d, s_d, *case.expect_d(window_left=500, q_scale=0.5, v_scale=2.0))
-    alone = prefill.single_prefill_with_kv_cache(*case.gpu_p, causal=True, window_left=200)
-    assert (bits(alone) == bits(o_p)).all()
-    single = case.plan(decode.BatchDecodeWithPagedKVCacheWrapper(workspace(), layout), window_left=500)
-    assert (bits(single.run(*case.gpu_d, q_scale=0.5, v_scale=2.0)) == bits(o_d)).all()
+    (use,) = attention.explain(wrapper).launches
+    assert use.kernel.startswith("mixed_prefill_bf16_d128_") and "_decode_bf16_d128_" in use.kernel
+
+
+@pytest.mark.parametrize(
+    ("qo_len", "kv_len", "lens"),
+    [
+        (1000, 1000, [1] * 3),  # a few decode items
+        (1, 10, [2000] * 24),  # one tile
+        (700, 700, [150] * 200),  # many more tasks than CTAs
+        (0, 5, LENS),
+        (3, 0, LENS),
+        (40, 40, [0, 0]),
+        (200, 30000, [30000]),  # both split
+    ],
+)
+def test_shapes(rng, qo_len, kv_len, lens):
+    case = Case(rng, qo_len, kv_len, lens)
+    wrapper = case.plan(pod.PODWithPagedKVCacheWrapper(workspace(64 << 20)))
+    runs = []
+    for pdl in (None, False, True):
+        out_d, lse_d = poisoned(case.q_d.shape, "bfloat16"), poisoned(case.q_d.shape[:2], "float32")
+        (o_p, s_p), _ = wrapper.run(
+            *case.gpu_p, *case.gpu_d, return_lse_p=True, out_d=out_d, lse_d=lse_d, enable_pdl=pdl
+        )  # fmt: skip
+        runs.append((o_p, s_p, out_d, lse_d))
+    check(*runs[0][:2], *case.expect_p())
+    check(*runs[0][2:], *case.expect_d())
+    assert all((bits(x) == bits(y)).all() for run in runs for x, y in zip(run, runs[0], strict=True))
+
+
+def test_launches_repeat_bit_for_bit(rng):
+    case = Case(rng, 130, 9000)
+    wrapper = case.plan(pod.PODWithPagedKVCacheWrapper(workspace()))
+    options = {"causal_p": True, "return_lse_p": True, "return_lse_d": True}
+    first = wrapper.run(*case.gpu_p, *case.gpu_d, **options)
+    assert wrapper._launched.work.num_split > 0
+    check(*first[0], *case.expect_p(causal=True))
+    check(*first[1], *case.expect_d())
+    for _ in range(50):
+        for part, want in zip(wrapper.run(*case.gpu_p, *case.gpu_d, **options), first, strict=True):
+            assert all((bits(x) == bits(y)).all() for x, y in zip(part, want, strict=True))
+
+
+def test_each_part_has_its_own_options(rng):
+    case = Case(rng, 90, 500)
+    mask, sinks = rng.random((90, 500)) < 0.5, normal(rng, (HEADS,), "float32")
+    wrapper = case.plan(pod.PODWithPagedKVCacheWrapper(workspace()), sm_scale=0.2, logits_soft_cap=9.0, window_left=99)
+    (o_p, s_p), (o_d, s_d) = wrapper.run(
+        *case.gpu_p, *case.gpu_d, custom_mask_p=mask, sm_scale_p=-0.1, return_lse_p=True, return_lse_d=True,
+        sinks_d=on_gpu(sinks), k_scale=0.5,
+    )  # fmt: skip
+    check(o_p, s_p, *case.expect_p(custom_mask=mask, sm_scale=-0.1))
+    check(o_d, s_d, *case.expect_d(sm_scale=0.1, logits_soft_cap=9.0, window_left=99, sinks=sinks))
+    (use,) = attention.explain(wrapper).launches
+    assert "_mask_neg_decode_" in use.kernel and use.kernel.endswith("_cap")
+
+
+def test_parts_that_one_kernel_cannot_hold(rng):
+    case = Case(rng, 60, 60)
+    wrapper = case.plan(pod.PODWithPagedKVCacheWrapper(workspace()))
+    q, k, v = (normal(rng, (60, h, 64)) for h in (4, 4, 4))
+    (o_p, s_p), (o_d, s_d) = wrapper.run(
+        *map(on_gpu, (q, k, v)), *case.gpu_d, causal_p=True, return_lse_p=True, return_lse_d=True
+    )  # fmt: skip
+    check(o_p, s_p, *reference(*(x.astype(np.float64) for x in (q, k, v)), causal=True))
+    check(o_d, s_d, *case.expect_d())
+    prompt, decode = attention.explain(wrapper).launches
+    assert "the parts differ in type or head dims" in prompt.why and decode.part == "decode part"
+    case.plan(wrapper, pos_encoding_mode="ROPE_LLAMA")
+    (o_p, s_p), _ = wrapper.run(*case.gpu_p, *case.gpu_d, causal_p=True, return_lse_p=True)
+    check(o_p, s_p, *case.expect_p(causal=True))
+    assert "ROPE_LLAMA" in attention.explain(wrapper).launches[0].why
+
+
+def test_two_wrappers_on_two_streams_and_on_one_workspace(rng):
+    cases = [Case(rng, 200, 9000), Case(rng, 30, 300, [5000, 1, 20])]
+    shared = workspace(64 << 20)
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in cases]
+    for buffers in ([shared, shared], [workspace(), workspace()]):
+        wrappers = [
+            case.plan(pod.PODWithPagedKVCacheWrapper(buffer)) for case, buffer in zip(cases, buffers, strict=True)
+        ]
+        runs = [[], []]
+        cupy.cuda.runtime.deviceSynchronize()
+        for _ in range(8):
+            for i, (case, wrapper) in enumerate(zip(cases, wrappers, strict=True)):
+                with streams[0 if buffers[0] is shared else i]:
+                    made = wrapper.run(*case.gpu_p, *case.gpu_d, causal_p=True, return_lse_p=True, return_lse_d=True)
+                    runs[i].append((*made[0], *made[1]))
+        for stream in streams:
+            stream.synchronize()
+        for case, made in zip(cases, runs, strict=True):
+            check(*made[0][:2], *case.expect_p(causal=True))
+            check(*made[0][2:], *case.expect_d())
+            assert all((bits(x) == bits(y)).all() for run in made for x, y in zip(run, made[0], strict=True))
 
 
 def test_trap_28_graph_follows_later_plans(rng):

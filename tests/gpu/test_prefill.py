@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from paged_cases import bits, check, indptr_of
 
 from fi_cupy import errors, prefill
-from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.reference.attention import batch_prefill_paged, batch_prefill_ragged, single_prefill
 from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
-from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
 Paged, Ragged = prefill.BatchPrefillWithPagedKVCacheWrapper, prefill.BatchPrefillWithRaggedKVCacheWrapper
@@ -20,23 +19,6 @@ SHORT = [(37, 70), (5, 3), (3, 0), (0, 9), (20, 130)]
 
 def workspace(nbytes=32 << 20):
     return cupy.full((nbytes,), 0xFF, cupy.uint8)
-
-
-def indptr_of(lens):
-    return np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
-
-
-def check(out, lse, want, want_lse):
-    got = to_float64(out)
-    assert_close(got, want, to_dtype(out.dtype), "product")
-    seen, got_lse = np.isfinite(want_lse), to_float64(lse)
-    assert (np.isneginf(got_lse) == ~seen).all()
-    assert (got[~seen] == 0).all()
-    assert (np.abs(got_lse - want_lse)[seen] <= 2e-5 * np.maximum(np.abs(want_lse[seen]), 10)).all()
-
-
-def bits(x):
-    return x.view(f"u{x.dtype.itemsize}").copy()
 
 
 class Base:
@@ -385,7 +367,7 @@ def test_unsupported_on_the_gpu(rng):
         wrapper.plan(*table, *batch.args, q_data_type="float32")
     with pytest.raises(errors.ShapeError, match="head_dim_qk is 60"):
         wrapper.plan(*table, 8, 2, 60, 16)
-    with pytest.raises(errors.UnsupportedError, match="expected float16 = q_data_type"):
+    with pytest.raises(errors.DTypeError, match="keys and values have dtype bfloat16, expected float16 like q"):
         wrapper.plan(*table, *batch.args, q_data_type="float16", kv_data_type="bfloat16")
     batch.plan(wrapper)
     with pytest.raises(errors.LayoutError, match="multiples of 16 bytes"):

@@ -1,0 +1,286 @@
+"""Names, order and defaults of the public attention and page functions: FlashInfer's, so that calls move over.
+
+Every row lists the positional parameters in FlashInfer's order, then ``*`` and what it takes by keyword only. Ours may
+have more keywords behind them, but no other positional parameter in between.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import fi_cupy as flashinfer
+
+P = inspect.Parameter
+NO = P.empty
+
+#: Options of a plan, FlashInfer's order differs between the paged and the ragged wrapper.
+DECODE_PLAN = (
+    "indptr indices last_page_len num_qo_heads num_kv_heads head_dim page_size pos_encoding_mode='NONE' window_left=-1 "
+    "logits_soft_cap=None q_data_type='float16' kv_data_type=None o_data_type=None data_type=None sm_scale=None "
+    "rope_scale=None rope_theta=None non_blocking=True block_tables=None seq_lens=None fixed_split_size=None "
+    "disable_split_kv=False q_len_per_req=1 * window_right=0"
+)
+PAGED_PLAN = (
+    "qo_indptr paged_kv_indptr paged_kv_indices paged_kv_last_page_len num_qo_heads num_kv_heads head_dim_qk page_size "
+    "head_dim_vo=None custom_mask=None packed_custom_mask=None causal=False pos_encoding_mode='NONE' "
+    "use_fp16_qk_reduction=False sm_scale=None window_left=-1 logits_soft_cap=None rope_scale=None rope_theta=None "
+    "q_data_type='float16' kv_data_type=None o_data_type=None non_blocking=True prefix_len_ptr=None "
+    "token_pos_in_items_ptr=None token_pos_in_items_len=0 max_item_len_ptr=None seq_lens=None seq_lens_q=None "
+    "block_tables=None max_token_per_sequence=None max_sequence_kv=None fixed_split_size=None disable_split_kv=False"
+)
+RAGGED_PLAN = (
+    "qo_indptr kv_indptr num_qo_heads num_kv_heads head_dim_qk head_dim_vo=None custom_mask=None "
+    "packed_custom_mask=None causal=False pos_encoding_mode='NONE' use_fp16_qk_reduction=False window_left=-1 "
+    "logits_soft_cap=None sm_scale=None rope_scale=None rope_theta=None q_data_type='float16' kv_data_type=None "
+    "o_data_type=None non_blocking=True prefix_len_ptr=None token_pos_in_items_ptr=None token_pos_in_items_len=0 "
+    "max_item_len_ptr=None fixed_split_size=None disable_split_kv=False seq_lens=None seq_lens_q=None "
+    "max_token_per_sequence=None max_sequence_kv=None v_indptr=None o_indptr=None"
+)
+PREFILL_BUFFERS = (
+    "float_workspace_buffer kv_layout='NHD' use_cuda_graph=False qo_indptr_buf=None paged_kv_indptr_buf=None "
+    "paged_kv_indices_buf=None paged_kv_last_page_len_buf=None custom_mask_buf=None mask_indptr_buf=None backend='auto'"
+)
+RUN = "* q_scale=None k_scale=None v_scale=None out=None lse=None return_lse=False enable_pdl=None"
+SPARSE_FORWARD = (
+    "q k v pos_encoding_mode='NONE' use_fp16_qk_reduction=False logits_soft_cap=None sm_scale=None rope_scale=None "
+    "rope_theta=None"
+)
+
+SIGNATURES = {
+    "decode.single_decode_with_kv_cache": (
+        "q k v kv_layout='NHD' pos_encoding_mode='NONE' use_tensor_cores=False q_scale=None k_scale=None v_scale=None "
+        "window_left=-1 logits_soft_cap=None sm_scale=None rope_scale=None rope_theta=None return_lse=False"
+    ),
+    "prefill.single_prefill_with_kv_cache": (
+        "q k v scale_q=None scale_k=None scale_v=None o_dtype=None custom_mask=None packed_custom_mask=None "
+        "causal=False kv_layout='NHD' pos_encoding_mode='NONE' use_fp16_qk_reduction=False sm_scale=None "
+        "window_left=-1 logits_soft_cap=None rope_scale=None rope_theta=None backend='auto' return_lse=False "
+        "kv_cache_sf=None k_scale=None v_scale=None"
+    ),
+    "decode.single_decode_with_kv_cache_with_jit_module": (
+        "jit_module q k v * kv_layout='NHD' window_left=-1 return_lse=False"
+    ),
+    "prefill.single_prefill_with_kv_cache_with_jit_module": (
+        "jit_module q k v * kv_layout='NHD' mask_mode=0 window_left=-1 return_lse=False"
+    ),
+    "decode.BatchDecodeWithPagedKVCacheWrapper": (
+        "float_workspace_buffer kv_layout='NHD' use_cuda_graph=False use_tensor_cores=False "
+        "paged_kv_indptr_buffer=None paged_kv_indices_buffer=None paged_kv_last_page_len_buffer=None backend='auto' "
+        "jit_args=None"
+    ),
+    "decode.BatchDecodeWithPagedKVCacheWrapper.plan": DECODE_PLAN,
+    "decode.BatchDecodeWithPagedKVCacheWrapper.begin_forward": DECODE_PLAN,
+    "decode.BatchDecodeWithPagedKVCacheWrapper.run": (
+        f"q paged_kv_cache {RUN} window_left=None sinks=None q_len_per_req=None "
+        "skip_softmax_threshold_scale_factor=None kv_cache_sf=None"
+    ),
+    "decode.BatchDecodeWithPagedKVCacheWrapper.forward": (
+        "q paged_kv_cache pos_encoding_mode='NONE' q_scale=None k_scale=None v_scale=None window_left=-1 "
+        "logits_soft_cap=None sm_scale=None rope_scale=None rope_theta=None"
+    ),
+    "decode.BatchDecodeWithPagedKVCacheWrapper.reset_workspace_buffer": "float_workspace_buffer int_workspace_buffer",
+    "decode.CUDAGraphBatchDecodeWithPagedKVCacheWrapper": (
+        "workspace_buffer indptr_buffer indices_buffer last_page_len_buffer kv_layout='NHD' use_tensor_cores=False"
+    ),
+    "prefill.BatchPrefillWithPagedKVCacheWrapper": f"{PREFILL_BUFFERS} jit_args=None jit_kwargs=None",
+    "prefill.BatchPrefillWithPagedKVCacheWrapper.plan": PAGED_PLAN,
+    "prefill.BatchPrefillWithPagedKVCacheWrapper.begin_forward": PAGED_PLAN,
+    "prefill.BatchPrefillWithPagedKVCacheWrapper.run": (
+        f"q paged_kv_cache {RUN} window_left=None sinks=None kv_cache_sf=None"
+    ),
+    "prefill.BatchPrefillWithPagedKVCacheWrapper.forward": (
+        "q paged_kv_cache causal=False pos_encoding_mode='NONE' use_fp16_qk_reduction=False k_scale=None v_scale=None "
+        "window_left=-1 logits_soft_cap=None sm_scale=None rope_scale=None rope_theta=None"
+    ),
+    "prefill.BatchPrefillWithPagedKVCacheWrapper.reset_workspace_buffer": "float_workspace_buffer int_workspace_buffer",
+    "prefill.BatchPrefillWithRaggedKVCacheWrapper": (
+        "float_workspace_buffer kv_layout='NHD' use_cuda_graph=False qo_indptr_buf=None kv_indptr_buf=None "
+        "custom_mask_buf=None mask_indptr_buf=None backend='auto' jit_args=None jit_kwargs=None"
+    ),
+    "prefill.BatchPrefillWithRaggedKVCacheWrapper.plan": RAGGED_PLAN,
+    "prefill.BatchPrefillWithRaggedKVCacheWrapper.begin_forward": RAGGED_PLAN,
+    "prefill.BatchPrefillWithRaggedKVCacheWrapper.run": f"q k v {RUN} o_scale=None kv_cache_sf=None",
+    "prefill.BatchPrefillWithRaggedKVCacheWrapper.forward": (
+        "q k v causal=False pos_encoding_mode='NONE' use_fp16_qk_reduction=False window_left=-1 logits_soft_cap=None "
+        "sm_scale=None rope_scale=None rope_theta=None"
+    ),
+    "attention.BatchAttention": "kv_layout='NHD' device='cuda'",
+    "attention.BatchAttention.plan": (
+        "qo_indptr kv_indptr kv_indices kv_len_arr num_qo_heads num_kv_heads head_dim_qk head_dim_vo page_size "
+        "causal=False sm_scale=None logits_soft_cap=None q_data_type='bfloat16' kv_data_type='bfloat16' "
+        "use_profiler=False"
+    ),
+    "attention.BatchAttention.run": (
+        "q kv_cache out=None lse=None k_scale=None v_scale=None logits_soft_cap=0.0 profiler_buffer=None "
+        "kv_cache_sf=None"
+    ),
+    "attention.BatchAttentionWithAttentionSinkWrapper": (
+        f"{PREFILL_BUFFERS} pos_encoding_mode='NONE' use_fp16_qk_reduction=False q_data_type='bfloat16' "
+        "kv_data_type='bfloat16' head_dim_qk=128 head_dim_vo=128 window_left=-1"
+    ),
+    "attention.BatchAttentionWithAttentionSinkWrapper.run": "q paged_kv_cache sink sm_scale",
+    "pod.PODWithPagedKVCacheWrapper": (
+        "float_workspace_buffer kv_layout='NHD' use_cuda_graph=False paged_kv_indptr_buffer=None "
+        "paged_kv_indices_buffer=None paged_kv_last_page_len_buffer=None jit_args=None"
+    ),
+    "pod.PODWithPagedKVCacheWrapper.plan": (
+        "indptr indices last_page_len num_qo_heads num_kv_heads head_dim page_size pos_encoding_mode='NONE' "
+        "window_left=-1 q_data_type='float16' kv_data_type=None data_type=None sm_scale=None rope_scale=None "
+        "rope_theta=None non_blocking=True"
+    ),
+    "pod.PODWithPagedKVCacheWrapper.run": (
+        "q_p k_p v_p q_d paged_kv_cache_d custom_mask_p=None packed_custom_mask_p=None causal_p=False "
+        "kv_layout_p='NHD' pos_encoding_mode_p='NONE' sm_scale_p=None window_left_p=-1 rope_scale_p=None "
+        "rope_theta_p=None return_lse_p=False custom_mask_d=None packed_custom_mask_d=None causal_d=False "
+        "kv_layout_d='NHD' pos_encoding_mode_d='NONE' sm_scale_d=None window_left_d=-1 rope_scale_d=None "
+        "rope_theta_d=None q_scale=None k_scale=None v_scale=None return_lse_d=False use_fp16_qk_reduction=False "
+        "enable_pdl=None"
+    ),
+    "cascade.merge_state": "v_a s_a v_b s_b",
+    "cascade.merge_state_in_place": "v s v_other s_other mask=None",
+    "cascade.merge_states": "v s",
+    "cascade.MultiLevelCascadeAttentionWrapper": (
+        "num_levels float_workspace_buffer kv_layout='NHD' use_cuda_graph=False qo_indptr_buf_arr=None "
+        "paged_kv_indptr_buf_arr=None paged_kv_indices_buf_arr=None paged_kv_last_page_len_buf_arr=None"
+    ),
+    "cascade.MultiLevelCascadeAttentionWrapper.plan": (
+        "qo_indptr_arr paged_kv_indptr_arr paged_kv_indices_arr paged_kv_last_page_len num_qo_heads num_kv_heads "
+        "head_dim page_size causal=False pos_encoding_mode='NONE' use_fp16_qk_reduction=False sm_scale=None "
+        "window_left=-1 logits_soft_cap=None rope_scale=None rope_theta=None q_data_type='float16' kv_data_type=None"
+    ),
+    "cascade.MultiLevelCascadeAttentionWrapper.run": "q paged_kv_cache",
+    "cascade.BatchDecodeWithSharedPrefixPagedKVCacheWrapper": "float_workspace_buffer kv_layout='NHD'",
+    "cascade.BatchDecodeWithSharedPrefixPagedKVCacheWrapper.begin_forward": (
+        "unique_kv_indptr unique_kv_indices unique_kv_last_page_len num_qo_heads num_kv_heads head_dim page_size "
+        "data_type='float16'"
+    ),
+    "cascade.BatchDecodeWithSharedPrefixPagedKVCacheWrapper.forward": (
+        "q k_shared v_shared unique_kv_cache allow_fp16_qk_reduction=False sm_scale=None rope_scale=None "
+        "rope_theta=None"
+    ),
+    "cascade.BatchPrefillWithSharedPrefixPagedKVCacheWrapper": "float_workspace_buffer kv_layout='NHD'",
+    "cascade.BatchPrefillWithSharedPrefixPagedKVCacheWrapper.begin_forward": (
+        "qo_indptr paged_kv_indptr paged_kv_indices paged_kv_last_page_len num_qo_heads num_kv_heads head_dim page_size"
+    ),
+    "cascade.BatchPrefillWithSharedPrefixPagedKVCacheWrapper.forward": (
+        "q k_shared v_shared unique_kv_cache causal=False use_fp16_qk_reduction=False sm_scale=None rope_scale=None "
+        "rope_theta=None"
+    ),
+    "sparse.BlockSparseAttentionWrapper": "float_workspace_buffer backend='auto'",
+    "sparse.BlockSparseAttentionWrapper.plan": (
+        # FlashInfer's o_data_type is 'float16'; here it follows q, which its own default makes the same.
+        "indptr indices M N R C num_qo_heads num_kv_heads head_dim mask=None packed_mask=None causal=False "
+        "pos_encoding_mode='NONE' use_fp16_qk_reduction=False logits_soft_cap=None sm_scale=None rope_scale=None "
+        "rope_theta=None q_data_type='float16' kv_data_type=None o_data_type=None non_blocking=True block_mask=None"
+    ),
+    "sparse.BlockSparseAttentionWrapper.run": (
+        "q k v scale_q=None scale_k=None scale_v=None out=None lse=None return_lse=False enable_pdl=None"
+    ),
+    "sparse.BlockSparseAttentionWrapper.forward": SPARSE_FORWARD,
+    "sparse.VariableBlockSparseAttentionWrapper": "float_workspace_buffer backend='auto'",
+    "sparse.VariableBlockSparseAttentionWrapper.plan": (
+        "block_mask_map block_row_sz block_col_sz num_qo_heads num_kv_heads head_dim causal=False "
+        "pos_encoding_mode='NONE' use_fp16_qk_reduction=False logits_soft_cap=None sm_scale=None rope_scale=None "
+        "rope_theta=None non_blocking=True q_data_type='float16' kv_data_type=None"
+    ),
+    "sparse.VariableBlockSparseAttentionWrapper.run": "q k v out=None lse=None return_lse=False enable_pdl=None",
+    "sparse.VariableBlockSparseAttentionWrapper.forward": SPARSE_FORWARD,
+    "sparse.convert_bsr_mask_layout": "mask indptr",
+    "page.get_batch_indices_positions": "append_indptr seq_lens nnz batch_indices=None positions=None",
+    "page.get_seq_lens": "kv_indptr kv_last_page_len page_size",
+    "page.append_paged_kv_cache": (
+        "append_key append_value batch_indices positions paged_kv_cache kv_indices kv_indptr kv_last_page_len "
+        "kv_layout='NHD'"
+    ),
+    "page.append_paged_mla_kv_cache": (
+        "append_ckv append_kpe batch_indices positions ckv_cache kpe_cache kv_indices kv_indptr kv_last_page_len"
+    ),
+}
+
+#: Positional parameters that FlashInfer requires and ours lets out: (function, parameter) -> default here.
+MILDER = {
+    ("decode.BatchDecodeWithPagedKVCacheWrapper", "float_workspace_buffer"): None,  # or workspace_buffer=
+    ("decode.BatchDecodeWithPagedKVCacheWrapper.reset_workspace_buffer", "int_workspace_buffer"): None,
+    ("prefill.BatchPrefillWithPagedKVCacheWrapper.reset_workspace_buffer", "int_workspace_buffer"): None,
+    ("attention.BatchAttentionWithAttentionSinkWrapper.run", "sink"): None,  # or sinks=
+    ("attention.BatchAttentionWithAttentionSinkWrapper.run", "sm_scale"): None,  # that of the plan
+}
+
+
+def find(name):
+    value = flashinfer
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def parse(text):
+    """([(positional name, default)], {keyword-only name: default})."""
+    positional, keywords, by_keyword = [], {}, False
+    for word in text.split():
+        if word == "*":
+            by_keyword = True
+            continue
+        name, has_default, default = word.partition("=")
+        value = eval(default) if has_default else NO
+        if by_keyword:
+            keywords[name] = value
+        else:
+            positional.append((name, value))
+    return positional, keywords
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_parameters_and_their_order(name):
+    positional, keywords = parse(SIGNATURES[name])
+    function = find(name)
+    ours = inspect.signature(function).parameters
+    have = [(p.name, p.default) for p in ours.values() if p.kind is P.POSITIONAL_OR_KEYWORD and p.name != "self"]
+    wanted = [(n, MILDER.get((name, n), d)) for n, d in positional]
+    assert have == wanted
+    for keyword, default in keywords.items():
+        assert keyword in ours, f"{keyword} is missing"
+        assert ours[keyword].kind is P.KEYWORD_ONLY and ours[keyword].default == default
+    required = [p.name for p in ours.values() if p.kind is P.KEYWORD_ONLY and p.default is NO]
+    assert not required, "a call in FlashInfer's form would fail"
+
+
+@pytest.mark.parametrize("family", ["decode.BatchDecodeWithPaged", "prefill.BatchPrefillWithPaged",
+                                    "prefill.BatchPrefillWithRagged"])  # fmt: skip
+def test_extra_tensors_of_variants_follow_by_position(family):
+    kinds = [p.kind for p in inspect.signature(find(f"{family}KVCacheWrapper.run")).parameters.values()]
+    assert P.VAR_POSITIONAL in kinds
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["decode.BatchDecodeWithPagedKVCacheWrapper", "prefill.BatchPrefillWithPagedKVCacheWrapper",
+     "prefill.BatchPrefillWithRaggedKVCacheWrapper", "sparse.BlockSparseAttentionWrapper",
+     "sparse.VariableBlockSparseAttentionWrapper", "cascade.MultiLevelCascadeAttentionWrapper",
+     "attention.BatchAttentionWithAttentionSinkWrapper"],
+)  # fmt: skip
+def test_methods_under_their_old_and_new_names(name):
+    wrapper = find(name)
+    for method in ("plan", "begin_forward", "run", "run_return_lse", "forward", "forward_return_lse", "end_forward",
+                   "workspace_size", "reset_workspace_buffer"):  # fmt: skip
+        assert callable(getattr(wrapper, method)), method
+
+
+def test_workspace_size_takes_the_arguments_of_plan():
+    """`workspace_size` passes its arguments on to what reads those of `plan`: the same names, in the same order."""
+    from fi_cupy import decode_plan
+
+    for wrapper, prepare, skip in (
+        (flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper, decode_plan.prepare, 3),
+        (flashinfer.prefill.BatchPrefillWithPagedKVCacheWrapper, None, 2),
+        (flashinfer.prefill.BatchPrefillWithRaggedKVCacheWrapper, None, 2),
+    ):
+        plan = list(inspect.signature(wrapper.plan).parameters)[1:]
+        read = inspect.signature(prepare or wrapper._prepare).parameters
+        short = {
+            "paged_kv_indptr": "kv_indptr", "paged_kv_indices": "kv_indices", "paged_kv_last_page_len": "last_page_len"
+        }  # fmt: skip
+        expected = [n if n in read else short[n] for n in plan]
+        assert list(read)[skip:] == expected
