@@ -1,4 +1,4 @@
-"""Times every launch shape of the sampling kernels: what the thresholds in `sampling_launch.launch_shape` come from.
+"""Times every launch shape of the sampling kernels: what the thresholds in `sampling_kernels.launch_shape` come from.
 
 python bench/tune_sampling.py [--vocab 128256] [--batches 1,8,64,512] [--json FILE]
 python bench/tune_sampling.py --build    # only compiles, in parallel, what `launch_shape` can choose
@@ -15,12 +15,12 @@ from unittest import mock
 
 from bench_sampling import SEED, normal_logits
 
-from fi_cupy import sampling, sampling_launch, topk
+from fi_cupy import sampling, sampling_kernels, sampling_launch, topk
 from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.dtypes import DType, bfloat16, float16, float32
 from fi_cupy.jit.build import build_many
 from fi_cupy.jit.spec import KernelSpec
-from fi_cupy.sampling_launch import LaunchShape, filter_spec, room, sample_spec, softmax_spec, speculative_spec
+from fi_cupy.sampling_kernels import LaunchShape, filter_spec, room, sample_spec, softmax_spec, speculative_spec
 from fi_cupy.testing.bench import launch_count, set_count
 from fi_cupy.testing.bench_gpu import GpuTimer
 
@@ -32,9 +32,9 @@ OPS: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("topk_topp logits", "select", "l", lambda x: sampling.top_k_top_p_sampling_from_logits(x, 50, 0.9, **AT)),
     ("topk_topp joint", "select", "l",
      lambda x: sampling.top_k_top_p_sampling_from_logits(x, 50, 0.9, filter_apply_order="joint", **AT)),
-    ("topp logits", "select", "l", lambda x: sampling.top_k_top_p_sampling_from_logits(x, 1 << 30, 0.9, **AT)),
+    ("topp logits", "reject", "l", lambda x: sampling.top_k_top_p_sampling_from_logits(x, 1 << 30, 0.9, **AT)),
     ("topk probs", "select", "p", lambda x: sampling.top_k_sampling_from_probs(x, 50, **AT)),
-    ("topp probs", "select", "p", lambda x: sampling.top_p_sampling_from_probs(x, 0.9, **AT)),
+    ("topp probs", "reject", "p", lambda x: sampling.top_p_sampling_from_probs(x, 0.9, **AT)),
     ("minp probs", "select", "p", lambda x: sampling.min_p_sampling_from_probs(x, 0.05, **AT)),
     ("top_k", "top_k", "l", lambda x: topk.top_k(x, 50)),
     ("topk_mask", "fill", "l", lambda x: sampling.top_k_mask_logits(x, 50)),
@@ -82,7 +82,7 @@ def chosen_specs(device: DeviceInfo) -> Iterator[KernelSpec]:
         for vocab, rows in sizes:
 
             def shape(kind: str, vocab: int = vocab, rows: int = rows) -> LaunchShape:
-                return sampling_launch.launch_shape(kind, rows, vocab, device)
+                return sampling_kernels.launch_shape(kind, rows, vocab, device)
 
             for logits in (True, False):
                 yield sample_spec(dtype, logits, "none", room(vocab), shape("draw"))
@@ -93,7 +93,7 @@ def chosen_specs(device: DeviceInfo) -> Iterator[KernelSpec]:
             yield softmax_spec(dtype, room(vocab), shape("softmax"))
             yield topk.top_k_spec(dtype, room(vocab), shape("top_k"))
             yield speculative_spec(dtype, room(vocab), shape("speculative"))
-    yield from (*sampling_launch.kernel_specs(), *topk.kernel_specs())
+    yield from (*sampling_kernels.kernel_specs(), *topk.kernel_specs())
 
 
 def compile_all(specs: Iterable[KernelSpec], device: DeviceInfo, processes: int) -> None:
@@ -144,7 +144,7 @@ def main() -> None:
 def measure(timer: GpuTimer, sets: list[Any], kind: str, vocab: int, rows: int, call: Callable[[Any], Any]) -> Any:
     """Microseconds of each shape; "now" is what `launch_shape` chooses."""
     replays: dict[str, Any] = {}
-    now = sampling_launch.launch_shape(kind, rows, vocab, device_info(0))
+    now = sampling_kernels.launch_shape(kind, rows, vocab, device_info(0))
     for shape in dict.fromkeys([now, *shapes(kind, vocab)]):
         label = shape.tag + ("*" if shape == now else "")
         with (

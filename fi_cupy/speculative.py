@@ -11,17 +11,8 @@ from fi_cupy.device import device_info
 from fi_cupy.dtypes import FLOAT_TYPES, INDEX_TYPES, int32, int64
 from fi_cupy.errors import LayoutError
 from fi_cupy.jit.kernel import load_kernel
-from fi_cupy.sampling_launch import (
-    ALIGNED_IN,
-    INDICES64,
-    NEW_ACCEPTED,
-    NEW_EMITTED,
-    Random,
-    check_vocab,
-    launch_shape,
-    room,
-    speculative_spec,
-)
+from fi_cupy.sampling_kernels import launch_shape, room, speculative_spec
+from fi_cupy.sampling_launch import ALIGNED_IN, INDICES64, NEW_ACCEPTED, NEW_EMITTED, Random, check_vocab
 
 
 def chain_speculative_sampling(

@@ -24,7 +24,8 @@ from fi_cupy.errors import ArgumentError
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
-from fi_cupy.sampling_launch import NARROW, LaunchShape, checked_rows, launch_shape, room, row_shared
+from fi_cupy.sampling_kernels import NARROW, LaunchShape, launch_shape, room, row_shared
+from fi_cupy.sampling_launch import checked_rows
 
 # kernels/topk.cuh: TopKFlags
 _LARGE_TIES, _SORTED = 1, 2

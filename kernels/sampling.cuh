@@ -8,26 +8,11 @@
 // Shared memory (dynamic): RowShared, and the row's segments if they are held. Bytes moved: rows * vocab * sizeof(T),
 // and as much for rows written. Architecture: any; clusters need sm_90.
 #pragma once
-#include "common/philox.cuh"
 #include "ptx/pdl.cuh"
 #include "sampling/band.cuh"
+#include "sampling/draw.cuh"
 
 namespace fi {
-
-enum SamplingFlags : uint32_t {
-  kIndices64 = 1,       // indices and output tokens (of chain sampling: all ids) are int64, else int32
-  kTopK64 = 2,          // top_k is int64, else int32
-  kP64 = 4,             // p is float64, else float32
-  kSeedPerRow = 8,      // seed has one element a row: the row number stays out of the counter
-  kOffsetPerRow = 16,   // offset has one element a row
-  kJoint = 32,          // FilterArgs::joint
-  kAlignedInput = 64,   // rows start on 16 bytes
-  kAlignedOutput = 128,
-  kNewAccepted = 256,   // chain sampling: this counter is written, not added to
-  kNewEmitted = 512,
-  kMinP64 = 1024,       // min_p is float64, else float32
-  kTemperature64 = 2048,
-};
 
 struct SamplingParams {
   const void* input;
@@ -86,6 +71,9 @@ FI_DEVICE FilterArgs filter_args(const SamplingParams& params, uint32_t row) {
 struct NoFilter {
   static constexpr bool kFilters = false, kTop = false, kMin = false;
 };
+struct TopP {  // alone: by rejection
+  static constexpr bool kFilters = false, kTop = false, kMin = false;
+};
 struct MinP {
   static constexpr bool kFilters = true, kTop = false, kMin = true;
 };
@@ -95,81 +83,6 @@ struct TopKTopP {
 struct AllFilters {
   static constexpr bool kFilters = true, kTop = true, kMin = true;
 };
-
-// Where the row's random numbers start.
-struct Stream {
-  uint64_t seed, offset;
-  uint32_t row;
-  FI_DEVICE Stream(const uint64_t* seeds, const uint64_t* offsets, uint64_t seed_value, uint64_t offset_value,
-                   uint32_t flags, uint32_t output_row) {
-    seed = seeds ? seeds[flags & kSeedPerRow ? output_row : 0] : seed_value;
-    offset = offsets ? offsets[flags & kOffsetPerRow ? output_row : 0] : offset_value;
-    row = flags & kSeedPerRow ? 0 : output_row;
-  }
-  FI_DEVICE uint64_t bits64(uint32_t draw) const { return Philox::bits64(seed, offset, row, draw); }
-};
-
-// Draw a token by 64 random bits: the first whose cumulative mass exceeds random * total / 2^64. With kWhole nothing is
-// filtered, and the sums are the first pass's; else they are those of what the threshold keeps. Same result in every
-// thread.
-template <bool kWhole, class State>
-FI_DEVICE uint32_t draw(const State& state, uint32_t threshold, uint64_t random) {
-  using Domain = typename State::Domain;
-  using Row = typename State::Row;
-  static_assert(State::kThreads / 32 >= Row::kBlocks, "a warp a block");
-  auto& shared = state.shared;
-  uint64_t total, own = 0;
-  if constexpr (kWhole) own = state.part(threadIdx.x);
-  else if (threadIdx.x < state.row.segments()) own = shared.sum[threadIdx.x];
-  const uint64_t end = block_scan<State::kThreads>(own, shared.warp_sum, total);
-  const uint64_t target = __umul64hi(random, total);
-  if (end - own <= target && target < end) {  // one thread
-    shared.bin = threadIdx.x;
-    shared.above = target - (end - own);
-  }
-  __syncthreads();  // the segment is known
-  const uint32_t segment = shared.bin;
-  const uint64_t rest = shared.above;
-  auto ref = state.ref;
-  uint64_t weight = kWeightOne;
-  if constexpr (kWhole && Domain::kOwnRef) {
-    ref = Domain::ref(value_of(shared.top[segment]));
-    weight = Domain::weight(ref, state.ref);
-  }
-  uint64_t mass[Row::kPer], sum = 0, inclusive = 0;  // a warp a block
-  if (warp_id() < Row::kBlocks) {
-    float v[Row::kPer];
-    state.row.load_at(segment * kSegment + warp_id() * Row::kBlock + lane_id() * Row::kPer, v);
-#pragma unroll
-    for (int j = 0; j < Row::kPer; ++j) {
-      mass[j] = kWhole || key_of(v[j]) >= threshold ? Domain::mass(v[j], ref) : 0;
-      sum += mass[j];
-    }
-    inclusive = sum;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const uint64_t other = __shfl_up_sync(kFullMask, inclusive, offset);
-      if (lane_id() >= offset) inclusive += other;
-    }
-    if (lane_id() == 31) shared.warp_sum[warp_id()] = inclusive;
-  }
-  __syncthreads();  // the blocks' masses are known
-  if (warp_id() < Row::kBlocks) {
-    for (int w = 0; w < warp_id(); ++w) inclusive += shared.warp_sum[w];
-    uint64_t start = inclusive - sum;
-    if (scaled(start, weight) <= rest && rest < scaled(inclusive, weight)) {  // one lane
-      uint32_t before = 0;
-#pragma unroll
-      for (int j = 0; j < Row::kPer; ++j) {
-        start += mass[j];
-        before += scaled(start, weight) <= rest;
-      }
-      shared.token = segment * kSegment + warp_id() * Row::kBlock + lane_id() * Row::kPer + before;
-    }
-  }
-  __syncthreads();  // the token is known
-  return shared.token;
-}
 
 // What the cluster's first CTA found out about a row. The other CTAs come back with `first` false, having arrived at a
 // cluster barrier that they have not waited at.
@@ -278,7 +191,7 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
 
 }  // namespace sampling
 
-// Config: T, Domain (sampling::Logits or Probs), Filter (sampling::NoFilter, MinP, TopKTopP or AllFilters), kScaled (by
+// Config: T, Domain (sampling::Logits or Probs), Filter (sampling::NoFilter, TopP, MinP, TopKTopP or AllFilters), kScaled (by
 // temperature), kThreads, kCluster, kSegments, kList (RowShared), kSharedBytes (its size)
 template <class Config>
 FI_DEVICE void sample(const SamplingParams& params) {
@@ -313,20 +226,29 @@ FI_DEVICE void sample(const SamplingParams& params) {
     }
     const Row row = Source::make(plain, inverse);
     const Stream stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, output_row);
-    const uint64_t random = stream.bits64(0);
-    const Judged judged = judge_row<Filter, Shape, Config::kScaled ? 0 : kExactBits<T>, Domain>(
-        row, filter_args<Filter>(params, output_row), shared, random, NotHeld{});
-    if (!judged.first) return;
-    nan = judged.nan;
-    valid = judged.valid;
-    if (valid) {
-      const RowState<Domain, Config::kThreads, Row, Shared> state(row, shared);
-      if (judged.verdict.drawn) {
-        token = judged.verdict.token;
-      } else if (judged.whole) {
-        token = draw<true>(state, 0, random);
-      } else {
-        token = draw<false>(state, judged.verdict.threshold, random);
+    const FilterArgs args = filter_args<Filter>(params, output_row);
+    if constexpr (is_same_v<Filter, TopP>) {
+      const Outcome drawn = draw_top_p<Domain, Shape>(row, args, shared, stream);
+      if (!drawn.first) return;
+      nan = drawn.nan;
+      valid = drawn.valid;
+      token = drawn.token;
+    } else {
+      const uint64_t random = stream.bits64(0);
+      const Judged judged = judge_row<Filter, Shape, Config::kScaled ? 0 : kExactBits<T>, Domain>(
+          row, args, shared, random, NotHeld{});
+      if (!judged.first) return;
+      nan = judged.nan;
+      valid = judged.valid;
+      if (valid) {
+        const RowState<Domain, Config::kThreads, Row, Shared> state(row, shared);
+        if (judged.verdict.drawn) {
+          token = judged.verdict.token;
+        } else if (judged.whole) {
+          token = draw<true>(state, 0, random).token;
+        } else {
+          token = draw<false>(state, judged.verdict.threshold, random).token;
+        }
       }
     }
   } else if (Shape::rank() != 0) {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,11 @@ class Filter:
     min_p: Array | None = None
     joint: bool = False
 
+    @property
+    def rejects(self) -> bool:
+        """Top-p alone: draws by rejection."""
+        return self.top_p is not None and self.top_k is None and self.min_p is None
+
     def threshold(self, row: Array, domain: Domain, i: int) -> Any:
         """The smallest kept value of a valid float32 row, for output row `i`; None if its parameters keep all."""
         threshold = self._top_threshold(row, domain, i)
@@ -228,6 +234,12 @@ class Filter:
         top = row.max()
         least = min(domain.min_p_value(_F32(self.min_p[i]), top), top)
         return least if threshold is None else max(threshold, least)
+
+    def target(self, p: float, total: int, top: Any, domain: Domain) -> int:
+        """The mass that top-p has to reach; the likeliest tokens are always kept."""
+        if not p > 0:
+            return 1
+        return max(1, domain.absolute(p, total, top) if self.joint else share(p, total))
 
     def _top_threshold(self, row: Array, domain: Domain, i: int) -> Any:
         top = row.max()
@@ -243,9 +255,7 @@ class Filter:
             total = int(segment_sums(row, domain)[2].sum(dtype=np.uint64))
         elif not self.joint:
             total = int(masses[kept].sum(dtype=np.uint64))
-        target = 1
-        if p > 0:
-            target = max(target, domain.absolute(p, total, top) if self.joint else share(p, total))
+        target = self.target(p, total, top, domain)
         if int(masses[kept].sum(dtype=np.uint64)) < target:
             return threshold
         return _select(row[kept], masses[kept], target)
@@ -271,6 +281,23 @@ def draw_token(row: Array, domain: Domain, threshold: Any, random: int) -> int:
     segment = int(np.searchsorted(ends, np.uint64(target), side="right"))
     rest = target - int(ends[segment] - sums[segment])
     return segment * SEGMENT + _first_above(masses[segment], int(weights[segment]), rest)
+
+
+def draw_top_p(row: Array, domain: Domain, keep: Filter, i: int, random: Callable[[int], int]) -> int:
+    """Top-p alone: a token drawn from all, and as long as top-p does not keep it, from those likelier than it."""
+    token = draw_token(row, domain, None, random(0))
+    p = float(_F32(keep.top_p[i]))  # type: ignore[index]
+    if not p < 1:
+        return token
+    top = row.max()
+    target = keep.target(p, int(segment_sums(row, domain)[2].sum(dtype=np.uint64)), top, domain)
+    masses = domain.mass(row, top)
+    for round in range(1, row.size + 1):
+        likelier = row > row[token]
+        if int(masses[likelier].sum(dtype=np.uint64)) < target:
+            break
+        token = draw_token(row, domain, row[likelier].min(), random(round))
+    return token
 
 
 def streams(rows: int, seed: Any, offset: Any) -> list[tuple[int, int, int]]:
@@ -319,7 +346,10 @@ def sample(
         nan[i] = np.isnan(row).any()
         valid[i] = not nan[i] and domain.valid(row.max())
         if valid[i]:
-            tokens[i] = draw_token(row, domain, keep.threshold(row, domain, i), bits64(s, o, r, 0))
+            if keep.rejects:
+                tokens[i] = draw_top_p(row, domain, keep, i, partial(bits64, s, o, r))
+            else:
+                tokens[i] = draw_token(row, domain, keep.threshold(row, domain, i), bits64(s, o, r, 0))
     return tokens, valid, nan
 
 

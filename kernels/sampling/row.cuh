@@ -72,7 +72,7 @@ struct RowShared {
   uint32_t top[kSegments];   // largest key of each segment
   uint32_t block_top[kSelects ? kSegments * 8 : 1];  // and of each block
   uint32_t key[kSelects ? kList : 1], index[kSelects ? kList : 1];
-  uint32_t count, blocks, bin, threshold, token, bound, inside, low[2], high[2], told_key;
+  uint32_t count, blocks, bin, threshold, token, bound, inside, low[2], high[2], told_key, told_top;
   float told_sum;
 
   FI_DEVICE uint64_t* masses() { return reinterpret_cast<uint64_t*>(bins); }  // kBins of them

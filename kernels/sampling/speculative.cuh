@@ -89,7 +89,7 @@ FI_DEVICE void chain_speculative(const SpeculativeParams& params) {
   uint32_t token = 0;
   if (state.valid()) {
     state.correct_unit();
-    token = draw<true>(state, 0, stream.bits64(n));
+    token = draw<true>(state, 0, stream.bits64(n)).token;
   }
   if (warp_id() == 0) {
     for (uint32_t i = lane_id(); i <= n; i += 32) {

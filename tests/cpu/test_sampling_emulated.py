@@ -15,7 +15,7 @@ import pytest
 
 from fi_cupy import sampling, sampling_launch, speculative, topk
 from fi_cupy.reference import sampling_filters as sf
-from fi_cupy.sampling_launch import LaunchShape
+from fi_cupy.sampling_kernels import LaunchShape
 from fi_cupy.testing.generators import normal
 
 pytestmark = pytest.mark.skipif(not emulate.available(), reason="needs g++ on x86-64")

@@ -9,7 +9,7 @@ from fi_cupy import sampling, sampling_launch
 from fi_cupy.device import device_info
 from fi_cupy.reference import sampling as rs
 from fi_cupy.reference import sampling_filters as sf
-from fi_cupy.sampling_launch import LaunchShape
+from fi_cupy.sampling_kernels import LaunchShape
 from fi_cupy.testing.generators import normal, on_gpu, to_float64
 from fi_cupy.testing.tolerances import assert_close
 

@@ -7,7 +7,7 @@ import pytest
 
 from fi_cupy import topk
 from fi_cupy.device import device_info
-from fi_cupy.sampling_launch import LaunchShape
+from fi_cupy.sampling_kernels import LaunchShape
 from fi_cupy.testing.generators import normal, on_gpu
 
 cupy = pytest.importorskip("cupy")

@@ -1,0 +1,335 @@
+"""Kernel instances of the sampling family, and how a launch shares out its rows."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from fi_cupy.device import DeviceInfo
+from fi_cupy.dtypes import DType, bfloat16, float16, float32
+from fi_cupy.jit.params import ParamsStruct
+from fi_cupy.jit.spec import CppType, KernelSpec
+
+#: The largest vocabulary of the GPU kernels: 512 segments of 1024 tokens (their sums lie in shared memory).
+MAX_VOCAB = 1 << 19
+
+_PARAMS = ParamsStruct(
+    "SamplingParams",
+    [
+        ("input", "ptr"),
+        ("output", "ptr"),
+        ("valid", "ptr"),
+        ("nan", "ptr"),
+        ("indices", "ptr"),
+        ("top_k", "ptr"),
+        ("p", "ptr"),
+        ("seed", "ptr"),
+        ("offset", "ptr"),
+        ("seed_value", "u64"),
+        ("offset_value", "u64"),
+        ("stride", "i64"),
+        ("rows", "u32"),
+        ("vocab", "u32"),
+        ("top_k_value", "i32"),
+        ("p_value", "f32"),
+        ("flags", "u32"),
+        ("min_p_value", "f32"),
+        ("min_p", "ptr"),
+        ("temperature", "ptr"),
+        ("inverse_value", "f32"),
+    ],
+)
+_SOFTMAX_PARAMS = ParamsStruct(
+    "SoftmaxParams",
+    [
+        ("input", "ptr"),
+        ("output", "ptr"),
+        ("temperature", "ptr"),
+        ("stride", "i64"),
+        ("vocab", "u32"),
+        ("inverse_value", "f32"),
+        ("temperature64", "u32"),
+        ("aligned", "u32"),
+    ],
+)
+_SPECULATIVE_PARAMS = ParamsStruct(
+    "SpeculativeParams",
+    [
+        ("draft_probs", "ptr"),
+        ("draft_token_ids", "ptr"),
+        ("target_probs", "ptr"),
+        ("output", "ptr"),
+        ("accepted", "ptr"),
+        ("emitted", "ptr"),
+        ("seed", "ptr"),
+        ("offset", "ptr"),
+        ("seed_value", "u64"),
+        ("offset_value", "u64"),
+        ("num_draft", "u32"),
+        ("vocab", "u32"),
+        ("flags", "u32"),
+    ],
+)
+
+
+#: Shared memory for the segments that a CTA holds, bytes at most.
+MOST_HELD = 128 * 1024
+#: Most elements that a filter kernel lists before it searches the whole row instead.
+_LIST = 4096
+
+
+class LaunchShape(NamedTuple):
+    """How the CTAs of a launch share out the rows.
+
+    Attributes
+    ----------
+    threads : int
+        A CTA.
+    cluster : int
+        CTAs a row.
+    min_blocks : int
+        CTAs that one multiprocessor should hold; 0 leaves the registers to the compiler.
+    hold : bool
+        Rows that are written stay on chip between reading and writing.
+    """
+
+    threads: int = 512
+    cluster: int = 1
+    min_blocks: int = 2
+    hold: bool = False
+
+    @property
+    def tag(self) -> str:
+        return f"t{self.threads}c{self.cluster}" + ("h" if self.hold else "") + f"m{self.min_blocks}"
+
+    @property
+    def min_arch(self) -> int:
+        return 75 if self.cluster == 1 and not self.hold else 90
+
+    @property
+    def max_arch(self) -> int:
+        """Rows are held where a CTA may have 227 KB of shared memory; for sm_120 code takes more registers."""
+        return 110 if self.hold or self.min_blocks > 1 or (self.threads > 256 and self.cluster > 1) else 0
+
+
+PORTABLE = LaunchShape(min_blocks=1)
+#: Where 512 threads would have too few registers.
+NARROW = LaunchShape(256, 1, 1)
+_NARROW_KINDS = ("fill", "hold", "top_k", "speculative")
+
+
+def _shared_bytes(segments: int, selects: bool, listed: int) -> int:
+    """sizeof(fi::sampling::RowShared<segments, selects, listed>)."""
+    size = 8 * segments + 8 * 32 + 16 * (256 if selects else 1) + 16
+    size = -(-size // 16) * 16 + 4 * (4096 if selects else 4)
+    size += 4 * segments + 4 * (8 * segments if selects else 1) + 8 * (listed if selects else 1) + 56
+    return -(-size // 16) * 16
+
+
+def _segments(vocab: int) -> int:
+    return -(-vocab // 1024)
+
+
+def room(vocab: int) -> int:
+    """Segments that the kernel for this vocabulary has room for."""
+    return 256 if vocab <= 1 << 18 else 512
+
+
+def row_shared(room: int, selects: bool, shape: LaunchShape) -> tuple[int, int]:
+    """(kList, bytes): what is listed must leave the portable kernels within the 64 KB of sm_75, and two CTAs that hold
+    64 KB of a row each in one multiprocessor.
+    """
+    short = shape.hold or (room > 256 and shape.cluster == 1)
+    listed = 0 if not selects else _LIST // 2 if short else _LIST
+    return listed, _shared_bytes(room, selects, listed)
+
+
+@lru_cache(maxsize=256)
+def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
+    """The shape of a launch, by its kind: "draw" (nothing is filtered), "select" (a token of what a filter keeps),
+    "top_k", "speculative", "fill" (rows of which few elements are kept), "hold" (rows of which many are) or "softmax".
+
+    Clusters spread few rows over the whole GPU; with many rows, a CTA a row has the least to synchronise. A row that is
+    held takes 8 CTAs with 16 segments each for a vocabulary of 128k.
+    """
+    segments, arch = _segments(vocab), device.code_number
+    if arch < 90:
+        return (
+            LaunchShape(min_blocks=2)
+            if kind == "draw"
+            else NARROW
+            if kind in _NARROW_KINDS and segments <= 256
+            else PORTABLE
+        )
+    holds = kind in ("hold", "softmax") and arch < 110
+    largest = 16 if arch < 110 else 8
+    cluster = 1  # CTAs that fill the GPU once; each of a CTA's 8 warps has a segment at least
+    while cluster < largest and rows * cluster * 2 <= device.num_sms and cluster * 8 < segments:
+        cluster *= 2
+    while holds and cluster < 8 and cluster * 16 < segments:
+        cluster *= 2
+    # A multiprocessor with one CTA of 8 warps has too few loads on their way.
+    few = arch <= 110 and not holds and cluster * 8 < segments and rows * cluster <= device.num_sms
+    wide = few or room(vocab) > 256
+    blocks = 1 if arch > 110 else 4 if kind in ("draw", "softmax") else 2
+    return LaunchShape(512 if wide else 256, cluster, max(blocks // 2, 1) if wide else blocks, holds)
+
+
+def launched_bytes(spec: KernelSpec, kind: str, vocab: int, dtype: DType, shape: LaunchShape) -> int:
+    """Dynamic shared memory of a launch; softmax keeps one held segment of each warp in registers."""
+    if not shape.hold:
+        return spec.smem_bytes
+    own = -(-_segments(vocab) // shape.cluster)
+    if kind == "softmax":
+        own = max(own - shape.threads // 32, 0)
+    return spec.smem_bytes - MOST_HELD + own * 1024 * dtype.itemsize
+
+
+_SPILLS = (
+    "all filters' parameters live across the loop over the row: some wait in local memory, or a CTA less would fit"
+)
+#: Filters of the kernels, by name.
+_FILTERS = {"none": "NoFilter", "top_p": "TopP", "min_p": "MinP", "top_k_top_p": "TopKTopP", "all": "AllFilters"}
+
+
+@lru_cache(maxsize=256)
+def sample_spec(
+    dtype: DType, logits: bool, kind: str, room: int = 256, shape: LaunchShape = PORTABLE, scaled: bool = False
+) -> KernelSpec:
+    """One token a row; `kind` is the filter: "none", "top_p" (alone), "min_p", "top_k_top_p" (or top-k alone) or "all";
+    `scaled`: by a temperature.
+    """
+    domain = "Logits" if logits else "Probs"
+    listed, size = row_shared(room, kind not in ("none", "top_p"), shape)
+    return KernelSpec(
+        symbol=f"sample_{'scaled_' if scaled else ''}{domain.lower()}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
+        header="sampling.cuh",
+        function="sample",
+        params=_PARAMS,
+        config=(
+            ("T", dtype),
+            ("Domain", CppType(f"fi::sampling::{domain}")),
+            ("Filter", CppType(f"fi::sampling::{_FILTERS[kind]}")),
+            ("kScaled", scaled),
+            ("kThreads", shape.threads),
+            ("kCluster", shape.cluster),
+            ("kSegments", room),
+            ("kList", listed),
+            ("kSharedBytes", size),
+        ),
+        threads=shape.threads,
+        min_blocks=shape.min_blocks,
+        smem_bytes=size,
+        min_arch=shape.min_arch,
+        max_arch=shape.max_arch,
+        cluster=shape.cluster if shape.cluster > 1 else 0,
+        spills=_SPILLS if kind == "all" else "",
+    )
+
+
+@lru_cache(maxsize=256)
+def filter_spec(
+    dtype: DType, logits: bool, room: int = 256, shape: LaunchShape = PORTABLE, kind: str = "top_k_top_p"
+) -> KernelSpec:
+    """Rows after top-k and top-p (or "all" filters): probabilities renormalised, or logits masked."""
+    tail = "" if kind == "top_k_top_p" else f"_{kind}"
+    listed, size = row_shared(room, True, shape)
+    return KernelSpec(
+        symbol=f"{'mask_logits' if logits else 'renorm_probs'}{tail}_{dtype.tag}_s{room}_{shape.tag}",
+        header="sampling.cuh",
+        function="filter_rows",
+        params=_PARAMS,
+        config=(
+            ("T", dtype),
+            ("Domain", CppType(f"fi::sampling::{'Logits' if logits else 'Probs'}")),
+            ("Filter", CppType(f"fi::sampling::{_FILTERS[kind]}")),
+            ("kThreads", shape.threads),
+            ("kCluster", shape.cluster),
+            ("kSegments", room),
+            ("kList", listed),
+            ("kSharedBytes", size),
+            ("kHold", shape.hold),
+        ),
+        threads=shape.threads,
+        min_blocks=shape.min_blocks,
+        smem_bytes=size + (MOST_HELD if shape.hold else 0),
+        min_arch=shape.min_arch,
+        max_arch=shape.max_arch,
+        cluster=shape.cluster if shape.cluster > 1 else 0,
+        spills=_SPILLS if kind == "all" else "",
+    )
+
+
+@lru_cache(maxsize=64)
+def softmax_spec(dtype: DType, room: int = 256, shape: LaunchShape = PORTABLE) -> KernelSpec:
+    """Softmax with temperature, to float32."""
+    return KernelSpec(
+        symbol=f"softmax_{dtype.tag}_s{room}_{shape.tag}",
+        header="sampling/softmax.cuh",
+        function="softmax",
+        params=_SOFTMAX_PARAMS,
+        config=(
+            ("T", dtype),
+            ("kThreads", shape.threads),
+            ("kCluster", shape.cluster),
+            ("kSegments", room),
+            ("kHold", shape.hold),
+        ),
+        threads=shape.threads,
+        min_blocks=shape.min_blocks,
+        smem_bytes=8 * room + (MOST_HELD if shape.hold else 0),
+        min_arch=shape.min_arch,
+        max_arch=shape.max_arch,
+        cluster=shape.cluster if shape.cluster > 1 else 0,
+    )
+
+
+@lru_cache(maxsize=16)
+def speculative_spec(dtype: DType, room: int = 256, shape: LaunchShape = NARROW) -> KernelSpec:
+    """Chain speculative sampling."""
+    size = _shared_bytes(room, False, 0)
+    return KernelSpec(
+        symbol=f"chain_speculative_{dtype.tag}_s{room}_{shape.tag}",
+        header="sampling/speculative.cuh",
+        function="chain_speculative",
+        params=_SPECULATIVE_PARAMS,
+        config=(
+            ("T", dtype),
+            ("kThreads", shape.threads),
+            ("kCluster", shape.cluster),
+            ("kSegments", room),
+            ("kSharedBytes", size),
+        ),
+        threads=shape.threads,
+        min_blocks=shape.min_blocks,
+        smem_bytes=size,
+        min_arch=shape.min_arch,
+        max_arch=shape.max_arch,
+        cluster=shape.cluster if shape.cluster > 1 else 0,
+    )
+
+
+def kernel_specs() -> list[KernelSpec]:
+    """The canonical instances: a CTA a row for every architecture, and a cluster a row from sm_90 on."""
+    specs = []
+    for dtype in (float32, bfloat16, float16):
+        draws, selects, fills = [LaunchShape()], [PORTABLE], [NARROW]
+        if dtype is not float16:
+            draws += [LaunchShape(256, 8, 4), LaunchShape(512, 2, 2)]
+            selects += [LaunchShape(256, 8, 2), LaunchShape(512, 2, 1)]
+            fills += [LaunchShape(256, 8, 2)]
+            specs.append(filter_spec(dtype, False, 256, LaunchShape(256, 8, 2, True)))
+            specs.append(softmax_spec(dtype, 256, LaunchShape(256, 8, 4, True)))
+            specs += [speculative_spec(dtype, 256, shape) for shape in selects[1:]]
+        both = (True, False)
+        specs += [sample_spec(dtype, logits, "none", 256, shape) for shape in draws for logits in both]
+        specs += [sample_spec(dtype, logits, "top_k_top_p", 256, shape) for shape in selects for logits in both]
+        specs += [sample_spec(dtype, False, "min_p", 256, shape) for shape in selects]
+        specs += [filter_spec(dtype, logits, 256, shape) for shape in fills for logits in both]
+        specs += [
+            sample_spec(dtype, True, kind, 256, shape, True)
+            for kind, shape in (("none", draws[-1]), ("all", selects[-1]))
+        ]
+        specs += [sample_spec(dtype, False, "all", 256, selects[-1]), filter_spec(dtype, False, 256, fills[-1], "all")]
+        specs += [softmax_spec(dtype), speculative_spec(dtype)]
+    return specs
