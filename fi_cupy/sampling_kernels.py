@@ -72,10 +72,8 @@ _SPECULATIVE_PARAMS = ParamsStruct(
 )
 
 
-#: Shared memory for the segments that a CTA holds, bytes at most.
+#: Shared memory for the segments that a CTA of softmax holds, bytes at most.
 MOST_HELD = 128 * 1024
-#: Most elements that a filter kernel lists before it searches the whole row instead.
-_LIST = 4096
 
 
 class LaunchShape(NamedTuple):
@@ -90,7 +88,7 @@ class LaunchShape(NamedTuple):
     min_blocks : int
         CTAs that one multiprocessor should hold; 0 leaves the registers to the compiler.
     hold : bool
-        Rows that are written stay on chip between reading and writing.
+        Softmax: rows stay on chip between reading and writing.
     """
 
     threads: int = 512
@@ -104,7 +102,7 @@ class LaunchShape(NamedTuple):
 
     @property
     def min_arch(self) -> int:
-        return 75 if self.cluster == 1 and not self.hold else 90
+        return 75 if self.cluster == 1 and not self.hold and self.threads < 1024 else 90
 
     @property
     def max_arch(self) -> int:
@@ -115,12 +113,11 @@ class LaunchShape(NamedTuple):
 PORTABLE = LaunchShape(min_blocks=1)
 #: Where 512 threads would have too few registers.
 NARROW = LaunchShape(256, 1, 1)
-_NARROW_KINDS = ("fill", "hold", "top_k", "speculative")
 
 
 def _shared_bytes(segments: int, selects: bool, listed: int) -> int:
     """sizeof(fi::sampling::RowShared<segments, selects, listed>)."""
-    size = 8 * segments + 8 * 32 + 16 * (256 if selects else 1) + 16
+    size = 8 * segments + 8 * 32 + 24 * (256 if selects else 1) + 16
     size = -(-size // 16) * 16 + 4 * (4096 if selects else 4)
     size += 4 * segments + 4 * (8 * segments if selects else 1) + 8 * (listed if selects else 1) + 56
     return -(-size // 16) * 16
@@ -135,53 +132,64 @@ def room(vocab: int) -> int:
     return 256 if vocab <= 1 << 18 else 512
 
 
-def row_shared(room: int, selects: bool, shape: LaunchShape) -> tuple[int, int]:
-    """(kList, bytes): what is listed must leave the portable kernels within the 64 KB of sm_75, and two CTAs that hold
-    64 KB of a row each in one multiprocessor.
+def row_shared(room: int, selects: bool, shape: LaunchShape, top_k: bool = False) -> tuple[int, int]:
+    """(kList, bytes): four CTAs of 256 threads share a multiprocessor of sm_90, and the portable kernels have to do with
+    the 64 KB of sm_75. Top-k lists more, since what it returns is sorted there.
     """
-    short = shape.hold or (room > 256 and shape.cluster == 1)
-    listed = 0 if not selects else _LIST // 2 if short else _LIST
+    listed = 0 if not selects else 4096 if top_k and (room == 256 or shape.cluster > 1) else 2048
     return listed, _shared_bytes(room, selects, listed)
 
 
 @lru_cache(maxsize=256)
 def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
-    """The shape of a launch, by its kind: "draw" (nothing is filtered), "select" (a token of what a filter keeps),
-    "top_k", "speculative", "fill" (rows of which few elements are kept), "hold" (rows of which many are) or "softmax".
-
-    Clusters spread few rows over the whole GPU; with many rows, a CTA a row has the least to synchronise. A row that is
-    held takes 8 CTAs with 16 segments each for a vocabulary of 128k.
+    """The shape of a launch, by its kind: "draw" (nothing is filtered), "reject" (top-p alone), "select" (a token of what
+    a filter keeps), "top_k", "fill" (rows of which few elements are kept), "keep" (rows of which many are), "softmax" or
+    "speculative". bench/tune_sampling.py times them all.
     """
     segments, arch = _segments(vocab), device.code_number
     if arch < 90:
-        return (
-            LaunchShape(min_blocks=2)
-            if kind == "draw"
-            else NARROW
-            if kind in _NARROW_KINDS and segments <= 256
-            else PORTABLE
-        )
-    holds = kind in ("hold", "softmax") and arch < 110
+        if kind == "draw":
+            return LaunchShape(min_blocks=2)
+        return NARROW if kind in ("fill", "keep", "top_k", "speculative") and segments <= 256 else PORTABLE
     largest = 16 if arch < 110 else 8
-    cluster = 1  # CTAs that fill the GPU once; each of a CTA's 8 warps has a segment at least
-    while cluster < largest and rows * cluster * 2 <= device.num_sms and cluster * 8 < segments:
-        cluster *= 2
-    while holds and cluster < 8 and cluster * 16 < segments:
-        cluster *= 2
-    # A multiprocessor with one CTA of 8 warps has too few loads on their way.
-    few = arch <= 110 and not holds and cluster * 8 < segments and rows * cluster <= device.num_sms
-    wide = few or room(vocab) > 256
-    blocks = 1 if arch > 110 else 4 if kind in ("draw", "softmax") else 2
-    return LaunchShape(512 if wide else 256, cluster, max(blocks // 2, 1) if wide else blocks, holds)
+
+    def clusters(limit: int, own: int) -> int:
+        """CTAs a row: as long as all fit on the GPU at once, and each has `own` segments at least."""
+        cluster = 1
+        while cluster < min(limit, largest) and rows * cluster * 2 <= device.num_sms and cluster * own < segments:
+            cluster *= 2
+        return cluster
+
+    def shared(own: int) -> int:
+        """CTAs a row that is read twice, four of them on a multiprocessor: the rows in flight fit the L2."""
+        cluster = 1
+        while cluster < 8 and cluster * own < segments:
+            cluster *= 2
+        return max(cluster, clusters(16, own))
+
+    if arch > 110:  # more registers for the same code
+        return LaunchShape(256 if room(vocab) == 256 else 512, clusters(8, 8), 1)
+    few = rows * 2 <= device.num_sms
+    if room(vocab) > 256:
+        return LaunchShape(512, shared(16) if kind in ("reject", "keep", "softmax") else clusters(8, 16), 1)
+    if kind == "softmax":
+        return LaunchShape(256, shared(16) if not few else max(shared(16), clusters(16, 8)), 4, True)
+    if kind == "reject":
+        return LaunchShape(256, shared(8) if few else shared(16), 4)
+    if kind == "keep":
+        return LaunchShape(512, clusters(8, 16), 1) if rows * 4 <= device.num_sms else LaunchShape(256, shared(16), 4)
+    if kind in ("draw", "speculative"):  # little to do behind the pass over the row
+        cluster = clusters(16, 8)
+        return LaunchShape(512, 2, 2) if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 4)
+    # One CTA decides, the faster the more threads it has; with many rows, others read meanwhile.
+    return LaunchShape(1024, clusters(8, 16), 1) if few else LaunchShape(512, 2 if segments > 16 else 1, 2)
 
 
-def launched_bytes(spec: KernelSpec, kind: str, vocab: int, dtype: DType, shape: LaunchShape) -> int:
-    """Dynamic shared memory of a launch; softmax keeps one held segment of each warp in registers."""
+def launched_bytes(spec: KernelSpec, vocab: int, dtype: DType, shape: LaunchShape) -> int:
+    """Dynamic shared memory of a launch of softmax; one held segment of each warp is in its registers."""
     if not shape.hold:
         return spec.smem_bytes
-    own = -(-_segments(vocab) // shape.cluster)
-    if kind == "softmax":
-        own = max(own - shape.threads // 32, 0)
+    own = max(-(-_segments(vocab) // shape.cluster) - shape.threads // 32, 0)
     return spec.smem_bytes - MOST_HELD + own * 1024 * dtype.itemsize
 
 
@@ -248,11 +256,10 @@ def filter_spec(
             ("kSegments", room),
             ("kList", listed),
             ("kSharedBytes", size),
-            ("kHold", shape.hold),
         ),
         threads=shape.threads,
         min_blocks=shape.min_blocks,
-        smem_bytes=size + (MOST_HELD if shape.hold else 0),
+        smem_bytes=size,
         min_arch=shape.min_arch,
         max_arch=shape.max_arch,
         cluster=shape.cluster if shape.cluster > 1 else 0,

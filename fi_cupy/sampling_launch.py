@@ -297,13 +297,12 @@ def filtered_rows(op: str, name: str, array: Any, top_k: Any, top_p: Any, min_p:
     m_ptr, m_value, m_wide = _real(m, 0.0, _MIN_P64)
     flags |= m_wide | (_JOINT if joint else 0) | (ALIGNED_IN if aligned_rows(x) else 0)
     flags |= _ALIGNED_OUT if aligned_rows(o) else 0
-    shape = launch_shape("fill" if k is not None else "hold", rows, vocab, device_info(x.device))
+    shape = launch_shape("fill" if k is not None else "keep", rows, vocab, device_info(x.device))
     spec = filter_spec(x.dtype, logits, room(vocab), shape, "top_k_top_p" if m is None else "all")
     load_kernel(spec, x.device).launch(
         rows * shape.cluster, x.stream(),
         x.ptr, o.ptr, 0, 0, 0, k_ptr, p_ptr, 0, 0, 0, 0, x.strides[0], rows, vocab, k_value, p_value, flags,
         m_value, m_ptr, 0, 1.0,
-        smem=launched_bytes(spec, "hold", vocab, x.dtype, shape),
     )  # fmt: skip
     return o.result()
 
@@ -332,6 +331,6 @@ def softmax_rows(logits: Any, temperature: Any, enable_pdl: bool | None) -> Any:
         x.ptr, o.ptr, t.ptr if per_row else 0, x.strides[0], x.shape[1],  # type: ignore[union-attr]
         inverse, per_row and t.dtype is float64,  # type: ignore[union-attr]
         aligned_rows(x) + 2 * (vocab % 4 == 0),
-        smem=launched_bytes(spec, "softmax", vocab, x.dtype, shape), pdl=bool(enable_pdl),
+        smem=launched_bytes(spec, vocab, x.dtype, shape), pdl=bool(enable_pdl),
     )  # fmt: skip
     return o.result()

@@ -141,8 +141,9 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
         judged.valid = !judged.nan && Domain::valid(ref.top);
       }
       if (judged.valid) {
-        band = estimate<Domain, Shape::kThreads>(row, ref, (1.f - args.p) * relative, shared);
-        read_with_band<Domain, Shape, !Domain::kOwnRef>(row, ref, band, shared, to, started, held);
+        band = estimate<Domain, Shape>(row, ref, (1.f - args.p) * relative, shared);
+        read_with_band<Domain, Shape, Shared>(row, ref, band, !Domain::kOwnRef && !args.joint, started, held);
+        started.done = true;
       }
     }
   }
@@ -175,7 +176,7 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
         if (args.p > 0.f) low = Domain::min_p_key(args.p, state.top);
         left = {row.vocab, 1.f, false};
       }
-      const uint32_t listed = bounded ? gather(state, low) : kWholeRow;
+      const uint32_t listed = bounded ? gather<State>(row, low) : kWholeRow;
       if (listed <= Shape::kThreads) {
         judged.verdict = settle<State>(row, state.top_key, listed, left, total, random);
         return judged;
@@ -262,8 +263,8 @@ FI_DEVICE void sample(const SamplingParams& params) {
 }
 
 // Rows with what Filter rejects at 0 and the rest divided by its sum (Probs), or at -inf and the rest as it is (Logits).
-// Config: as for `sample` without kScaled; kHold: the row stays in shared memory, which the launch makes large enough;
-// else, if top-k rejects, the output is filled while the row is read, and only what is kept is written again
+// If top-k rejects, the output is filled while the row is read, and only what is kept is written again; else the row is
+// read again, from L2 if clusters are so large that the rows in flight fit there. Config: as for `sample` without kScaled
 template <class Config>
 FI_DEVICE void filter_rows(const SamplingParams& params) {
   using namespace sampling;
@@ -291,15 +292,9 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   T* const output = static_cast<T*>(params.output) + row_number * vocab;
   const bool vectors = (params.flags & kAlignedOutput) != 0;
   const FilterArgs args = filter_args<Filter>(params, uint32_t(row_number));
-  const bool fills = !Config::kHold && args.has_top_k(vocab);
-  const Held<T, Shape, true> held{reinterpret_cast<T*>(smem + Config::kSharedBytes)};
-  Judged judged;
-  if constexpr (Config::kHold) {
-    judged = judge_row<Filter, Shape, kExactBits<T>, Domain>(row, args, shared, 0, held);
-  } else {
-    const Filled<T> filled{fills ? output : nullptr, shared.block_top, from_float<T>(kMask ? -FI_INF : 0.f), vocab, vectors};
-    judged = judge_row<Filter, Shape, kExactBits<T>, Domain>(row, args, shared, 0, filled);
-  }
+  const bool fills = args.has_top_k(vocab);
+  const Filled<T> filled{fills ? output : nullptr, shared.block_top, from_float<T>(kMask ? -FI_INF : 0.f), vocab, vectors};
+  const Judged judged = judge_row<Filter, Shape, kExactBits<T>, Domain>(row, args, shared, 0, filled);
   if (judged.first) {
     uint32_t threshold = 0xffffffffu;  // nothing is kept of an invalid row
     float sum = 1.f;
@@ -331,18 +326,14 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   for (int s = first + left / kStep * kStep; left >= 0 && s >= first; s -= kStep) {  // what was read last is nearest
     typename Row::Block v[Row::kBlocks];
     uint32_t blocks = Row::kAll;
-    if constexpr (Config::kHold) {
-      held.get(s, v);
-    } else {
-      if (fills) {
-        blocks = 0;
+    if (fills) {
+      blocks = 0;
 #pragma unroll
-        for (int b = 0; b < Row::kBlocks; ++b)
-          blocks |= uint32_t(shared.block_top[s * Row::kBlocks + b] >= threshold) << b;
-        if (!blocks) continue;
-      }
-      row.load(s, 0, blocks, v);
+      for (int b = 0; b < Row::kBlocks; ++b)
+        blocks |= uint32_t(shared.block_top[s * Row::kBlocks + b] >= threshold) << b;
+      if (!blocks) continue;
     }
+    row.load(s, 0, blocks, v);
 #pragma unroll
     for (int b = 0; b < Row::kBlocks; ++b) {
       if (!(blocks >> b & 1)) continue;

@@ -291,7 +291,7 @@ FI_DEVICE void top_k(const TopKParams& params) {
   const uint32_t flip = large ? 0 : 0xffffffffu;
   uint32_t low = 0, listed = kWholeRow;
   const bool bounded = length <= Shared::kList || lower_bound(state, k, low);
-  if (bounded) listed = gather(state, low);
+  if (bounded) listed = gather<State>(row, low);
   if (listed <= Shared::kList) {
     rank_list<Config::kThreads>(shared, listed, k, flip, [&](uint32_t place, uint32_t index) { output.write(place, index); });
   } else if (k <= Shared::kList && (params.flags & kTopKSorted)) {

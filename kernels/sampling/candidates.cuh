@@ -62,14 +62,16 @@ FI_DEVICE bool lower_bound(const State& state, uint32_t k, uint32_t& low) {
   return true;
 }
 
-// List every element with a key of at least `low`. Returns how many; more than the list holds if it overflows.
+// List every element with a key of at least `low`. Returns how many; more than the list holds if it overflows. The
+// State's shared memory is the dynamic one. Not inlined, as `search`.
 template <class State>
-FI_DEVICE uint32_t gather(const State& state, uint32_t low) {
+__device__ __noinline__ uint32_t gather(typename State::Row row, uint32_t low) {
   using Row = typename State::Row;
   constexpr int kPer = Row::kPer, kWarps = State::kThreads / 32, kList = State::Shared::kList;
-  constexpr int kFlight = 16 / kPer;  // loads of a thread that are on their way together
-  auto& shared = state.shared;
-  const uint32_t blocks = state.row.segments() * Row::kBlocks, before = (1u << lane_id()) - 1;
+  constexpr int kFlight = 32 / kPer;  // loads of a thread that are on their way together
+  extern __shared__ __align__(1024) uint8_t smem[];
+  auto& shared = *reinterpret_cast<typename State::Shared*>(smem);
+  const uint32_t blocks = row.segments() * Row::kBlocks, before = (1u << lane_id()) - 1;
   if (threadIdx.x == 0) shared.count = shared.blocks = 0;
   __syncthreads();  // counters are clear, and the bins not in use
   for (uint32_t first = warp_id() * 32; first < blocks; first += State::kThreads) {
@@ -93,7 +95,7 @@ FI_DEVICE uint32_t gather(const State& state, uint32_t low) {
       const uint32_t i = first + f * kWarps;
       block[f] = shared.bins[min_of(i, n - 1)];
       if (i < n) {
-        state.row.load_at(block[f] * Row::kBlock + lane_id() * kPer, v[f]);
+        row.load_at(block[f] * Row::kBlock + lane_id() * kPer, v[f]);
       } else {
 #pragma unroll
         for (int j = 0; j < kPer; ++j) v[f][j] = -FI_INF;
@@ -107,7 +109,7 @@ FI_DEVICE uint32_t gather(const State& state, uint32_t low) {
       uint32_t takes[kPer], sum = 0;
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
-        takes[j] = __ballot_sync(kFullMask, key_of(v[f][j]) >= low && index + j < state.row.vocab);
+        takes[j] = __ballot_sync(kFullMask, key_of(v[f][j]) >= low && index + j < row.vocab);
         sum += __popc(takes[j]);
       }
       if (lane_id() == 0) at = atomicAdd(&shared.count, sum);

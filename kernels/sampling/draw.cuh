@@ -40,10 +40,11 @@ struct Stream {
 // filtered, and the sums are the first pass's; else they are those of what the threshold keeps. Same result in every
 // thread.
 struct Drawn {
-  uint32_t token, key;
+  uint32_t token;
+  uint32_t key;    // with kKey
   uint64_t total;  // the mass of everything that could be drawn
 };
-template <bool kWhole, class State>
+template <bool kWhole, bool kKey = false, class State>
 FI_DEVICE Drawn draw(const State& state, uint32_t threshold, uint64_t random) {
   using Domain = typename State::Domain;
   using Row = typename State::Row;
@@ -68,8 +69,8 @@ FI_DEVICE Drawn draw(const State& state, uint32_t threshold, uint64_t random) {
     weight = Domain::weight(ref, state.ref);
   }
   uint64_t mass[Row::kPer], sum = 0, inclusive = 0;  // a warp a block
-  float v[Row::kPer];
   if (warp_id() < Row::kBlocks) {
+    float v[Row::kPer];
     state.row.load_at(segment * kSegment + warp_id() * Row::kBlock + lane_id() * Row::kPer, v);
 #pragma unroll
     for (int j = 0; j < Row::kPer; ++j) {
@@ -89,16 +90,14 @@ FI_DEVICE Drawn draw(const State& state, uint32_t threshold, uint64_t random) {
     for (int w = 0; w < warp_id(); ++w) inclusive += shared.warp_sum[w];
     uint64_t start = inclusive - sum;
     if (scaled(start, weight) <= rest && rest < scaled(inclusive, weight)) {  // one lane
-      uint32_t before = 0, key = key_of(v[0]);
+      uint32_t before = 0;
 #pragma unroll
       for (int j = 0; j < Row::kPer; ++j) {
         start += mass[j];
-        const bool behind = scaled(start, weight) <= rest;
-        before += behind;
-        if (behind && j + 1 < Row::kPer) key = key_of(v[min_of(j + 1, Row::kPer - 1)]);
+        before += scaled(start, weight) <= rest;
       }
-      shared.threshold = key;
       shared.token = segment * kSegment + warp_id() * Row::kBlock + lane_id() * Row::kPer + before;
+      if constexpr (kKey) shared.threshold = key_of(state.row.at(shared.token));  // once more: registers are short
     }
   }
   __syncthreads();  // the token is known
@@ -156,7 +155,7 @@ FI_DEVICE Outcome draw_top_p(const Row& row, const FilterArgs& args, Shared& sha
         out.valid = state.valid();
         if (out.valid) {
           state.correct_unit();
-          const Drawn drawn = draw<true>(state, 0, stream.bits64(0));
+          const Drawn drawn = draw<true, true>(state, 0, stream.bits64(0));
           out.token = drawn.token;
           target = args.has_top_p() ? args.template target<Domain>(drawn.total, state.ref) : ~uint64_t(0);
           pivot = drawn.key == state.top_key || target > drawn.total ? kAccepted : drawn.key;
@@ -166,7 +165,7 @@ FI_DEVICE Outcome draw_top_p(const Row& row, const FilterArgs& args, Shared& sha
         if (above < target) {
           pivot = kAccepted;
         } else {
-          const Drawn drawn = draw<false>(state, pivot + 1, stream.bits64(round));
+          const Drawn drawn = draw<false, true>(state, pivot + 1, stream.bits64(round));
           out.token = drawn.token;
           pivot = drawn.key == state.top_key ? kAccepted : drawn.key;
         }

@@ -65,8 +65,9 @@ struct RowShared {
   static constexpr int kSegments = kSegments_, kList = kList_;
   uint64_t sum[kSegments];   // mass of each segment
   uint64_t warp_sum[32];
-  // A warp of the cluster: mass of all it read, and of what reaches the band (band.cuh).
-  uint64_t warp_total[kSelects ? 256 : 1], warp_reached[kSelects ? 256 : 1];
+  // A warp of the cluster: mass of all it read, and of what lies in the band; the smallest and largest key there (band.cuh).
+  uint64_t warp_total[kSelects ? 256 : 1], warp_inside[kSelects ? 256 : 1];
+  uint2 warp_range[kSelects ? 256 : 1];
   uint64_t above, told_total;
   alignas(16) uint32_t bins[kSelects ? 2 * kBins : 4];  // two halves of 64-bit weights; also other short-lived arrays
   uint32_t top[kSegments];   // largest key of each segment
@@ -126,6 +127,7 @@ struct PlainRow {
       }
     }
   }
+  FI_DEVICE float at(uint32_t i) const { return to_float(data[i]); }
   // kPer elements from `first` on, a multiple of kPer; places past the end become -inf.
   FI_DEVICE void load_at(uint32_t first, float (&v)[kPer]) const {
     if (aligned && first + kPer <= vocab) {
@@ -166,15 +168,17 @@ struct ScaledRow {
 #pragma unroll
     for (int b = 0; b < kCount; ++b) v[b] = {p[b], inverse};
   }
+  FI_DEVICE float at(uint32_t i) const { return scaled(plain.at(i), inverse); }
   FI_DEVICE void load_at(uint32_t first, float (&v)[kPer]) const {
     plain.load_at(first, v);
     scale(v, inverse);
   }
 
  private:
+  FI_DEVICE static float scaled(float x, float inverse) { return x == -FI_INF ? -FI_INF : __fmul_rn(x, inverse); }
   FI_DEVICE static void scale(float (&v)[kPer], float inverse) {
 #pragma unroll
-    for (int j = 0; j < kPer; ++j) v[j] = v[j] == -FI_INF ? -FI_INF : __fmul_rn(v[j], inverse);
+    for (int j = 0; j < kPer; ++j) v[j] = scaled(v[j], inverse);
   }
 };
 

@@ -17,12 +17,8 @@ FI_DEVICE uint64_t block_scan(uint64_t x, uint64_t* warp_sum, uint64_t& total) {
   }
   if (lane_id() == 31) warp_sum[warp_id()] = x;
   __syncthreads();
-  uint64_t before = 0, all = 0;
-#pragma unroll 4
-  for (int w = 0; w < kThreads / 32; ++w) {
-    if (w < warp_id()) before += warp_sum[w];
-    all += warp_sum[w];
-  }
+  const uint64_t other = lane_id() < kThreads / 32 ? warp_sum[lane_id()] : 0;
+  const uint64_t before = ptx::warp_sum_u64(lane_id() < warp_id() ? other : 0), all = ptx::warp_sum_u64(other);
   __syncthreads();
   total = all;
   return before + x;
@@ -34,9 +30,7 @@ FI_DEVICE uint64_t block_sum(uint64_t x, uint64_t* warp_sum) {
   x = ptx::warp_sum_u64(x);
   if (lane_id() == 0) warp_sum[warp_id()] = x;
   __syncthreads();
-  uint64_t all = 0;
-#pragma unroll 4
-  for (int w = 0; w < kThreads / 32; ++w) all += warp_sum[w];
+  const uint64_t all = ptx::warp_sum_u64(lane_id() < kThreads / 32 ? warp_sum[lane_id()] : 0);
   __syncthreads();
   return all;
 }
