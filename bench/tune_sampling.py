@@ -39,45 +39,43 @@ OPS: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("top_k", "top_k", "l", lambda x: topk.top_k(x, 50)),
     ("topk_mask", "fill", "l", lambda x: sampling.top_k_mask_logits(x, 50)),
     ("topk_renorm", "fill", "p", lambda x: sampling.top_k_renorm_probs(x, 50)),
-    ("topp_renorm", "hold", "p", lambda x: sampling.top_p_renorm_probs(x, 0.9)),
+    ("topp_renorm", "keep", "p", lambda x: sampling.top_p_renorm_probs(x, 0.9)),
     ("softmax", "softmax", "l", lambda x: sampling.softmax(x)),
 ]  # fmt: skip
 
 
 def shapes(kind: str, vocab: int) -> Iterator[LaunchShape]:
-    """Every shape that a kind of launch may have."""
+    """Every shape that a kind of launch may have. Shapes that never paid are left out: 128 registers a thread, softmax
+    with 512 or more threads.
+    """
     segments = -(-vocab // 1024)
-    for cluster in (1, 2, 4, 8, 16):
-        holds = kind in ("hold", "softmax")
-        own = -(-segments // cluster)
-        if holds and own * 4 > 128:  # does not fit
+    for cluster, threads in product((1, 2, 4, 8, 16), (256, 512, 1024)):
+        holds = kind == "softmax"
+        if holds and (threads > 256 or -(-segments // cluster) * 4 > 128):  # does not fit
             continue
-        for threads in (256, 512, 1024):
-            if cluster * threads // 32 > 256 or cluster * threads // 32 >= 2 * max(segments, 32):
-                continue
-            for blocks in {"draw": (1024 // threads,), "softmax": (1024 // threads, 768 // threads)}.get(
-                kind, (512 // threads,)
-            ):
-                if blocks:
-                    yield LaunchShape(threads, cluster, blocks, holds)
+        if cluster * threads // 32 > 256 or cluster * threads // 32 >= 2 * max(segments, 32):
+            continue
+        yield LaunchShape(threads, cluster, 1024 // threads, holds)
 
 
 def spec_of(kind: str, source: str, name: str, dtype: DType, vocab: int, shape: LaunchShape) -> KernelSpec:
     logits, segments = source == "l", room(vocab)
     if kind == "softmax":
         return softmax_spec(dtype, segments, shape)
-    if kind in ("fill", "hold"):
-        return filter_spec(dtype, logits, segments, shape)
+    if kind in ("fill", "keep"):
+        return filter_spec(dtype, logits, segments, shape, "top_k" if kind == "fill" else "top_k_top_p")
     if kind == "top_k":
         return topk.top_k_spec(dtype, segments, shape)
-    return sample_spec(dtype, logits, "none" if kind == "draw" else "min_p" if "minp" in name else "top_k_top_p",
-                       segments, shape)  # fmt: skip
+    filters = {"draw": "none", "reject": "top_p"}.get(kind)
+    if filters is None:
+        filters = "min_p" if "minp" in name else "top_k" if name == "topk probs" else "top_k_top_p"
+    return sample_spec(dtype, logits, filters, segments, shape)
 
 
 def chosen_specs(device: DeviceInfo) -> Iterator[KernelSpec]:
     """The kernels that the GPU tests and the bench need on a device."""
     vocabs = (1000, 5003, 20000, 32000, 40000, 128256)
-    sizes = [*product(vocabs, (1, 5, 10, 33, 64, 133)), (262144, 2), (524288, 2)]
+    sizes = [*product(vocabs, (1, 5, 10, 33, 64, 67, 133)), (262144, 2), (524288, 2)]
     for dtype in (float32, bfloat16, float16):
         for vocab, rows in sizes:
 
@@ -86,10 +84,12 @@ def chosen_specs(device: DeviceInfo) -> Iterator[KernelSpec]:
 
             for logits in (True, False):
                 yield sample_spec(dtype, logits, "none", room(vocab), shape("draw"))
+                yield sample_spec(dtype, logits, "top_p", room(vocab), shape("reject"))
                 yield sample_spec(dtype, logits, "top_k_top_p", room(vocab), shape("select"))
-                yield filter_spec(dtype, logits, room(vocab), shape("fill"))
-            yield sample_spec(dtype, False, "min_p", room(vocab), shape("select"))
-            yield filter_spec(dtype, False, room(vocab), shape("hold"))
+                yield filter_spec(dtype, logits, room(vocab), shape("fill"), "top_k")
+            for kind in ("min_p", "top_k"):
+                yield sample_spec(dtype, False, kind, room(vocab), shape("select"))
+            yield filter_spec(dtype, False, room(vocab), shape("keep"), "top_k_top_p")
             yield softmax_spec(dtype, room(vocab), shape("softmax"))
             yield topk.top_k_spec(dtype, room(vocab), shape("top_k"))
             yield speculative_spec(dtype, room(vocab), shape("speculative"))

@@ -113,6 +113,7 @@ class LaunchShape(NamedTuple):
 PORTABLE = LaunchShape(min_blocks=1)
 #: Where 512 threads would have too few registers.
 NARROW = LaunchShape(256, 1, 1)
+_WIDE_PAIR = LaunchShape(512, 2, 1)
 
 
 def _shared_bytes(segments: int, selects: bool, listed: int) -> int:
@@ -133,8 +134,8 @@ def room(vocab: int) -> int:
 
 
 def row_shared(room: int, selects: bool, shape: LaunchShape, top_k: bool = False) -> tuple[int, int]:
-    """(kList, bytes): four CTAs of 256 threads share a multiprocessor of sm_90, and the portable kernels have to do with
-    the 64 KB of sm_75. Top-k lists more, since what it returns is sorted there.
+    """(kList, bytes): four CTAs of 256 threads share a multiprocessor of sm_90, and the portable kernels have the 64 KB
+    of sm_75. Top-k lists more, since what it returns is sorted there.
     """
     listed = 0 if not selects else 4096 if top_k and (room == 256 or shape.cluster > 1) else 2048
     return listed, _shared_bytes(room, selects, listed)
@@ -142,13 +143,13 @@ def row_shared(room: int, selects: bool, shape: LaunchShape, top_k: bool = False
 
 @lru_cache(maxsize=256)
 def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
-    """The shape of a launch, by its kind: "draw" (nothing is filtered), "reject" (top-p alone), "select" (a token of what
-    a filter keeps), "top_k", "fill" (rows of which few elements are kept), "keep" (rows of which many are), "softmax" or
-    "speculative". bench/tune_sampling.py times them all.
+    """The shape of a launch, by its kind: "draw" (nothing is filtered), "reject" (top-p alone), "select" (a token of
+    what a filter keeps), "top_k", "fill" (rows of which few elements are kept), "keep" (rows of which many are),
+    "softmax" or "speculative". bench/tune_sampling.py times them all.
     """
     segments, arch = _segments(vocab), device.code_number
     if arch < 90:
-        if kind == "draw":
+        if kind in ("draw", "reject"):
             return LaunchShape(min_blocks=2)
         return NARROW if kind in ("fill", "keep", "top_k", "speculative") and segments <= 256 else PORTABLE
     largest = 16 if arch < 110 else 8
@@ -178,7 +179,10 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
         return LaunchShape(256, shared(8) if few else shared(16), 4)
     if kind == "keep":
         return LaunchShape(512, clusters(8, 16), 1) if rows * 4 <= device.num_sms else LaunchShape(256, shared(16), 4)
-    if kind in ("draw", "speculative"):  # little to do behind the pass over the row
+    if kind == "speculative":  # two rows are read at once: 128 registers a thread
+        cluster = clusters(8, 8)
+        return _WIDE_PAIR if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 2)
+    if kind == "draw":  # little to do behind the pass over the row
         cluster = clusters(16, 8)
         return LaunchShape(512, 2, 2) if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 4)
     # One CTA decides, the faster the more threads it has; with many rows, others read meanwhile.
@@ -193,18 +197,33 @@ def launched_bytes(spec: KernelSpec, vocab: int, dtype: DType, shape: LaunchShap
     return spec.smem_bytes - MOST_HELD + own * 1024 * dtype.itemsize
 
 
-_SPILLS = (
-    "all filters' parameters live across the loop over the row: some wait in local memory, or a CTA less would fit"
-)
+def spills(kind: str, shape: LaunchShape) -> str:
+    """Why an instance may spill: what does, does so outside the loop over the row."""
+    if kind == "all":
+        return "all filters' parameters live across the loop over the row: some wait in local memory"
+    if kind != "none" and shape.threads * shape.min_blocks >= 1024:
+        return (
+            "64 registers a thread, for full multiprocessors: what the decision and the last pass need waits in memory"
+        )
+    return ""
+
+
 #: Filters of the kernels, by name.
-_FILTERS = {"none": "NoFilter", "top_p": "TopP", "min_p": "MinP", "top_k_top_p": "TopKTopP", "all": "AllFilters"}
+_FILTERS = {
+    "none": "NoFilter",
+    "top_p": "TopP",
+    "min_p": "MinP",
+    "top_k": "TopK",
+    "top_k_top_p": "TopKTopP",
+    "all": "AllFilters",
+}
 
 
 @lru_cache(maxsize=256)
 def sample_spec(
     dtype: DType, logits: bool, kind: str, room: int = 256, shape: LaunchShape = PORTABLE, scaled: bool = False
 ) -> KernelSpec:
-    """One token a row; `kind` is the filter: "none", "top_p" (alone), "min_p", "top_k_top_p" (or top-k alone) or "all";
+    """One token a row; `kind` is the filter: "none", "top_p" (alone), "min_p", "top_k", "top_k_top_p" or "all";
     `scaled`: by a temperature.
     """
     domain = "Logits" if logits else "Probs"
@@ -231,7 +250,7 @@ def sample_spec(
         min_arch=shape.min_arch,
         max_arch=shape.max_arch,
         cluster=shape.cluster if shape.cluster > 1 else 0,
-        spills=_SPILLS if kind == "all" else "",
+        spills=spills(kind, shape),
     )
 
 
@@ -239,11 +258,10 @@ def sample_spec(
 def filter_spec(
     dtype: DType, logits: bool, room: int = 256, shape: LaunchShape = PORTABLE, kind: str = "top_k_top_p"
 ) -> KernelSpec:
-    """Rows after top-k and top-p (or "all" filters): probabilities renormalised, or logits masked."""
-    tail = "" if kind == "top_k_top_p" else f"_{kind}"
+    """Rows after the filter `kind`: probabilities renormalised, or logits masked."""
     listed, size = row_shared(room, True, shape)
     return KernelSpec(
-        symbol=f"{'mask_logits' if logits else 'renorm_probs'}{tail}_{dtype.tag}_s{room}_{shape.tag}",
+        symbol=f"{'mask_logits' if logits else 'renorm_probs'}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
         header="sampling.cuh",
         function="filter_rows",
         params=_PARAMS,
@@ -263,7 +281,7 @@ def filter_spec(
         min_arch=shape.min_arch,
         max_arch=shape.max_arch,
         cluster=shape.cluster if shape.cluster > 1 else 0,
-        spills=_SPILLS if kind == "all" else "",
+        spills=spills(kind, shape),
     )
 
 
@@ -320,23 +338,23 @@ def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: a CTA a row for every architecture, and a cluster a row from sm_90 on."""
     specs = []
     for dtype in (float32, bfloat16, float16):
-        draws, selects, fills = [LaunchShape()], [PORTABLE], [NARROW]
+        draws, selects, fills, keeps = [LaunchShape()], [PORTABLE], [NARROW], [NARROW]
         if dtype is not float16:
-            draws += [LaunchShape(256, 8, 4), LaunchShape(512, 2, 2)]
-            selects += [LaunchShape(256, 8, 2), LaunchShape(512, 2, 1)]
-            fills += [LaunchShape(256, 8, 2)]
-            specs.append(filter_spec(dtype, False, 256, LaunchShape(256, 8, 2, True)))
-            specs.append(softmax_spec(dtype, 256, LaunchShape(256, 8, 4, True)))
-            specs += [speculative_spec(dtype, 256, shape) for shape in selects[1:]]
-        both = (True, False)
-        specs += [sample_spec(dtype, logits, "none", 256, shape) for shape in draws for logits in both]
-        specs += [sample_spec(dtype, logits, "top_k_top_p", 256, shape) for shape in selects for logits in both]
-        specs += [sample_spec(dtype, False, "min_p", 256, shape) for shape in selects]
-        specs += [filter_spec(dtype, logits, 256, shape) for shape in fills for logits in both]
-        specs += [
-            sample_spec(dtype, True, kind, 256, shape, True)
-            for kind, shape in (("none", draws[-1]), ("all", selects[-1]))
-        ]
-        specs += [sample_spec(dtype, False, "all", 256, selects[-1]), filter_spec(dtype, False, 256, fills[-1], "all")]
+            draws += [LaunchShape(256, 8, 4)]
+            selects += [LaunchShape(1024, 2, 1)]
+            fills += [LaunchShape(1024, 2, 1)]
+            keeps += [LaunchShape(256, 8, 4)]
+            specs += [
+                softmax_spec(dtype, 256, LaunchShape(256, 8, 4, True)),
+                filter_spec(dtype, False, 256, NARROW, "all"),
+            ]
+            specs += [sample_spec(dtype, logits, "all", 256, selects[0], logits) for logits in (True, False)]
+            specs += [sample_spec(dtype, True, "none", 256, draws[-1], True), speculative_spec(dtype, 256, _WIDE_PAIR)]
+        for logits in (True, False):
+            specs += [sample_spec(dtype, logits, kind, 256, shape) for kind in ("none", "top_p") for shape in draws]
+            specs += [sample_spec(dtype, logits, "top_k_top_p", 256, shape) for shape in selects]
+            specs += [filter_spec(dtype, logits, 256, shape, "top_k") for shape in fills]
+        specs += [sample_spec(dtype, False, kind, 256, selects[-1]) for kind in ("min_p", "top_k")]
+        specs += [filter_spec(dtype, False, 256, shape, "top_k_top_p") for shape in keeps]
         specs += [softmax_spec(dtype), speculative_spec(dtype)]
     return specs

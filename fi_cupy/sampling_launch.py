@@ -265,7 +265,7 @@ def _kind(top_k: bool, top_p: bool, min_p: bool, logits: bool, scaled: bool) -> 
         return "all" if top_k or top_p or logits else "min_p"
     if not top_k:
         return "top_p" if top_p else "none"
-    return "all" if scaled else "top_k_top_p"
+    return "all" if scaled else "top_k_top_p" if top_p else "top_k"
 
 
 def _temperature(op: str, value: Any, rows: int, x: View) -> float | View:
@@ -297,8 +297,9 @@ def filtered_rows(op: str, name: str, array: Any, top_k: Any, top_p: Any, min_p:
     m_ptr, m_value, m_wide = _real(m, 0.0, _MIN_P64)
     flags |= m_wide | (_JOINT if joint else 0) | (ALIGNED_IN if aligned_rows(x) else 0)
     flags |= _ALIGNED_OUT if aligned_rows(o) else 0
+    kind = "all" if m is not None else "top_k" if p is None else "top_k_top_p"
     shape = launch_shape("fill" if k is not None else "keep", rows, vocab, device_info(x.device))
-    spec = filter_spec(x.dtype, logits, room(vocab), shape, "top_k_top_p" if m is None else "all")
+    spec = filter_spec(x.dtype, logits, room(vocab), shape, kind)
     load_kernel(spec, x.device).launch(
         rows * shape.cluster, x.stream(),
         x.ptr, o.ptr, 0, 0, 0, k_ptr, p_ptr, 0, 0, 0, 0, x.strides[0], rows, vocab, k_value, p_value, flags,

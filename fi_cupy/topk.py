@@ -24,7 +24,7 @@ from fi_cupy.errors import ArgumentError
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
-from fi_cupy.sampling_kernels import NARROW, LaunchShape, launch_shape, room, row_shared
+from fi_cupy.sampling_kernels import NARROW, LaunchShape, launch_shape, room, row_shared, spills
 from fi_cupy.sampling_launch import checked_rows
 
 # kernels/topk.cuh: TopKFlags
@@ -86,6 +86,7 @@ def top_k_spec(dtype: DType, segments: int = 256, shape: LaunchShape = NARROW) -
         min_arch=shape.min_arch,
         max_arch=shape.max_arch,
         cluster=shape.cluster if shape.cluster > 1 else 0,
+        spills=spills("top_k", shape),
     )
 
 
@@ -109,7 +110,7 @@ def kernel_specs() -> list[KernelSpec]:
     for dtype in (float32, bfloat16, float16):
         specs.append(top_k_spec(dtype))
         if dtype is not float16:
-            specs += [top_k_spec(dtype, 256, LaunchShape(256, 8, 2)), top_k_spec(dtype, 256, LaunchShape(512, 2, 1))]
+            specs.append(top_k_spec(dtype, 256, LaunchShape(1024, 2, 1)))
         specs.append(sort_spec(dtype))
     return specs
 

@@ -67,21 +67,25 @@ FI_DEVICE FilterArgs filter_args(const SamplingParams& params, uint32_t row) {
   return args;
 }
 
-// The filters' kinds: kTop, top-k and then top-p; kMin, min-p, which keeps p >= min_p * max, inclusive, of what they left.
+// The filters' kinds: kTop, top-k; kMass, and then top-p; kMin, min-p, which keeps p >= min_p * max, inclusive, of what
+// they left.
 struct NoFilter {
-  static constexpr bool kFilters = false, kTop = false, kMin = false;
+  static constexpr bool kFilters = false, kTop = false, kMass = false, kMin = false;
 };
 struct TopP {  // alone: by rejection
-  static constexpr bool kFilters = false, kTop = false, kMin = false;
+  static constexpr bool kFilters = false, kTop = false, kMass = false, kMin = false;
 };
 struct MinP {
-  static constexpr bool kFilters = true, kTop = false, kMin = true;
+  static constexpr bool kFilters = true, kTop = false, kMass = false, kMin = true;
+};
+struct TopK {
+  static constexpr bool kFilters = true, kTop = true, kMass = false, kMin = false;
 };
 struct TopKTopP {
-  static constexpr bool kFilters = true, kTop = true, kMin = false;
+  static constexpr bool kFilters = true, kTop = true, kMass = true, kMin = false;
 };
 struct AllFilters {
-  static constexpr bool kFilters = true, kTop = true, kMin = true;
+  static constexpr bool kFilters = true, kTop = true, kMass = true, kMin = true;
 };
 
 // What the cluster's first CTA found out about a row. The other CTAs come back with `first` false, having arrived at a
@@ -115,7 +119,7 @@ FI_DEVICE void tell_total(const typename State::Row& row, typename State::Shared
 template <class Filter, class Shape, int exact_bits, class Domain, class Row, class Shared, class Held>
 FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& shared, uint64_t random, const Held& held) {
   using State = RowState<Domain, Shape::kThreads, Row, Shared>;
-  const bool top_k = Filter::kTop && args.has_top_k(row.vocab), top_p = Filter::kTop && args.has_top_p();
+  const bool top_k = Filter::kTop && args.has_top_k(row.vocab), top_p = Filter::kMass && args.has_top_p();
   const bool banded = top_p && !top_k;
   const bool whole = !Filter::kFilters || (Filter::kTop && !top_k && !top_p && !args.has_min_p());
   const bool joint = Domain::kOwnRef && top_p && args.joint;  // top-p compares with the whole row's mass
@@ -126,7 +130,7 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
     summarise<Domain, Filter::kFilters, Shape>(row, to, whole || joint || banded, started, held);
   Band band = {0.f, 0.f};
   uint64_t total = 0;
-  if constexpr (Filter::kTop) {
+  if constexpr (Filter::kMass) {
     if (banded) {
       auto ref = Domain::ref(1.f);
       float relative = 1.f;  // probabilities are taken to sum to 1 until they have been added up
@@ -164,7 +168,7 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
       if (args.has_min_p()) left.least = Domain::min_p_key(args.min_p, state.top);
     }
     if (banded) {
-      rest = rest_of_band(state, left, band, total, Shape::kStep);
+      if constexpr (Filter::kMass) rest = rest_of_band(state, left, band, total, Shape::kStep);
     } else {
       if (joint) total = state.total();
       uint32_t low = 0;
@@ -349,7 +353,13 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
           y[j] = keep ? __fmaf_rn(__fmaf_rn(-q, sum, x), reciprocal, q) : 0.f;  // the remainder corrects the quotient
         }
       }
-      Vec<T, kPer>::from_floats(y).store_part(output, s * kSegment + b * Row::kBlock + lane_id() * kPer, vocab, vectors);
+      const uint32_t at = s * kSegment + b * Row::kBlock + lane_id() * kPer;
+      const auto kept = Vec<T, kPer>::from_floats(y);
+      if (vectors && at + kPer <= vocab) {
+        kept.store_streaming(output + at);  // the L2 holds rows that will be read again
+      } else {
+        kept.store_part(output, at, vocab, false);
+      }
     }
   }
 }

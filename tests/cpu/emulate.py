@@ -45,7 +45,7 @@ FI_DEVICE void cluster_wait() { emulator::cluster_wait(); }
 _REPLACED = [
     (r"extern __shared__ __align__\(\d+\) uint8_t smem\[\];", "uint8_t* const smem = emulator::shared_memory();"),
     (r"__shared__ (\w+) shared;", r"\1& shared = *reinterpret_cast<\1*>(emulator::fixed_memory());"),
-    (r'asm volatile\("st\.v[42]\.u32.*?\);', "memcpy(p, &r, sizeof(r));"),
+    (r'asm volatile\("st\.(?:cs\.)?v[42]\.u32.*?\);', "memcpy(p, &r, sizeof(r));"),
     (r'asm volatile\("ld\.global\.nc.*?\);', "memcpy(&r, p, sizeof(r));"),
     (r'asm\("ex2.*?\);', "y = exp2f(x); if (fabsf(y) < 1.1754944e-38f) y = 0.f;"),
     (r'asm\("lg2.*?\);', "y = log2f(x);"),
@@ -111,7 +111,7 @@ extern "C" void emulator_launch(const void* p, uint32_t grid, uint32_t threads, 
 """
             )
             subprocess.run(
-                ["g++", "-std=c++17", "-O1", "-g", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-w",
+                ["g++", "-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-w",
                  "-D__CUDACC_RTC__", f"-I{folder}", "-shared", "-fPIC", "-o", str(library), str(source)],
                 check=True,
             )  # fmt: skip

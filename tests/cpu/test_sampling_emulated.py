@@ -1,12 +1,14 @@
-"""The sampling and top-k kernels run on the CPU, in every launch shape: results equal the reference's.
+"""The sampling and top-k kernels run on the CPU, results equal the reference's.
 
 The kernels' own source, with fibres for threads (emulate.py): barriers, clusters and shared memory are real, in random
-order. What this cannot show is the hardware's arithmetic; tests/gpu does.
+order. What this cannot show is the hardware's arithmetic; tests/gpu does. Two launch shapes by default; all of them, and
+more sizes, with FI_CUPY_EMULATE=all in the environment.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from unittest import mock
 
 import emulate
@@ -18,17 +20,25 @@ from fi_cupy.reference import sampling_filters as sf
 from fi_cupy.sampling_kernels import LaunchShape
 from fi_cupy.testing.generators import normal
 
-pytestmark = pytest.mark.skipif(not emulate.available(), reason="needs g++ on x86-64")
+pytestmark = pytest.mark.skipif(not emulate.available(), reason="emulating kernels needs g++ on x86-64")
 INF = np.inf
-#: CTAs a row, and their threads.
-CLUSTERS = {"portable": (1, 512), "alone": (1, 256), "two": (2, 512), "eight": (8, 256), "sixteen": (16, 256)}
-DTYPE = {"portable": "bfloat16", "alone": "float16", "two": "float32", "eight": "float32", "sixteen": "bfloat16"}
+#: FI_CUPY_EMULATE=all: every launch shape and size; some minutes, most of them for compiling.
+EVERYTHING = os.environ.get("FI_CUPY_EMULATE") == "all"
+#: CTAs a row, their threads, and the dtype that is tried.
+SHAPES = {"portable": (1, 512, "bfloat16"), "eight": (8, 256, "float32")}
+if EVERYTHING:
+    SHAPES |= {
+        "alone": (1, 256, "float16"), "two": (2, 512, "float32"), "wide": (2, 1024, "float32"),
+        "sixteen": (16, 256, "bfloat16"),
+    }  # fmt: skip
+VOCABS = [1, 130, 1025, 9001, 40000] if EVERYTHING else [9001]
+DTYPE = {name: shape[2] for name, shape in SHAPES.items()}
 
 
-@pytest.fixture(params=list(CLUSTERS))
+@pytest.fixture(params=list(SHAPES))
 def shape(request):
     """Every launch in one shape, on an emulated device."""
-    cluster, threads = CLUSTERS[request.param]
+    cluster, threads, _ = SHAPES[request.param]
 
     def chosen(kind, rows, vocab, device):
         holds = cluster > 1 and kind == "softmax"
@@ -71,9 +81,6 @@ def check(function, x, **parameters):
     want = function(x, **parameters, return_valid=True)
     for g, w in zip(got, want, strict=True):
         assert (np.asarray(g) == w).all(), (parameters, np.flatnonzero(np.asarray(g) != w))
-
-
-VOCABS = [1, 130, 1025, 9001, 40000]
 
 
 @pytest.mark.parametrize("vocab", VOCABS)

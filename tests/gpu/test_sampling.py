@@ -76,8 +76,8 @@ def test_tokens_equal_the_reference(rng, dtype, shape):
 
 
 LAUNCH_SHAPES = [
-    LaunchShape(256, 1, 2), LaunchShape(512, 1, 1), LaunchShape(512, 2, 1), LaunchShape(256, 4, 2),
-    LaunchShape(256, 8, 2), LaunchShape(256, 16, 2),
+    LaunchShape(256, 1, 4), LaunchShape(512, 1, 1), LaunchShape(512, 2, 2), LaunchShape(1024, 2, 1),
+    LaunchShape(256, 8, 4), LaunchShape(256, 16, 4),
 ]  # fmt: skip
 
 

@@ -63,9 +63,10 @@ def test_every_launch_shape_gives_the_same(rng, monkeypatch):
             _, want = topk.top_k(x, k, sorted=True, tie_break=topk.TopKTieBreak.LARGE)
             for shape in (
                 LaunchShape(256, 1, 1),
-                LaunchShape(512, 2, 1),
-                LaunchShape(256, 8, 2),
-                LaunchShape(256, 16, 2),
+                LaunchShape(512, 2, 2),
+                LaunchShape(1024, 2, 1),
+                LaunchShape(256, 8, 4),
+                LaunchShape(256, 16, 4),
             ):
                 if shape.min_arch > device_info(0).code_number:
                     continue
