@@ -137,7 +137,9 @@ def row_shared(room: int, selects: bool, shape: LaunchShape, top_k: bool = False
     """(kList, bytes): four CTAs of 256 threads share a multiprocessor of sm_90, and the portable kernels have the 64 KB
     of sm_75. Top-k lists more, since what it returns is sorted there.
     """
-    listed = 0 if not selects else 4096 if top_k and (room == 256 or shape.cluster > 1) else 2048
+    listed = 2048 if selects else 0
+    if top_k and (room == 256 or shape.cluster > 1):
+        listed = 4096 if shape.cluster > 1 else 3072
     return listed, _shared_bytes(room, selects, listed)
 
 
@@ -169,20 +171,20 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
         return max(cluster, clusters(16, own))
 
     if arch > 110:  # more registers for the same code
-        return LaunchShape(256 if room(vocab) == 256 else 512, clusters(8, 8), 1)
+        return LaunchShape(256, clusters(8, 8), 1) if room(vocab) == 256 else PORTABLE
     few = rows * 2 <= device.num_sms
     if room(vocab) > 256:
         return LaunchShape(512, shared(16) if kind in ("reject", "keep", "softmax") else clusters(8, 16), 1)
     if kind == "softmax":
         return LaunchShape(256, shared(16) if not few else max(shared(16), clusters(16, 8)), 4, True)
-    if kind == "reject":
-        return LaunchShape(256, shared(8) if few else shared(16), 4)
-    if kind == "keep":
-        return LaunchShape(512, clusters(8, 16), 1) if rows * 4 <= device.num_sms else LaunchShape(256, shared(16), 4)
+    if kind in ("reject", "keep") and not few:
+        return LaunchShape(256, shared(16), 4)
+    if kind == "keep":  # clusters of 8 would leave some rows to a second wave
+        return LaunchShape(512, clusters(8, 16), 2)
     if kind == "speculative":  # two rows are read at once: 128 registers a thread
         cluster = clusters(8, 8)
         return _WIDE_PAIR if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 2)
-    if kind == "draw":  # little to do behind the pass over the row
+    if kind in ("draw", "reject"):  # little to do behind the pass over the row
         cluster = clusters(16, 8)
         return LaunchShape(512, 2, 2) if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 4)
     # One CTA decides, the faster the more threads it has; with many rows, others read meanwhile.

@@ -81,11 +81,15 @@ def _headers() -> Path:
     texts = {p.relative_to(kernels): _text(p) for p in files}
     digest = hashlib.sha256("".join(texts.values()).encode() + (HERE / "emulator.hpp").read_bytes()).hexdigest()[:16]
     folder = BUILD / digest
+    texts |= {
+        Path(name): f'#include "{HERE / "emulator.hpp"}"\n' for name in ("cuda_bf16.h", "cuda_fp16.h", "cuda_fp8.h")
+    }
     for name, text in texts.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    for name in ("cuda_bf16.h", "cuda_fp16.h", "cuda_fp8.h"):
-        (folder / name).write_text(f'#include "{HERE / "emulator.hpp"}"\n')
+        if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            part = folder / f"{name}.{os.getpid()}"  # several processes may write it at once
+            part.write_text(text)
+            part.replace(folder / name)
     return folder
 
 
@@ -99,7 +103,8 @@ class EmulatedKernel:
         folder = _headers()
         library = folder / f"{spec.symbol}.so"
         if not library.exists():
-            source = folder / f"{spec.symbol}.cpp"
+            source = folder / f"{spec.symbol}.{os.getpid()}.cpp"  # several processes may want it at once
+            made = source.with_suffix(".so")
             source.write_text(
                 render(spec)
                 + f"""
@@ -112,9 +117,10 @@ extern "C" void emulator_launch(const void* p, uint32_t grid, uint32_t threads, 
             )
             subprocess.run(
                 ["g++", "-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-w",
-                 "-D__CUDACC_RTC__", f"-I{folder}", "-shared", "-fPIC", "-o", str(library), str(source)],
+                 "-D__CUDACC_RTC__", f"-I{folder}", "-shared", "-fPIC", "-o", str(made), str(source)],
                 check=True,
             )  # fmt: skip
+            made.replace(library)
         self._launch = ctypes.CDLL(str(library)).emulator_launch
         self._launch.argtypes = [ctypes.c_void_p] + [ctypes.c_uint32] * 3 + [ctypes.c_uint64] * 2
         self._launch.restype = None

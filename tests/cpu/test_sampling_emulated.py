@@ -1,8 +1,8 @@
 """The sampling and top-k kernels run on the CPU, results equal the reference's.
 
 The kernels' own source, with fibres for threads (emulate.py): barriers, clusters and shared memory are real, in random
-order. What this cannot show is the hardware's arithmetic; tests/gpu does. Two launch shapes by default; all of them, and
-more sizes, with FI_CUPY_EMULATE=all in the environment.
+order. What this cannot show is the hardware's arithmetic; tests/gpu does. Two launch shapes by default; all of them,
+and more sizes, with FI_CUPY_EMULATE=all in the environment.
 """
 
 from __future__ import annotations
