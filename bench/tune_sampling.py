@@ -89,6 +89,8 @@ def chosen_specs(device: DeviceInfo) -> Iterator[KernelSpec]:
                 yield filter_spec(dtype, logits, room(vocab), shape("fill"), "top_k")
             for kind in ("min_p", "top_k"):
                 yield sample_spec(dtype, False, kind, room(vocab), shape("select"))
+            for scaled in (False, True):
+                yield sample_spec(dtype, True, "all", room(vocab), shape("select"), scaled)
             yield filter_spec(dtype, False, room(vocab), shape("keep"), "top_k_top_p")
             yield softmax_spec(dtype, room(vocab), shape("softmax"))
             yield topk.top_k_spec(dtype, room(vocab), shape("top_k"))

@@ -188,7 +188,7 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
         cluster = clusters(16, 8)
         return LaunchShape(512, 2, 2) if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 4)
     # One CTA decides, the faster the more threads it has; with many rows, others read meanwhile.
-    return LaunchShape(1024, clusters(8, 16), 1) if few else LaunchShape(512, 2 if segments > 16 else 1, 2)
+    return LaunchShape(1024, clusters(8, 16), 1) if few else LaunchShape(512, 2 if segments > 64 else 1, 2)
 
 
 def launched_bytes(spec: KernelSpec, vocab: int, dtype: DType, shape: LaunchShape) -> int:

@@ -196,7 +196,7 @@ FI_DEVICE void count_through(const State& state, uint32_t k, uint32_t low, bool 
 #pragma unroll 1
   for (uint32_t s = warp_id(); s < segments; s += kThreads / 32) {
     uint64_t sum = 0;
-#pragma unroll 1
+#pragma unroll 4
     for (int b = 0; b < Row::kBlocks; ++b) {
       float v[kPer];
       if (shared.block_top[s * Row::kBlocks + b] >= kth)

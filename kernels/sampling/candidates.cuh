@@ -30,7 +30,7 @@ FI_DEVICE uint64_t split_sum(uint64_t x, int split) {
 }
 
 // A key that at least k elements reach: the k-th largest of the segments' or of the blocks' tops. False if there are too
-// few of them for that. shared.bound must be 0xffffffff, and a barrier behind that.
+// few of them for that. shared.bound must be 0xffffffff, shared.inside 0, and a barrier behind that.
 template <class State>
 FI_DEVICE bool lower_bound(const State& state, uint32_t k, uint32_t& low) {
   constexpr int kThreads = State::kThreads;
@@ -51,14 +51,29 @@ FI_DEVICE bool lower_bound(const State& state, uint32_t k, uint32_t& low) {
     return true;
   }
   if (k > blocks - blocks / 4) return false;
-  uint32_t found = 0;
-#pragma unroll 1
-  for (uint32_t bit = 0x80000000u; bit > 512; bit /= 2) {  // a lower bound may be rounded down
-    uint64_t reached = 0;
-    for (uint32_t b = threadIdx.x; b < blocks; b += kThreads) reached += shared.block_top[b] >= (found | bit);
-    if (block_sum<kThreads>(reached, shared.warp_sum) >= k) found |= bit;
+  uint32_t least = 0xffffffffu, count = 0;
+  for (uint32_t b = threadIdx.x; b < blocks; b += kThreads) {
+    const uint32_t key = shared.block_top[b];
+    if (key <= key_of(-FI_INF)) continue;  // nothing there
+    least = min_of(least, key);
+    ++count;
   }
-  low = found;
+  least = ptx::warp_min_u32(least);
+  count = ptx::warp_sum_u32(count);
+  if (lane_id() == 0) {
+    atomicMin(&shared.bound, least);
+    atomicAdd(&shared.inside, count);
+  }
+  __syncthreads();  // the tops' range is known
+  if (shared.inside < k) return false;
+  auto visit = [&](uint32_t from, uint32_t to, auto&& f) {
+    for (uint32_t b = threadIdx.x; b < blocks; b += kThreads) {
+      const uint32_t key = shared.block_top[b];
+      if (from <= key && key <= to) f(0.f, key);
+    }
+  };
+  // A lower bound may be rounded down: mostly, one histogram tells enough.
+  low = select<kThreads>(visit, [](float) { return uint64_t(1); }, shared.bound, state.top_key, uint64_t(k), 14, shared);
   return true;
 }
 
