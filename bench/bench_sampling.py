@@ -48,6 +48,7 @@ def _case(
     dtype: str = "float32",
     torch: Callable[[Any], Any] | None = None,
     recorded: str = "",
+    recorded_torch: str = "",
 ) -> BenchCase:
     """`call(module, array)` is ours and FlashInfer's alike; `writes`: bytes written for each token of a row."""
     compared: dict[str, Callable[[Any], Any]] = {"flashinfer": lambda s: call(peers.flashinfer(), s[0])}
@@ -60,7 +61,7 @@ def _case(
         make_inputs=partial(make, rows, vocab, dtype),
         bytes=rows * vocab * (itemsize + writes),
         peers=compared if dtype == "float32" else {},
-        recorded=f"samp {recorded} V{vocab} b{rows}" if recorded and dtype == "float32" else (),
+        recorded=[f"samp {r} V{vocab} b{rows}" for r in (recorded, recorded_torch) if r and dtype == "float32"],
         limit="copy" if writes else "read",
     )
 
@@ -78,7 +79,7 @@ def _rows(rows: int, vocab: int, dtype: str = "float32") -> list[BenchCase]:
     seeded = {"seed": SEED, "offset": 0}
     return [
         make("softmax", make=_logits, call=lambda m, x: m.sampling.softmax(x), writes=4, torch=_softmax,
-             recorded="softmax"),
+             recorded="softmax", recorded_torch="torch.softmax"),
         make("sampling_from_logits", make=_logits, call=lambda m, x: m.sampling.sampling_from_logits(x, **seeded),
              recorded="from_logits"),
         make("sampling_from_probs", make=_probs, call=lambda m, x: m.sampling.sampling_from_probs(x, **seeded),
@@ -105,6 +106,8 @@ def _rows(rows: int, vocab: int, dtype: str = "float32") -> list[BenchCase]:
              writes=4 if dtype == "float32" else 2, recorded="topp_renorm .9"),
         make("top_k_mask_logits 50", make=_logits, call=lambda m, x: m.sampling.top_k_mask_logits(x, 50),
              writes=4 if dtype == "float32" else 2, recorded="topk_mask_logits 50"),
+        make("top_k 50", make=_logits, call=lambda m, x: m.topk.top_k(x, 50), torch=lambda x: peers.torch().topk(x, 50),
+             recorded_torch="torch.topk50"),
     ]  # fmt: skip
 
 
@@ -121,7 +124,40 @@ def _flat(rows: int, vocab: int) -> list[BenchCase]:
               lambda m, x: m.sampling.top_k_sampling_from_probs(x, 50, seed=SEED, offset=0)),
         _case("top_p 0.9 from flat probs", rows, vocab, make,
               lambda m, x: m.sampling.top_p_sampling_from_probs(x, 0.9, seed=SEED, offset=0)),
+        _case("top_k 50 of flat probs", rows, vocab, make, lambda m, x: m.topk.top_k(x, 50),
+              torch=lambda x: peers.torch().topk(x, 50)),
+        _case("top_k_renorm 50 of flat probs", rows, vocab, make, lambda m, x: m.sampling.top_k_renorm_probs(x, 50),
+              writes=4),
+        _case("top_p_renorm 0.9 of flat probs", rows, vocab, make, lambda m, x: m.sampling.top_p_renorm_probs(x, 0.9),
+              writes=4),
     ]  # fmt: skip
+
+
+def _spiked(rows: int, vocab: int) -> list[BenchCase]:
+    """One token has nearly all of the mass, and the rest is wide and thin."""
+
+    def make(rows: int, vocab: int, dtype: str, i: int) -> tuple[Any, ...]:
+        logits = normal_logits(rows, vocab, i, dtype)
+        logits[:, 12345 % vocab] += 40
+        return (logits,)
+
+    return [
+        _case("top_k_top_p 50 0.9 from spiked logits", rows, vocab, make,
+              lambda m, x: m.sampling.top_k_top_p_sampling_from_logits(x, 50, 0.9, seed=SEED, offset=0)),
+        _case("top_p 0.9 from spiked logits", rows, vocab, make,
+              lambda m, x: m.sampling.top_k_top_p_sampling_from_logits(x, vocab, 0.9, seed=SEED, offset=0)),
+    ]  # fmt: skip
+
+
+def _pipeline(rows: int, vocab: int) -> BenchCase:
+    """Temperature, softmax, top-k, top-p, min-p and a token: one kernel of ours."""
+
+    def pipe(module: Any, x: Any) -> Any:
+        p = module.logits_processor
+        made = p.LogitsPipe([p.Temperature(), p.Softmax(), p.TopK(), p.TopP(), p.MinP(), p.Sample()])
+        return made(x, temperature=0.8, top_k=50, top_p=0.9, min_p=0.02)
+
+    return _case("LogitsPipe T k p min_p", rows, vocab, _logits, pipe)
 
 
 def _speculative(rows: int, n: int, vocab: int) -> BenchCase:
@@ -148,5 +184,6 @@ def cases(device: DeviceInfo) -> list[BenchCase]:
     """The sampling table: float32 at every batch and vocabulary, bf16 at the larger one, ties, speculation."""
     table = [case for vocab in VOCABS for rows in BATCHES for case in _rows(rows, vocab)]
     table += [case for rows in BATCHES for case in _rows(rows, VOCABS[0], "bfloat16")]
-    table += _flat(64, VOCABS[0])
+    table += _flat(64, VOCABS[0]) + _spiked(64, VOCABS[0])
+    table += [_pipeline(rows, VOCABS[0]) for rows in BATCHES]
     return table + [_speculative(rows, 5, 32000) for rows in (64, 512)]

@@ -10,6 +10,7 @@ from . import (
     errors as errors,
     gemm as gemm,
     jit as jit,
+    logits_processor as logits_processor,
     lookup as lookup,
     norm as norm,
     page as page,
@@ -20,6 +21,7 @@ from . import (
     reference as reference,
     rope as rope,
     sampling as sampling,
+    topk as topk,
     sparse as sparse,
     variants as variants,
 )
@@ -118,6 +120,12 @@ from .sparse import (
     BlockSparseAttentionWrapper as BlockSparseAttentionWrapper,
     VariableBlockSparseAttentionWrapper as VariableBlockSparseAttentionWrapper,
     convert_bsr_mask_layout as convert_bsr_mask_layout,
+)
+from .topk import (
+    TopKTieBreak as TopKTieBreak,
+    top_k as top_k,
+    top_k_page_table_transform as top_k_page_table_transform,
+    top_k_ragged_transform as top_k_ragged_transform,
 )
 
 __version__: str

@@ -5,7 +5,9 @@ Rules that hold for every function here:
 * A filter keeps tokens by *value*, ties included. ``top_k >= vocab`` and ``top_p >= 1`` keep all. In device arrays a
   top_k below 1 counts as 1, and a top_p of 0 or less keeps the likeliest tokens.
 * One uniform number a row, Philox4x32-10 of (seed, offset, output row), and inversion of the cumulative distribution in
-  index order, in integer arithmetic: the token depends on nothing else. The same seed gives the same tokens on every
+  index order, in integer arithmetic: the token depends on nothing else. Top-p alone (without top_k, or with an int that
+  keeps all) draws by rejection: from the whole row, and if top-p does not keep that token, from the likelier ones with
+  the next number, until it keeps one. The same seed gives the same tokens on every
   GPU and on CPU arrays. With one seed *a row*, the row's number stays out of it, so that a request's token does not
   depend on its place in the batch.
 * ``seed`` and ``offset`` are ints, or 1-D int64 or uint64 arrays of 1 or `rows` elements on the device of the input: a
@@ -23,9 +25,9 @@ from fi_cupy.random_state import Generator as Generator
 from fi_cupy.random_state import default_generator as default_generator
 from fi_cupy.random_state import get_seed_and_offset as get_seed_and_offset
 from fi_cupy.random_state import manual_seed as manual_seed
-from fi_cupy.sampling_launch import MAX_VOCAB as MAX_VOCAB
+from fi_cupy.sampling_kernels import MAX_VOCAB as MAX_VOCAB
+from fi_cupy.sampling_kernels import kernel_specs as kernel_specs
 from fi_cupy.sampling_launch import draw_tokens, filtered_rows, is_joint, softmax_rows
-from fi_cupy.sampling_launch import kernel_specs as kernel_specs
 from fi_cupy.speculative import chain_speculative_sampling as chain_speculative_sampling
 
 

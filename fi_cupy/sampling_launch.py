@@ -1,9 +1,10 @@
-"""Kernel instances of the sampling family, its argument checks and launches. The functions are in `sampling`."""
+"""Argument checks and launches of the sampling family. The functions are in `sampling`, the kernels in
+`sampling_kernels`.
+"""
 
 from __future__ import annotations
 
 import operator
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,12 @@ import numpy as np
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.device import device_info
 from fi_cupy.dtypes import (
     FLOAT_TYPES,
     INDEX_TYPES,
     DType,
-    bfloat16,
     bool_,
-    float16,
     float32,
     float64,
     int32,
@@ -27,151 +27,22 @@ from fi_cupy.dtypes import (
 )
 from fi_cupy.errors import ArgumentError, ShapeError, UnsupportedError
 from fi_cupy.jit.kernel import load_kernel
-from fi_cupy.jit.params import ParamsStruct
-from fi_cupy.jit.spec import CppType, KernelSpec
 from fi_cupy.random_state import get_seed_and_offset
+from fi_cupy.sampling_kernels import (
+    MAX_VOCAB,
+    filter_spec,
+    launch_shape,
+    launched_bytes,
+    room,
+    sample_spec,
+    softmax_spec,
+)
 
-#: The largest vocabulary of the GPU kernels: 512 segments of 1024 tokens (their sums lie in shared memory).
-MAX_VOCAB = 1 << 19
-#: A thread a segment, and up to 128 registers: a warp holds a segment of 1024 values in them.
-_THREADS = 512
 _MASK64 = (1 << 64) - 1
 # kernels/sampling.cuh: SamplingFlags
 INDICES64, _TOP_K64, _P64, _SEED_PER_ROW, _OFFSET_PER_ROW, _JOINT = 1, 2, 4, 8, 16, 32
 ALIGNED_IN, _ALIGNED_OUT, NEW_ACCEPTED, NEW_EMITTED = 64, 128, 256, 512
-
-_PARAMS = ParamsStruct(
-    "SamplingParams",
-    [
-        ("input", "ptr"),
-        ("output", "ptr"),
-        ("valid", "ptr"),
-        ("nan", "ptr"),
-        ("indices", "ptr"),
-        ("top_k", "ptr"),
-        ("p", "ptr"),
-        ("seed", "ptr"),
-        ("offset", "ptr"),
-        ("seed_value", "u64"),
-        ("offset_value", "u64"),
-        ("stride", "i64"),
-        ("rows", "u32"),
-        ("vocab", "u32"),
-        ("top_k_value", "i32"),
-        ("p_value", "f32"),
-        ("flags", "u32"),
-    ],
-)
-_SOFTMAX_PARAMS = ParamsStruct(
-    "SoftmaxParams",
-    [
-        ("input", "ptr"),
-        ("output", "ptr"),
-        ("temperature", "ptr"),
-        ("stride", "i64"),
-        ("vocab", "u32"),
-        ("inverse_value", "f32"),
-        ("temperature64", "u32"),
-        ("aligned", "u32"),
-    ],
-)
-_SPECULATIVE_PARAMS = ParamsStruct(
-    "SpeculativeParams",
-    [
-        ("draft_probs", "ptr"),
-        ("draft_token_ids", "ptr"),
-        ("target_probs", "ptr"),
-        ("output", "ptr"),
-        ("accepted", "ptr"),
-        ("emitted", "ptr"),
-        ("seed", "ptr"),
-        ("offset", "ptr"),
-        ("seed_value", "u64"),
-        ("offset_value", "u64"),
-        ("num_draft", "u32"),
-        ("vocab", "u32"),
-        ("flags", "u32"),
-    ],
-)
-
-
-@lru_cache(maxsize=64)
-def sample_spec(dtype: DType, logits: bool, kind: str) -> KernelSpec:
-    """One token a row; `kind` is the filter: "none", "min_p" or "top_k_top_p" (top-k and top-p alone as well)."""
-    struct = {"none": "NoFilter", "min_p": "MinP", "top_k_top_p": "TopKTopP"}[kind]
-    domain = "Logits" if logits else "Probs"
-    return KernelSpec(
-        symbol=f"sample_{domain.lower()}_{kind}_{dtype.tag}",
-        header="sampling.cuh",
-        function="sample",
-        params=_PARAMS,
-        config=(
-            ("T", dtype),
-            ("Domain", CppType(f"fi::sampling::{domain}")),
-            ("Filter", CppType(f"fi::sampling::{struct}")),
-            ("kThreads", _THREADS),
-        ),
-        threads=_THREADS,
-        # Streaming in 64 registers lets two CTAs share an SM; 16-bit rows take a few more.
-        min_blocks=0 if kind == "none" and logits and dtype is float32 else 1,
-    )
-
-
-@lru_cache(maxsize=64)
-def filter_spec(dtype: DType, logits: bool) -> KernelSpec:
-    """Rows after top-k and top-p: probabilities renormalised, or logits masked."""
-    return KernelSpec(
-        symbol=f"{'mask_logits' if logits else 'renorm_probs'}_{dtype.tag}",
-        header="sampling.cuh",
-        function="filter_rows",
-        params=_PARAMS,
-        config=(
-            ("T", dtype),
-            ("Domain", CppType(f"fi::sampling::{'Logits' if logits else 'Probs'}")),
-            ("kThreads", _THREADS),
-        ),
-        threads=_THREADS,
-        min_blocks=1,
-    )
-
-
-@lru_cache(maxsize=16)
-def softmax_spec(dtype: DType) -> KernelSpec:
-    """Softmax with temperature, to float32."""
-    return KernelSpec(
-        symbol=f"softmax_{dtype.tag}",
-        header="sampling/softmax.cuh",
-        function="softmax",
-        params=_SOFTMAX_PARAMS,
-        config=(("T", dtype), ("kThreads", _THREADS)),
-        threads=_THREADS,
-    )
-
-
-@lru_cache(maxsize=16)
-def speculative_spec(dtype: DType) -> KernelSpec:
-    """Chain speculative sampling."""
-    return KernelSpec(
-        symbol=f"chain_speculative_{dtype.tag}",
-        header="sampling/speculative.cuh",
-        function="chain_speculative",
-        params=_SPECULATIVE_PARAMS,
-        config=(("T", dtype), ("kThreads", _THREADS)),
-        threads=_THREADS,
-        min_blocks=1,
-    )
-
-
-def kernel_specs() -> list[KernelSpec]:
-    """The canonical instances."""
-    specs = []
-    for dtype in (float32, bfloat16, float16):
-        specs += [sample_spec(dtype, logits, "none") for logits in (True, False)]
-        specs += [sample_spec(dtype, logits, "top_k_top_p") for logits in (True, False)]
-        specs.append(sample_spec(dtype, False, "min_p"))
-        specs += [filter_spec(dtype, logits) for logits in (True, False)]
-        specs += [softmax_spec(dtype), speculative_spec(dtype)]
-    return specs
+_MIN_P64, _TEMPERATURE64 = 1024, 2048
 
 
 def checked_rows(op: str, name: str, array: Any) -> View:
@@ -293,18 +164,22 @@ def _filter(rows: int, top_k: Any, top_p: Any, min_p: Any, joint: bool) -> Any:
     )
 
 
+def _real(p: Any, nothing: float, flag: int) -> tuple[int, float, int]:
+    """(pointer, value, flag if float64) of a real parameter."""
+    if isinstance(p, View):
+        return p.ptr, 0.0, flag if p.dtype is float64 else 0
+    return 0, nothing if p is None else p, 0
+
+
 def _param_values(top_k: Any, p: Any, vocab: int) -> tuple[int, int, int, float, int]:
     """(top_k pointer, p pointer, top_k value, p value, flags) of a launch."""
-    k_ptr, k_value, p_ptr, p_value, flags = 0, vocab, 0, 1.0, 0
+    k_ptr, k_value, flags = 0, vocab, 0
     if isinstance(top_k, View):
         k_ptr, flags = top_k.ptr, _TOP_K64 if top_k.dtype is int64 else 0
     elif top_k is not None:
         k_value = top_k
-    if isinstance(p, View):
-        p_ptr, flags = p.ptr, flags | (_P64 if p.dtype is float64 else 0)
-    elif p is not None:
-        p_value = p
-    return k_ptr, p_ptr, k_value, p_value, flags
+    p_ptr, p_value, wide = _real(p, 1.0, _P64)
+    return k_ptr, p_ptr, k_value, p_value, flags | wide
 
 
 def draw_tokens(
@@ -315,13 +190,14 @@ def draw_tokens(
     top_k: Any = None,
     top_p: Any = None,
     min_p: Any = None,
+    temperature: Any = None,
     joint: bool = False,
     indices: Any,
     generator: Any,
-    check_nan: bool,
+    check_nan: bool = False,
     seed: Any,
     offset: Any,
-    return_valid: bool,
+    return_valid: bool = False,
 ) -> Any:
     """Check, draw one token a row, and give the result back; every sampling function ends here."""
     x = checked_rows(op, name, array)
@@ -336,6 +212,9 @@ def draw_tokens(
     k = None if top_k is None else _top_k(op, top_k, rows, x)
     p = None if top_p is None else _probability(op, "top_p", top_p, rows, x)
     m = None if min_p is None else _probability(op, "min_p", min_p, rows, x)
+    if isinstance(k, int) and k == x.shape[1]:
+        k = None
+    t = None if temperature is None else _temperature(op, temperature, rows, x)
     random = Random(op, x, rows, seed, offset, generator)
     out = x.empty((rows,), int32 if chosen is None else chosen.dtype)
     valid = x.empty((rows,), bool_) if return_valid else None
@@ -348,28 +227,51 @@ def draw_tokens(
             )
         domain = reference.sampling.Logits if name == "logits" else reference.sampling.Probs
         tokens, ok, has_nan = reference.sampling.sample(
-            x.numpy(), domain, _filter(rows, k, p, m, joint), random.seed, random.offset, index
-        )
+            x.numpy(), domain, _filter(rows, k, p, m, joint), random.seed, random.offset, index,
+            _array(t, rows, np.float64),
+        )  # fmt: skip
         out.write(tokens)
         if valid is not None:
             valid.write(ok)
         any_nan = bool(has_nan.any())
     else:
         nan = x.empty((rows,), uint8) if check_nan else None
-        kind = "min_p" if m is not None else "none" if k is None and p is None else "top_k_top_p"
-        k_ptr, p_ptr, k_value, p_value, flags = _param_values(k, p if m is None else m, x.shape[1])
-        flags |= random.flags | (INDICES64 if out.dtype is int64 else 0) | (_JOINT if joint else 0)
-        load_kernel(sample_spec(x.dtype, name == "logits", kind), x.device).launch(
-            rows, x.stream(),
+        logits, scaled = name == "logits", t is not None
+        kind = _kind(k is not None, p is not None, m is not None, logits, scaled)
+        k_ptr, p_ptr, k_value, p_value, flags = _param_values(k, m if kind == "min_p" else p, x.shape[1])
+        m_ptr, m_value, m_wide = _real(m, 0.0, _MIN_P64)
+        t_ptr, t_value, t_wide = _real(t, 1.0, _TEMPERATURE64)
+        flags |= m_wide | t_wide | random.flags | (INDICES64 if out.dtype is int64 else 0) | (_JOINT if joint else 0)
+        shape = launch_shape(
+            {"none": "draw", "top_p": "reject"}.get(kind, "select"), rows, x.shape[1], device_info(x.device)
+        )
+        spec = sample_spec(x.dtype, logits, kind, room(x.shape[1]), shape, scaled)
+        load_kernel(spec, x.device).launch(
+            rows * shape.cluster, x.stream(),
             x.ptr, out.ptr, 0 if valid is None else valid.ptr, 0 if nan is None else nan.ptr,
             0 if chosen is None else chosen.ptr, k_ptr, p_ptr, random.seed_ptr, random.offset_ptr,
             random.seed_value, random.offset_value, x.strides[0], x.shape[0], x.shape[1], k_value, p_value,
-            flags | (ALIGNED_IN if aligned_rows(x) else 0),
+            flags | (ALIGNED_IN if aligned_rows(x) else 0), m_value, m_ptr, t_ptr, 1.0 / t_value if t_value else 0.0,
         )  # fmt: skip
         any_nan = nan is not None and bool(nan.host().any())
     if check_nan and any_nan:
         raise ArgumentError(f"{op}: Input {name} contains NaN.")
     return out.result() if valid is None else (out.result(), valid.result())
+
+
+def _kind(top_k: bool, top_p: bool, min_p: bool, logits: bool, scaled: bool) -> str:
+    """The filter of the kernel that does it: those of pipelines are compiled with all of them."""
+    if min_p:
+        return "all" if top_k or top_p or logits else "min_p"
+    if not top_k:
+        return "top_p" if top_p else "none"
+    return "all" if scaled else "top_k_top_p" if top_p else "top_k"
+
+
+def _temperature(op: str, value: Any, rows: int, x: View) -> float | View:
+    if is_scalar(value):
+        return float(value)
+    return per_row_param(op, "temperature", value, rows, x, (float32, float64))
 
 
 def is_joint(op: str, order: str) -> bool:
@@ -378,23 +280,30 @@ def is_joint(op: str, order: str) -> bool:
     return order == "joint"
 
 
-def filtered_rows(op: str, name: str, array: Any, top_k: Any, top_p: Any) -> Any:
-    """Rows after one filter, dtype of the input."""
+def filtered_rows(op: str, name: str, array: Any, top_k: Any, top_p: Any, min_p: Any = None, joint: bool = True) -> Any:
+    """Rows after filters, dtype of the input."""
     x = checked_rows(op, name, array)
     rows, vocab = x.shape
     logits = name == "logits"
     k = None if top_k is None else _top_k(op, top_k, rows, x)
     p = None if top_p is None else _probability(op, "top_p", top_p, rows, x)
+    m = None if min_p is None else _probability(op, "min_p", min_p, rows, x)
     o = x.empty(x.shape, x.dtype)
     if x.is_cpu:
         apply = reference.sampling.mask_logits if logits else reference.sampling.renorm_probs
-        o.write(apply(x.numpy(), _filter(rows, k, p, None, True)))
+        o.write(apply(x.numpy(), _filter(rows, k, p, m, joint)))
         return o.result()
     k_ptr, p_ptr, k_value, p_value, flags = _param_values(k, p, vocab)
-    flags |= _JOINT | (ALIGNED_IN if aligned_rows(x) else 0) | (_ALIGNED_OUT if aligned_rows(o) else 0)
-    load_kernel(filter_spec(x.dtype, logits), x.device).launch(
-        rows, x.stream(),
+    m_ptr, m_value, m_wide = _real(m, 0.0, _MIN_P64)
+    flags |= m_wide | (_JOINT if joint else 0) | (ALIGNED_IN if aligned_rows(x) else 0)
+    flags |= _ALIGNED_OUT if aligned_rows(o) else 0
+    kind = "all" if m is not None else "top_k" if p is None else "top_k_top_p"
+    shape = launch_shape("fill" if k is not None else "keep", rows, vocab, device_info(x.device))
+    spec = filter_spec(x.dtype, logits, room(vocab), shape, kind)
+    load_kernel(spec, x.device).launch(
+        rows * shape.cluster, x.stream(),
         x.ptr, o.ptr, 0, 0, 0, k_ptr, p_ptr, 0, 0, 0, 0, x.strides[0], rows, vocab, k_value, p_value, flags,
+        m_value, m_ptr, 0, 1.0,
     )  # fmt: skip
     return o.result()
 
@@ -415,10 +324,14 @@ def softmax_rows(logits: Any, temperature: Any, enable_pdl: bool | None) -> Any:
         return o.result()
     per_row = isinstance(t, View)
     inverse = 1.0 if t is None or per_row else 0.0 if t == 0 else 1.0 / t  # type: ignore[operator]
-    load_kernel(softmax_spec(x.dtype), x.device).launch(
-        x.shape[0], x.stream(),
+    rows, vocab = x.shape
+    shape = launch_shape("softmax", rows, vocab, device_info(x.device))
+    spec = softmax_spec(x.dtype, room(vocab), shape)
+    load_kernel(spec, x.device).launch(
+        rows * shape.cluster, x.stream(),
         x.ptr, o.ptr, t.ptr if per_row else 0, x.strides[0], x.shape[1],  # type: ignore[union-attr]
         inverse, per_row and t.dtype is float64,  # type: ignore[union-attr]
-        aligned_rows(x) + 2 * (x.shape[1] % 4 == 0), pdl=bool(enable_pdl),
+        aligned_rows(x) + 2 * (vocab % 4 == 0),
+        smem=launched_bytes(spec, vocab, x.dtype, shape), pdl=bool(enable_pdl),
     )  # fmt: skip
     return o.result()

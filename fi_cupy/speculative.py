@@ -7,18 +7,12 @@ from typing import Any
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.device import device_info
 from fi_cupy.dtypes import FLOAT_TYPES, INDEX_TYPES, int32, int64
 from fi_cupy.errors import LayoutError
 from fi_cupy.jit.kernel import load_kernel
-from fi_cupy.sampling_launch import (
-    ALIGNED_IN,
-    INDICES64,
-    NEW_ACCEPTED,
-    NEW_EMITTED,
-    Random,
-    check_vocab,
-    speculative_spec,
-)
+from fi_cupy.sampling_kernels import launch_shape, room, speculative_spec
+from fi_cupy.sampling_launch import ALIGNED_IN, INDICES64, NEW_ACCEPTED, NEW_EMITTED, Random, check_vocab
 
 
 def chain_speculative_sampling(
@@ -90,8 +84,9 @@ def chain_speculative_sampling(
     else:
         row_bytes = vocab * q.dtype.itemsize
         aligned = q.ptr % 16 == 0 and p.ptr % 16 == 0 and row_bytes % 16 == 0
-        load_kernel(speculative_spec(q.dtype), q.device).launch(
-            batch, q.stream(),
+        shape = launch_shape("speculative", batch, vocab, device_info(q.device))
+        load_kernel(speculative_spec(q.dtype, room(vocab), shape), q.device).launch(
+            batch * shape.cluster, q.stream(),
             q.ptr, ids.ptr, p.ptr, out.ptr, accepted.ptr, emitted.ptr, random.seed_ptr, random.offset_ptr,
             random.seed_value, random.offset_value, n, vocab,
             random.flags | (INDICES64 if ids.dtype is int64 else 0) | (ALIGNED_IN if aligned else 0)

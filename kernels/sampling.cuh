@@ -1,30 +1,18 @@
 // Sampling from rows of logits or probabilities: one token a row, of those that a filter keeps, by inversion of the
 // cumulative distribution in index order with one Philox number; and the same filters as renormalisation and as mask.
-// One CTA of 512 threads computes one row; grid = output rows.
-// Passes: 1. every segment's largest value and mass (the row from memory); 2. the filter's threshold (select.cuh: only
-// blocks that reach a proven lower bound are read again, mostly from L2); 3. mass of what is kept, the segment that holds
-// the draw, and the token in it. All decisions are integer (mass.cuh): the same for every launch shape and architecture.
-// Shared memory: RowSummary 22 KB, SelectScratch 16 KB. Bytes moved: rows * vocab * sizeof(T), and what is read again.
-// Architecture: any.
+// A cluster of kCluster CTAs (1 below sm_90) of kThreads reads one row; grid = output rows * kCluster. Its first CTA
+// collects what the others found, in its shared memory, and decides; where rows are written, all of them write.
+// The row is read once; then only blocks that reach a proven lower bound are (candidates.cuh), or what lies near the
+// threshold was listed on the way (band.cuh). All decisions are integer (mass.cuh): tokens and kept sets are the same
+// for every launch shape and architecture.
+// Shared memory (dynamic): RowShared, and the row's segments if they are held. Bytes moved: rows * vocab * sizeof(T),
+// and as much for rows written. Architecture: any; clusters need sm_90.
 #pragma once
-#include "common/philox.cuh"
 #include "ptx/pdl.cuh"
-#include "sampling/filters.cuh"
+#include "sampling/band.cuh"
+#include "sampling/draw.cuh"
 
 namespace fi {
-
-enum SamplingFlags : uint32_t {
-  kIndices64 = 1,       // indices and output tokens (of chain sampling: all ids) are int64, else int32
-  kTopK64 = 2,          // top_k is int64, else int32
-  kP64 = 4,             // p is float64, else float32
-  kSeedPerRow = 8,      // seed has one element a row: the row number stays out of the counter
-  kOffsetPerRow = 16,   // offset has one element a row
-  kJoint = 32,          // FilterArgs::joint
-  kAlignedInput = 64,   // rows start on 16 bytes
-  kAlignedOutput = 128,
-  kNewAccepted = 256,   // chain sampling: this counter is written, not added to
-  kNewEmitted = 512,
-};
 
 struct SamplingParams {
   const void* input;
@@ -43,6 +31,10 @@ struct SamplingParams {
   int32_t top_k_value;
   float p_value;
   uint32_t flags;
+  float min_p_value;        // of pipelines: min-p beside top-k and top-p
+  const void* min_p;
+  const void* temperature;  // of pipelines on logits, or null for the value
+  float inverse_value;      // 1 / temperature; 0 for temperature 0
 };
 
 namespace sampling {
@@ -60,131 +52,212 @@ FI_DEVICE void write_index(void* p, bool wide, int64_t i, int64_t value) {
     static_cast<int32_t*>(p)[i] = int32_t(value);
   }
 }
+// One a row, float64 or float32; without an array, the value.
+FI_DEVICE double read_real(const void* p, bool wide, int64_t i, float value) {
+  if (p == nullptr) return value;
+  return wide ? static_cast<const double*>(p)[i] : double(static_cast<const float*>(p)[i]);
+}
+template <class Filter>
 FI_DEVICE FilterArgs filter_args(const SamplingParams& params, uint32_t row) {
   const uint32_t flags = params.flags;
   int64_t k = params.top_k ? read_index(params.top_k, flags & kTopK64, row) : params.top_k_value;
-  float p = params.p_value;
-  if (params.p) p = flags & kP64 ? float(static_cast<const double*>(params.p)[row]) : static_cast<const float*>(params.p)[row];
   k = max_of<int64_t>(1, min_of<int64_t>(k, params.vocab));
-  return {uint32_t(k), p, (flags & kJoint) != 0};
+  FilterArgs args = {uint32_t(k), float(read_real(params.p, flags & kP64, row, params.p_value)), (flags & kJoint) != 0};
+  if constexpr (Filter::kTop && Filter::kMin) args.min_p = float(read_real(params.min_p, flags & kMinP64, row, params.min_p_value));
+  return args;
 }
 
-// Where the row's random numbers start.
-struct Stream {
-  uint64_t seed, offset;
-  uint32_t row;
-  FI_DEVICE Stream(const uint64_t* seeds, const uint64_t* offsets, uint64_t seed_value, uint64_t offset_value,
-                   uint32_t flags, uint32_t output_row) {
-    seed = seeds ? seeds[flags & kSeedPerRow ? output_row : 0] : seed_value;
-    offset = offsets ? offsets[flags & kOffsetPerRow ? output_row : 0] : offset_value;
-    row = flags & kSeedPerRow ? 0 : output_row;
-  }
-  FI_DEVICE uint64_t bits64(uint32_t draw) const { return Philox::bits64(seed, offset, row, draw); }
+// The filters' kinds: kTop, top-k; kMass, and then top-p; kMin, min-p, which keeps p >= min_p * max, inclusive, of what
+// they left.
+struct NoFilter {
+  static constexpr bool kFilters = false, kTop = false, kMass = false, kMin = false;
+};
+struct TopP {  // alone: by rejection
+  static constexpr bool kFilters = false, kTop = false, kMass = false, kMin = false;
+};
+struct MinP {
+  static constexpr bool kFilters = true, kTop = false, kMass = false, kMin = true;
+};
+struct TopK {
+  static constexpr bool kFilters = true, kTop = true, kMass = false, kMin = false;
+};
+struct TopKTopP {
+  static constexpr bool kFilters = true, kTop = true, kMass = true, kMin = false;
+};
+struct AllFilters {
+  static constexpr bool kFilters = true, kTop = true, kMass = true, kMin = true;
 };
 
-// Draw a token by 64 random bits: the first whose cumulative mass exceeds random * total / 2^64. The segments' sums must
-// be in the row's unit; kWhole: each segment's own unit counts inside it (nothing is filtered). Warp 0 gets the result.
-template <bool kWhole, class State>
-FI_DEVICE uint32_t draw(const State& state, uint32_t threshold, uint64_t random) {
-  using Domain = typename State::Domain;
-  using Row = typename State::Row;
-  uint64_t total;
-  const uint64_t own = threadIdx.x < state.row.segments() ? state.summary.sum[threadIdx.x] : 0;
-  const uint64_t end = block_scan<State::kThreads>(own, state.scratch.warp_sum, total);
-  const uint64_t target = __umul64hi(random, total);
-  if (end - own <= target && target < end) {  // one thread
-    state.scratch.bin = threadIdx.x;
-    state.scratch.above = target - (end - own);
-  }
-  __syncthreads();  // the segment is known
-  if (warp_id() != 0) return 0;
-  const uint32_t segment = state.scratch.bin;
-  const uint64_t rest = state.scratch.above;
-  const auto ref = kWhole ? Domain::ref(state.summary.top[segment]) : state.ref;
-  const uint64_t weight = kWhole ? Domain::weight(ref, state.ref) : kWeightOne;
-  float* values = reinterpret_cast<float*>(state.scratch.low) + lane_id();  // this lane's: read together, used one by one
-  {
-    typename Row::Values v;
-    state.row.load(segment, 0, Row::kAll, v);
-#pragma unroll
-    for (int b = 0; b < Row::kBlocks; ++b) {
-#pragma unroll
-      for (int j = 0; j < Row::kPer; ++j) values[(b * Row::kPer + j) * 32] = v[b][j];
+// What the cluster's first CTA found out about a row. The other CTAs come back with `first` false, having arrived at a
+// cluster barrier that they have not waited at.
+struct Judged {
+  bool first;
+  bool nan, valid;
+  bool whole;   // nothing is filtered: the sums are the first pass's
+  bool blocks;  // the blocks' largest keys are known
+  Verdict verdict;
+};
+
+// Every CTA learns the row's largest key and mass from the first one, which has the sums.
+template <class Shape, class State>
+FI_DEVICE void tell_total(const typename State::Row& row, typename State::Shared& shared) {
+  if (Shape::rank() == 0) {
+    const State state(row, shared);
+    const uint64_t total = state.total();
+    if (threadIdx.x < Shape::kCluster) {
+      auto& there = Shape::at(shared, threadIdx.x);
+      there.told_key = state.top_key;
+      there.told_total = total;
     }
   }
-  uint64_t base = 0;
-#pragma unroll 1
-  for (int b = 0; b < Row::kBlocks; ++b) {
-    uint64_t mass[Row::kPer], sum = 0;
-#pragma unroll
-    for (int j = 0; j < Row::kPer; ++j) {
-      const float x = values[(b * Row::kPer + j) * 32];
-      mass[j] = kWhole || key_of(x) >= threshold ? Domain::mass(x, ref) : 0;
-      sum += mass[j];
-    }
-    uint64_t inclusive = sum;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const uint64_t other = __shfl_up_sync(kFullMask, inclusive, offset);
-      if (lane_id() >= offset) inclusive += other;
-    }
-    const uint32_t hits = __ballot_sync(kFullMask, scaled(base + inclusive, weight) > rest);
-    if (hits) {
-      uint64_t sums = base + inclusive - sum;
-      uint32_t before = 0;  // this lane's elements in front of the one
-#pragma unroll
-      for (int j = 0; j < Row::kPer; ++j) {
-        sums += mass[j];
-        before += scaled(sums, weight) <= rest;
+  Shape::arrive();
+  Shape::wait();  // everyone has been told
+}
+
+// Read a row by the whole cluster, and in its first CTA find what the filter keeps. `held`: where this CTA's segments
+// stay on chip.
+template <class Filter, class Shape, int exact_bits, class Domain, class Row, class Shared, class Held>
+FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& shared, uint64_t random, const Held& held) {
+  using State = RowState<Domain, Shape::kThreads, Row, Shared>;
+  const bool top_k = Filter::kTop && args.has_top_k(row.vocab), top_p = Filter::kMass && args.has_top_p();
+  const bool banded = top_p && !top_k;
+  const bool whole = !Filter::kFilters || (Filter::kTop && !top_k && !top_p && !args.has_min_p());
+  const bool joint = Domain::kOwnRef && top_p && args.joint;  // top-p compares with the whole row's mass
+  Judged judged = {Shape::rank() == 0, false, true, whole, Filter::kFilters && (Domain::kOwnRef || !banded), {}};
+  Shared& to = Shape::at(shared, 0);
+  Started<Shape> started;
+  if (Domain::kOwnRef || !banded)
+    summarise<Domain, Filter::kFilters, Shape>(row, to, whole || joint || banded, started, held);
+  Band band = {0.f, 0.f};
+  uint64_t total = 0;
+  if constexpr (Filter::kMass) {
+    if (banded) {
+      auto ref = Domain::ref(1.f);
+      float relative = 1.f;  // probabilities are taken to sum to 1 until they have been added up
+      if constexpr (Domain::kOwnRef) {
+        Shape::arrive();
+        Shape::wait();  // the first CTA has all sums
+        tell_total<Shape, State>(row, shared);
+        total = shared.told_total;
+        ref = Domain::ref(value_of(shared.told_key));
+        relative = float(total) * (1.f / float(uint64_t(1) << kMassBits));
+        judged.nan = shared.told_key > kInfKey;
+        judged.valid = !judged.nan && Domain::valid(ref.top);
       }
-      const int lane = __ffs(hits) - 1;
-      return segment * kSegment + b * Row::kBlock + lane * Row::kPer + __shfl_sync(kFullMask, before, lane);
+      if (judged.valid) {
+        band = estimate<Domain, Shape>(row, ref, (1.f - args.p) * relative, shared);
+        read_with_band<Domain, Shape, Shared>(row, ref, band, !Domain::kOwnRef && !args.joint, started, held);
+        started.done = true;
+      }
     }
-    base += __shfl_sync(kFullMask, inclusive, 31);
   }
-  return 0;  // not reached: the segment's whole sum exceeds `rest`
+  Shape::arrive();
+  if (!judged.first) return judged;
+  Shape::wait();  // this CTA has everything
+  if (!judged.valid) return judged;
+  const State state(row, shared);
+  judged.nan = state.nan();
+  judged.valid = state.valid();
+  if (!judged.valid) return judged;
+  if (whole) {
+    state.correct_unit();
+  } else if constexpr (Filter::kFilters) {
+    Rest rest;
+    FilterArgs left = args;
+    if constexpr (Filter::kTop && Filter::kMin) {
+      if (args.has_min_p()) left.least = Domain::min_p_key(args.min_p, state.top);
+    }
+    if (banded) {
+      if constexpr (Filter::kMass) rest = rest_of_band(state, left, band, total, Shape::kStep);
+    } else {
+      if (joint) total = state.total();
+      uint32_t low = 0;
+      bool bounded = true;
+      if constexpr (Filter::kTop) {
+        if (!Filter::kMin || top_k) bounded = lower_bound(state, args.top_k, low);
+        else low = left.least;
+      } else {
+        if (args.p > 0.f) low = Domain::min_p_key(args.p, state.top);
+        left = {row.vocab, 1.f, false};
+      }
+      const uint32_t listed = bounded ? gather<State>(row, low) : kWholeRow;
+      if (listed <= Shape::kThreads) {
+        judged.verdict = settle<State>(row, state.top_key, listed, left, total, random);
+        return judged;
+      }
+      rest = {listed <= Shared::kList ? listed : kWholeRow, low, state.top_key, 0};
+      if (threadIdx.x < row.segments()) shared.sum[threadIdx.x] = 0;
+      __syncthreads();  // sums are clear
+    }
+    judged.verdict.threshold = search<exact_bits, State>(row, state.top_key, left, rest, total);
+  }
+  return judged;
 }
 
 }  // namespace sampling
 
-// Config: T, Domain (sampling::Logits or Probs), Filter (sampling::NoFilter, MinP or TopKTopP), kThreads
+// Config: T, Domain (sampling::Logits or Probs), Filter (sampling::NoFilter, TopP, MinP, TopKTopP or AllFilters), kScaled (by
+// temperature), kThreads, kCluster, kSegments, kList (RowShared), kSharedBytes (its size)
 template <class Config>
 FI_DEVICE void sample(const SamplingParams& params) {
   using namespace sampling;
   using T = typename Config::T;
   using Domain = typename Config::Domain;
   using Filter = typename Config::Filter;
-  constexpr int kThreads = Config::kThreads;
-  __shared__ RowSummary summary;
-  __shared__ SelectScratch scratch;
+  using Source = SourceRow<T, Config::kScaled>;
+  using Row = typename Source::Row;
+  using Shape = sampling::Shape<Config::kThreads, Config::kCluster>;
+  using Shared = RowShared<Config::kSegments, Filter::kFilters, Config::kList>;
+  static_assert(sizeof(Shared) == Config::kSharedBytes);
+  extern __shared__ __align__(1024) uint8_t smem[];
+  Shared& shared = *reinterpret_cast<Shared*>(smem);
 
+  set_counters(shared);
+  Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
-  const uint32_t output_row = blockIdx.x, flags = params.flags;
+  const uint32_t output_row = Shape::row(), flags = params.flags;
   const int64_t index = params.indices ? read_index(params.indices, flags & kIndices64, output_row) : output_row;
   uint32_t token = 0;
   bool nan = false, valid = false;
   if (0 <= index && index < params.rows) {
-    const PlainRow<T> row{static_cast<const T*>(params.input) + index * params.stride, params.vocab,
-                          (flags & kAlignedInput) != 0};
-    const FilterArgs args = filter_args(params, output_row);
-    const bool sums = Filter::needs_sums(args, params.vocab, is_same_v<Domain, Logits>);
-    nan = summarise<Domain, Filter::kFilters, kThreads>(row, summary, sums);
-    nan = __syncthreads_or(nan);  // and the summary is complete
-    const RowState<Domain, kThreads, PlainRow<T>> state(row, summary, scratch);
-    valid = !nan && Domain::valid(state.top);
-    if (valid) {
-      uint32_t threshold = 0;
-      if constexpr (Filter::kFilters) {
-        threshold = Filter::template threshold<kExactBits<T>>(state, args);
-        state.keep_sums(threshold);
-      } else {
-        state.scale_sums();
-      }
-      const Stream stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, output_row);
-      token = draw<!Filter::kFilters>(state, threshold, stream.bits64(0));
+    const PlainRow<T> plain{static_cast<const T*>(params.input) + index * params.stride, params.vocab,
+                            (flags & kAlignedInput) != 0};
+    float inverse = params.inverse_value;
+    if (Config::kScaled && params.temperature) {
+      const double t = read_real(params.temperature, flags & kTemperature64, output_row, 0.f);
+      inverse = t == 0. ? 0.f : float(1. / t);
     }
+    const Row row = Source::make(plain, inverse);
+    const Stream stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, output_row);
+    const FilterArgs args = filter_args<Filter>(params, output_row);
+    if constexpr (is_same_v<Filter, TopP>) {
+      const Outcome drawn = draw_top_p<Domain, Shape>(row, args, shared, stream);
+      if (!drawn.first) return;
+      nan = drawn.nan;
+      valid = drawn.valid;
+      token = drawn.token;
+    } else {
+      const uint64_t random = stream.bits64(0);
+      const Judged judged = judge_row<Filter, Shape, Config::kScaled ? 0 : kExactBits<T>, Domain>(
+          row, args, shared, random, NotHeld{});
+      if (!judged.first) return;
+      nan = judged.nan;
+      valid = judged.valid;
+      if (valid) {
+        const RowState<Domain, Config::kThreads, Row, Shared> state(row, shared);
+        if (judged.verdict.drawn) {
+          token = judged.verdict.token;
+        } else if (judged.whole) {
+          token = draw<true>(state, 0, random).token;
+        } else {
+          token = draw<false>(state, judged.verdict.threshold, random).token;
+        }
+      }
+    }
+  } else if (Shape::rank() != 0) {
+    return;
   }
   if (threadIdx.x == 0) {
     write_index(params.output, flags & kIndices64, output_row, token);
@@ -193,64 +266,99 @@ FI_DEVICE void sample(const SamplingParams& params) {
   }
 }
 
-// Rows with what TopKTopP rejects at 0 and the rest divided by its sum (Probs), or at -inf and the rest as it is (Logits).
-// Config: T, Domain, kThreads
+// Rows with what Filter rejects at 0 and the rest divided by its sum (Probs), or at -inf and the rest as it is (Logits).
+// If top-k rejects, the output is filled while the row is read, and only what is kept is written again; else the row is
+// read again, from L2 if clusters are so large that the rows in flight fit there. Config: as for `sample` without kScaled
 template <class Config>
 FI_DEVICE void filter_rows(const SamplingParams& params) {
   using namespace sampling;
   using T = typename Config::T;
   using Domain = typename Config::Domain;
+  using Filter = typename Config::Filter;
   using Row = PlainRow<T>;
-  constexpr int kThreads = Config::kThreads, kPer = Row::kPer;
+  using Shape = sampling::Shape<Config::kThreads, Config::kCluster>;
+  using Shared = RowShared<Config::kSegments, true, Config::kList>;
+  constexpr int kPer = Row::kPer;
   constexpr bool kMask = is_same_v<Domain, Logits>;
-  __shared__ RowSummary summary;
-  __shared__ SelectScratch scratch;
+  static_assert(sizeof(Shared) == Config::kSharedBytes && Config::kSharedBytes % 16 == 0);
+  extern __shared__ __align__(1024) uint8_t smem[];
+  Shared& shared = *reinterpret_cast<Shared*>(smem);
 
+  set_counters(shared);
+  Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
   const uint32_t vocab = params.vocab;
-  const Row row{static_cast<const T*>(params.input) + blockIdx.x * params.stride, vocab,
+  const int64_t row_number = Shape::row();
+  const Row row{static_cast<const T*>(params.input) + row_number * params.stride, vocab,
                 (params.flags & kAlignedInput) != 0};
-  T* output = static_cast<T*>(params.output) + blockIdx.x * int64_t(vocab);
-  const FilterArgs args = filter_args(params, blockIdx.x);
-  bool nan = summarise<Domain, true, kThreads>(row, summary, TopKTopP::needs_sums(args, vocab, kMask));
-  nan = __syncthreads_or(nan);
-  const RowState<Domain, kThreads, Row> state(row, summary, scratch);
-  const bool valid = !nan && Domain::valid(state.top);
-  uint32_t threshold = 0xffffffffu;  // nothing is kept of an invalid row
-  float sum = 1.f;
-  if (valid) {
-    threshold = TopKTopP::template threshold<kExactBits<T>>(state, args);
-    if constexpr (!kMask) sum = Domain::probability(state.keep_sums(threshold), state.ref);
-  }
+  T* const output = static_cast<T*>(params.output) + row_number * vocab;
   const bool vectors = (params.flags & kAlignedOutput) != 0;
+  const FilterArgs args = filter_args<Filter>(params, uint32_t(row_number));
+  const bool fills = args.has_top_k(vocab);
+  const Filled<T> filled{fills ? output : nullptr, shared.block_top, from_float<T>(kMask ? -FI_INF : 0.f), vocab, vectors};
+  const Judged judged = judge_row<Filter, Shape, kExactBits<T>, Domain>(row, args, shared, 0, filled);
+  if (judged.first) {
+    uint32_t threshold = 0xffffffffu;  // nothing is kept of an invalid row
+    float sum = 1.f;
+    if (judged.valid) {
+      threshold = max_of(judged.verdict.threshold, key_of(-FI_INF));
+      if constexpr (!kMask) {
+        const RowState<Domain, Config::kThreads, Row, Shared> state(row, shared);
+        sum = Domain::probability(judged.verdict.drawn ? judged.verdict.total : state.kept(), state.ref);
+      }
+    }
+    if (threadIdx.x < Shape::kCluster) {
+      Shared& there = Shape::at(shared, threadIdx.x);
+      there.told_key = threshold;
+      there.told_sum = sum;
+    }
+  } else {
+    Shape::wait();  // what judge_row left over
+  }
+  Shape::arrive();
+  Shape::wait();  // everyone has been told
+  const uint32_t threshold = shared.told_key;
+  const float least = value_of(threshold);  // NaN for an invalid row: nothing reaches it
+  // Rows of an extreme scale are divided at another one.
+  const float scale = shared.told_sum < 1e-30f ? 0x1p100f : shared.told_sum > 1e30f ? 0x1p-100f : 1.f;
+  const float sum = shared.told_sum * scale, reciprocal = math::ptx_rcp(sum);
+  constexpr int kStep = Shape::kStep;
+  const int first = Shape::first(), left = int(row.segments()) - 1 - first;
 #pragma unroll 1
-  for (uint32_t s = warp_id(); s < row.segments(); s += kThreads / 32) {
-    uint32_t blocks = 0;
+  for (int s = first + left / kStep * kStep; left >= 0 && s >= first; s -= kStep) {  // what was read last is nearest
+    typename Row::Block v[Row::kBlocks];
+    uint32_t blocks = Row::kAll;
+    if (fills) {
+      blocks = 0;
 #pragma unroll
-    for (int b = 0; b < Row::kBlocks; ++b)
-      blocks |= uint32_t(valid && summary.block_top[s * Row::kBlocks + b] >= threshold) << b;
-    typename Row::Values v;
+      for (int b = 0; b < Row::kBlocks; ++b)
+        blocks |= uint32_t(shared.block_top[s * Row::kBlocks + b] >= threshold) << b;
+      if (!blocks) continue;
+    }
     row.load(s, 0, blocks, v);
 #pragma unroll
     for (int b = 0; b < Row::kBlocks; ++b) {
-      const uint32_t first = s * kSegment + b * Row::kBlock + lane_id() * kPer;
+      if (!(blocks >> b & 1)) continue;
+      float y[kPer];
+      v[b].to_floats(y);
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
-        const bool keep = key_of(v[b][j]) >= threshold;
+        const bool keep = y[j] >= least;
         if constexpr (kMask) {
-          v[b][j] = keep ? v[b][j] : -FI_INF;
+          y[j] = keep ? y[j] : -FI_INF;
         } else {
-          v[b][j] = keep ? __fdiv_rn(fmaxf(v[b][j], 0.f), sum) : 0.f;
+          const float x = fmaxf(y[j], 0.f) * scale, q = x * reciprocal;
+          y[j] = keep ? __fmaf_rn(__fmaf_rn(-q, sum, x), reciprocal, q) : 0.f;  // the remainder corrects the quotient
         }
       }
-      if (vectors && first + kPer <= vocab) {
-        Vec<T, kPer>::from_floats(v[b]).store(output + first);
+      const uint32_t at = s * kSegment + b * Row::kBlock + lane_id() * kPer;
+      const auto kept = Vec<T, kPer>::from_floats(y);
+      if (vectors && at + kPer <= vocab) {
+        kept.store_streaming(output + at);  // the L2 holds rows that will be read again
       } else {
-#pragma unroll
-        for (int j = 0; j < kPer; ++j)
-          if (first + j < vocab) output[first + j] = from_float<T>(v[b][j]);
+        kept.store_part(output, at, vocab, false);
       }
     }
   }

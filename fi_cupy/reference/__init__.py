@@ -22,6 +22,7 @@ from fi_cupy.reference import (
     sampling,
     sampling_filters,
     sparse,
+    topk,
 )
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "sampling",
     "sampling_filters",
     "sparse",
+    "topk",
 ]

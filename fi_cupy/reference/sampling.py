@@ -1,9 +1,9 @@
 """Draws in plain NumPy: the same tokens as the GPU kernels for the same seed, bit for bit.
 
-The arithmetic is that of ``kernels/sampling/mass.cuh``: a token's mass is its probability relative to a reference value
-in 43-bit fixed point, made by fp32 operations that are each rounded once; everything after that is integer. A row is
-divided into segments of 1024 tokens; where nothing is filtered, each segment has its own reference (its largest
-value) and a 63-bit weight, otherwise the row's largest value is the only reference.
+The arithmetic is that of ``kernels/sampling/mass.cuh``: a token's mass is its probability in 43-bit fixed point, made
+by fp32 operations that are each rounded once; everything after that is integer. A row is divided into segments of 1024
+tokens; logits of which nothing is filtered have their segment's largest value as reference, and a segment has a 63-bit
+weight, otherwise the row's largest value is the only reference. Probabilities have one unit for the row.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,16 +45,32 @@ def bits64(seed: int, offset: int, row: int, draw: int) -> int:
     return words[0] << 32 | words[1]
 
 
+def _fma(a: Any, b: Any, c: Any) -> Array:
+    """``a * b + c`` of float32 values, rounded once: exact product in float64, sum rounded to odd there."""
+    product = np.asarray(a, np.float64) * np.float64(b)
+    c = np.asarray(c, np.float64)
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)
+    bits = total.view(np.int64)
+    # Towards the error where the sum is inexact and its last bit even: the second rounding then cannot go wrong.
+    step = np.where((error > 0) == (total > 0), 1, -1)
+    odd = np.where((error != 0) & (bits & 1 == 0), bits + step, bits)
+    return np.asarray(odd.view(np.float64).astype(_F32))
+
+
 def exp_fixed(d: Array, bits: int) -> Array:
-    """``trunc(e^d * 2^bits)`` of float32 values d <= 0, uint64."""
-    with np.errstate(over="ignore"):
-        t = np.maximum(np.asarray(d, _F32) * _LOG2E, _F32(-126))
-    n = (t + _F32(12582912)) - _F32(12582912)
-    f = t - n
+    """``trunc(e^d * 2^bits)`` of float32 values d <= 0 (NaN counts as 0), uint64."""
+    d = np.atleast_1d(np.asarray(d, _F32))
+    shape = np.shape(d)
+    d = np.where(np.isnan(d), _F32(0), np.clip(d, _F32(-87), _F32(0))).ravel()
+    z = _fma(d, _LOG2E, _F32(12582912))
+    n = z - _F32(12582912)
+    f = _fma(d, _LOG2E, -n)
     p = np.full_like(f, _EXP2[0])
     for c in _EXP2[1:]:
-        p = p * f + c
-    return np.asarray(np.ldexp(p, n.astype(np.int32) + bits)).astype(np.uint64)
+        p = _fma(p, f, np.full_like(f, c))
+    return np.ldexp(p, n.astype(np.int32) + bits).astype(np.uint64).reshape(shape)
 
 
 class Logits:
@@ -77,39 +94,52 @@ class Logits:
     def absolute(p: float, total: int, top: Any) -> int:
         return share(p, total)
 
+    @staticmethod
+    def min_p_value(min_p: Any, top: Any) -> Any:
+        return _F32(top + _F32(np.log(np.float64(min_p))))
+
 
 class Probs:
-    """Masses of probabilities: x / 2^floor(log2(reference)); negative ones count as 0."""
+    """Masses of probabilities, in units of 2^-43 if the reference lies in [2^lowest, 2), else of 2^-43 of the
+    reference's power of two; negative ones count as 0.
+    """
 
     logits = False
+    #: A normalised row of 2^19 tokens has a larger one.
+    lowest = -20
 
     @staticmethod
     def valid(top: np.float32) -> bool:
         return bool(0 < top < np.inf)
 
-    @staticmethod
-    def exponent(reference: Any) -> Array:
-        positive = np.where(np.asarray(reference) > 0, reference, _F32(2.0**-149))
-        return np.frexp(positive)[1].astype(np.int64) - 1
+    @classmethod
+    def exponent(cls, reference: Any) -> int:
+        e = math.frexp(float(reference) if reference > 0 else 2.0**-149)[1] - 1
+        return 0 if cls.lowest <= e <= 0 else e
 
-    @staticmethod
-    def mass(x: Array, reference: Any) -> Array:
-        e = Probs.exponent(reference)
+    @classmethod
+    def mass(cls, x: Array, reference: Any) -> Array:
         # Exact in float64: a 24-bit number times a power of two.
-        return np.ldexp(np.maximum(x, _F32(0)).astype(np.float64), MASS_BITS - e).astype(np.uint64)
+        scaled = np.ldexp(np.maximum(x, _F32(0)).astype(np.float64), MASS_BITS - cls.exponent(reference))
+        return np.asarray(scaled).astype(np.uint64)
+
+    @classmethod
+    def absolute(cls, p: float, total: int, top: Any) -> int:
+        return min(math.ceil(math.ldexp(p, MASS_BITS - cls.exponent(top))), _U64_MAX)
 
     @staticmethod
-    def weight(part: Array, whole: Any) -> Array:
-        shift = (Probs.exponent(whole) - Probs.exponent(part)).astype(np.uint64)
-        return np.where(shift < 64, np.uint64(1 << 63) >> np.minimum(shift, np.uint64(63)), np.uint64(0))
+    def min_p_value(min_p: Any, top: Any) -> Any:
+        return _F32(min_p * top)
 
-    @staticmethod
-    def absolute(p: float, total: int, top: Any) -> int:
-        return min(math.ceil(math.ldexp(p, MASS_BITS - int(Probs.exponent(top)))), _U64_MAX)
+    @classmethod
+    def probability(cls, mass: int, top: Any) -> np.float32:
+        return _F32(math.ldexp(float(mass), cls.exponent(top) - MASS_BITS))
 
-    @staticmethod
-    def probability(mass: int, top: Any) -> np.float32:
-        return _F32(math.ldexp(float(mass), int(Probs.exponent(top)) - MASS_BITS))
+
+class Residuals(Probs):
+    """Masses of differences of probabilities, whose sum may be small: then the unit is fine."""
+
+    lowest = -8
 
 
 Domain = type[Logits] | type[Probs]
@@ -154,8 +184,10 @@ def segment_sums(row: Array, domain: Domain) -> tuple[Array, Array, Array]:
     """(masses in each segment's unit, weights, sums in the row's unit) of a valid row."""
     parts = _segments(row)
     tops = parts.max(axis=1)
-    masses = domain.mass(parts, tops[:, None])
-    weights = domain.weight(tops, tops.max())
+    if domain.logits:
+        masses, weights = domain.mass(parts, tops[:, None]), Logits.weight(tops, tops.max())
+    else:
+        masses, weights = domain.mass(parts, tops.max()), np.full(len(parts), 1 << 63, np.uint64)
     return masses, weights, scaled(masses.sum(axis=1, dtype=np.uint64), weights)
 
 
@@ -179,7 +211,7 @@ class Filter:
     top_p : float array, optional
         1 or more keeps all.
     min_p : float array, optional
-        Excludes the other two.
+        Keeps, of what the others left, what has this probability relative to the likeliest token; 0 or less keeps all.
     joint : bool
         top-p looks at the row as it stands, else at what top-k left, renormalised.
     """
@@ -190,19 +222,32 @@ class Filter:
     joint: bool = False
 
     @property
-    def keeps_all(self) -> bool:
-        return self.top_k is None and self.top_p is None and self.min_p is None
+    def rejects(self) -> bool:
+        """Top-p alone: draws by rejection."""
+        return self.top_p is not None and self.top_k is None and self.min_p is None
 
     def threshold(self, row: Array, domain: Domain, i: int) -> Any:
-        """The smallest kept value of a valid float32 row, for output row `i`."""
+        """The smallest kept value of a valid float32 row, for output row `i`; None if its parameters keep all."""
+        threshold = self._top_threshold(row, domain, i)
+        if self.min_p is None or not self.min_p[i] > 0:
+            return threshold
         top = row.max()
-        if self.min_p is not None:
-            return min(_F32(self.min_p[i]) * top, top)
+        least = min(domain.min_p_value(_F32(self.min_p[i]), top), top)
+        return least if threshold is None else max(threshold, least)
+
+    def target(self, p: float, total: int, top: Any, domain: Domain) -> int:
+        """The mass that top-p has to reach; the likeliest tokens are always kept."""
+        if not p > 0:
+            return 1
+        return max(1, domain.absolute(p, total, top) if self.joint else share(p, total))
+
+    def _top_threshold(self, row: Array, domain: Domain, i: int) -> Any:
+        top = row.max()
         k = row.size if self.top_k is None else min(max(int(self.top_k[i]), 1), row.size)
         p = 1.0 if self.top_p is None else float(_F32(self.top_p[i]))
         threshold = _F32(-np.inf) if k == row.size else np.partition(row, row.size - k)[row.size - k]
         if not p < 1:
-            return threshold
+            return None if k == row.size else threshold
         kept = row >= threshold
         masses = domain.mass(row, top)
         total = 0
@@ -210,9 +255,7 @@ class Filter:
             total = int(segment_sums(row, domain)[2].sum(dtype=np.uint64))
         elif not self.joint:
             total = int(masses[kept].sum(dtype=np.uint64))
-        target = 1
-        if p > 0:
-            target = max(target, domain.absolute(p, total, top) if self.joint else share(p, total))
+        target = self.target(p, total, top, domain)
         if int(masses[kept].sum(dtype=np.uint64)) < target:
             return threshold
         return _select(row[kept], masses[kept], target)
@@ -240,6 +283,23 @@ def draw_token(row: Array, domain: Domain, threshold: Any, random: int) -> int:
     return segment * SEGMENT + _first_above(masses[segment], int(weights[segment]), rest)
 
 
+def draw_top_p(row: Array, domain: Domain, keep: Filter, i: int, random: Callable[[int], int]) -> int:
+    """Top-p alone: a token drawn from all, and as long as top-p does not keep it, from those likelier than it."""
+    token = draw_token(row, domain, None, random(0))
+    p = float(_F32(keep.top_p[i]))  # type: ignore[index]
+    if not p < 1:
+        return token
+    top = row.max()
+    target = keep.target(p, int(segment_sums(row, domain)[2].sum(dtype=np.uint64)), top, domain)
+    masses = domain.mass(row, top)
+    for round in range(1, row.size + 1):
+        likelier = row > row[token]
+        if int(masses[likelier].sum(dtype=np.uint64)) < target:
+            break
+        token = draw_token(row, domain, row[likelier].min(), random(round))
+    return token
+
+
 def streams(rows: int, seed: Any, offset: Any) -> list[tuple[int, int, int]]:
     """(seed, offset, row in the counter) of every output row. One seed a row leaves the row number out."""
     seeds, offsets = (np.atleast_1d(np.asarray(v)).astype(np.uint64) for v in (seed, offset))
@@ -249,7 +309,13 @@ def streams(rows: int, seed: Any, offset: Any) -> list[tuple[int, int, int]]:
 
 
 def sample(
-    x: Array, domain: Domain, keep: Filter, seed: Any, offset: Any, indices: Array | None = None
+    x: Array,
+    domain: Domain,
+    keep: Filter,
+    seed: Any,
+    offset: Any,
+    indices: Array | None = None,
+    temperature: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """One token a row.
 
@@ -261,6 +327,8 @@ def sample(
     seed, offset : int or uint64 array of 1 or `rows`
     indices : [rows], optional
         Row of `x` for each output row.
+    temperature : [rows], optional
+        Logits are divided by it (multiplied by its inverse) first; 0 is uniform.
 
     Returns
     -------
@@ -271,11 +339,17 @@ def sample(
     tokens, valid, nan = (np.zeros(len(chosen), t) for t in (np.int64, bool, bool))
     for i, (s, o, r) in enumerate(streams(len(chosen), seed, offset)):
         row = upcast(x[chosen[i]], _F32)
+        if temperature is not None:
+            t = np.float64(temperature[i])
+            with np.errstate(invalid="ignore"):
+                row = np.where(np.isneginf(row), row, row * _F32(1 / t if t else 0))
         nan[i] = np.isnan(row).any()
         valid[i] = not nan[i] and domain.valid(row.max())
         if valid[i]:
-            threshold = None if keep.keeps_all else keep.threshold(row, domain, i)
-            tokens[i] = draw_token(row, domain, threshold, bits64(s, o, r, 0))
+            if keep.rejects:
+                tokens[i] = draw_top_p(row, domain, keep, i, partial(bits64, s, o, r))
+            else:
+                tokens[i] = draw_token(row, domain, keep.threshold(row, domain, i), bits64(s, o, r, 0))
     return tokens, valid, nan
 
 
@@ -283,7 +357,8 @@ def _by_row(x: Array, out: Array, domain: Domain, keep: Filter, f: Callable[[Arr
     for i in range(len(x)):
         row = upcast(x[i], _F32)
         if not np.isnan(row).any() and domain.valid(row.max()):
-            out[i] = round_to(f(row, row >= keep.threshold(row, domain, i)), x.dtype)
+            threshold = keep.threshold(row, domain, i)
+            out[i] = round_to(f(row, row >= (-np.inf if threshold is None else threshold)), x.dtype)
     return out
 
 
@@ -331,6 +406,6 @@ def chain_speculative_sampling(
             rest = row - upcast(draft_probs[b, prefix], _F32)
             rest = np.where(rest < 0, _F32(0), rest)
             row = row if not np.isnan(rest).any() and rest.max() <= 0 else rest
-        usable = not np.isnan(row).any() and Probs.valid(row.max())
-        ids[b, prefix] = draw_token(row, Probs, None, bits64(s, o, r, n)) if usable else 0
+        usable = not np.isnan(row).any() and Residuals.valid(row.max())
+        ids[b, prefix] = draw_token(row, Residuals, None, bits64(s, o, r, n)) if usable else 0
     return ids, accepted, emitted

@@ -63,6 +63,22 @@ struct alignas(sizeof(T) * N) Vec {
       *static_cast<Vec*>(p) = *this;
     }
   }
+  // What is not read again soon: the first to leave the L2.
+  FI_DEVICE void store_streaming(void* p) const {
+    static_assert(sizeof(Vec) == 16);
+    const uint4 r = *reinterpret_cast<const uint4*>(this);
+    asm volatile("st.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(r.x), "r"(r.y), "r"(r.z), "r"(r.w) : "memory");
+  }
+  // To elements at, at + 1, ... of an array of `size`: those that exist. `aligned`: the array starts on sizeof(Vec).
+  FI_DEVICE void store_part(T* array, uint32_t at, uint32_t size, bool aligned) const {
+    if (aligned && at + N <= size) {
+      store(array + at);
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        if (at + j < size) array[at + j] = data[j];
+    }
+  }
   FI_DEVICE T& operator[](int i) { return data[i]; }
   FI_DEVICE const T& operator[](int i) const { return data[i]; }
 

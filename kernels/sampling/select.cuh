@@ -1,4 +1,4 @@
-// Exact selection without sorting: the smallest key v of a row such that the weight of all keys above v is less than a
+// Exact selection without sorting: the smallest key v of a set such that the weight of all keys above v is less than a
 // target. With weight 1 and target k that is the k-th largest value; with masses, the top-p threshold. Radix search from
 // the top over histograms in shared memory (2048 bins; integer weights, so the order of the atomics does not matter),
 // whose bins cover just the keys still possible: three rounds at most, two for 16-bit types.
@@ -6,15 +6,6 @@
 #include "sampling/row.cuh"
 
 namespace fi::sampling {
-
-constexpr int kBins = 2048, kBinBits = 11;
-
-struct SelectScratch {
-  uint32_t low[kBins], high[kBins];  // a 64-bit weight in two halves: shared memory has no fast 64-bit addition
-  uint64_t warp_sum[32];
-  uint64_t above, total;
-  uint32_t bin;
-};
 
 // Inclusive sums of x over the CTA's threads in order, and the total of all. Two barriers; warp_sum is free after them.
 template <int kThreads>
@@ -26,76 +17,88 @@ FI_DEVICE uint64_t block_scan(uint64_t x, uint64_t* warp_sum, uint64_t& total) {
   }
   if (lane_id() == 31) warp_sum[warp_id()] = x;
   __syncthreads();
-  uint64_t before = 0, all = 0;
-#pragma unroll 4
-  for (int w = 0; w < kThreads / 32; ++w) {
-    if (w < warp_id()) before += warp_sum[w];
-    all += warp_sum[w];
-  }
+  const uint64_t other = lane_id() < kThreads / 32 ? warp_sum[lane_id()] : 0;
+  const uint64_t before = ptx::warp_sum_u64(lane_id() < warp_id() ? other : 0), all = ptx::warp_sum_u64(other);
   __syncthreads();
   total = all;
   return before + x;
 }
 
-FI_DEVICE void add_weight(SelectScratch& scratch, uint32_t bin, uint64_t weight) {
-  const uint32_t part = uint32_t(weight);
-  const uint32_t old = atomicAdd(&scratch.low[bin], part);
-  const uint32_t rest = uint32_t(weight >> 32) + (old + part < part);
-  if (rest) atomicAdd(&scratch.high[bin], rest);
+// The sum of x over the CTA's threads. Two barriers.
+template <int kThreads>
+FI_DEVICE uint64_t block_sum(uint64_t x, uint64_t* warp_sum) {
+  x = ptx::warp_sum_u64(x);
+  if (lane_id() == 0) warp_sum[warp_id()] = x;
+  __syncthreads();
+  const uint64_t all = ptx::warp_sum_u64(lane_id() < kThreads / 32 ? warp_sum[lane_id()] : 0);
+  __syncthreads();
+  return all;
 }
 
-// The keys' source: each(low, high, add) calls add(key, weight) for every element with low <= key <= high, spread over
-// the CTA. `low`, `high`: bounds of the keys; everything under `low` must be known to be rejected. Stops when bins are
-// 2^exact_bits keys wide (the caller's element type has no two values so near, or a lower bound is enough), and returns
-// the lower end of the bin. If all weights sum to less than the target, `low` itself. Same result in every thread.
-template <int kThreads, bool kCount, class Each>
-FI_DEVICE uint32_t select(Each&& each, uint32_t low, uint32_t high, uint64_t target, int exact_bits,
-                          SelectScratch& scratch) {
+// Add to a 64-bit weight in two halves: shared memory has no fast 64-bit addition.
+FI_DEVICE void add_weight(uint32_t* bins, uint32_t bin, uint64_t weight) {
+  const uint32_t part = uint32_t(weight);
+  const uint32_t old = atomicAdd(&bins[bin], part);
+  const uint32_t rest = uint32_t(weight >> 32) + (old + part < part);
+  if (rest) atomicAdd(&bins[kBins + bin], rest);
+}
+
+// Search among the elements of low <= key <= high, whose lower part must be known to be rejected: visit(low, high, f)
+// calls f(value, key) for each, spread over the CTA, and weigh(value) is an element's weight. Stops when bins are
+// 2^exact_bits keys wide (the element type has no two values so near), and returns the lower end of the bin. If all
+// weights sum to less than the target, `low` itself. Same result in every thread.
+template <int kThreads, class Shared, class Visit, class Weigh>
+FI_DEVICE uint32_t select(Visit&& visit, Weigh&& weigh, uint32_t low, uint32_t high, uint64_t target, int exact_bits,
+                          Shared& shared) {
   constexpr int kOwn = kBins / kThreads;
   static_assert(kOwn * kThreads == kBins);
+  uint32_t* const bins = shared.bins;
+  __syncthreads();  // the bins are no longer in use for anything else
+#pragma unroll 1
   while (low < high) {
     const int bits = 32 - __clz(high - low);
     const int shift = bits > kBinBits ? bits - kBinBits : 0;
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      scratch.low[threadIdx.x + i * kThreads] = 0;
-      if constexpr (!kCount) scratch.high[threadIdx.x + i * kThreads] = 0;
-    }
+    for (int i = 0; i < 2 * kOwn; ++i) bins[threadIdx.x + i * kThreads] = 0;
     __syncthreads();  // bins are clear, and everyone has read the former round's result
-    each(low, high, [&](uint32_t key, uint64_t weight) {
+    // A run of equal bins is added at once: rows of ties would otherwise queue up at one bin.
+    uint32_t last = 0;
+    uint64_t run = 0;
+    visit(low, high, [&](float x, uint32_t key) {
       const uint32_t bin = (key - low) >> shift;
-      if constexpr (kCount) {
-        atomicAdd(&scratch.low[bin], 1u);
-      } else if (weight) {
-        add_weight(scratch, bin, weight);
+      if (bin != last) {
+        if (run) add_weight(bins, last, run);
+        last = bin;
+        run = 0;
       }
+      run += weigh(x);
     });
+    if (run) add_weight(bins, last, run);
     __syncthreads();  // bins are complete
     // Thread t owns kOwn bins, from the top down.
     uint64_t own[kOwn], sum = 0, total;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int bin = kBins - 1 - (int(threadIdx.x) * kOwn + i);
-      own[i] = kCount ? uint64_t(scratch.low[bin]) : uint64_t(scratch.high[bin]) << 32 | scratch.low[bin];
+      own[i] = uint64_t(bins[kBins + bin]) << 32 | bins[bin];
       sum += own[i];
     }
-    uint64_t above = block_scan<kThreads>(sum, scratch.warp_sum, total) - sum;
+    uint64_t above = block_scan<kThreads>(sum, shared.warp_sum, total) - sum;
     if (total < target) return low;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       if (above < target && target <= above + own[i]) {  // one bin of one thread
-        scratch.bin = kBins - 1 - (threadIdx.x * kOwn + i);
-        scratch.above = above;
+        shared.bin = kBins - 1 - (threadIdx.x * kOwn + i);
+        shared.above = above;
       }
       above += own[i];
     }
     __syncthreads();  // the bin is known
-    target -= scratch.above;
-    low += scratch.bin << shift;
+    target -= shared.above;
+    low += shared.bin << shift;
     high = min_of(high, low + ((1u << shift) - 1));
     if (shift <= exact_bits) break;
   }
-  __syncthreads();  // the scratch may be used again
   return low;
 }
 

@@ -1,8 +1,9 @@
 // Chain speculative sampling (Leviathan et al. 2023): accept a prefix of the draft tokens, then draw one more token.
 //   draft token i is accepted if u_i * draft_probs[i][token] < target_probs[i][token];
 //   the first rejected position draws from max(target - draft, 0), and if none is rejected, position n from the target.
-// One CTA of 1024 threads computes one row; grid = batch. Uniforms: Philox draw i for position i, draw n for the token.
-// Shared memory: RowSummary 22 KB, SelectScratch 16 KB. Bytes moved: two rows of vocab. Architecture: any.
+// A cluster of kCluster CTAs (1 below sm_90) of kThreads computes one row; grid = batch * kCluster. Its first CTA draws.
+// Uniforms: Philox draw i for position i, draw n for the token.
+// Shared memory (dynamic): RowShared. Bytes moved: two rows of vocab. Architecture: any; clusters need sm_90.
 #pragma once
 #include "sampling.cuh"
 
@@ -23,24 +24,28 @@ struct SpeculativeParams {
   uint32_t flags;               // SamplingFlags
 };
 
-// Config: T, kThreads
+// Config: T, kThreads, kCluster, kSegments (RowShared), kSharedBytes (its size)
 template <class Config>
 FI_DEVICE void chain_speculative(const SpeculativeParams& params) {
   using namespace sampling;
   using T = typename Config::T;
   constexpr int kThreads = Config::kThreads;
-  __shared__ RowSummary summary;
-  __shared__ SelectScratch scratch;
+  using Shape = sampling::Shape<kThreads, Config::kCluster>;
+  using Shared = RowShared<Config::kSegments, false, 0>;
+  static_assert(sizeof(Shared) == Config::kSharedBytes);
+  extern __shared__ __align__(1024) uint8_t smem[];
+  Shared& shared = *reinterpret_cast<Shared*>(smem);
 
+  Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
   const uint32_t n = params.num_draft, vocab = params.vocab, flags = params.flags;
-  const int64_t row = blockIdx.x;
+  const int64_t row = Shape::row();
   const bool wide = (flags & kIndices64) != 0;
   const T* draft = static_cast<const T*>(params.draft_probs) + row * n * int64_t(vocab);
   const T* target = static_cast<const T*>(params.target_probs) + row * (n + 1) * int64_t(vocab);
-  const Stream stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, blockIdx.x);
+  const Stream stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, uint32_t(row));
 
   // Every warp makes the same decisions.
   uint32_t emitted = n, accepted = 0;
@@ -63,20 +68,28 @@ FI_DEVICE void chain_speculative(const SpeculativeParams& params) {
   const bool aligned = (flags & kAlignedInput) != 0;
   ResidualRow<T> source{{target + emitted * int64_t(vocab), vocab, aligned}, {nullptr, vocab, aligned}};
   if (emitted < n) source.draft.data = draft + emitted * int64_t(vocab);
-  bool nan = summarise<Probs, false, kThreads>(source, summary, true);
-  nan = __syncthreads_or(nan);
-  if (!nan && source.draft.data && !(row_top(summary, source.segments()) > 0.f)) {
-    // The target nowhere exceeds the draft (equal rows that rounding rejected): the target itself.
-    source.draft.data = nullptr;
-    __syncthreads();  // the tops have been read
-    nan = summarise<Probs, false, kThreads>(source, summary, true);
-    nan = __syncthreads_or(nan);
+  uint32_t top = 0;
+  Started<Shape> started;
+#pragma unroll 1
+  for (bool again = true; again;) {
+    summarise<Residuals, false, Shape>(source, Shape::at(shared, 0), true, started, NotHeld{});
+    Shape::arrive();
+    Shape::wait();  // the first CTA has the summary
+    if (Shape::rank() == 0) top = row_top(shared, source.segments());
+    if (Shape::rank() == 0 && threadIdx.x < Shape::kCluster) Shape::at(shared, threadIdx.x).told_key = top;
+    Shape::arrive();
+    Shape::wait();  // every CTA has been told the largest key, and the tops have been read
+    top = shared.told_key;
+    // The target may nowhere exceed the draft (equal rows that rounding rejected): then the target itself.
+    again = source.draft.data && top <= key_of(0.f);
+    if (again) source.draft.data = nullptr;
   }
-  const RowState<Probs, kThreads, ResidualRow<T>> state(source, summary, scratch);
+  if (Shape::rank() != 0) return;
+  const RowState<Residuals, kThreads, ResidualRow<T>, Shared> state(source, shared, top);
   uint32_t token = 0;
-  if (!nan && Probs::valid(state.top)) {
-    state.scale_sums();
-    token = draw<true>(state, 0, stream.bits64(n));
+  if (state.valid()) {
+    state.correct_unit();
+    token = draw<true>(state, 0, stream.bits64(n)).token;
   }
   if (warp_id() == 0) {
     for (uint32_t i = lane_id(); i <= n; i += 32) {

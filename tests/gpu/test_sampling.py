@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fi_cupy import sampling
+from fi_cupy import sampling, sampling_launch
+from fi_cupy.device import device_info
 from fi_cupy.reference import sampling as rs
 from fi_cupy.reference import sampling_filters as sf
+from fi_cupy.sampling_kernels import LaunchShape
 from fi_cupy.testing.generators import normal, on_gpu, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
@@ -73,10 +75,65 @@ def test_tokens_equal_the_reference(rng, dtype, shape):
     check(sampling.top_k_top_p_sampling_from_logits, logits, "scalars", top_k=40, top_p=0.8, **at)
 
 
+LAUNCH_SHAPES = [
+    LaunchShape(256, 1, 4), LaunchShape(512, 1, 1), LaunchShape(512, 2, 2), LaunchShape(1024, 2, 1),
+    LaunchShape(256, 8, 4), LaunchShape(256, 16, 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [(5, 5003), (10, 40000), (5, 128256)])
+def test_every_launch_shape_gives_the_same(rng, dtype, size, monkeypatch):
+    logits, probs = rows_of(rng, *size, dtype, True), rows_of(rng, *size, dtype, False)
+    draws = [
+        (sampling.sampling_from_logits, logits, {}),
+        (sampling.sampling_from_probs, probs, {}),
+        (sampling.min_p_sampling_from_probs, probs, {"min_p": 0.05}),
+        (sampling.top_p_sampling_from_probs, probs, {"top_p": 0.9}),
+        (sampling.top_k_sampling_from_probs, probs, {"top_k": 50}),
+    ]
+    for k, p, order in ((50, 0.9, "top_k_first"), (3000, 0.5, "joint"), (1 << 30, 0.9, "joint")):
+        both = {"top_k": k, "top_p": p, "filter_apply_order": order}
+        draws.append((sampling.top_k_top_p_sampling_from_logits, logits, both))
+        draws.append((sampling.top_k_top_p_sampling_from_probs, probs, both))
+    written = [
+        (sampling.top_k_renorm_probs, probs, 50),
+        (sampling.top_p_renorm_probs, probs, 0.9),
+        (sampling.top_k_mask_logits, logits, 50),
+    ]
+    tokens = [f(x, **parameters, seed=1) for f, x, parameters in draws]
+    rows = [f(x, parameter).astype(np.float64) for f, x, parameter in written]
+    softmax = sf.softmax(logits.astype(np.float64))
+    bits = None
+    for shape in LAUNCH_SHAPES:
+        if shape.min_arch > device_info(0).code_number:
+            continue
+
+        def chosen(kind, rows, vocab, device, shape=shape):
+            holds = shape.cluster > 1 and kind == "softmax"
+            return shape._replace(cluster=max(shape.cluster, 8), hold=True) if holds else shape
+
+        monkeypatch.setattr(sampling_launch, "launch_shape", chosen)
+        for (f, x, parameters), want in zip(draws, tokens, strict=True):
+            got = cupy.asnumpy(f(on_gpu(x), **parameters, seed=1))
+            assert (got == want).all(), (shape.tag, f.__name__, parameters, np.flatnonzero(got != want))
+        for (f, x, parameter), want in zip(written, rows, strict=True):
+            got = to_float64(f(on_gpu(x), parameter))
+            assert ((got == 0) == (want == 0)).all(), (shape.tag, f.__name__)
+            assert_close(got, want, dtype)
+        got = cupy.asnumpy(sampling.softmax(on_gpu(logits)))
+        assert_close(got.astype(np.float64), softmax, "float32")
+        bits = got if bits is None else bits
+        assert (got == bits).all(), shape.tag
+
+
 def test_many_rows_of_one_launch(rng):
-    logits = normal(rng, (2000, 1000), "float32", 3.0)
+    logits = normal(rng, (700, 1000), "float32", 3.0)
     check(sampling.sampling_from_logits, logits, "logits", seed=3)
     check(sampling.top_k_top_p_sampling_from_logits, logits, "top_k_top_p", top_k=50, top_p=0.9, seed=3)
+    long = normal(rng, (40, 32000), "bfloat16", 3.0)  # two waves of clusters
+    check(sampling.sampling_from_logits, long, "logits", seed=3)
+    check(sampling.top_k_top_p_sampling_from_logits, long, "top_k_top_p", top_k=50, top_p=0.9, seed=3)
 
 
 @pytest.mark.parametrize("logits", [True, False])

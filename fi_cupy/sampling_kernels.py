@@ -1,0 +1,362 @@
+"""Kernel instances of the sampling family, and how a launch shares out its rows."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from fi_cupy.device import DeviceInfo
+from fi_cupy.dtypes import DType, bfloat16, float16, float32
+from fi_cupy.jit.params import ParamsStruct
+from fi_cupy.jit.spec import CppType, KernelSpec
+
+#: The largest vocabulary of the GPU kernels: 512 segments of 1024 tokens (their sums lie in shared memory).
+MAX_VOCAB = 1 << 19
+
+_PARAMS = ParamsStruct(
+    "SamplingParams",
+    [
+        ("input", "ptr"),
+        ("output", "ptr"),
+        ("valid", "ptr"),
+        ("nan", "ptr"),
+        ("indices", "ptr"),
+        ("top_k", "ptr"),
+        ("p", "ptr"),
+        ("seed", "ptr"),
+        ("offset", "ptr"),
+        ("seed_value", "u64"),
+        ("offset_value", "u64"),
+        ("stride", "i64"),
+        ("rows", "u32"),
+        ("vocab", "u32"),
+        ("top_k_value", "i32"),
+        ("p_value", "f32"),
+        ("flags", "u32"),
+        ("min_p_value", "f32"),
+        ("min_p", "ptr"),
+        ("temperature", "ptr"),
+        ("inverse_value", "f32"),
+    ],
+)
+_SOFTMAX_PARAMS = ParamsStruct(
+    "SoftmaxParams",
+    [
+        ("input", "ptr"),
+        ("output", "ptr"),
+        ("temperature", "ptr"),
+        ("stride", "i64"),
+        ("vocab", "u32"),
+        ("inverse_value", "f32"),
+        ("temperature64", "u32"),
+        ("aligned", "u32"),
+    ],
+)
+_SPECULATIVE_PARAMS = ParamsStruct(
+    "SpeculativeParams",
+    [
+        ("draft_probs", "ptr"),
+        ("draft_token_ids", "ptr"),
+        ("target_probs", "ptr"),
+        ("output", "ptr"),
+        ("accepted", "ptr"),
+        ("emitted", "ptr"),
+        ("seed", "ptr"),
+        ("offset", "ptr"),
+        ("seed_value", "u64"),
+        ("offset_value", "u64"),
+        ("num_draft", "u32"),
+        ("vocab", "u32"),
+        ("flags", "u32"),
+    ],
+)
+
+
+#: Shared memory for the segments that a CTA of softmax holds, bytes at most.
+MOST_HELD = 128 * 1024
+
+
+class LaunchShape(NamedTuple):
+    """How the CTAs of a launch share out the rows.
+
+    Attributes
+    ----------
+    threads : int
+        A CTA.
+    cluster : int
+        CTAs a row.
+    min_blocks : int
+        CTAs that one multiprocessor should hold; 0 leaves the registers to the compiler.
+    hold : bool
+        Softmax: rows stay on chip between reading and writing.
+    """
+
+    threads: int = 512
+    cluster: int = 1
+    min_blocks: int = 2
+    hold: bool = False
+
+    @property
+    def tag(self) -> str:
+        return f"t{self.threads}c{self.cluster}" + ("h" if self.hold else "") + f"m{self.min_blocks}"
+
+    @property
+    def min_arch(self) -> int:
+        return 75 if self.cluster == 1 and not self.hold and self.threads < 1024 else 90
+
+    @property
+    def max_arch(self) -> int:
+        """Rows are held where a CTA may have 227 KB of shared memory; for sm_120 code takes more registers."""
+        return 110 if self.hold or self.min_blocks > 1 or (self.threads > 256 and self.cluster > 1) else 0
+
+
+PORTABLE = LaunchShape(min_blocks=1)
+#: Where 512 threads would have too few registers.
+NARROW = LaunchShape(256, 1, 1)
+_WIDE_PAIR = LaunchShape(512, 2, 1)
+
+
+def _shared_bytes(segments: int, selects: bool, listed: int) -> int:
+    """sizeof(fi::sampling::RowShared<segments, selects, listed>)."""
+    size = 8 * segments + 8 * 32 + 24 * (256 if selects else 1) + 16
+    size = -(-size // 16) * 16 + 4 * (4096 if selects else 4)
+    size += 4 * segments + 4 * (8 * segments if selects else 1) + 8 * (listed if selects else 1) + 56
+    return -(-size // 16) * 16
+
+
+def _segments(vocab: int) -> int:
+    return -(-vocab // 1024)
+
+
+def room(vocab: int) -> int:
+    """Segments that the kernel for this vocabulary has room for."""
+    return 256 if vocab <= 1 << 18 else 512
+
+
+def row_shared(room: int, selects: bool, shape: LaunchShape, top_k: bool = False) -> tuple[int, int]:
+    """(kList, bytes): four CTAs of 256 threads share a multiprocessor of sm_90, and the portable kernels have the 64 KB
+    of sm_75. Top-k lists more, since what it returns is sorted there.
+    """
+    listed = 2048 if selects else 0
+    if top_k and (room == 256 or shape.cluster > 1):
+        listed = 4096 if shape.cluster > 1 else 3072
+    return listed, _shared_bytes(room, selects, listed)
+
+
+@lru_cache(maxsize=256)
+def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
+    """The shape of a launch, by its kind: "draw" (nothing is filtered), "reject" (top-p alone), "select" (a token of
+    what a filter keeps), "top_k", "fill" (rows of which few elements are kept), "keep" (rows of which many are),
+    "softmax" or "speculative". bench/tune_sampling.py times them all.
+    """
+    segments, arch = _segments(vocab), device.code_number
+    if arch < 90:
+        if kind in ("draw", "reject"):
+            return LaunchShape(min_blocks=2)
+        return NARROW if kind in ("fill", "keep", "top_k", "speculative") and segments <= 256 else PORTABLE
+    largest = 16 if arch < 110 else 8
+
+    def clusters(limit: int, own: int) -> int:
+        """CTAs a row: as long as all fit on the GPU at once, and each has `own` segments at least."""
+        cluster = 1
+        while cluster < min(limit, largest) and rows * cluster * 2 <= device.num_sms and cluster * own < segments:
+            cluster *= 2
+        return cluster
+
+    def shared(own: int) -> int:
+        """CTAs a row that is read twice, four of them on a multiprocessor: the rows in flight fit the L2."""
+        cluster = 1
+        while cluster < 8 and cluster * own < segments:
+            cluster *= 2
+        return max(cluster, clusters(16, own))
+
+    if arch > 110:  # more registers for the same code
+        return LaunchShape(256, clusters(8, 8), 1) if room(vocab) == 256 else PORTABLE
+    few = rows * 2 <= device.num_sms
+    if room(vocab) > 256:
+        return LaunchShape(512, shared(16) if kind in ("reject", "keep", "softmax") else clusters(8, 16), 1)
+    if kind == "softmax":
+        return LaunchShape(256, shared(16) if not few else max(shared(16), clusters(16, 8)), 4, True)
+    if kind in ("reject", "keep") and not few:
+        return LaunchShape(256, shared(16), 4)
+    if kind == "keep":  # clusters of 8 would leave some rows to a second wave
+        return LaunchShape(512, clusters(8, 16), 2)
+    if kind == "speculative":  # two rows are read at once: 128 registers a thread
+        cluster = clusters(8, 8)
+        return _WIDE_PAIR if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 2)
+    if kind in ("draw", "reject"):  # little to do behind the pass over the row
+        cluster = clusters(16, 8)
+        return LaunchShape(512, 2, 2) if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 4)
+    # One CTA decides, the faster the more threads it has; with many rows, others read meanwhile.
+    return LaunchShape(1024, clusters(8, 16), 1) if few else LaunchShape(512, 2 if segments > 64 else 1, 2)
+
+
+def launched_bytes(spec: KernelSpec, vocab: int, dtype: DType, shape: LaunchShape) -> int:
+    """Dynamic shared memory of a launch of softmax; one held segment of each warp is in its registers."""
+    if not shape.hold:
+        return spec.smem_bytes
+    own = max(-(-_segments(vocab) // shape.cluster) - shape.threads // 32, 0)
+    return spec.smem_bytes - MOST_HELD + own * 1024 * dtype.itemsize
+
+
+def spills(kind: str, shape: LaunchShape) -> str:
+    """Why an instance may spill: what does, does so outside the loop over the row."""
+    if kind == "all":
+        return "all filters' parameters live across the loop over the row: some wait in local memory"
+    if kind != "none" and shape.threads * shape.min_blocks >= 1024:
+        return (
+            "64 registers a thread, for full multiprocessors: what the decision and the last pass need waits in memory"
+        )
+    return ""
+
+
+#: Filters of the kernels, by name.
+_FILTERS = {
+    "none": "NoFilter",
+    "top_p": "TopP",
+    "min_p": "MinP",
+    "top_k": "TopK",
+    "top_k_top_p": "TopKTopP",
+    "all": "AllFilters",
+}
+
+
+@lru_cache(maxsize=256)
+def sample_spec(
+    dtype: DType, logits: bool, kind: str, room: int = 256, shape: LaunchShape = PORTABLE, scaled: bool = False
+) -> KernelSpec:
+    """One token a row; `kind` is the filter: "none", "top_p" (alone), "min_p", "top_k", "top_k_top_p" or "all";
+    `scaled`: by a temperature.
+    """
+    domain = "Logits" if logits else "Probs"
+    listed, size = row_shared(room, kind not in ("none", "top_p"), shape)
+    return KernelSpec(
+        symbol=f"sample_{'scaled_' if scaled else ''}{domain.lower()}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
+        header="sampling.cuh",
+        function="sample",
+        params=_PARAMS,
+        config=(
+            ("T", dtype),
+            ("Domain", CppType(f"fi::sampling::{domain}")),
+            ("Filter", CppType(f"fi::sampling::{_FILTERS[kind]}")),
+            ("kScaled", scaled),
+            ("kThreads", shape.threads),
+            ("kCluster", shape.cluster),
+            ("kSegments", room),
+            ("kList", listed),
+            ("kSharedBytes", size),
+        ),
+        threads=shape.threads,
+        min_blocks=shape.min_blocks,
+        smem_bytes=size,
+        min_arch=shape.min_arch,
+        max_arch=shape.max_arch,
+        cluster=shape.cluster if shape.cluster > 1 else 0,
+        spills=spills(kind, shape),
+    )
+
+
+@lru_cache(maxsize=256)
+def filter_spec(
+    dtype: DType, logits: bool, room: int = 256, shape: LaunchShape = PORTABLE, kind: str = "top_k_top_p"
+) -> KernelSpec:
+    """Rows after the filter `kind`: probabilities renormalised, or logits masked."""
+    listed, size = row_shared(room, True, shape)
+    return KernelSpec(
+        symbol=f"{'mask_logits' if logits else 'renorm_probs'}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
+        header="sampling.cuh",
+        function="filter_rows",
+        params=_PARAMS,
+        config=(
+            ("T", dtype),
+            ("Domain", CppType(f"fi::sampling::{'Logits' if logits else 'Probs'}")),
+            ("Filter", CppType(f"fi::sampling::{_FILTERS[kind]}")),
+            ("kThreads", shape.threads),
+            ("kCluster", shape.cluster),
+            ("kSegments", room),
+            ("kList", listed),
+            ("kSharedBytes", size),
+        ),
+        threads=shape.threads,
+        min_blocks=shape.min_blocks,
+        smem_bytes=size,
+        min_arch=shape.min_arch,
+        max_arch=shape.max_arch,
+        cluster=shape.cluster if shape.cluster > 1 else 0,
+        spills=spills(kind, shape),
+    )
+
+
+@lru_cache(maxsize=64)
+def softmax_spec(dtype: DType, room: int = 256, shape: LaunchShape = PORTABLE) -> KernelSpec:
+    """Softmax with temperature, to float32."""
+    return KernelSpec(
+        symbol=f"softmax_{dtype.tag}_s{room}_{shape.tag}",
+        header="sampling/softmax.cuh",
+        function="softmax",
+        params=_SOFTMAX_PARAMS,
+        config=(
+            ("T", dtype),
+            ("kThreads", shape.threads),
+            ("kCluster", shape.cluster),
+            ("kSegments", room),
+            ("kHold", shape.hold),
+        ),
+        threads=shape.threads,
+        min_blocks=shape.min_blocks,
+        smem_bytes=8 * room + (MOST_HELD if shape.hold else 0),
+        min_arch=shape.min_arch,
+        max_arch=shape.max_arch,
+        cluster=shape.cluster if shape.cluster > 1 else 0,
+    )
+
+
+@lru_cache(maxsize=16)
+def speculative_spec(dtype: DType, room: int = 256, shape: LaunchShape = NARROW) -> KernelSpec:
+    """Chain speculative sampling."""
+    size = _shared_bytes(room, False, 0)
+    return KernelSpec(
+        symbol=f"chain_speculative_{dtype.tag}_s{room}_{shape.tag}",
+        header="sampling/speculative.cuh",
+        function="chain_speculative",
+        params=_SPECULATIVE_PARAMS,
+        config=(
+            ("T", dtype),
+            ("kThreads", shape.threads),
+            ("kCluster", shape.cluster),
+            ("kSegments", room),
+            ("kSharedBytes", size),
+        ),
+        threads=shape.threads,
+        min_blocks=shape.min_blocks,
+        smem_bytes=size,
+        min_arch=shape.min_arch,
+        max_arch=shape.max_arch,
+        cluster=shape.cluster if shape.cluster > 1 else 0,
+    )
+
+
+def kernel_specs() -> list[KernelSpec]:
+    """The canonical instances: a CTA a row for every architecture, and a cluster a row from sm_90 on."""
+    specs = []
+    for dtype in (float32, bfloat16, float16):
+        draws, selects, fills, keeps = [LaunchShape()], [PORTABLE], [NARROW], [NARROW]
+        if dtype is not float16:
+            draws += [LaunchShape(256, 8, 4)]
+            selects += [LaunchShape(1024, 2, 1)]
+            fills += [LaunchShape(1024, 2, 1)]
+            keeps += [LaunchShape(256, 8, 4)]
+            specs += [
+                softmax_spec(dtype, 256, LaunchShape(256, 8, 4, True)),
+                filter_spec(dtype, False, 256, NARROW, "all"),
+            ]
+            specs += [sample_spec(dtype, logits, "all", 256, selects[0], logits) for logits in (True, False)]
+            specs += [sample_spec(dtype, True, "none", 256, draws[-1], True), speculative_spec(dtype, 256, _WIDE_PAIR)]
+        for logits in (True, False):
+            specs += [sample_spec(dtype, logits, kind, 256, shape) for kind in ("none", "top_p") for shape in draws]
+            specs += [sample_spec(dtype, logits, "top_k_top_p", 256, shape) for shape in selects]
+            specs += [filter_spec(dtype, logits, 256, shape, "top_k") for shape in fills]
+        specs += [sample_spec(dtype, False, kind, 256, selects[-1]) for kind in ("min_p", "top_k")]
+        specs += [filter_spec(dtype, False, 256, shape, "top_k_top_p") for shape in keeps]
+        specs += [softmax_spec(dtype), speculative_spec(dtype)]
+    return specs

@@ -1,0 +1,177 @@
+"""Kernels on the CPU: their own source, compiled by g++ with fibres for threads (emulator/emulator.hpp).
+
+For semantics, barriers and shared memory, not for speed: a cluster of 2,048 threads and a row of 5,000 tokens take some
+milliseconds. Arrays made by `device` look like a GPU's to the operators while `emulated` is active.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from kernel_jobs import ROOT
+
+from fi_cupy import arrays
+from fi_cupy.device import DeviceInfo
+from fi_cupy.dtypes import DType
+from fi_cupy.jit.render import render
+from fi_cupy.jit.spec import KernelSpec
+
+HERE = Path(__file__).parent / "emulator"
+BUILD = ROOT / "build" / "emulated"
+HOPPER = DeviceInfo(90, "90a", 132, 232448, 233472, 50 << 20, "emulated H100")
+AMPERE = DeviceInfo(80, "80", 108, 166912, 167936, 40 << 20, "emulated A100")
+
+_CLUSTER = """#pragma once
+#include "common/base.cuh"
+namespace fi::ptx {
+FI_DEVICE uint32_t cluster_rank() { return emulator::current->cta->rank; }
+template <typename T>
+FI_DEVICE T* cluster_map(T* p, uint32_t rank) { return emulator::cluster_map(p, rank); }
+FI_DEVICE void cluster_arrive() { emulator::cluster_arrive(); }
+FI_DEVICE void cluster_wait() { emulator::cluster_wait(); }
+}
+"""
+_REPLACED = [
+    (r"extern __shared__ __align__\(\d+\) uint8_t smem\[\];", "uint8_t* const smem = emulator::shared_memory();"),
+    (r"__shared__ (\w+) shared;", r"\1& shared = *reinterpret_cast<\1*>(emulator::fixed_memory());"),
+    (r'asm volatile\("st\.(?:cs\.)?v[42]\.u32.*?\);', "memcpy(p, &r, sizeof(r));"),
+    (r'asm volatile\("ld\.global\.nc.*?\);', "memcpy(&r, p, sizeof(r));"),
+    (r'asm\("ex2.*?\);', "y = exp2f(x); if (fabsf(y) < 1.1754944e-38f) y = 0.f;"),
+    (r'asm\("lg2.*?\);', "y = log2f(x);"),
+    (r'asm\("rcp.*?\);', "y = 1.f / x;"),
+    (r'asm\("rsqrt.*?\);', "y = 1.f / sqrtf(x);"),
+    (r'asm\("sin.*?\);', "y = sinf(x);"),
+    (r'asm\("cos.*?\);', "y = cosf(x);"),
+    (r'asm\("tanh.*?\);', "y = tanhf(x);"),
+    (r"(?s)using int8_t = .*?#else\n", "#else\n"),
+]
+
+
+def available() -> bool:
+    return shutil.which("g++") is not None and os.uname().machine == "x86_64"
+
+
+def _text(path: Path) -> str:
+    text = path.read_text()
+    if path.name == "cluster.cuh":
+        return _CLUSTER
+    for pattern, replacement in _REPLACED:
+        text = re.sub(pattern, replacement, text, flags=re.S)
+    return text.replace("FI_OFFSETOF(type, member) __INTADDR__(&(((type*)0)->member))",
+                        "FI_OFFSETOF(type, member) __builtin_offsetof(type, member)")  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _headers() -> Path:
+    """The kernels with what g++ does not know replaced."""
+    kernels = ROOT / "kernels"
+    files = [p for name in ("common", "ptx", "sampling") for p in sorted((kernels / name).glob("*.cuh"))]
+    files += sorted(kernels.glob("*.cuh"))
+    texts = {p.relative_to(kernels): _text(p) for p in files}
+    digest = hashlib.sha256("".join(texts.values()).encode() + (HERE / "emulator.hpp").read_bytes()).hexdigest()[:16]
+    folder = BUILD / digest
+    texts |= {
+        Path(name): f'#include "{HERE / "emulator.hpp"}"\n' for name in ("cuda_bf16.h", "cuda_fp16.h", "cuda_fp8.h")
+    }
+    for name, text in texts.items():
+        if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            part = folder / f"{name}.{os.getpid()}"  # several processes may write it at once
+            part.write_text(text)
+            part.replace(folder / name)
+    return folder
+
+
+class EmulatedKernel:
+    """What `load_kernel` gives, on the CPU."""
+
+    order = 1  # the seed of the fibres' order
+
+    def __init__(self, spec: KernelSpec) -> None:
+        self.spec = spec
+        folder = _headers()
+        library = folder / f"{spec.symbol}.so"
+        if not library.exists():
+            source = folder / f"{spec.symbol}.{os.getpid()}.cpp"  # several processes may want it at once
+            made = source.with_suffix(".so")
+            source.write_text(
+                render(spec)
+                + f"""
+extern "C" void emulator_launch(const void* p, uint32_t grid, uint32_t threads, uint32_t cluster, uint64_t bytes,
+                                uint64_t seed) {{
+  const auto& params = *static_cast<const fi::{spec.params.name}*>(p);
+  emulator::run([&] {{ {spec.symbol}(params); }}, grid, threads, cluster, bytes, seed);
+}}
+"""
+            )
+            subprocess.run(
+                ["g++", "-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-w",
+                 "-D__CUDACC_RTC__", f"-I{folder}", "-shared", "-fPIC", "-o", str(made), str(source)],
+                check=True,
+            )  # fmt: skip
+            made.replace(library)
+        self._launch = ctypes.CDLL(str(library)).emulator_launch
+        self._launch.argtypes = [ctypes.c_void_p] + [ctypes.c_uint32] * 3 + [ctypes.c_uint64] * 2
+        self._launch.restype = None
+
+    def launch(self, grid: int, stream: int, *values: Any, smem: int | None = None, pdl: bool = False) -> None:
+        if grid == 0:
+            return
+        raw = ctypes.create_string_buffer(self.spec.params.pack(*values))
+        cluster = max(self.spec.cluster, 1)
+        assert grid % cluster == 0
+        bytes_ = self.spec.smem_bytes if smem is None else smem
+        assert bytes_ <= self.spec.smem_bytes
+        self._launch(raw, grid, self.spec.threads, cluster, bytes_, type(self).order)
+
+
+class Device(np.ndarray[Any, Any]):
+    """An array that counts as a GPU's."""
+
+
+def device(array: np.ndarray[Any, Any]) -> Any:
+    return np.ascontiguousarray(array).view(Device)
+
+
+class _Emulated(arrays._NumPy):
+    name = "emulated"
+
+    def view(self, array: Any) -> arrays.View:
+        v = super().view(array)
+        return arrays.View(self, array, array.ctypes.data, v.shape, v.strides, v.dtype, 0, array)
+
+    def empty(self, shape: tuple[int, ...], dtype: DType, like: arrays.View) -> arrays.View:
+        made = np.empty(shape, dtype.np)
+        made.view(np.uint8)[...] = 0xA5
+        return self.view(made.view(Device))
+
+    def stream(self, device: int) -> int:
+        return 0
+
+
+@lru_cache(maxsize=256)
+def _kernel(spec: KernelSpec, device: int) -> EmulatedKernel:
+    return EmulatedKernel(spec)
+
+
+@contextlib.contextmanager
+def emulated(info: DeviceInfo, *modules: Any) -> Any:
+    """Launches of `modules` run here, as on the device `info`."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(arrays._by_type, {Device: _Emulated().view}))
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "load_kernel", _kernel))
+            if hasattr(module, "device_info"):
+                stack.enter_context(mock.patch.object(module, "device_info", lambda index: info))
+        yield
