@@ -31,6 +31,7 @@ class Shape(NamedTuple):
     alibi: bool = False
     kv: str = "bfloat16"
     rope: bool = False
+    backend: str = "auto"
 
 
 S16K, S4K, S1K = 16384, 4096, 1024
@@ -46,7 +47,12 @@ SINGLE = [
     Shape(1, S16K, S16K, cap=30.0),
     Shape(1, S16K, S16K, alibi=True),
 ]
-RAGGED = [Shape(4, S4K, S4K), Shape(16, S1K, S1K), Shape(16, S1K, S1K, 32, 8)]
+RAGGED = [
+    *(Shape(16384 // n, n, n) for n in (512, S1K, 2048, S4K, 8192)),
+    Shape(16, S1K, S1K, 32, 8),
+    Shape(8, 128, 128),  # short: one or two tiles of keys an item
+    Shape(16, 64, 64, 32, 8),
+]
 PAGED = [
     Shape(16, 512, S4K, 32, 8),
     Shape(1, S4K, S16K, 32, 8),
@@ -56,6 +62,8 @@ PAGED = [
     Shape(16, 512, S4K, 32, 8, kv="float8_e4m3fn"),  # keys and values are widened in shared memory,
     Shape(16, 512, S4K, 32, 8, rope=True),  # or rotated there: against the first row
 ]
+#: Again by the portable kernel where "auto" has another one to choose (Hopper GPUs).
+BOTH_SINGLE, BOTH_PAGED = [*SINGLE[:2], *SINGLE[3:7]], PAGED[:3]
 
 
 def flops(s: Shape) -> int:
@@ -71,6 +79,7 @@ def name_of(s: Shape, kind: str) -> str:
     length = str(s.qo_len) if s.qo_len == s.kv_len else f"q{s.qo_len}/kv{s.kv_len}"
     options = (" window" if s.window >= 0 else "") + (" cap" if s.cap else "") + (" alibi" if s.alibi else "")
     options += (f" {s.kv}" if s.kv != "bfloat16" else "") + (" rope" if s.rope else "")
+    options += f" {s.backend}" if s.backend != "auto" else ""
     return f"{kind} {s.batch}x{length} {s.heads}/{s.kv_heads} d{s.dim} {'causal' if s.causal else 'full'}{options}"
 
 
@@ -122,15 +131,17 @@ def _single(s: Shape) -> BenchCase:
     def torch(backend: str, x: dict[str, Any]) -> None:
         peers.attention(*(x[n].transpose(0, 1)[None] for n in "qkv"), causal=s.causal, backend=backend)
 
-    plain = s.window < 0 and not s.cap and not s.alibi
-    rivals: dict[str, Any] = {f"flashinfer {b}": partial(flashinfer, b) for b in ("fa2", "fa3")}
+    plain = s.window < 0 and not s.cap and not s.alibi and s.backend == "auto"
+    rivals: dict[str, Any] = {}
+    if s.backend == "auto":  # the portable kernel's peers are in the row before
+        rivals = {f"flashinfer {b}": partial(flashinfer, b) for b in ("fa2", "fa3")}
     if plain:
         rivals["flash"] = partial(torch, "flash")
     if plain and s.dim <= 128:
         rivals["cudnn"] = partial(torch, "cudnn")
     return bench_case(
         name_of(s, "single_prefill"),
-        lambda x: prefill.single_prefill_with_kv_cache(x["q"], x["k"], x["v"], **options),
+        lambda x: prefill.single_prefill_with_kv_cache(x["q"], x["k"], x["v"], backend=s.backend, **options),
         make_inputs=partial(_contiguous, s),
         flops=flops(s),
         peers=rivals,
@@ -162,7 +173,7 @@ def _variant(name: str) -> BenchCase:
 def _ragged_inputs(s: Shape, i: int) -> dict[str, Any]:
     import cupy
 
-    wrapper = prefill.BatchPrefillWithRaggedKVCacheWrapper(cupy.empty((64 << 20,), cupy.uint8))
+    wrapper = prefill.BatchPrefillWithRaggedKVCacheWrapper(cupy.empty((64 << 20,), cupy.uint8), backend=s.backend)
     wrapper.plan(*_offsets(s), s.heads, s.kv_heads, s.dim, causal=s.causal, q_data_type="bfloat16")
     inputs = _contiguous(s, i)
     return {**inputs, "out": cupy.empty_like(inputs["q"]), "wrapper": wrapper}
@@ -171,7 +182,7 @@ def _ragged_inputs(s: Shape, i: int) -> dict[str, Any]:
 def _paged_inputs(s: Shape, i: int) -> dict[str, Any]:
     import cupy
 
-    wrapper = prefill.BatchPrefillWithPagedKVCacheWrapper(cupy.empty((64 << 20,), cupy.uint8))
+    wrapper = prefill.BatchPrefillWithPagedKVCacheWrapper(cupy.empty((64 << 20,), cupy.uint8), backend=s.backend)
     table = page_table(s, i)
     wrapper.plan(
         *table, s.heads, s.kv_heads, s.dim, PAGE, causal=s.causal, q_data_type="bfloat16", kv_data_type=s.kv,
@@ -215,14 +226,14 @@ def _flashinfer_batch(s: Shape, backend: str, paged: bool) -> Any:
 def _batch(s: Shape, paged: bool) -> BenchCase:
     kind = "paged_prefill" if paged else "ragged_prefill"
     rivals: dict[str, Any] = {}
-    if not s.rope and s.kv == "bfloat16":
+    if not s.rope and s.kv == "bfloat16" and s.backend == "auto":
         rivals = {f"flashinfer {b}": _flashinfer_batch(s, b, paged) for b in ("fa2", "fa3")}
 
     def torch(backend: str, x: dict[str, Any]) -> None:
         q, k, v = (x[n].view(s.batch, -1, *x[n].shape[1:]).transpose(1, 2) for n in "qkv")
         peers.attention(q, k, v, causal=s.causal, backend=backend)
 
-    if not paged:  # requests of one length are a batch to torch
+    if not paged and s.backend == "auto":  # requests of one length are a batch to torch
         rivals |= {backend: partial(torch, backend) for backend in ("flash", "cudnn")}
     return bench_case(
         name_of(s, kind),
@@ -239,5 +250,11 @@ def _batch(s: Shape, paged: bool) -> BenchCase:
 
 def cases(device: DeviceInfo) -> list[BenchCase]:
     """One contiguous request, ragged batches, and batches over pages of 16 in random order."""
-    singles = [*map(_single, SINGLE), *map(_variant, VARIANTS)]
-    return [*singles, *(_batch(s, False) for s in RAGGED), *(_batch(s, True) for s in PAGED)]
+
+    def kernels(shapes: list[Shape], both: list[Shape]) -> list[Shape]:
+        again = both if device.arch == "90a" else []
+        return [t for s in shapes for t in ([s, s._replace(backend="fa2")] if s in again else [s])]
+
+    singles = [*map(_single, kernels(SINGLE, BOTH_SINGLE)), *map(_variant, VARIANTS)]
+    ragged = [_batch(s, False) for s in kernels(RAGGED, RAGGED)]
+    return [*singles, *ragged, *(_batch(s, True) for s in kernels(PAGED, BOTH_PAGED))]

@@ -40,6 +40,7 @@ from fi_cupy.prefill import (
     single_prefill_with_kv_cache_return_lse,
 )
 from fi_cupy.prefill_batch import BatchPrefill
+from fi_cupy.prefill_hopper import load_of
 from fi_cupy.prefill_kernel import Geometry, geometry
 from fi_cupy.prefill_plan import Work, make_problem, read_options
 from fi_cupy.scales import read_scales
@@ -188,6 +189,8 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
             planned = self._planned.options.sm_scale
             if planned == 0 != sm_scale:
                 raise PlanError(f"{op}: sm_scale is {sm_scale}, planned 0; pass it to plan()")
+            if isinstance(q_scale, (list, tuple)):
+                q_scale = np.asarray(q_scale, np.float32)
             q_scale = (1.0 if q_scale is None else q_scale) * (sm_scale / planned if planned else 1.0)
         return super().run(q, paged_kv_cache, sinks=sink if sinks is None else sinks, q_scale=q_scale, **options)
 
@@ -250,7 +253,7 @@ def explain(call: Any, *args: Any, device: DeviceInfo | None = None, **kwargs: A
     >>> hopper = fi_cupy.device.DeviceInfo(90, "90a", 132, 232448, 233472, 50 << 20)
     >>> q, k = np.ones((2048, 32, 128), np.float16), np.ones((2048, 8, 128), np.float16)
     >>> explain(fi_cupy.single_prefill_with_kv_cache, q, k, k, causal=True, device=hopper).launches[0].kernel
-    'prefill_f16_d128_q128k64'
+    'prefill_hopper_f16_d128_q192k80'
     """
     if hasattr(call, "_parts"):
         parts = call._parts()
@@ -355,12 +358,11 @@ def _explain_prefill(wrapper: BatchPrefill) -> Explanation:
 def _prefill_launch(g: Geometry, spec: Any, num_items: int, num_split: int, fixed: str = "") -> Explanation:
     why = (
         f"{num_items} work items{fixed} of {g.tiles.tile_q} packed rows (query tokens times {g.group} heads a kv head) "
-        f"and tiles of {g.tiles.tile_kv} keys, times {g.num_kv_heads} kv heads, on {g.slots} CTA slots"
+        f"and tiles of {g.tiles.tile_kv} keys, times {g.num_kv_heads} kv heads, on {g.slots} CTA slots; {g.choice}"
     )
     if num_split:
         why += f"; {num_split} row tiles have their keys split to fill the device, the last CTA of a tile writes it"
-    grid = (num_items, g.num_kv_heads, 1)
-    return Explanation((KernelUse("", spec.symbol, grid, spec.threads, spec.smem_bytes, why),))
+    return Explanation((KernelUse("", spec.symbol, g.grid(num_items), spec.threads, spec.smem_bytes, why),))
 
 
 def _explain_single(
@@ -389,7 +391,8 @@ def _single_decode(given: dict[str, Any], device: DeviceInfo) -> Explanation:
     )
     if g is None:
         absent = dict.fromkeys(("custom_mask", "packed_custom_mask", "o_dtype", "scale_q", "scale_k"))
-        return _since(why, _single_prefill({**given, **absent, "q": given["q"][None], "causal": False}, device))
+        token = {"q": given["q"][None], "causal": False, "backend": "auto"}
+        return _since(why, _single_prefill({**given, **absent, **token}, device))
     window = given["window_left"]
     first = max(kv_len - 1 - window, 0) if window >= 0 else 0
     _, chunks = single_chunks(kv_len - first // TILE * TILE, g.num_head_blocks, g.slots)
@@ -416,16 +419,24 @@ def _single_prefill(given: dict[str, Any], device: DeviceInfo) -> Explanation:
         given["logits_soft_cap"], given["rope_scale"], given["rope_theta"], has_mask,
     )  # fmt: skip
     problem = make_problem(
-        "explain", heads, kv_heads, dim, v.shape[2], q.dtype, k.dtype, given["o_dtype"], options, False, has_mask, False
-    )
+        "explain", heads, kv_heads, dim, v.shape[2], q.dtype, k.dtype, given["o_dtype"], options, False, has_mask,
+        False, backend=given["backend"],
+    )  # fmt: skip
     k_scale = given["scale_k"] if given["scale_k"] is not None else given["k_scale"]
+    narrow, variant = None, given.get("variant")
+    if variant is not None:
+        bound = variant.bind("explain", *given["variant_args"], q, sm_scale=options.sm_scale)
+        problem, narrow = problem._replace(variant=bound.lowered), bound.narrow()[1]
     scales = read_scales("explain", q, heads, kv_heads, given["scale_q"], k_scale)
-    g = geometry(problem, min(qo_len * heads // kv_heads, 128), device)
+    g = geometry(
+        problem, qo_len * heads // kv_heads, device,
+        load_of(1, heads // kv_heads, qo_len, kv_len, options.causal, options.window_left),
+    )  # fmt: skip
     spec = g.spec if options.sm_scale * scales.logit > 0 else g.negative_spec
     spec = g.heads_spec if scales.on_logits else spec
     schedule = plan_prefill(
         np.array([0, qo_len]), np.array([kv_len]), np.array([0]), group=g.group, num_kv_heads=g.num_kv_heads,
         tile_q=g.tiles.tile_q, tile_kv=g.tiles.tile_kv, slots=g.slots, causal=options.causal,
-        window_left=options.window_left,
+        window_left=options.window_left, disable_split=not g.splittable, narrow=narrow,
     )  # fmt: skip
     return _prefill_launch(g, spec, len(schedule.items), schedule.num_split)

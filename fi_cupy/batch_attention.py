@@ -20,6 +20,7 @@ from fi_cupy.plan.decode import TILE
 from fi_cupy.plan.mixed import plan_mixed
 from fi_cupy.plan.prefill import PrefillPlan
 from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
+from fi_cupy.prefill_kernel import fast_div
 from fi_cupy.prefill_plan import Ints, Work, launch, launch_values, outputs, refuse
 from fi_cupy.scales import Scales
 from fi_cupy.variants import AttentionVariant, BoundVariant, variant_of
@@ -125,7 +126,7 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
             launch(
                 p.geometry, p.work, x, k, v, *strides, o, s, p.options, scales, page_size=p.page_size,
                 kv_indices=p.indices.ptr if p.indices_offset is None else p.work.items + p.indices_offset, pdl=pdl,
-                variant_values=() if bound is None else bound.kernel_values(),
+                kv_extent=k.shape[0], variant_values=() if bound is None else bound.kernel_values(),
             )  # fmt: skip
             return
         indices = both.indices_ptr or p.indices.ptr
@@ -137,7 +138,7 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
         items = (
             x.ptr, k.ptr, v.ptr, o.ptr, s.ptr, both.items_ptr, indices, 0, both.partial_out, both.partial_md,
             both.counters, x.strides[0], x.strides[1], o.strides[0], o.strides[1], *strides[0], *strides[1],
-            p.page_size, d.num_head_blocks, d.blocks_per_kv, d.heads_per_block, d.group_size, 1, 0, 0, 0, 0,
+            *fast_div(p.page_size), d.num_head_blocks, d.blocks_per_kv, d.heads_per_block, d.group_size, 1, 0, 0, 0, 0,
             *logit_floats(scale, p.options.logits_soft_cap), scales.output, *scales.kernel_values(),
         )  # fmt: skip
         mixed.launch(
@@ -341,7 +342,8 @@ class BatchAttention:
         if cap not in (0.0, p.options.logits_soft_cap):
             raise PlanError(f"{op}: logits_soft_cap is {cap}, planned {p.options.logits_soft_cap}; pass it to plan()")
         x = batch._query(op, p, q)
-        bound = batch._bind(op, (), variant_args, x)
+        _, scales = batch._scales(op, p, x, (), (q_scale, k_scale, v_scale))
+        bound = batch._bind(op, (), variant_args, x, scales)
         kv = paged_kv(op, kv_cache)
         dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.kv
         heads, dims = p.problem.num_kv_heads, (p.problem.head_dim_qk, p.problem.head_dim_vo)
@@ -352,7 +354,6 @@ class BatchAttention:
             raise ArgumentError(f"{op}: kv_indices holds page {p.max_index}, but the cache has {pages} pages")
         o, s = outputs(op, x, out, lse, True, p.problem)
         assert s is not None
-        _, scales = batch._scales(op, p, x, (), (q_scale, k_scale, v_scale))
         if x.is_cpu:
             values, log = reference.attention.batch_prefill_paged(
                 x.numpy(), k.numpy(), v.numpy(), p.qo_indptr, p.indptr, p.host_indices, kv_len_arr=p.kv_len,

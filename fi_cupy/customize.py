@@ -46,6 +46,10 @@ class FlashInferLowered(Lowered):
     members: tuple[tuple[str, str, str], ...] = ()  # (name, C type, kind), pointers first, then by size
 
     @property
+    def portable_only(self) -> str:
+        return "it is written for FlashInfer's fa2 kernels"
+
+    @property
     def splittable(self) -> bool:
         return self.use_softmax and "output" not in self.stages
 
@@ -120,9 +124,14 @@ class FlashInferVariant:
         return self
 
     def bind(
-        self, op: str, args: tuple[Any, ...], named: Mapping[str, Any], like: View, **derived: float
-    ) -> BoundFlashInferVariant:
-        """The variant with the arguments of one call; `derived` are options that may stand for scalars left out."""
+        self, op: str, args: tuple[Any, ...], named: Mapping[str, Any], like: View, logit_scale: float = 1.0,
+        **derived: float,
+    ) -> BoundFlashInferVariant:  # fmt: skip
+        """The variant with the arguments of one call.
+
+        `logit_scale` is the product of the numbers q_scale and k_scale, which multiplies the text's sm_scale; `derived`
+        are options that may stand for scalars left out.
+        """
         label = f"{op}: variant {self.name}"
         if like.is_cpu:
             raise UnsupportedError(
@@ -133,7 +142,13 @@ class FlashInferVariant:
             order = [n for n in order if n not in derived and not n.startswith("maybe_")]
         if len(args) > len(order):
             raise ArgumentError(f"{label}: got {len(args)} extra arguments, expected {len(order)}: {', '.join(order)}")
-        values = {**derived, **dict(zip(order, args, strict=False)), **named}
+        given = dict(zip(order, args, strict=False))
+        for name in named:
+            if name not in {n for n, _ in (*self.tensors, *self.scalars)}:
+                raise ArgumentError(f"{label}: {name} is unknown; it takes {', '.join(order) or 'no extra arguments'}")
+            if name in given:
+                raise ArgumentError(f"{label}: {name} is given twice")
+        values = {**derived, **given, **named}
         pointers: list[View] = []
         packed: dict[str, Any] = {}
         for name, ctype in self.tensors:
@@ -142,6 +157,14 @@ class FlashInferVariant:
             if values.get(name) is None:
                 raise ArgumentError(f"{label}: {name} ({ctype}) is missing")
             packed[name] = float(values[name]) if _SCALARS[ctype][1] == "f32" else int(values[name])
+        if logit_scale != 1.0:
+            if re.search(r"\bparams\.sm_scale\b", self.text) is None:
+                raise UnsupportedError(
+                    f"{label}: its text does not read params.sm_scale, which q_scale and k_scale multiply as numbers; "
+                    "pass them as arrays, one factor a head"
+                )
+            if "sm_scale" in packed:  # else it is the plan's, which has them already
+                packed["sm_scale"] *= logit_scale
         return BoundFlashInferVariant(self, tuple(packed[n] for n, _, _ in self.lowered().members), pointers)
 
 

@@ -41,6 +41,7 @@ from fi_cupy.plan.decode import (
     plan_decode,
 )
 from fi_cupy.plan_run import PlanRun
+from fi_cupy.prefill_kernel import fast_div
 from fi_cupy.prefill_plan import check_backend
 from fi_cupy.scales import Scales, read_scales
 from fi_cupy.variants import AttentionVariant, variant_of
@@ -117,6 +118,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
     """
 
     _op = _OP
+    #: CTAs may serve two kv heads.
+    _pairs = True
 
     def __init__(
         self,
@@ -298,6 +301,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
         return Problem(
             p.batch_size, p.num_qo_heads, p.num_kv_heads, p.head_dim, p.dtype, p.kv_dtype, p.out_dtype,
             p.page_size % TILE == 0, p.logits_soft_cap > 0, p.alibi, p.rope, disable_split or split_keys is not None,
+            self._pairs and self._layout == "NHD",
         )  # fmt: skip
 
     def _schedule(self, p: Planned, kv_len: np.ndarray[Any, Any]) -> tuple[DecodePlan, int]:
@@ -316,7 +320,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
         if bound is not None and schedule.num_items > bound:
             raise PlanError(f"{_OP}.plan: {schedule.num_items} work items exceed the captured grid's {bound}")
         p.grid = schedule.num_items * g.num_head_blocks
-        p.counts = (p.page_size, g.num_head_blocks, g.blocks_per_kv, g.heads_per_block, g.group_size)
+        p.counts = (*fast_div(p.page_size), g.num_head_blocks, g.blocks_per_kv, g.heads_per_block, g.group_size)
         return schedule, schedule.num_slots if bound is None else bound
 
     def _item_bound(self, p: Planned, g: Geometry, split_keys: int | None, disable_split: bool) -> int:

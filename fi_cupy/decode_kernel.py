@@ -30,7 +30,10 @@ _STRIDES = (
     "q_stride_row", "q_stride_head", "out_stride_row", "out_stride_head", "k_stride_page", "k_stride_token",
     "k_stride_head", "v_stride_page", "v_stride_token", "v_stride_head",
 )  # fmt: skip
-_COUNTS = ("page_size", "num_head_blocks", "blocks_per_kv", "heads_per_block", "group_size", "table_ready")
+_COUNTS = (
+    "page_size.divisor", "page_size.magic", "page_size.shift", "num_head_blocks", "blocks_per_kv",
+    "heads_per_block", "group_size", "table_ready",
+)  # fmt: skip
 _SINGLE = ("kv_len", "first_key", "chunk_keys", "num_chunks")
 _FLOATS = ("logit_scale", "logit_cap", "slope_scale", "out_scale")
 _FIELDS = [
@@ -66,6 +69,7 @@ def decode_spec(
     alibi: bool = False,
     rope: bool = False,
     head_scales: bool = False,
+    head_pair: bool = False,
 ) -> KernelSpec:
     """The decode kernel for queries of `dtype` over a cache of `kv`.
 
@@ -80,11 +84,13 @@ def decode_spec(
         contiguous.
     head_scales : bool
         There are factors of q or k a head, which only the GPU knows.
+    head_pair : bool
+        A CTA serves two neighbouring kv heads.
     """
     size = smem_bytes(warps, stages, head_dim, kv.itemsize, column_tiles, rope)
     types = dtype.tag + (f"_kv{kv.tag}" if kv is not dtype else "") + (f"_o{out.tag}" if out is not dtype else "")
     options = ("" if tile_in_page else "_rows") + ("_cap" if soft_cap else "") + ("_alibi" if alibi else "")
-    options += ("_rope" if rope else "") + ("_heads" if head_scales else "")
+    options += ("_rope" if rope else "") + ("_heads" if head_scales else "") + ("_pair" if head_pair else "")
     return KernelSpec(
         symbol=f"batch_decode_{types}_d{head_dim}_h{8 * column_tiles}_w{warps}s{stages}b{min_blocks}{options}",
         header="attention/decode.cuh",
@@ -104,6 +110,7 @@ def decode_spec(
             ("kAlibi", alibi),
             ("kRope", rope),
             ("kHeadScales", head_scales),
+            ("kHeadPair", head_pair),
         ),
         threads=32 * warps,
         min_blocks=min_blocks,
@@ -120,7 +127,9 @@ def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: what a Turing, A100, RTX and Hopper or Blackwell card runs for the usual head dims."""
     specs: dict[KernelSpec, None] = {}
 
-    def add(arch: int, dtype: DType, kv: DType, dim: int, group: int, groups: int, **options: bool) -> None:
+    def add(
+        arch: int, dtype: DType, kv: DType, dim: int, group: int, groups: int, pair: bool = False, **options: bool
+    ) -> None:  # fmt: skip
         sms, block, sm = _GPUS[arch]
         _, _, columns = head_blocks(group, dim)
         tiles = choose_tiles(
@@ -133,6 +142,7 @@ def kernel_specs() -> list[KernelSpec]:
             smem_per_block=block,
             smem_per_sm=sm,
             rope=options.get("rope", False),
+            may_pair=pair,
         )
         specs[spec_of(tiles, dtype, kv, dtype, dim, columns, **options)] = None
 
@@ -154,7 +164,15 @@ def kernel_specs() -> list[KernelSpec]:
     add(90, bfloat16, bfloat16, 128, 4, 1000, alibi=True)
     add(90, bfloat16, bfloat16, 128, 4, 1000, rope=True)
     add(90, float16, float8_e4m3fn, 64, 4, 1000, rope=True, tile_in_page=False)
-    add(90, bfloat16, float8_e4m3fn, 128, 4, 1000, head_scales=True)
+    for pair in (False, True):
+        add(90, bfloat16, float8_e4m3fn, 128, 4, 1000, pair, head_scales=True)
+    for dim in (64, 128):
+        add(90, bfloat16, float8_e4m3fn, dim, 4, 1000, True)
+    for arch in (80, 86):
+        add(arch, float16, float8_e5m2, 128, 4, 1000, True)
+    add(90, bfloat16, float8_e4m3fn, 128, 16, 1000, True)
+    add(90, bfloat16, float8_e4m3fn, 80, 4, 1000, True, tile_in_page=False, soft_cap=True, alibi=True)
+    add(90, bfloat16, float8_e4m3fn, 128, 4, 1000, True, rope=True)
     return list(specs)
 
 
@@ -162,7 +180,10 @@ def spec_of(
     tiles: DecodeTiles, dtype: DType, kv: DType, out: DType, head_dim: int, column_tiles: int, **options: bool
 ) -> KernelSpec:
     """`decode_spec` for a CTA shape."""
-    return decode_spec(dtype, kv, out, head_dim, column_tiles, tiles.warps, tiles.stages, tiles.ctas_per_sm, **options)
+    return decode_spec(
+        dtype, kv, out, head_dim, column_tiles, tiles.warps, tiles.stages, tiles.ctas_per_sm,
+        head_pair=tiles.head_pair, **options,
+    )  # fmt: skip
 
 
 class Problem(NamedTuple):
@@ -180,6 +201,7 @@ class Problem(NamedTuple):
     alibi: bool
     rope: bool
     batch_invariant: bool
+    heads_adjacent: bool = False  # a token's kv heads lie side by side in the cache (NHD)
 
 
 @dataclass(frozen=True)
@@ -191,7 +213,8 @@ class Geometry:
     spec, heads_spec : KernelSpec
         Without and with factors of q or k a head.
     num_head_blocks, blocks_per_kv, heads_per_block, group_size : int
-        See `plan.decode.head_blocks`; the first counts those of all kv heads.
+        See `plan.decode.head_blocks`; the first counts those of all kv heads. Where a CTA serves a pair of kv heads
+        there are half as many blocks, of twice as many heads.
     slots : int
         CTAs the device runs at once.
     head_dim : int
@@ -226,7 +249,10 @@ def geometry(problem: Problem, device: DeviceInfo) -> Geometry:
         p.batch_size * num_head_blocks, p.head_dim, p.kv.itemsize, columns, arch=device.code_number,
         num_sms=device.num_sms, smem_per_block=device.smem_per_block, smem_per_sm=device.smem_per_sm,
         batch_invariant=p.batch_invariant, rope=p.rope,
+        may_pair=p.heads_adjacent and p.num_kv_heads % 2 == 0 and blocks == 1,
     )  # fmt: skip
+    if tiles.head_pair:
+        num_head_blocks, heads = num_head_blocks // 2, 2 * heads
     spec, heads_spec = (
         spec_of(
             tiles, p.dtype, p.kv, p.out, p.head_dim, columns,

@@ -26,6 +26,7 @@ from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.kv_cache import as_fp8, check_layout
 from fi_cupy.plan.decode import TILE, single_chunks
+from fi_cupy.prefill_kernel import fast_div
 from fi_cupy.scales import Scales, read_scales
 from fi_cupy.workspace import ScratchPool
 
@@ -191,7 +192,7 @@ def _launch(
         num_chunks * g.num_head_blocks, stream,
         x.ptr, k.ptr, v.ptr, o.ptr, 0 if s is None else s.ptr, 0, 0, 0, partial_out, partial_md, counters,
         0, x.strides[0], 0, o.strides[0], *strides(k), *strides(v),
-        max(kv_len, 1), g.num_head_blocks, g.blocks_per_kv, g.heads_per_block, g.group_size, 1,
+        *fast_div(max(kv_len, 1)), g.num_head_blocks, g.blocks_per_kv, g.heads_per_block, g.group_size, 1,
         kv_len, first, chunk, num_chunks, *logit_floats(scale * scales.logit, cap), scales.output,
         *scales.kernel_values(), *turns,
         pdl=pdl and has_driver_binding(),

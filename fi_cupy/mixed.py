@@ -13,6 +13,7 @@ from fi_cupy.jit.spec import CppStruct, KernelSpec
 from fi_cupy.plan.decode import head_blocks, smem_bytes
 from fi_cupy.plan.mixed import grid
 from fi_cupy.plan.prefill import PrefillTiles
+from fi_cupy.prefill_params import PARAMS as PREFILL_PARAMS
 
 if TYPE_CHECKING:
     from fi_cupy.device import DeviceInfo
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 PARAMS = ParamsStruct(
     "MixedParams",
     [
-        *((f"prefill.{name}", kind) for name, kind in prefill_kernel.PARAMS.fields),
+        *((f"prefill.{name}", kind) for name, kind in PREFILL_PARAMS.fields),
         *((f"decode.{name}", kind) for name, kind in decode_kernel.PARAMS.fields),
         ("queues", "ptr"),
         *((name, "u32") for name in ("num_kv_heads", "num_tiles", "num_items", "tile_ctas")),
@@ -112,7 +113,7 @@ def geometry(prefill: prefill_kernel.Problem, decode: Decode, device: DeviceInfo
     as shared memory allows beside a ring for as many warps: a warp without rows in a tile idles, so short prompts cost
     little more than their loads.
     """
-    p, d = prefill, decode
+    p, d = prefill._replace(backend="fa2"), decode
     if p.dtype is not d.dtype or not p.head_dim_qk == p.head_dim_vo == d.head_dim or p.variant is not None or p.rope:
         return None
     one = decode_kernel.Problem(
@@ -124,6 +125,7 @@ def geometry(prefill: prefill_kernel.Problem, decode: Decode, device: DeviceInfo
     for rows in (128, 64, 16):
         g = prefill_kernel.geometry(p, rows, device)
         # Three or more CTAs are the prefill kernel's own; decode items need the registers of two.
+        assert isinstance(g.tiles, PrefillTiles)  # of the portable kernel
         tiles = g.tiles._replace(ctas_per_sm=min(g.tiles.ctas_per_sm, 2))
         stages = decode_stages(tiles, d.head_dim, d.kv.itemsize, device)
         if stages > 0:

@@ -92,6 +92,7 @@ class PODWithPagedKVCacheWrapper:
             float_workspace_buffer, kv_layout, use_cuda_graph, True, paged_kv_indptr_buffer, paged_kv_indices_buffer,
             paged_kv_last_page_len_buffer, jit_args=jit_args, variant=variant,
         )  # fmt: skip
+        self._decode._pairs = False  # the mixed kernel's items are of one kv head
         self._queues: PlanBuffer | None = None  # the launch's two queues, at an address that stays
         self._launched: Launched | None = None
 
@@ -200,7 +201,7 @@ class PODWithPagedKVCacheWrapper:
             The same either way: the one query of a request is its last.
         kv_layout_d, pos_encoding_mode_d, sm_scale_d, window_left_d, rope_scale_d, rope_theta_d
             Defaults, or what the constructor and `plan` were given.
-        q_scale, k_scale, v_scale : float, optional
+        q_scale, k_scale, v_scale : float, or float32 array [heads], optional
             Of the decode part, as in FlashInfer.
         use_fp16_qk_reduction : bool
             A hint; products are summed in fp32.
@@ -306,6 +307,7 @@ class PODWithPagedKVCacheWrapper:
         launch(
             g, work, prompt.x, prompt.k, prompt.v, *prompt.strides, prompt.o, prompt.s, prompt.options, scales,
             mask=0 if prompt.mask is None else prompt.mask.packed.ptr, pdl=self._with_pdl(device, enable_pdl),
+            kv_extent=prompt.kv_len,
         )  # fmt: skip
 
     def _launch_both(

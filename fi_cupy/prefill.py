@@ -23,7 +23,6 @@ from fi_cupy.prefill_batch import BatchPrefill, Planned
 from fi_cupy.prefill_kernel import kernel_specs
 from fi_cupy.prefill_plan import (
     Ints,
-    check_backend,
     check_planned,
     make_problem,
     read_options,
@@ -71,7 +70,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         CUDA-graph mode: `plan` copies its arguments into them; the kernel reads the indices there.
     custom_mask_buf : uint8 array, mask_indptr_buf : int32 array, optional
         CUDA-graph mode with a custom mask: room for the packed mask and for its offsets.
-    backend : "auto" or "fa2"
+    backend : "auto", "fa2" (the portable kernel) or "fa3" (the Hopper kernel; UnsupportedError where it does not fit)
         There is one implementation.
     jit_args, jit_kwargs : tuple, mapping, optional
         A variant in FlashInfer's form: the arguments of ``gen_customize_batch_prefill_module`` after `backend`.
@@ -111,7 +110,6 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         *,
         variant: AttentionVariant | None = None,
     ) -> None:
-        check_backend(self._op, backend)
         self._layout = check_layout(self._op, kv_layout)
         super().__init__(
             float_workspace_buffer,
@@ -125,6 +123,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
                 "mask_indptr_buf": (mask_indptr_buf, int32),
             },
             variant_of(self._op, variant, jit_args, jit_kwargs),
+            backend,
         )
 
     def plan(
@@ -235,6 +234,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         )  # fmt: skip
         if self.device < 0:
             if self._graph:
+                self._check_graph(p)
                 self._fill_graph_buffers(p, 0)
             self._planned = p
             return
@@ -267,7 +267,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         )  # fmt: skip
         problem = make_problem(
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
-            True, has_mask, self.device < 0, self._lowered,
+            True, has_mask, self.device < 0, self._lowered, page_size, self._backend,
         )  # fmt: skip
         hints = {} if seq_lens_q is None else {"seq_lens_q": seq_lens_q}
         table, others = read_page_table(
@@ -293,21 +293,25 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
     def _most_keys(self, p: _PagedPlan) -> int:
         return self._buffers["paged_kv_indices_buf"].shape[0] * p.page_size
 
-    def _fill_graph_buffers(self, p: Any, stream: int) -> None:
-        super()._fill_graph_buffers(p, stream)
+    def _graph_entries(self, p: Any) -> dict[str, int]:
         batch = self._buffers["paged_kv_last_page_len_buf"].shape[0]
         if len(p.kv_len) != batch:
             raise PlanError(f"{self._op}.plan: the batch is {len(p.kv_len)}, expected {batch} = len(last_page_len_buf)")
+        return {
+            "qo_indptr_buf": batch + 1, "paged_kv_indptr_buf": batch + 1, "paged_kv_last_page_len_buf": batch,
+            "paged_kv_indices_buf": int(p.indptr[-1]),
+        }  # fmt: skip
+
+    def _fill_graph_buffers(self, p: Any, stream: int) -> None:
+        super()._fill_graph_buffers(p, stream)
         self._fill("qo_indptr_buf", p.qo_indptr, stream)
         self._fill("paged_kv_indptr_buf", p.indptr, stream)
         self._fill("paged_kv_last_page_len_buf", p.last_page_len, stream)
-        buffer, used = self._buffers["paged_kv_indices_buf"], int(p.indptr[-1])
+        buffer = self._buffers["paged_kv_indices_buf"]
         if p.host_indices is not None:
             self._fill("paged_kv_indices_buf", p.host_indices, stream)
-        elif used > buffer.shape[0]:
-            raise ArgumentError(f"{self._op}.plan: paged_kv_indices_buf has {buffer.shape[0]} entries, expected {used}")
         elif p.indices.ptr != buffer.ptr:
-            copy_device(buffer.ptr, p.indices.ptr, 4 * used, stream, self.device)
+            copy_device(buffer.ptr, p.indices.ptr, 4 * int(p.indptr[-1]), stream, self.device)
 
     def workspace_size(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """(float bytes, int bytes) that `plan` with these arguments needs; the wrapper owns the integer part."""
@@ -378,7 +382,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             check_planned(op, "window_left", max(window_left, -1), p.options.window_left, p.options.window_left)
         x = self._query(op, p, q)
         args, scales = self._scales(op, p, x, args, (q_scale, k_scale, v_scale))
-        bound = self._bind(op, args, variant_args, x)
+        bound = self._bind(op, args, variant_args, x, scales)
         kv = paged_kv(op, paged_kv_cache)
         dtype = float32 if x.is_cpu and kv.k.dtype is float32 else p.problem.kv
         heads, layout = p.problem.num_kv_heads, self._layout
@@ -398,7 +402,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             indices = p.indices.ptr if p.indices_offset is None else p.work.items + p.indices_offset
         return self._run(
             op, p, x, kv.k, kv.v, token_strides(kv.k, layout), token_strides(kv.v, layout),
-            scales, out, lse, return_lse, enable_pdl, sinks, p.page_size, indices, bound,
+            scales, out, lse, return_lse, enable_pdl, sinks, p.page_size, indices, bound, kv.k.shape[0],
         )  # fmt: skip
 
     run_return_lse = partialmethod(run, return_lse=True)

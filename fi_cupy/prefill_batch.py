@@ -18,8 +18,20 @@ from fi_cupy.kv_cache import as_fp8, row_alignment
 from fi_cupy.page_table import check_offsets
 from fi_cupy.plan.prefill import PrefillPlan, max_items, pad, plan_prefill
 from fi_cupy.plan_run import PlanRun
+from fi_cupy.prefill_hopper import load_of
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
-from fi_cupy.prefill_plan import Ints, Mask, Options, Strides, Work, check_planned, launch, outputs, pack_mask
+from fi_cupy.prefill_plan import (
+    Ints,
+    Mask,
+    Options,
+    Strides,
+    Work,
+    check_planned,
+    check_prefill_backend,
+    launch,
+    outputs,
+    pack_mask,
+)
 from fi_cupy.scales import Scales, read_scales
 from fi_cupy.workspace import PlanBuffer, copy_device, copy_to_device
 
@@ -59,14 +71,16 @@ class BatchPrefill(PlanRun):
         use_cuda_graph: bool,
         buffers: dict[str, tuple[Any, DType]],
         variant: AttentionVariant | None = None,
+        backend: str = "auto",
     ) -> None:
-        self._variant = variant
+        self._variant, self._backend = variant, backend
         self._graph = use_cuda_graph
         self._buffers: dict[str, View] = {}
         self._planned: Any = None
         self._plan_buffer: PlanBuffer | None = None
         self._graph_state: tuple[Any, ...] | None = None
         self._attach(float_workspace_buffer)
+        check_prefill_backend(self._op, backend, self.device < 0)
         if not use_cuda_graph:
             return
         for name, (buffer, dtype) in buffers.items():
@@ -91,8 +105,13 @@ class BatchPrefill(PlanRun):
             p.geometry = self._graph_state[0]
         else:
             group = p.problem.num_qo_heads // p.problem.num_kv_heads
-            average = -(-rows * group // max(batch, 1))
-            p.geometry = geometry(p.problem, min(max(average, 1), 128), device_info(self.device))
+            # Who fixes the split wants bits that do not depend on the batch; so must the choice of the kernel then.
+            fixed = p.disable_split or p.fixed_split is not None
+            keys = int(np.add.reduce(p.kv_len, dtype=np.int64))
+            load = load_of(batch, group, rows, keys, p.options.causal, p.options.window_left)
+            p.geometry = geometry(
+                p.problem, max(-(-rows * group // max(batch, 1)), 1), device_info(self.device), None if fixed else load
+            )
         g = p.geometry
         schedule = plan_prefill(
             p.qo_indptr, p.kv_len, kv_base, group=g.group, num_kv_heads=g.num_kv_heads, tile_q=g.tiles.tile_q,
@@ -134,32 +153,34 @@ class BatchPrefill(PlanRun):
         items = schedule.items
         layout = p.geometry.workspace(schedule.num_slots, most_slots)
         layout.check(f"{self._op}.plan", self._workspace_bytes)
-        p.geometry.kernel(1.0, self.device)
+        p.geometry.kernel(p.options.sm_scale, self.device)
         if p.problem.dtype in FP8_TYPES:  # usually with factors a head
-            p.geometry.kernel(1.0, self.device, head_scales=True)
+            p.geometry.kernel(p.options.sm_scale, self.device, head_scales=True)
         words, tail = items.size, 0 if indices is None else len(indices)
         if self._plan_buffer is None:
-            self._plan_buffer = PlanBuffer(self.device, 4 * (words + tail))
+            self._plan_buffer = PlanBuffer(self.device, 4 * (words + tail), 1)
         buffer = self._plan_buffer
-        buffer.reserve(4 * (words + tail), most_slots * p.geometry.num_kv_heads)
+        buffer.reserve(4 * (words + tail), p.geometry.num_counters(most_slots))
         staged = buffer.stage(words + tail)
         staged[:words] = items.reshape(-1)
         if indices is not None:
             staged[words:] = indices
             p.indices_offset = 4 * words
-        stream = self._workspace.stream()
-        address = buffer.upload(staged, stream)
         p.work = Work(
-            address, len(items), schedule.num_split, self._workspace.ptr + layout.offsets["partial_o"],
+            buffer.ptr, len(items), schedule.num_split, self._workspace.ptr + layout.offsets["partial_o"],
             self._workspace.ptr + layout.offsets["partial_md"], buffer.counters_ptr,
         )  # fmt: skip
-        if self._graph:
-            state = (p.geometry, len(items), p.problem, p.options, p.work._replace(num_split=0))
+        state = (p.geometry, len(items), p.problem, p.options, p.work._replace(num_split=0))
+        if self._graph:  # before anything is sent: a captured graph goes on with the plan it has
+            self._check_graph(p)
             if self._graph_state is not None and state != self._graph_state:
                 raise PlanError(
                     f"{self._op}.plan: a CUDA-graph wrapper keeps kernel, grid and options of its first plan; only "
                     "lengths, the page table and the mask may change (make another wrapper for other sizes)"
                 )
+        stream = self._workspace.stream()
+        buffer.upload(staged, stream)
+        if self._graph:
             self._graph_state = state
             self._fill_graph_buffers(p, stream)
             buffer.frozen = True
@@ -169,14 +190,29 @@ class BatchPrefill(PlanRun):
             runtime.streamSynchronize(stream)
         self._planned = p
 
+    def _graph_entries(self, p: Any) -> dict[str, int]:
+        """Entries that a plan writes into the caller's fixed buffers, by name."""
+        raise NotImplementedError
+
+    def _check_graph(self, p: Any) -> None:
+        """Hold a plan to the caller's fixed buffers, before any of them is written."""
+        entries = self._graph_entries(p)
+        if p.mask is not None:
+            buffer, count = self._buffers.get("custom_mask_buf"), int(p.mask.offsets[-1])
+            if buffer is None or buffer.shape[0] < count:
+                has = "is missing" if buffer is None else f"has {buffer.shape[0]} bytes"
+                raise ArgumentError(f"{self._op}.plan: custom_mask_buf {has}, expected at least {count} for this mask")
+            entries["mask_indptr_buf"] = len(p.mask.offsets)
+        for name, count in entries.items():
+            buffer = self._buffers.get(name)
+            if buffer is not None and count > buffer.shape[0]:
+                raise ArgumentError(f"{self._op}.plan: {name} has {buffer.shape[0]} entries, expected {count}")
+
     def _fill_graph_buffers(self, p: Any, stream: int) -> None:
         """Copy the mask into the caller's fixed buffer, which the captured kernel reads."""
         if p.mask is None:
             return
-        buffer, count = self._buffers.get("custom_mask_buf"), int(p.mask.offsets[-1])
-        if buffer is None or buffer.shape[0] < count:
-            has = "is missing" if buffer is None else f"has {buffer.shape[0]} bytes"
-            raise ArgumentError(f"{self._op}.plan: custom_mask_buf {has}, expected at least {count} for this mask")
+        buffer, count = self._buffers["custom_mask_buf"], int(p.mask.offsets[-1])
         if buffer.is_cpu:
             buffer.numpy()[:count] = p.mask.packed.numpy()[:count]
         elif buffer.ptr != p.mask.packed.ptr:
@@ -189,8 +225,6 @@ class BatchPrefill(PlanRun):
         buffer = self._buffers.get(name)
         if buffer is None:
             return
-        if len(values) > buffer.shape[0]:
-            raise ArgumentError(f"{self._op}.plan: {name} has {buffer.shape[0]} entries, expected {len(values)}")
         if buffer.is_cpu:
             buffer.numpy()[: len(values)] = values
         else:
@@ -198,7 +232,7 @@ class BatchPrefill(PlanRun):
 
     def _workspace_size(self, p: Planned, kv_base: Ints, indices: int) -> tuple[int, int]:
         schedule, most_slots = self._schedule(p, kv_base)
-        int_bytes = schedule.items.nbytes + 4 * most_slots * p.geometry.num_kv_heads + 4 * indices
+        int_bytes = schedule.items.nbytes + 4 * p.geometry.num_counters(most_slots) + 4 * indices
         return p.geometry.workspace(schedule.num_slots, most_slots).size, int_bytes
 
     # -- variants -----------------------------------------------------------------------------------------------------
@@ -212,13 +246,13 @@ class BatchPrefill(PlanRun):
         return self._variant is None or self._variant.lowered().splittable
 
     def _bind(
-        self, op: str, args: tuple[Any, ...], named: Mapping[str, Any] | None, x: View
+        self, op: str, args: tuple[Any, ...], named: Mapping[str, Any] | None, x: View, scales: Scales
     ) -> BoundVariant | None:  # fmt: skip
         """The variant with the arguments of one `run`."""
         if self._variant is not None:
             return self._variant.bind(
                 op, args, named or {}, x, sm_scale=self._planned.options.sm_scale,
-                logits_soft_cap=self._planned.options.logits_soft_cap,
+                logits_soft_cap=self._planned.options.logits_soft_cap, logit_scale=scales.logit,
             )  # fmt: skip
         if args or named:
             raise UnsupportedError(f"{op}: extra arguments belong to a variant; give one to the constructor (variant=)")
@@ -256,7 +290,7 @@ class BatchPrefill(PlanRun):
     def _run(
         self, op: str, p: Planned, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides,
         scales: Scales, out: Any, lse: Any, return_lse: bool, enable_pdl: bool | None, sinks: Any,
-        page_size: int, kv_indices: int, bound: BoundVariant | None,
+        page_size: int, kv_indices: int, bound: BoundVariant | None, kv_extent: int,
     ) -> Any:  # fmt: skip
         if bound is not None and not bound.use_softmax and (return_lse or lse is not None):
             raise ArgumentError(f"{op}: variant {bound.variant.name} has no softmax, and without it there is no lse")
@@ -277,7 +311,7 @@ class BatchPrefill(PlanRun):
                 p.geometry, p.work, x, k, v, k_strides, v_strides, o, s, p.options, scales,
                 kv_indices=kv_indices, page_size=page_size, mask=0 if p.mask is None else p.mask.packed.ptr,
                 sinks=0 if sink is None else sink.ptr, pdl=self._pdl if enable_pdl is None else bool(enable_pdl),
-                variant_values=() if bound is None else bound.kernel_values(),
+                variant_values=() if bound is None else bound.kernel_values(), kv_extent=kv_extent,
             )  # fmt: skip
         result = o.result() if out is None else out
         if not return_lse:

@@ -7,13 +7,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fi_cupy import prefill_hopper
 from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32
-from fi_cupy.errors import ArgumentError, DTypeError, ShapeError
+from fi_cupy.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 from fi_cupy.jit.kernel import Kernel, load_kernel
-from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec
 from fi_cupy.plan.prefill import PrefillTiles, TileKind, choose_tiles, narrow_tiles
 from fi_cupy.plan.workspace import WorkspaceLayout
+from fi_cupy.prefill_hopper import (
+    HopperTiles,
+    Load,
+    hopper_spec,
+    hopper_tiles,
+    refusal,
+    too_little,
+    wants_short_tiles,
+)  # fmt: skip
+from fi_cupy.prefill_params import PARAMS, ROPE_PARAMS
 
 if TYPE_CHECKING:
     from fi_cupy.device import DeviceInfo
@@ -23,34 +33,6 @@ LOG2E = math.log2(math.e)
 #: window_left that is off: far enough left of any key, and no overflow when it is subtracted.
 NO_WINDOW = 1 << 30
 
-_DIVISOR = ("divisor", "magic", "shift")
-#: struct HeadScales of kernels/attention/head_scales.cuh.
-SCALES = [
-    *((f"scales.{name}", "ptr") for name in "qkv"),
-    *((f"scales.{name}", "u32") for name in ("q_step", "k_step", "v_step", "unused")),
-]
-PARAMS = ParamsStruct(
-    "PrefillParams",
-    [
-        *((name, "ptr") for name in ("q", "k", "v", "o", "lse", "items", "kv_indices", "mask", "sinks")),
-        ("partial_o", "ptr"),
-        ("partial_md", "ptr"),
-        ("counters", "ptr"),
-        *((f"{x}_stride_{d}", "i64") for x, ds in (("q", "nh"), ("k", ("page", "n", "h"))) for d in ds),
-        *((f"{x}_stride_{d}", "i64") for x, ds in (("v", ("page", "n", "h")), ("o", "nh")) for d in ds),
-        *((f"group.{field}", "u32") for field in _DIVISOR),
-        *((f"page_size.{field}", "u32") for field in _DIVISOR),
-        ("num_qo_heads", "u32"),
-        ("causal", "i32"),
-        ("window_left", "i32"),
-        *((name, "f32") for name in ("sm_scale", "sm_scale_log2", "out_scale", "soft_cap", "soft_cap_rcp")),
-        *SCALES,
-    ],
-)
-#: The same, then 128 frequencies as opaque blocks of 16 (`decode_kernel.rope_turns`).
-ROPE_PARAMS = ParamsStruct(
-    "PrefillRopeParams", [*PARAMS.fields, *((f"turns[{i}]", "tensormap") for i in range(0, 128, 16))]
-)
 _MOST_SPILLED = 64
 
 
@@ -176,7 +158,7 @@ def kernel_specs() -> list[KernelSpec]:
     add(90, bfloat16, 128, 128, rows=16, rope=True)
     add(90, float16, 64, 64, kv=float8_e4m3fn, rope=True)
     add(90, bfloat16, 64, 64, out=float32)
-    return list(specs)
+    return [*specs, *prefill_hopper.kernel_specs()]
 
 
 class Problem(NamedTuple):
@@ -195,6 +177,8 @@ class Problem(NamedTuple):
     rope: bool = False
     kv_dtype: DType | None = None  # None: that of q
     out_dtype: DType | None = None
+    page_size: int = 0  # of a paged cache; 0: unknown
+    backend: str = "auto"  # "fa2": the portable kernel, "fa3": the Hopper kernel or an error
 
     @property
     def kv(self) -> DType:
@@ -227,7 +211,9 @@ class Geometry:
         For a positive sm_scale, and for any other.
     heads_spec : KernelSpec
         For factors of q or k a head.
-    tiles : PrefillTiles
+    tiles : PrefillTiles or HopperTiles
+    choice : str
+        Which kernel it is, and why.
     group, num_kv_heads : int
     slots : int
         CTAs the device runs at once.
@@ -236,12 +222,15 @@ class Geometry:
         Whether a tile's keys may be split: a variant may not be mergeable.
     narrow_spec : KernelSpec or None
         A variant's kernel with twice the warps and half the rows a warp, for when `spec` spills registers.
+    paged : bool
+        Whether keys and values lie in pages.
     """
 
     spec: KernelSpec
     negative_spec: KernelSpec
     heads_spec: KernelSpec
-    tiles: PrefillTiles
+    tiles: PrefillTiles | HopperTiles
+    choice: str
     group: int
     num_kv_heads: int
     slots: int
@@ -249,6 +238,7 @@ class Geometry:
     splittable: bool = True
     narrow_spec: KernelSpec | None = None
     narrow_heads_spec: KernelSpec | None = None
+    paged: bool = False
 
     def kernel(self, scale: float, device: int, head_scales: bool = False) -> Kernel:
         """The loaded kernel for an sm_scale, or for factors of q or k a head.
@@ -272,11 +262,70 @@ class Geometry:
         layout.add("partial_o", states * -(-self.head_dim_vo // 16) * 16 * 4)
         return layout
 
+    def num_counters(self, num_slots: int) -> int:
+        """Zeroed words that the kernel wants for `num_slots` chunks, and leaves zero."""
+        if self.hopper is None:
+            return num_slots * self.num_kv_heads
+        return 1 + num_slots * self.num_kv_heads * self.hopper.consumers  # one for the work handed out
+
+    @property
+    def hopper(self) -> HopperTiles | None:
+        """The Hopper kernel's tiles, or None for the portable kernel."""
+        return self.tiles if isinstance(self.tiles, HopperTiles) else None
+
+    def grid(self, num_items: int) -> tuple[int, int, int]:
+        """Grid of the kernel: every item once a kv head; the Hopper kernel's CTAs may take many."""
+        if self.hopper is None:
+            return num_items, self.num_kv_heads, 1
+        work = num_items * self.num_kv_heads
+        return (min(work, self.slots) if self.hopper.slots > 1 else work), 1, 1
+
+
+@lru_cache(maxsize=4096)
+def geometry(problem: Problem, packed_rows: int, device: DeviceInfo, load: Load | None = None) -> Geometry:
+    """Kernels for requests of about `packed_rows` packed rows on `device`.
+
+    The Hopper kernel is taken where `prefill_hopper.refusal` has nothing against it and, if there is a `load`,
+    `prefill_hopper.too_little` has not either; "fa2" and "fa3" insist on one. The load also decides the height of its
+    tiles. Without one the choice is the same for every batch.
+
+    Raises
+    ------
+    UnsupportedError
+        backend="fa3" for what the Hopper kernel does not take.
+    """
+    p = problem
+    reason = "backend='fa2'" if p.backend == "fa2" else refusal(p, device)
+    if p.backend == "fa3" and reason:
+        raise UnsupportedError(f"prefill: backend is 'fa3', but the Hopper kernel is not for this: {reason}")
+    short = False
+    if not reason and load is not None:
+        short = wants_short_tiles(load, p.num_kv_heads, device.num_sms)
+        if p.backend == "auto":
+            reason = too_little(p, hopper_tiles(p, short), load, device.num_sms)
+    return _portable(p, min(packed_rows, 128), device, reason) if reason else _hopper(p, device, short)
+
 
 @lru_cache(maxsize=1024)
-def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry:
-    """Kernels for requests of about `packed_rows` packed rows (a tile size is enough) on `device`."""
-    p = problem
+def _hopper(p: Problem, device: DeviceInfo, short: bool) -> Geometry:
+    group = p.num_qo_heads // p.num_kv_heads
+    tiles = hopper_tiles(p, short)
+
+    def spec_of(positive: bool = True, heads: bool = False) -> KernelSpec:
+        plain = hopper_spec(
+            p.dtype, tiles, paged=p.paged, query_boxes=tiles.tile_q % group == 0, alibi=p.alibi, soft_cap=p.soft_cap,
+            positive_scale=positive, head_scales=heads,
+        )  # fmt: skip
+        return plain if p.variant is None else p.variant.specialise(plain, p.alibi, p.soft_cap, heads)
+
+    return Geometry(
+        spec_of(), spec_of(p.variant is not None), spec_of(heads=True), tiles, "the Hopper kernel (wgmma, TMA)", group,
+        p.num_kv_heads, device.num_sms, p.head_dim_vo, p.variant is None or p.variant.splittable, paged=p.paged,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _portable(p: Problem, packed_rows: int, device: DeviceInfo, reason: str) -> Geometry:
     smem_per_block = 65536 if device.code_number < 80 else device.smem_per_block
     tiles = choose_tiles(packed_rows, p.head_dim_qk, p.head_dim_vo, smem_per_block, device.smem_per_sm, p.kind)
 
@@ -296,9 +345,9 @@ def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry
             slim = narrow_tiles(tiles, p.head_dim_qk, p.head_dim_vo, p.kind)
             narrow, narrow_heads = spec_of(slim), spec_of(slim, heads=True)
     return Geometry(
-        spec, negative, heads, tiles, p.num_qo_heads // p.num_kv_heads, p.num_kv_heads,
-        device.num_sms * tiles.ctas_per_sm, p.head_dim_vo, p.variant is None or p.variant.splittable, narrow,
-        narrow_heads,
+        spec, negative, heads, tiles, f"the portable kernel (mma.sync): {reason}", p.num_qo_heads // p.num_kv_heads,
+        p.num_kv_heads, device.num_sms * tiles.ctas_per_sm, p.head_dim_vo, p.variant is None or p.variant.splittable,
+        narrow, narrow_heads, p.paged,
     )  # fmt: skip
 
 

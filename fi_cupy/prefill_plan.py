@@ -15,6 +15,7 @@ from fi_cupy.dtypes import DType, float32, uint8
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
 from fi_cupy.kv_cache import row_alignment
+from fi_cupy.prefill_hopper import map_values
 from fi_cupy.prefill_kernel import NO_WINDOW, Geometry, Problem, check_problem, fast_div, scale_floats
 from fi_cupy.scales import Scales
 from fi_cupy.workspace import copy_to_device
@@ -62,7 +63,7 @@ def read_options(
 def make_problem(
     op: str, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int, head_dim_vo: int | None, q_data_type: Any,
     kv_data_type: Any, o_data_type: Any, options: Options, paged: bool, has_mask: bool, on_cpu: bool,
-    variant: Lowered | None = None,
+    variant: Lowered | None = None, page_size: int = 0, backend: str = "auto",
 ) -> Problem:  # fmt: skip
     """The problem of a plan, checked."""
     dtype = to_dtype(q_data_type)
@@ -70,7 +71,7 @@ def make_problem(
     problem = Problem(
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo, dtype, paged,
         has_mask, options.pos_encoding_mode == "ALIBI", options.logits_soft_cap > 0, variant,
-        options.pos_encoding_mode == "ROPE_LLAMA", kv, out,
+        options.pos_encoding_mode == "ROPE_LLAMA", kv, out, page_size, backend,
     )  # fmt: skip
     check_problem(op, problem, on_cpu)
     return problem
@@ -159,9 +160,17 @@ def refuse(op: str, **values: Any) -> None:
 
 
 def check_backend(op: str, backend: str) -> None:
-    """There is one implementation."""
+    """Of an operation that has one implementation."""
     if backend not in ("auto", "fa2"):
         raise UnsupportedError(f"{op}: backend is {backend!r}, expected 'auto' (there is one implementation)")
+
+
+def check_prefill_backend(op: str, backend: str, on_cpu: bool) -> None:
+    """Raise for a backend that is not there: "fa2" is the portable kernel, "fa3" the Hopper kernel, "auto" chooses."""
+    if backend not in ("auto", "fa2", "fa3"):
+        raise UnsupportedError(f"{op}: backend is {backend!r}, expected 'auto', 'fa2' or 'fa3'")
+    if backend == "fa3" and on_cpu:
+        raise UnsupportedError(f"{op}: backend is 'fa3', the kernel of Hopper GPUs, but the arrays are on the CPU")
 
 
 class Work(NamedTuple):
@@ -172,7 +181,7 @@ class Work(NamedTuple):
     num_split: int  # tiles whose keys are split
     partial_o: int
     partial_md: int
-    counters: int
+    counters: int  # zero between launches: a word a slot and kv head (Geometry.num_counters)
 
 
 #: (page, token, head) strides in elements of keys or values.
@@ -182,17 +191,29 @@ Strides = tuple[int, int, int]
 def launch(
     g: Geometry, work: Work, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides, o: View,
     s: View | None, options: Options, scales: Scales, *, kv_indices: int = 0, page_size: int = 1,
-    mask: int = 0, sinks: int = 0, variant_values: tuple[Any, ...] = (), pdl: bool = False,
+    mask: int = 0, sinks: int = 0, variant_values: tuple[Any, ...] = (), pdl: bool = False, kv_extent: int = 0,
 ) -> None:  # fmt: skip
-    """Queue the kernel; `variant_values` are a variant's own parameters."""
+    """Queue the kernel.
+
+    `variant_values` are a variant's own parameters; `kv_extent` is the tokens of contiguous k and v, or their pages.
+    """
+    if not work.num_items:
+        return
     values = launch_values(
         g, work, x, k, v, k_strides, v_strides, o, s, options, scales, kv_indices, page_size, mask, sinks
     )
-    turns: tuple[bytes, ...] = ()
+    more: tuple[Any, ...] = ()
     if options.pos_encoding_mode == "ROPE_LLAMA":
-        turns = rope_turns(x.shape[2], options.rope_scale, options.rope_theta)
+        more = rope_turns(x.shape[2], options.rope_scale, options.rope_theta)
+    elif g.hopper is not None:
+        q = x.ptr if x.shape[0] else work.items  # an empty array has no address, which a map must have
+        encoded, numbers = map_values(
+            g.hopper, x.dtype.name, q, x.shape[0], x.strides, g.group, g.num_kv_heads, k.ptr, v.ptr, k_strides,
+            v_strides, kv_extent, page_size if g.paged else 0,
+        )  # fmt: skip
+        more = *encoded, work.num_items, *numbers
     g.kernel(options.sm_scale * scales.logit, x.device, scales.on_logits).launch(
-        (work.num_items, g.num_kv_heads, 1), x.stream(), *values, *turns, *variant_values, pdl=pdl
+        g.grid(work.num_items), x.stream(), *values, *more, *variant_values, pdl=pdl
     )  # fmt: skip
 
 
@@ -200,7 +221,7 @@ def launch_values(
     g: Geometry, work: Work, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides, o: View,
     s: View | None, options: Options, scales: Scales, kv_indices: int, page_size: int, mask: int, sinks: int,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The fields of PARAMS."""
+    """The fields of the portable kernel's PARAMS, with which every kernel's begin."""
     return (
         x.ptr, k.ptr, v.ptr, o.ptr, 0 if s is None else s.ptr, work.items, kv_indices, mask, sinks,
         work.partial_o, work.partial_md, work.counters,

@@ -18,7 +18,6 @@ from fi_cupy.prefill_batch import BatchPrefill, Planned
 from fi_cupy.prefill_plan import (
     Ints,
     Strides,
-    check_backend,
     check_rows,
     make_problem,
     read_options,
@@ -74,7 +73,6 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         *,
         variant: AttentionVariant | None = None,
     ) -> None:
-        check_backend(self._op, backend)
         self._layout = check_layout(self._op, kv_layout)
         super().__init__(
             float_workspace_buffer,
@@ -86,6 +84,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
                 "mask_indptr_buf": (mask_indptr_buf, int32),
             },
             variant_of(self._op, variant, jit_args, jit_kwargs),
+            backend,
         )
 
     def plan(
@@ -153,6 +152,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         )  # fmt: skip
         if self.device < 0:
             if self._graph:
+                self._check_graph(p)
                 self._fill_graph_buffers(p, 0)
             self._planned = p
             return
@@ -184,7 +184,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         )  # fmt: skip
         problem = make_problem(
             op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, q_data_type, kv_data_type, o_data_type, options,
-            False, has_mask, self.device < 0, self._lowered,
+            False, has_mask, self.device < 0, self._lowered, backend=self._backend,
         )  # fmt: skip
         hints = {n: x for n, x in (("seq_lens", seq_lens), ("seq_lens_q", seq_lens_q)) if x is not None}
         read = read_ints(op, {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, **hints})
@@ -203,11 +203,14 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
     def _most_keys(self, p: _RaggedPlan) -> int:
         return int(p.kv_len.max(initial=0))
 
-    def _fill_graph_buffers(self, p: Any, stream: int) -> None:
-        super()._fill_graph_buffers(p, stream)
+    def _graph_entries(self, p: Any) -> dict[str, int]:
         batch = self._buffers["kv_indptr_buf"].shape[0] - 1
         if len(p.kv_len) != batch:
             raise PlanError(f"{self._op}.plan: the batch is {len(p.kv_len)}, expected {batch} = len(kv_indptr_buf) - 1")
+        return {"qo_indptr_buf": batch + 1, "kv_indptr_buf": batch + 1}
+
+    def _fill_graph_buffers(self, p: Any, stream: int) -> None:
+        super()._fill_graph_buffers(p, stream)
         self._fill("qo_indptr_buf", p.qo_indptr, stream)
         self._fill("kv_indptr_buf", p.kv_indptr, stream)
 
@@ -263,7 +266,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         refuse(op, kv_cache_sf=kv_cache_sf)
         x = self._query(op, p, q)
         args, scales = self._scales(op, p, x, args, (q_scale, k_scale, v_scale))
-        bound = self._bind(op, args, variant_args, x)
+        bound = self._bind(op, args, variant_args, x, scales)
         kx, vx = (as_fp8(view(y, op, name), p.problem.kv) for name, y in (("k", k), ("v", v)))
         hnd, tokens = self._layout == "HND", int(p.kv_indptr[-1])
         for name, y, dim in (("k", kx, p.problem.head_dim_qk), ("v", vx, p.problem.head_dim_vo)):
@@ -277,7 +280,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         strides: list[Strides] = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
         return self._run(
             op, p, x, kx, vx, strides[0], strides[1], scales, out, lse, return_lse, enable_pdl,
-            sinks, 1, 0, bound,
+            sinks, 1, 0, bound, kx.shape[hnd],
         )  # fmt: skip
 
     run_return_lse = partialmethod(run, return_lse=True)

@@ -19,13 +19,14 @@ from fi_cupy.errors import ArgumentError
 from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.kv_cache import as_fp8, check_layout
 from fi_cupy.plan.prefill import PrefillPlan, plan_prefill
+from fi_cupy.prefill_hopper import load_of
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
 from fi_cupy.prefill_plan import (
     Mask,
     Options,
     Strides,
     Work,
-    check_backend,
+    check_prefill_backend,
     check_rows,
     launch,
     make_problem,
@@ -45,7 +46,7 @@ _scratch = ScratchPool()
 #: Schedules on the device, least recently used first; a schedule is 64 bytes a tile.
 _schedules: OrderedDict[tuple[Any, ...], tuple[Any, int, PrefillPlan]] = OrderedDict()
 _MOST_SCHEDULES = 1024
-_captured: list[Any] = []  # schedules that CUDA graphs read: kept for good
+_captured: dict[int, Any] = {}  # schedules that CUDA graphs read, by their id: kept for good
 _lock = threading.Lock()
 
 
@@ -110,7 +111,7 @@ def single_prefill_with_kv_cache(
         ``cap * tanh(logit / cap)``; None or <= 0 is off.
     rope_scale, rope_theta : float, optional
         For ROPE_LLAMA.
-    backend : "auto" or "fa2"
+    backend : "auto", "fa2" (the portable kernel) or "fa3" (the Hopper kernel; UnsupportedError where it does not fit)
     return_lse : bool
     k_scale, v_scale : float or float32 array [num_kv_heads], optional
         Other names of scale_k and scale_v.
@@ -139,7 +140,6 @@ def single_prefill_with_kv_cache(
     (5, 8, 64)
     """
     refuse(_OP, kv_cache_sf=kv_cache_sf)
-    check_backend(_OP, backend)
     for name, one, other in (("k", scale_k, k_scale), ("v", scale_v, v_scale)):
         if one is not None and other is not None:
             raise ArgumentError(f"{_OP}: scale_{name} and {name}_scale name the same thing, expected one")
@@ -147,6 +147,7 @@ def single_prefill_with_kv_cache(
         _OP, q, k, v, o_dtype, custom_mask, packed_custom_mask, causal, kv_layout, pos_encoding_mode, sm_scale,
         window_left, logits_soft_cap, rope_scale, rope_theta, return_lse, scale_q,
         k_scale if scale_k is None else scale_k, v_scale if scale_v is None else scale_v, variant, variant_args,
+        backend,
     )  # fmt: skip
     if c.x.is_cpu:
         run_on_cpu(c, kv_layout)
@@ -156,7 +157,7 @@ def single_prefill_with_kv_cache(
         launch(
             g, work, c.x, c.k, c.v, *c.strides, c.o, c.s, c.options, c.scales,
             mask=0 if c.mask is None else c.mask.packed.ptr, pdl=device.has_pdl and has_driver_binding(),
-            variant_values=() if c.bound is None else c.bound.kernel_values(),
+            variant_values=() if c.bound is None else c.bound.kernel_values(), kv_extent=c.kv_len,
         )  # fmt: skip
     return c.result()
 
@@ -191,10 +192,11 @@ def prepare(
     window_left: int = -1, logits_soft_cap: float | None = None, rope_scale: float | None = None,
     rope_theta: float | None = None, return_lse: bool = False, scale_q: Any = None,
     scale_k: Any = None, scale_v: Any = None, variant: AttentionVariant | None = None,
-    variant_args: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {}),
+    variant_args: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {}), backend: str = "auto",
 ) -> Call:  # fmt: skip
     """Check the arguments of `single_prefill_with_kv_cache` and make its outputs."""
     x, kx, vx = (as_fp8(view(y, op, n), float8_e4m3fn) for n, y in (("q", q), ("k", k), ("v", v)))
+    check_prefill_backend(op, backend, x.is_cpu)
     hnd = check_layout(op, kv_layout) == "HND"
     for name, y in (("q", x), ("k", kx), ("v", vx)):
         check_ndim(op, name, y, 3)
@@ -206,10 +208,13 @@ def prepare(
     options = read_options(
         op, dim_qk, causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta, has_mask
     )
-    bound = None if variant is None else variant.bind(op, *variant_args, x, sm_scale=options.sm_scale)
+    scales = read_scales(op, x, heads, kv_heads, scale_q, scale_k, scale_v, ("scale_q", "scale_k", "scale_v"))
+    bound = None
+    if variant is not None:
+        bound = variant.bind(op, *variant_args, x, sm_scale=options.sm_scale, logit_scale=scales.logit)
     problem = make_problem(
         op, heads, kv_heads, dim_qk, dim_vo, x.dtype, kx.dtype, o_dtype, options, False, has_mask, x.is_cpu,
-        None if bound is None else bound.lowered,
+        None if bound is None else bound.lowered, backend=backend,
     )  # fmt: skip
     if options.causal and qo_len > kv_len:
         raise ArgumentError(f"{op}: qo_len is {qo_len} with causal=True, expected at most kv_len = {kv_len}")
@@ -219,7 +224,6 @@ def prepare(
     if custom_mask is not None:
         check_shape(op, "custom_mask", view(custom_mask, op, "custom_mask"), (qo_len, kv_len), "= (qo_len, kv_len)")
     mask = pack_mask(op, custom_mask, packed_custom_mask, np.array([qo_len]), np.array([kv_len]), x)
-    scales = read_scales(op, x, heads, kv_heads, scale_q, scale_k, scale_v, ("scale_q", "scale_k", "scale_v"))
     o = x.empty((qo_len, heads, dim_vo), problem.out)
     s = x.empty((qo_len, heads), float32) if return_lse else None
     strides = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
@@ -242,11 +246,13 @@ def run_on_cpu(c: Call, kv_layout: str) -> None:
 def schedule(c: Call, device: DeviceInfo, rows: int = 0) -> tuple[Geometry, Work]:
     """The kernels, and the schedule on the device: from the cache, or made and uploaded.
 
-    `rows`: choose the tile for so many packed rows, not for those of the call.
+    `rows`: choose the portable kernel's tile for so many packed rows, not for those of the call.
     """
     x, qo_len, options = c.x, c.x.shape[0], c.options
     group = c.problem.num_qo_heads // c.problem.num_kv_heads
-    g = geometry(c.problem, rows or min(qo_len * group, 128), device)
+    problem = c.problem._replace(backend="fa2") if rows else c.problem
+    load = None if rows else load_of(1, group, qo_len, c.kv_len, options.causal, options.window_left)
+    g = geometry(problem, rows or qo_len * group, device, load)
     stream = x.stream()
     mask_key, narrow = (None, None) if c.bound is None else c.bound.narrow()
     key = (x.device, g, qo_len, c.kv_len, options.causal, options.window_left, mask_key)
@@ -256,13 +262,34 @@ def schedule(c: Call, device: DeviceInfo, rows: int = 0) -> tuple[Geometry, Work
             found = _make(g, options, x, qo_len, c.kv_len, stream, key, narrow)
         else:
             _schedules.move_to_end(key)
+            _keep_if_captured(found[0], stream)
     _, address, plan = found
     partial_o = partial_md = counters = 0
-    if plan.num_slots:
+    if plan.num_slots or g.hopper is not None:
         layout = g.workspace(plan.num_slots)
-        base, counters = _scratch.get(x, stream, layout.size, plan.num_slots * g.num_kv_heads)
+        base, counters = _scratch.get(x, stream, layout.size, g.num_counters(plan.num_slots))
         partial_o, partial_md = base + layout.offsets["partial_o"], base + layout.offsets["partial_md"]
     return g, Work(address, len(plan.items), plan.num_split, partial_o, partial_md, counters)
+
+
+def _keep_if_captured(memory: Any, stream: int) -> None:
+    """Keep a schedule that a graph being captured on `stream` reads, whatever becomes of the cache."""
+    from cupy.cuda import runtime
+
+    if id(memory) not in _captured and runtime.streamIsCapturing(stream):
+        _captured[id(memory)] = memory
+
+
+def _drop_half() -> None:
+    """Drop the schedules that were used least recently, once nothing that still runs reads them."""
+    import cupy
+
+    oldest = list(_schedules)[: _MOST_SCHEDULES // 2]
+    for index in {key[0] for key in oldest}:
+        with cupy.cuda.Device(index):
+            cupy.cuda.runtime.deviceSynchronize()
+    for key in oldest:
+        del _schedules[key]
 
 
 def _make(
@@ -287,12 +314,10 @@ def _make(
         address = view(memory, _OP, "schedule").ptr
         runtime.memcpyAsync(address, pinned.ptr, rows.nbytes, 1, stream)  # 1: host to device
         if capturing:
-            _captured.append((pinned, memory))
+            _captured[id(memory)] = pinned, memory
             return memory, address, plan
         runtime.streamSynchronize(stream)  # once a schedule: any stream may use it from here on
-        if len(_schedules) >= _MOST_SCHEDULES:
-            runtime.deviceSynchronize()  # what still runs may read the ones that go
-            for _ in range(_MOST_SCHEDULES // 2):
-                _schedules.popitem(last=False)
+    if len(_schedules) >= _MOST_SCHEDULES:
+        _drop_half()
     _schedules[key] = memory, address, plan
     return _schedules[key]

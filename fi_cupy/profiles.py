@@ -74,6 +74,7 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
     from fi_cupy import activation, decode_kernel, lookup, norm, page, prefill_kernel, rope, sampling
     from fi_cupy.dtypes import bfloat16, float32, int32
     from fi_cupy.gemm.select import select_mm_kernel
+    from fi_cupy.prefill_hopper import Load
 
     h, d, kv = shape.hidden, shape.head_dim, shape.num_kv_heads
     qo = shape.num_qo_heads
@@ -97,8 +98,9 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
         specs.append(decode_kernel.geometry(problem, device).spec)
     prefill = prefill_kernel.Problem(qo, kv, d, d, bfloat16, True, False, False, False)
     for rows in (16, 32, 64, 128, 256, 1024):
-        chosen = prefill_kernel.geometry(prefill, rows, device)
-        specs.append(chosen.spec)
+        specs.append(prefill_kernel.geometry(prefill._replace(backend="fa2"), rows, device).spec)
+    for load in (Load(1, 128 * qo // kv, 128, 128, True), Load(64, 4096 * qo // kv, 4096, 4096, True)):
+        specs.append(prefill_kernel.geometry(prefill, load.rows, device, load).spec)
     return list(dict.fromkeys(specs))
 
 

@@ -98,7 +98,7 @@ class BlockSparseAttentionWrapper(BlockSparse):
     ----------
     float_workspace_buffer : array
         As in `BatchPrefillWithPagedKVCacheWrapper`. A CPU array selects the NumPy reference.
-    backend : "auto" or "fa2"
+    backend : "auto", "fa2" (the portable kernel) or "fa3" (the Hopper kernel; UnsupportedError where it does not fit)
         There is one implementation.
     variant : AttentionVariant, optional
         See `fi_cupy.jit.define_variant`. Its functions see the indices of the matrix: query 0 to M - 1, key 0 to N - 1.

@@ -14,7 +14,6 @@ from fi_cupy.errors import ArgumentError, UnsupportedError
 from fi_cupy.page_table import Ints
 from fi_cupy.plan.sparse import Blocks, Rows, ascending, causal_mask, drop_hidden, is_plain_causal
 from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
-from fi_cupy.prefill_plan import check_backend
 from fi_cupy.variants import AttentionVariant, variant_of
 from fi_cupy.variants_placed import Places, place
 from fi_cupy.workspace import copy_to_device
@@ -48,14 +47,13 @@ class BlockSparse:
     def __init__(
         self, float_workspace_buffer: Any, backend: str = "auto", *, variant: AttentionVariant | None = None
     ) -> None:
-        check_backend(self._op, backend)
         self._variant: AttentionVariant | None = variant_of(self._op, variant, None, None)
         inner = self._variant
         if inner is not None:
             inner = place(self._op, inner, self._places, self._place_tensors, self._place_scalars)
         self._is_placed = inner is not self._variant
         self._place_values: dict[str, Any] = {}
-        self._prefill = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, variant=inner)
+        self._prefill = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, backend=backend, variant=inner)
         self._prefill._op = self._op  # the name in its messages
         self._planned = False
 

@@ -44,7 +44,7 @@ class VariableBlockSparseAttentionWrapper(BlockSparse):
     ----------
     float_workspace_buffer : array
         As in `BatchPrefillWithPagedKVCacheWrapper`. A CPU array selects the NumPy reference.
-    backend : "auto" or "fa2"
+    backend : "auto", "fa2" (the portable kernel) or "fa3" (the Hopper kernel; UnsupportedError where it does not fit)
         There is one implementation.
     variant : AttentionVariant, optional
         See `fi_cupy.jit.define_variant`. Its functions see heads and positions of the whole arrays. CUDA text must not

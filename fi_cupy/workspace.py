@@ -184,7 +184,8 @@ class ScratchPool:
     """Scratch memory and zeroed counters for functions without a plan: one set a (device, stream), grown on demand.
 
     Work on one stream runs in order, so it may share a set. Outgrown sets are kept: a captured graph may hold their
-    addresses.
+    addresses. It holds those of the stream that it was captured on: graphs captured on one stream must not be replayed
+    at the same time as each other, or as other work on that stream.
     """
 
     def __init__(self) -> None:

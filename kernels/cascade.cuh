@@ -120,22 +120,23 @@ FI_DEVICE void merge_states(const MergeStatesParams& params) {
     for (int n = 0; n < kBatch; ++n) {
       weights[n] = -FI_INF;
       if (i0 + n < params.states) {
-        weights[n] = s[(i0 + n) * params.s_stride_i];
-        values[n] = load_streaming<V>(v + (i0 + n) * params.v_stride_i);
+        weights[n] = *s;
+        values[n] = load_streaming<V>(v);
       }
+      s += params.s_stride_i, v += params.v_stride_i;
     }
     float batch_top = top;
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) batch_top = fmaxf(batch_top, weights[n]);
     const float base = batch_top == -FI_INF ? 0.f : batch_top;
-    const float rescale = exp2f(top - base);
+    const float rescale = math::ptx_exp2(top - base);
     top = batch_top;
     total *= rescale;
 #pragma unroll
     for (int j = 0; j < kVec; ++j) sum[j] *= rescale;
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) {
-      const float weight = exp2f(weights[n] - base);
+      const float weight = math::ptx_exp2(weights[n] - base);
       if (weight != 0.f) {  // a state that weighs nothing may hold anything, NaN included
         float x[kVec];
         values[n].to_floats(x);

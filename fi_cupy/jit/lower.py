@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from fi_cupy.dtypes import DType, bfloat16, bool_, float16, float32, int32, uint8
 from fi_cupy.errors import CompileError
-from fi_cupy.jit.emit import RECIPROCAL, statements
+from fi_cupy.jit.emit import RECIPROCAL, scaled_statements, statements
 from fi_cupy.jit.intervals import trim
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec, UserSource
@@ -107,6 +107,12 @@ class Lowered:
         """Whether partial results over ranges of keys can be merged by their lse afterwards."""
         return self.use_softmax and "post_process_fn" not in self.stages
 
+    @property
+    def portable_only(self) -> str:
+        """Why the Hopper kernel cannot run it; empty if it can."""
+        stages = sorted(self.stages & {"query_fn", "key_fn"})
+        return f"{stages[0]} changes what the copy engine brings" if stages else ""
+
     def narrow(self, scalars: Mapping[str, float]) -> Callable[..., Any] | None:
         """For ``plan_prefill(narrow=)``: drops keys that the mask can never show, given what numbers are known."""
         return None if self.mask is None else partial(trim, self.mask, scalars)
@@ -142,7 +148,7 @@ class Lowered:
         text = f"{self.text}\nstruct {params} : {spec.params.name} {{\n{user}}};"
         return replace(
             spec,
-            header="attention/prefill_variant.cuh",
+            header=f"{spec.header.removesuffix('.cuh')}_variant.cuh",
             symbol=f"{spec.symbol}_v_{self.name}",
             params=ParamsStruct(params, [*spec.params.fields, *self.fields()]),
             config=tuple((n, logits if n == "Logits" else value) for n, value in spec.config),
@@ -171,7 +177,8 @@ def lower(
     for stage, function in functions.items():
         if not isinstance(function, str):
             roots[stage] = _traced(name, stage, function, tensors, scalars, ranks)
-            bodies[stage] = "\n".join("    " + line for line in statements(roots[stage]))
+            write = scaled_statements if stage == "score_fn" else statements
+            bodies[stage] = "\n".join("    " + line for line in write(roots[stage]))
     exact = {t: t in ranks for t, _ in tensors}
     for stage in texts:
         file = f"variant:{name}" if len(texts) == 1 else f"variant:{name}.{stage}"
@@ -195,11 +202,19 @@ def lower(
     lines += [f"  static constexpr bool kUseSoftmax = {'true' if use_softmax else 'false'};"]
     for key, body in bodies.items():
         info = STAGES[key]
-        arguments = "const Params& params, const VariantContext& ctx"
-        arguments += f", float {info.argument}" if info.argument else ""
+        common = "const Params& params, const VariantContext& ctx"
+        arguments = f"{common}, float {info.argument}" if info.argument else common
+        method = info.method
+        if key == "score_fn":
+            scaled = f"{common}, float qk, float scale, float base, bool unit"
+            if key in roots:
+                method, arguments = "logit", scaled
+            else:
+                call = f"    return base * {method}(params, ctx, scale * qk);"
+                lines += ["  template <class Params>", f"  FI_DEVICE static float logit({scaled}) {{", call, "  }"]
         lines += [
             "  template <class Params>",
-            f"  FI_DEVICE static {info.result} {info.method}({arguments}) {{",
+            f"  FI_DEVICE static {info.result} {method}({arguments}) {{",
             body,
             "  }",
         ]

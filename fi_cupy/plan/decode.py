@@ -26,12 +26,16 @@ GOOD_FILL = 0.8
 
 
 class DecodeTiles(NamedTuple):
-    """Shape of a CTA: warps, ring slots a warp, CTAs that share a multiprocessor, dynamic shared memory in bytes."""
+    """Shape of a CTA: warps, ring slots a warp, CTAs that share a multiprocessor, dynamic shared memory in bytes.
+
+    With `head_pair` the CTA serves two neighbouring kv heads, each with half of the warps.
+    """
 
     warps: int
     stages: int
     ctas_per_sm: int
     smem_bytes: int
+    head_pair: bool = False
 
 
 def head_blocks(group_size: int, head_dim: int) -> tuple[int, int, int]:
@@ -69,19 +73,23 @@ def choose_tiles(
     smem_per_sm: int,
     batch_invariant: bool = False,
     rope: bool = False,
+    may_pair: bool = False,
 ) -> DecodeTiles:
     """The CTA's shape for a device.
 
     Parameters
     ----------
     groups : int
-        Requests times head blocks. It does not change with the lengths, so neither does the kernel of a captured graph.
+        Requests times head blocks (of one kv head each). It does not change with the lengths, so neither does the
+        kernel of a captured graph.
     arch : int
         Compute capability times ten of the code that runs.
     batch_invariant : bool
         One shape for every batch, so that a request's bits do not depend on the others.
     rope : bool
         Rotary embedding inside the kernel, whose frequencies take shared memory.
+    may_pair : bool
+        The kv heads are even in number and lie side by side in the cache, and one CTA holds a whole group.
 
     Notes
     -----
@@ -89,6 +97,10 @@ def choose_tiles(
     (measured: 16 KB 1063 us, 32 KB 785, 64 KB 722, 128 KB 717, 192 KB 714 on a floor of 697). Four warps on two CTAs
     cover each other's merges in long runs; eight warps on one CTA halve the partials of a single wave (16x4096: 92
     against 94 us).
+
+    An fp8 row of up to 128 dims is at most 128 bytes, and reading such pieces limits 64x8192 to 381 us by any method.
+    Two neighbouring heads a CTA make 256 of them: 365 us. Small batches lose by it (1x4096: 8.3 against 7.5 us), since
+    a pair has half as many CTAs.
     """
 
     def bytes_of(warps: int, stages: int) -> int:
@@ -102,17 +114,23 @@ def choose_tiles(
         warps = next(w for w in (4, 2, 1) if bytes_of(w, 1) <= smem_per_block)
         size = bytes_of(warps, 1)
         return DecodeTiles(warps, 1, max(1, min(4, smem_per_sm // (size + 1024))), size)
+    # The driver keeps 1 KB of every CTA's share.
+    half = min(smem_per_block, smem_per_sm // 2 - 1024)
+    pair = may_pair and kv_itemsize == 1 and head_dim <= 128 and (groups > num_sms or batch_invariant)
+    if pair and column_tiles == 1 and not rope:  # the registers of twice as many threads
+        stages = min(most_stages(8, half), 3)
+        if stages >= 2:
+            return DecodeTiles(8, stages, 2, bytes_of(8, stages), True)
     if groups <= num_sms and not batch_invariant:
         stages = most_stages(8, smem_per_block)
         if stages >= 2:
             return DecodeTiles(8, stages, 1, bytes_of(8, stages))
-    # The driver keeps 1 KB of every CTA's share.
-    stages = most_stages(4, min(smem_per_block, smem_per_sm // 2 - 1024))
+    stages = most_stages(4, half)
     if stages >= 2:
-        return DecodeTiles(4, stages, 2, bytes_of(4, stages))
+        return DecodeTiles(4, stages, 2, bytes_of(4, stages), pair)
     stages = most_stages(4, smem_per_block)
     if stages >= 1:
-        return DecodeTiles(4, stages, 1, bytes_of(4, stages))
+        return DecodeTiles(4, stages, 1, bytes_of(4, stages), pair)
     return DecodeTiles(2, most_stages(2, smem_per_block), 1, bytes_of(2, most_stages(2, smem_per_block)))
 
 

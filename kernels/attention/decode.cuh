@@ -1,8 +1,11 @@
 // Decode attention: one query token a request over a paged (or contiguous) KV cache, split along the keys.
 // A CTA computes one work item: keys [kv_begin, kv_end) of one request for a block of up to 8 * kTilesN query heads of
 // one kv head. Grid: items * num_head_blocks, head block fastest; the host plan makes the items, longest first.
-// Each warp walks tiles of 16 keys (warp, warp + kWarps, ..) through its own ring of kStages cp.async slots: there is
-// no CTA barrier before the merge. S^T = K Q^T and O^T = V^T P^T by mma m16n8k16: keys (then dims) in M, heads in N.
+// With kHeadPair a CTA has all query heads of two neighbouring kv heads, even warps those of the first, odd warps those
+// of the second: a token's rows of both lie side by side (NHD), and 128-byte rows of fp8 alone do not reach the memory's
+// rate (64x8192 on an H100: 365 us instead of 381).
+// Each warp walks tiles of 16 keys (walker, walker + kWalkers, ..) through its own ring of kStages cp.async slots: there
+// is no CTA barrier before the merge. S^T = K Q^T and O^T = V^T P^T by mma m16n8k16: keys (then dims) in M, heads in N.
 // The item that arrives last of a request's head block merges the partials of all of them (counter in global memory).
 // Shared memory: [kWarps][kStages][K tile, V tile], rows padded to an odd number of 16-byte chunks (no bank conflicts
 // of ldmatrix for any head dim); the same bytes hold O of each warp in the merge; then m and d of each warp.
@@ -18,7 +21,7 @@
 namespace fi {
 
 // Config: T (q), KV, O, kHeadDim, kTilesN, kWarps, kStages, kSmemBytes, kTileInPage (a tile of 16 keys never crosses a
-// page), kSoftCap, kAlibi, kRope, kHeadScales (factors of q and k a head)
+// page), kSoftCap, kAlibi, kRope, kHeadScales (factors of q and k a head), kHeadPair (blocks_per_kv is 1)
 // Computes one item for one head block; the CTA's threads may call it again after a barrier.
 template <class Config>
 FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turns, int index, uint32_t head_block) {
@@ -29,6 +32,7 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
   static_assert(Tr::kFp8 || is_same_v<T, typename Tr::KV>, "q and a 16-bit cache have one type");
   using Frag = Fragments<Tr>;
   constexpr int kTilesN = Tr::kTilesN, kSteps = Tr::kSteps, kWarps = Tr::kWarps, kStages = Tr::kStages;
+  constexpr int kWalkers = Tr::kWalkers;
   constexpr int kLoadSteps = Tr::kFp8 ? 2 : 1;
   extern __shared__ __align__(1024) uint8_t smem[];
 
@@ -37,11 +41,19 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
     ptx::grid_wait();
     return;
   }
-  const uint32_t kv_head = head_block / params.blocks_per_kv;
-  const uint32_t first_in_group = head_block % params.blocks_per_kv * params.heads_per_block;
-  const int heads = min(params.heads_per_block, params.group_size - first_in_group);
-  const uint32_t first_head = kv_head * params.group_size + first_in_group;
   const int warp = warp_id(), lane = lane_id(), g = lane >> 2, t = lane & 3;
+  const int walker = warp / Tr::kPair;
+  uint32_t kv_head, first_in_group = 0;  // of this warp
+  int heads;
+  if constexpr (Config::kHeadPair) {
+    kv_head = 2 * head_block + warp % 2;
+    heads = params.group_size;
+  } else {
+    kv_head = head_block / params.blocks_per_kv;
+    first_in_group = head_block % params.blocks_per_kv * params.heads_per_block;
+    heads = min(params.heads_per_block, params.group_size - first_in_group);
+  }
+  const uint32_t first_head = kv_head * params.group_size + first_in_group;
 
   uint64_t* turns = reinterpret_cast<uint64_t*>(smem + Tr::kTurnsOffset);
   if constexpr (Config::kRope) {
@@ -57,14 +69,17 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
   if (!params.table_ready) ptx::grid_wait();
   int pages[kStages];
 #pragma unroll
-  for (int s = 0; s < kStages; ++s) pages[s] = source.page_of(warp + s * kWarps, tiles);
-  int next_page = source.page_of(warp + kStages * kWarps, tiles);
+  for (int s = 0; s < kStages; ++s) pages[s] = source.page_of(walker + s * kWalkers, tiles);
+  int next_page = source.page_of(walker + kStages * kWalkers, tiles);
   if (params.table_ready) ptx::grid_wait();  // K, V and q may come from the kernel in front: not before this
 
 #pragma unroll
   for (int s = 0; s < kStages; ++s) {
-    const int tile = warp + s * kWarps;
-    if (tile < tiles) source.issue(ring + s * 2 * Tr::kTileBytes, tile, pages[s]);
+    const int tile = walker + s * kWalkers;
+    if (tile < tiles) {
+      source.issue_keys(ring + s * 2 * Tr::kTileBytes, tile, pages[s]);
+      source.issue_values(ring + s * 2 * Tr::kTileBytes, tile, pages[s]);
+    }
     ptx::cp_async_commit();
   }
 
@@ -101,8 +116,7 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
                         ? params.logit_scale * params.scales.logit(first_head + min(column, heads - 1), kv_head)
                         : params.logit_scale;
       slope[n][c] = Config::kAlibi ? params.slope_scale * alibi_slope(first_head + 8 * n + 2 * t + c,
-                                                                      params.num_head_blocks / params.blocks_per_kv *
-                                                                          params.group_size)
+                                                                      params.num_qo_heads(Tr::kPair))
                                    : 0.f;
     }
   }
@@ -120,7 +134,7 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
   const int v_lane = Tr::kTileBytes + ((lane & 7) + (lane >> 4 << 3)) * Tr::kPitch + (lane >> 3 & 1) * 16;
 
   int slot = 0;
-  for (int tile = warp; tile < tiles; tile += kWarps) {
+  for (int tile = walker; tile < tiles; tile += kWalkers) {
     uint8_t* buffer = ring + slot * 2 * Tr::kTileBytes;
     ptx::cp_async_wait<kStages - 1>();
     __syncwarp();
@@ -223,10 +237,11 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
     }
 
     __syncwarp();  // every lane has read the slot that is filled again
-    const int next_tile = tile + kStages * kWarps;
+    const int next_tile = tile + kStages * kWalkers;
     if (next_tile < tiles) {
-      source.issue(buffer, next_tile, next_page);
-      next_page = source.page_of(next_tile + kWarps, tiles);
+      source.issue_keys(buffer, next_tile, next_page);
+      source.issue_values(buffer, next_tile, next_page);
+      next_page = source.page_of(next_tile + kWalkers, tiles);
     }
     ptx::cp_async_commit();
     slot = slot + 1 == kStages ? 0 : slot + 1;
@@ -262,22 +277,26 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
   __syncthreads();
 
   constexpr int kQuads = Tr::kHeadDim / 4;  // units of four dims
-  const int units = heads * kQuads;
+  const int units = Tr::kPair * heads * kQuads;
+  const uint32_t first_of_cta = first_head - (Config::kHeadPair ? warp % 2 * heads : 0);
   const int64_t first_state = (int64_t(item.slot) * params.num_head_blocks + head_block) * params.heads_per_block;
   const int64_t chunk_stride = int64_t(params.num_head_blocks) * params.heads_per_block;  // states from chunk to chunk
   for (int unit = threadIdx.x; unit < units; unit += Tr::kThreads) {
     const int head = unit / kQuads, dim = unit % kQuads * 4;
+    const int second = Config::kHeadPair && head >= heads;  // of the pair: its states are those of the odd warps
+    const int first_row = second * Tr::kHeads + head - second * heads;
     Partial sum;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum.m = fmaxf(sum.m, state_m[w * Tr::kHeads + head]);
+    for (int w = 0; w < kWalkers; ++w)
+      sum.m = fmaxf(sum.m, state_m[w * Tr::kPair * Tr::kHeads + first_row]);
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const int i = w * Tr::kHeads + head;
+    for (int w = 0; w < kWalkers; ++w) {
+      const int i = w * Tr::kPair * Tr::kHeads + first_row;
       const float f = math::ptx_exp2(state_m[i] - finite_or_zero(sum.m));
       sum.add(f, state_d[i], *reinterpret_cast<const float4*>(merge + i * Tr::kMergePitch + dim));
     }
     if (item.num_chunks == 1) {
-      finish<Config>(params, item.request, first_head + head, dim, sum);
+      finish<Config>(params, item.request, first_of_cta + head, dim, sum);
     } else {
       const int64_t state = first_state + item.chunk * chunk_stride + head;
       *reinterpret_cast<float4*>(params.partial_out + state * Tr::kHeadDim + dim) = sum.o;
@@ -295,7 +314,7 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
   __syncthreads();
   if (*flag != uint32_t(item.num_chunks - 1)) return;
 
-  merge_chunks<Config, Tr>(params, item, first_head, units, first_state, chunk_stride, smem);
+  merge_chunks<Config, Tr>(params, item, first_of_cta, units, first_state, chunk_stride, smem);
 }
 
 template <class Config>

@@ -36,13 +36,14 @@ FI_DEVICE void finish(const DecodeParams& params, int row, uint32_t head, int di
     p.d += math::ptx_exp2(sink - safe);
     p.m = m;
   }
-  const float f = p.d > 0.f ? params.out_scale * params.scales.output(head / params.group_size) / p.d : 0.f;
+  const bool empty = p.d <= 0.f;  // no key was seen; a NaN among the logits is passed on
+  const float f = empty ? 0.f : params.out_scale * params.scales.output(head / params.group_size) / p.d;
   const float values[4] = {p.o.x * f, p.o.y * f, p.o.z * f, p.o.w * f};
   O* out = static_cast<O*>(params.out) + row * params.out_stride_row + head * params.out_stride_head + dim;
   Vec<O, 4>::from_floats(values).store(out);
   if (dim == 0 && params.lse) {
-    const uint32_t num_qo_heads = params.num_head_blocks / params.blocks_per_kv * params.group_size;
-    params.lse[int64_t(row) * num_qo_heads + head] = p.d > 0.f ? p.m + math::ptx_log2(p.d) : -FI_INF;
+    const int64_t num_qo_heads = params.num_qo_heads(Config::kHeadPair ? 2 : 1);
+    params.lse[row * num_qo_heads + head] = empty ? -FI_INF : p.m + math::ptx_log2(p.d);
   }
 }
 

@@ -1,5 +1,6 @@
 // What the decode kernel is given (mirrored in fi_cupy/decode_kernel.py), and its shapes at compile time.
 #pragma once
+#include "attention/fast_div.cuh"
 #include "attention/head_scales.cuh"
 #include "common/base.cuh"
 
@@ -32,10 +33,10 @@ struct DecodeParams {
   int64_t out_stride_row, out_stride_head;
   int64_t k_stride_page, k_stride_token, k_stride_head;  // elements
   int64_t v_stride_page, v_stride_token, v_stride_head;
-  uint32_t page_size;
-  uint32_t num_head_blocks;  // num_kv_heads * blocks_per_kv
+  FastDiv page_size;
+  uint32_t num_head_blocks;  // num_kv_heads * blocks_per_kv; with kHeadPair half of it
   uint32_t blocks_per_kv;
-  uint32_t heads_per_block;
+  uint32_t heads_per_block;  // query heads of a CTA; with kHeadPair those of two kv heads
   uint32_t group_size;       // query heads of one kv head
   uint32_t table_ready;      // 1: `indices` was complete before the kernel in front of this one started
   int32_t kv_len;            // the single request without items: its keys,
@@ -47,6 +48,9 @@ struct DecodeParams {
   float slope_scale;         // ALiBi slopes times this: log2(e), or 1 / cap
   float out_scale;           // v_scale
   HeadScales scales;         // factors a head; q and k only with kHeadScales
+
+  // `pair` kv heads a CTA.
+  FI_DEVICE uint32_t num_qo_heads(int pair) const { return num_head_blocks / blocks_per_kv * group_size * pair; }
 };
 
 // With rotary embedding inside (ROPE_LLAMA): turns[i] is the frequency of dims i and i + head_dim / 2, in 2^-64 turns a
@@ -64,8 +68,10 @@ struct DecodeTraits {
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kDim = round_up(kHeadDim, kFp8 ? 32 : 16);  // computed; the rest is zero
   static constexpr int kTilesN = Config::kTilesN, kWarps = Config::kWarps, kStages = Config::kStages;
+  static constexpr int kPair = Config::kHeadPair ? 2 : 1;           // kv heads of a CTA
+  static constexpr int kWalkers = kWarps / kPair;                   // warps that share a kv head
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kHeads = 8 * kTilesN;
+  static constexpr int kHeads = 8 * kTilesN;                        // columns of a warp's products
   static constexpr int kSteps = kDim / 16;                          // mma steps along the dims
   static constexpr int kTile = 16;                                  // keys
   static constexpr int kChunks = kDim * int(sizeof(KV)) / 16;       // 16-byte chunks of a row, padded
@@ -80,6 +86,7 @@ struct DecodeTraits {
   static constexpr int kSmemBytes = kTurnsOffset + (Config::kRope ? kDim / 2 * 8 : 0);
   static_assert(kHeadDim % 8 == 0 && kHeadDim * int(sizeof(KV)) % 16 == 0, "rows must be whole 16-byte chunks");
   static_assert(!Config::kRope || kHeadDim % (kFp8 ? 64 : 32) == 0, "a pair's dims share a lane and register");
+  static_assert(kWarps % kPair == 0, "as many warps for either kv head");
   static_assert(kSmemBytes == Config::kSmemBytes, "the host computes the same size");
   static_assert(kThreads * 24 <= kStateOffset, "the last merge's exchange");
 };

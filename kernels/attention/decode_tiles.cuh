@@ -9,7 +9,6 @@
 
 namespace fi::decode_detail {
 
-
 template <bool b, typename A, typename B>
 struct select_type {
   using type = A;
@@ -81,6 +80,10 @@ FI_DEVICE uint32_t query_pair(const T* p) {
 template <class Config, class Tr>
 struct TileSource {
   using KV = typename Tr::KV;
+  // Every lane copies the same chunk of rows that are equally far apart.
+  static constexpr bool kRegular = Config::kTileInPage && Tr::kChunks == Tr::kChunksRead && 32 % Tr::kChunks == 0;
+  static constexpr int kLoads = ceil_div(Tr::kTile * Tr::kChunks, 32);
+  static constexpr int kElements = 16 / int(sizeof(KV));  // of a chunk
   const KV *k, *v;  // at this kv head
   const DecodeParams& params;
   const DecodeItem& item;
@@ -97,44 +100,58 @@ struct TileSource {
   FI_DEVICE int num_tiles() const { return (item.kv_end - origin + Tr::kTile - 1) / Tr::kTile; }
 
   // The key whose page this lane looks up.
-  FI_DEVICE int lookup_key(int tile) const {
+  FI_DEVICE uint32_t lookup_key(int tile) const {
     const int first = origin + tile * Tr::kTile;
     return Config::kTileInPage ? first : min(first + (lane_id() & 15), item.kv_end - 1);
   }
   // Page number for this lane's row (kTileInPage: of the whole tile). Contiguous keys are page 0.
   FI_DEVICE int page_of(int tile, int tiles) const {
     if (params.indices == nullptr || tile >= tiles) return 0;
-    return params.indices[item.page_begin + uint32_t(lookup_key(tile)) / params.page_size];
+    return params.indices[item.page_begin + params.page_size.quotient(lookup_key(tile))];
   }
 
-  FI_DEVICE void issue(uint8_t* slot, int tile, int page) const {
-    constexpr int kLoads = ceil_div(Tr::kTile * Tr::kChunks, 32);
-    constexpr int kElements = 16 / int(sizeof(KV));
+  FI_DEVICE void issue_keys(uint8_t* slot, int tile, int page) const {
+    issue(slot, k, params.k_stride_page, params.k_stride_token, tile, page);
+  }
+  FI_DEVICE void issue_values(uint8_t* slot, int tile, int page) const {
+    issue(slot + Tr::kTileBytes, v, params.v_stride_page, params.v_stride_token, tile, page);
+  }
+
+ private:
+  // The slot waits for these instructions, so all that can be left out of a whole tile's copies is.
+  FI_DEVICE void issue(uint8_t* slot, const KV* base, int64_t stride_page, int64_t stride_token, int tile,
+                       int page) const {
     const int first = origin + tile * Tr::kTile;
-    const int64_t in_page = uint32_t(lookup_key(tile)) % params.page_size;
-    const int64_t k_lane = page * params.k_stride_page + in_page * params.k_stride_token;
-    const int64_t v_lane = page * params.v_stride_page + in_page * params.v_stride_token;
+    const uint32_t key = lookup_key(tile);
+    const int64_t in_page = key - params.page_size.quotient(key) * params.page_size.divisor;
+    if constexpr (kRegular) {
+      if (first >= item.kv_begin && first + Tr::kTile <= item.kv_end) {
+        constexpr int kRows = 32 / Tr::kChunks;
+        const int row = lane_id() / Tr::kChunks, chunk = lane_id() % Tr::kChunks;
+        const KV* from = base + page * stride_page + (in_page + row) * stride_token + chunk * kElements;
+        uint8_t* to = slot + row * Tr::kPitch + chunk * 16;
 #pragma unroll
+        for (int i = 0; i < kLoads; ++i, from += kRows * stride_token)
+          ptx::cp_async_16(to + i * kRows * Tr::kPitch, from);
+        return;
+      }
+    }
+    const int64_t lane_offset = page * stride_page + in_page * stride_token;
+    constexpr int kUnroll = kRegular ? 1 : kLoads;  // regular: only for the first and the last tile
+#pragma unroll kUnroll
     for (int i = 0; i < kLoads; ++i) {
       const int index = lane_id() + 32 * i;
       const int row = index / Tr::kChunks, chunk = index % Tr::kChunks;
-      int64_t k_offset, v_offset;
-      if constexpr (Config::kTileInPage) {
-        k_offset = k_lane + row * params.k_stride_token;
-        v_offset = v_lane + row * params.v_stride_token;
-      } else {  // the lane that looked the row up has its offset
-        k_offset = __shfl_sync(kFullMask, k_lane, row & 15);
-        v_offset = __shfl_sync(kFullMask, v_lane, row & 15);
-      }
+      int64_t offset;
+      if constexpr (Config::kTileInPage)
+        offset = lane_offset + row * stride_token;
+      else  // the lane that looked the row up has its offset
+        offset = __shfl_sync(kFullMask, lane_offset, row & 15);
       if (Tr::kTile * Tr::kChunks % 32 != 0 && row >= Tr::kTile) continue;
       const bool inside = first + row >= item.kv_begin && first + row < item.kv_end;
       const bool valid = inside && (Tr::kChunks == Tr::kChunksRead || chunk < Tr::kChunksRead);
       // Rows outside become zeros: 0 * NaN from a stale page would be NaN. Their addresses may leave the allocation.
-      const int64_t k_element = valid ? k_offset + chunk * kElements : 0;
-      const int64_t v_element = valid ? v_offset + chunk * kElements : 0;
-      uint8_t* k_slot = slot + row * Tr::kPitch + chunk * 16;
-      ptx::cp_async_16(k_slot, k + k_element, valid);
-      ptx::cp_async_16(k_slot + Tr::kTileBytes, v + v_element, valid);
+      ptx::cp_async_16(slot + row * Tr::kPitch + chunk * 16, base + (valid ? offset + chunk * kElements : 0), valid);
     }
   }
 };

@@ -4,18 +4,21 @@
 
 namespace fi {
 
-// tanh to 3e-7 absolute (tanh.approx errs by 5e-4 near 1: a cap of 50 turns that into 2.5 % of a probability).
-// 1 - 2 / (e^2x + 1), the reciprocal by multiply-adds: the special-function unit gives 4 results a cycle and quadrant and
-// is busy with the exponentials. The seed's exponent and mantissa are a constant less those of y, within 5.1 %; a cubic
-// step leaves 1.3e-4, a quadratic one the rounding.
-FI_DEVICE float tanh_from_exp(float x) {
-  const float y = math::ptx_exp2(fminf(x * (2.f * math::log2e), 120.f)) + 1.f;
+// 1 / (2^z + 1) to 2 ulp, which tanh and sigmoid are made of. The special-function unit gives a warp a result in 8 cycles
+// and has the exponentials to do: where many are computed at once, three of four reciprocals (`unit` false) take eight
+// multiply-adds instead. The seed's exponent and mantissa are a constant less those of y, within 5.1 %; a cubic step
+// leaves 1.3e-4, a quadratic one the rounding.
+FI_DEVICE float rcp_exp2_plus_1(float z, bool unit = true) {
+  if (unit) return math::ptx_rcp(math::ptx_exp2(z) + 1.f);
+  const float y = math::ptx_exp2(math::min_nan(z, 120.f)) + 1.f;
   float r = __uint_as_float(0x7ef31000u - __float_as_uint(y));
   const float error = fmaf(-y, r, 1.f);
   r = fmaf(r, fmaf(error, error, error), r);
-  r = fmaf(r, fmaf(-y, r, 1.f), r);
-  return fmaf(-2.f, r, 1.f);
+  return fmaf(r, fmaf(-y, r, 1.f), r);
 }
+
+// tanh to 3e-7 absolute (tanh.approx errs by 5e-4 near 1: a cap of 50 turns that into 2.5 % of a probability).
+FI_DEVICE float tanh_from_exp(float x) { return fmaf(-2.f, rcp_exp2_plus_1(x * (2.f * math::log2e)), 1.f); }
 
 // scale: sm_scale * log2(e) without a cap, sm_scale / cap with one. slope: the head's ALiBi slope in the same unit.
 // cap: logits_soft_cap * log2(e).

@@ -12,74 +12,17 @@
 // behind the products that they hide under; the exponentials of 16 keys run between the products of the 16 before.
 // Bytes moved: Q and O once; K and V once an item, mostly from L2. Arch: any (sm_75 copies synchronously, bf16 emulated).
 #pragma once
-#include "attention/fast_div.cuh"
-#include "attention/head_scales.cuh"
 #include "attention/prefill_join.cuh"
 #include "attention/prefill_logits.cuh"
+#include "attention/prefill_output.cuh"
+#include "attention/prefill_params.cuh"
+#include "attention/prefill_softmax.cuh"
 #include "attention/prefill_tiles.cuh"
 #include "attention/smem_tile.cuh"
-#include "common/math.cuh"
-#include "common/vec.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/pdl.cuh"
 
 namespace fi {
-
-// One work item, made by the host. kv_begin is a multiple of kTileKv; [kv_begin, kv_end) is trimmed to what causality
-// and the window leave visible, and empty for rows that see nothing. qo_len 0: nothing to do (graph padding).
-struct alignas(16) PrefillItem {
-  int32_t q_row;     // first row of the request in q, o and lse
-  int32_t qo_len;    // query tokens of the request
-  int32_t kv_base;   // first slot in kv_indices (paged) or first token in k and v
-  int32_t kv_len;    // keys of the request
-  int32_t q_tile;    // packed rows [q_tile * kTileQ, ...)
-  int32_t kv_begin, kv_end;
-  int32_t first_slot;  // slot of the tile's first chunk in the partial results; 0 without a split
-  int32_t mask_low, mask_high;  // byte offset of the request's custom mask
-  int32_t request;              // the request's number, for variants
-  int32_t chunk, num_chunks;    // this range's number among the tile's; num_chunks 1: no split
-  int32_t unused[3];
-};
-
-struct PrefillParams {
-  const void* q;
-  const void* k;
-  const void* v;
-  void* o;
-  float* lse;  // [rows, heads] base 2, or null
-  const PrefillItem* items;
-  const int32_t* kv_indices;
-  const uint8_t* mask;   // custom mask bits, little-endian
-  const float* sinks;    // [heads] raw logits, or null
-  float4* partial_o;     // [slot][kv head][16-row tile of a warp][8 dims][thread], see prefill_join.cuh
-  float2* partial_md;    // [slot][kv head][kTileQ]: maximum and denominator
-  uint32_t* counters;    // [slot][kv head]: zero between launches
-  int64_t q_stride_n, q_stride_h;  // elements, as all strides; multiples of 8 for q, k, v
-  int64_t k_stride_page, k_stride_n, k_stride_h;
-  int64_t v_stride_page, v_stride_n, v_stride_h;
-  int64_t o_stride_n, o_stride_h;
-  FastDiv group;      // query heads a kv head
-  FastDiv page_size;
-  uint32_t num_qo_heads;
-  int32_t causal;       // 0 or 1
-  int32_t window_left;  // 2^30 when off
-  float sm_scale, sm_scale_log2;
-  float out_scale;      // multiplies the output, not the lse
-  float soft_cap, soft_cap_rcp;  // cap, 1 / cap
-  HeadScales scales;
-};
-
-// With rotary embedding inside (ROPE_LLAMA): turns[i] is the frequency of dims i and i + head_dim_qk / 2, in 2^-64 turns a
-// position.
-struct PrefillRopeParams : PrefillParams {
-  alignas(64) uint64_t turns[128];
-};
-
-// v_scale, of both kinds.
-template <class Params>
-FI_DEVICE float output_scale(const Params& params, int kv_head) {
-  return params.out_scale * params.scales.output(kv_head);
-}
 
 // Keys outside [seen_begin, seen_end) are seen by no row of a warp, those inside [plain_begin, plain_end) by every row.
 struct alignas(16) WarpRange {
@@ -98,164 +41,6 @@ struct alignas(16) PrefillShared {
   int32_t kv_head;
   uint32_t arrived;      // join_chunks: CTAs that came before this one
 };
-
-// A row's maximum may lag behind by this many powers of two before the output is rescaled: weights stay <= 2^8, which
-// fp16 and bf16 hold with full precision, and the rescaling of every accumulator becomes rare.
-constexpr float kRescaleThreshold = 8.f;
-
-// Running softmax of 16 * kRowTiles rows: lane 4g + t holds rows g and g + 8 of each row tile (half 0 and 1), m the
-// same in the four lanes of a row, d this lane's part of the sum.
-template <int kRowTiles>
-struct SoftmaxState {
-  float m[kRowTiles][2], d[kRowTiles][2];
-
-  FI_DEVICE void init() {
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) m[i][0] = m[i][1] = -FI_INF, d[i][0] = d[i][1] = 0.f;
-  }
-
-  // Raise the maxima to those of the logits s (times `scale` = base-2 logits), and rescale o and d where one grew much. The
-  // rule is each row's own, so a row's result does not depend on the rows beside it.
-  template <int kKeyTiles, int kDimTiles>
-  FI_DEVICE void raise(const float (&s)[kRowTiles][kKeyTiles][4], float (&o)[kRowTiles][kDimTiles][4], float scale) {
-    float grown[kRowTiles][2];
-    bool any = false;
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float top = fmaxf(s[i][0][2 * h], s[i][0][2 * h + 1]);
-#pragma unroll
-        for (int n = 1; n < kKeyTiles; ++n) top = fmaxf(top, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
-        top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));
-        // -inf - -inf is NaN and compares false: a row that has seen nothing stays as it is.
-        const bool up = (top - m[i][h]) * scale > kRescaleThreshold;
-        grown[i][h] = up ? top : m[i][h];
-        any = any || up;
-      }
-    if (!__any_sync(kFullMask, any)) return;
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float ratio = grown[i][h] == m[i][h] ? 1.f : math::ptx_exp2((m[i][h] - grown[i][h]) * scale);
-        m[i][h] = grown[i][h];
-        d[i][h] *= ratio;
-#pragma unroll
-        for (int n = 0; n < kDimTiles; ++n) o[i][n][2 * h] *= ratio, o[i][n][2 * h + 1] *= ratio;
-      }
-  }
-
-  // What is added to scaled logits of row (i, h) before exp2: the same for a whole tile.
-  FI_DEVICE float shift(int i, int h, float scale) const { return m[i][h] == -FI_INF ? 0.f : -m[i][h] * scale; }
-
-  // Two neighbouring logits of row (i, h) become weights, which join the denominator.
-  FI_DEVICE void weigh(float& a, float& b, int i, int h, float scale, float shift) {
-    a = math::ptx_exp2(fmaf(a, scale, shift));
-    b = math::ptx_exp2(fmaf(b, scale, shift));
-    d[i][h] += a;
-    d[i][h] += b;
-  }
-};
-
-// A warp's rows of Q, and later of the output.
-template <class Config>
-constexpr int kWarpQBytes =
-    16 * Config::kRowTiles * max_of(TileLayout<Config::kHeadDimQK>::kRowBytes, TileLayout<Config::kHeadDimVO>::kRowBytes);
-
-// Normalise the accumulators and write them through this warp's own rows of shared memory (Q is dead) with 16-byte
-// stores. state.d is the whole row's in each of its lanes.
-template <class Config, class Params, int kRowTiles, int kDimTiles>
-FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item, int kv_head, uint8_t* smem,
-                            float (&o)[kRowTiles][kDimTiles][4], const SoftmaxState<kRowTiles>& state, float scale) {
-  using T = typename Config::T;
-  using Logits = typename Config::Logits;
-  using O = typename Config::O;
-  using LayoutVO = TileLayout<Config::kHeadDimVO>;
-  constexpr int kWarpRows = 16 * kRowTiles, kTileQ = Config::kWarps * kWarpRows;
-  const PrefillItem item = shared_item;  // in registers: the stores below could change what lies in shared memory
-  const int thread = thread_again(), lane = thread & 31;
-  const int group = params.group.divisor, packed_rows = item.qo_len * group;
-  const int first_row = item.q_tile * kTileQ, warp_row = first_row + (thread >> 5) * kWarpRows;
-#pragma unroll
-  for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float d = state.d[i][h], m = state.m[i][h] * scale;
-      const int packed = warp_row + i * 16 + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
-      const int qo_head = kv_head * group + packed - qo_idx * group;
-      float weight = 1.f;
-      if (params.sinks != nullptr && packed < packed_rows) {
-        // exp(sink) joins the denominator alone.
-        const float sink = params.sinks[qo_head] * math::log2e, top = fmaxf(m, sink);
-        if (top != -FI_INF) {
-          weight = math::ptx_exp2(m - top);
-          d = fmaf(d, weight, math::ptx_exp2(sink - top));
-          m = top;
-        }
-      }
-      if constexpr (Logits::kHasOutput) Logits::update(params, item, qo_head, m, d, weight);
-      const bool empty = m == -FI_INF;
-      const float factor = output_scale(params, kv_head);
-      float norm = empty ? 0.f : weight * math::ptx_rcp(d) * factor;
-      if constexpr (!Logits::kUseSoftmax) norm = factor;  // such tiles are never split
-      if ((lane & 3) == 0 && packed < packed_rows && params.lse != nullptr)
-        params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] =
-            empty ? -FI_INF : m + math::ptx_log2(d);
-#pragma unroll
-      for (int n = 0; n < kDimTiles; ++n) {
-        float& x = o[i][n][2 * h];
-        float& y = o[i][n][2 * h + 1];
-        if constexpr (Logits::kHasOutput) {
-          const auto row = Logits::row(params, item, qo_idx, qo_head, kv_head);
-          x = Logits::output(params, row, x, x * norm, m, d, weight, n * 8 + 2 * (lane & 3));
-          y = Logits::output(params, row, y, y * norm, m, d, weight, n * 8 + 2 * (lane & 3) + 1);
-        } else {
-          x *= norm, y *= norm;
-        }
-      }
-    }
-  if constexpr (!is_same_v<O, T>) {  // another type: straight from registers
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int packed = warp_row + i * 16 + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
-        if (packed >= packed_rows) continue;
-        O* p = static_cast<O*>(params.o) + (item.q_row + qo_idx) * params.o_stride_n +
-               (kv_head * group + packed - qo_idx * group) * params.o_stride_h + 2 * (lane & 3);
-#pragma unroll
-        for (int n = 0; n < Config::kHeadDimVO / 8; ++n) {
-          const float pair[2] = {o[i][n][2 * h], o[i][n][2 * h + 1]};
-          Vec<O, 2>::from_floats(pair).store(p + n * 8);
-        }
-      }
-    return;
-  }
-  uint8_t* const smem_o = smem + (thread >> 5) * kWarpQBytes<Config>;
-#pragma unroll
-  for (int n = 0; n < kDimTiles; ++n) {
-    uint8_t* const p = smem_o + LayoutVO::offset(lane >> 2, n) + (lane & 3) * 4;
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)  // 8 rows on, the swizzle is the same
-        *reinterpret_cast<uint32_t*>(p + (i * 16 + h * 8) * LayoutVO::kRowBytes) =
-            ptx::pack2<T>(o[i][n][2 * h], o[i][n][2 * h + 1]);
-  }
-  __syncwarp();
-  constexpr int kChunks = Config::kHeadDimVO / 8;
-  T* const out = static_cast<T*>(params.o) + item.q_row * params.o_stride_n + kv_head * group * params.o_stride_h;
-#pragma unroll 4
-  for (int i = lane; i < kWarpRows * kChunks; i += 32) {
-    const int row = i / kChunks, chunk = i % kChunks, packed = warp_row + row;
-    if (packed >= packed_rows) break;
-    const int qo_idx = params.group.quotient(packed);
-    T* p = out + qo_idx * params.o_stride_n + (packed - qo_idx * group) * params.o_stride_h + chunk * 8;
-    *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(smem_o + LayoutVO::offset(row, chunk));
-  }
-}
 
 // Config: T (what is multiplied), Q and KV (T or fp8), O (T is stored best), kHeadDimQK, kHeadDimVO (multiples of 8; of 16
 // with kRope), kWarps, kRowTiles (1 or 2), kTileKv (multiple of 16), kPaged, kCustomMask, kRope, Logits. Params:
@@ -519,7 +304,8 @@ FI_DEVICE void prefill_tile(const Params& params, int index, int kv_head) {
             for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
               for (int j = 0; j < 2; ++j)
-                s[i][n][2 * h + j] = Logits::apply(params, row, s[i][n][2 * h + j], start + n * 8 + 2 * (thread & 3) + j);
+                s[i][n][2 * h + j] =
+                    Logits::apply(params, row, s[i][n][2 * h + j], start + n * 8 + 2 * (thread & 3) + j, n % 4 == 0);
           }
       }
     }

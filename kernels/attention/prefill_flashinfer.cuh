@@ -78,7 +78,7 @@ struct FlashInferLogits {
   }
 
   template <class Params>
-  FI_DEVICE static float apply(const Params& params, const Row& row, float qk, int kv_idx) {
+  FI_DEVICE static float apply(const Params& params, const Row& row, float qk, int kv_idx, bool) {
     const auto p = view(params, row.qo_len, row.kv_len);
     Variant variant(p, row.batch, nullptr);
     if constexpr (kHeadScales) qk *= params.scales.logit(row.qo_head, row.kv_head);

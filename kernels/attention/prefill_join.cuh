@@ -12,28 +12,28 @@
 
 namespace fi {
 
-// Returns whether this CTA has the whole tile, in o and state; the others are done. scale: from m to base 2.
+// Returns whether these threads have the whole tile, in o and state; the others are done. scale: from m to base 2.
+// Part: the threads that share a tile: thread(), sync(), arrived() (a word in shared memory of theirs), and where their
+// chunk's results lie: place(chunk), counters(), chunk(), chunks().
 // Partial results lie in the workspace as the threads hold them: 16 bytes a thread, whole lines a warp. The node of the
 // children c, c + step, .. (c a multiple of 4 step) counts at the second child's slot, which no other node does, and its
 // sum replaces the first child's result: every thread's own elements, after it has read them.
-template <class Config, class Params, class Shared, class State, int kRowTiles, int kDimTiles>
-FI_DEVICE bool join_chunks(const Params& params, Shared& shared, float (&o)[kRowTiles][kDimTiles][4], State& state,
-                           float scale) {
-  constexpr int kDegree = 4, kThreads = Config::kWarps * 32, kTileQ = Config::kWarps * 16 * kRowTiles;
+template <int kWarps, class Part, class Params, class State, int kRowTiles, int kDimTiles>
+FI_DEVICE bool join_parts(const Params& params, const Part& whose, float (&o)[kRowTiles][kDimTiles][4], State& state,
+                          float scale) {
+  constexpr int kDegree = 4, kThreads = kWarps * 32, kTileQ = kWarps * 16 * kRowTiles;
   constexpr int kVectors = kRowTiles * kDimTiles * kThreads;  // float4 of a partial result
   // 16 loads in flight where the registers do not limit the CTAs of a multiprocessor, or the main loop takes them all.
-  constexpr bool kMany = Config::kWarps == 1 || kRowTiles * kDimTiles >= 32;
+  constexpr bool kMany = kWarps == 1 || kRowTiles * kDimTiles >= 32;
   constexpr int kBatch = FI_ARCH < 800 ? 1 : kMany && kDimTiles % 4 == 0 ? 4 : 2;
-  const int thread = thread_again(), chunks = shared.item.num_chunks;
-  const int64_t kv_heads = params.group.quotient(params.num_qo_heads);
-  auto place = [&](int chunk) { return (shared.item.first_slot + chunk) * kv_heads + shared.kv_head; };
-  auto vectors = [&](int chunk) { return params.partial_o + place(chunk) * kVectors + thread; };
+  const int thread = whose.thread(), chunks = whose.chunks();
+  auto vectors = [&](int chunk) { return params.partial_o + whose.place(chunk) * kVectors + thread; };
   // (m, d) of this thread's row 0; rows i, h: 16 i + 8 h on.
   auto sums = [&](int chunk) {
-    return params.partial_md + place(chunk) * kTileQ + (thread >> 5) * 16 * kRowTiles + (thread & 31) / 4;
+    return params.partial_md + whose.place(chunk) * kTileQ + (thread >> 5) * 16 * kRowTiles + (thread & 31) / 4;
   };
 
-  int mine = shared.item.chunk;
+  int mine = whose.chunk();
   {
     float4* const to = vectors(mine);
     float2* const md = sums(mine);
@@ -52,10 +52,10 @@ FI_DEVICE bool join_chunks(const Params& params, Shared& shared, float (&o)[kRow
     const int first = mine & ~(kDegree * step - 1), children = min(ceil_div(chunks - first, step), kDegree);
     if (children == 1) continue;  // nothing to add on this level
     // The barrier orders every thread's writes before the one atomic, which wraps to zero for the next launch.
-    __syncthreads();
-    if (thread == 0) shared.arrived = ptx::atomic_inc_acq_rel(params.counters + place(first + step), children - 1);
-    __syncthreads();
-    if (shared.arrived != uint32_t(children - 1)) return false;
+    whose.sync();
+    if (thread == 0) whose.arrived() = ptx::atomic_inc_acq_rel(whose.counters() + whose.place(first + step), children - 1);
+    whose.sync();
+    if (whose.arrived() != uint32_t(children - 1)) return false;
     mine = first;
     const float4* part[kDegree];
 #pragma unroll
@@ -117,6 +117,29 @@ FI_DEVICE bool join_chunks(const Params& params, Shared& shared, float (&o)[kRow
     }
   }
   return true;
+}
+
+// A CTA's tile.
+template <class Params, class Shared>
+struct CtaPart {
+  const Params& params;
+  Shared& shared;
+
+  FI_DEVICE int thread() const { return thread_again(); }
+  FI_DEVICE void sync() const { __syncthreads(); }
+  FI_DEVICE uint32_t& arrived() const { return shared.arrived; }
+  FI_DEVICE uint32_t* counters() const { return params.counters; }
+  FI_DEVICE int chunk() const { return shared.item.chunk; }
+  FI_DEVICE int chunks() const { return shared.item.num_chunks; }
+  FI_DEVICE int64_t place(int chunk) const {
+    return (shared.item.first_slot + chunk) * int64_t(params.group.quotient(params.num_qo_heads)) + shared.kv_head;
+  }
+};
+
+template <class Config, class Params, class Shared, class State, int kRowTiles, int kDimTiles>
+FI_DEVICE bool join_chunks(const Params& params, Shared& shared, float (&o)[kRowTiles][kDimTiles][4], State& state,
+                           float scale) {
+  return join_parts<Config::kWarps>(params, CtaPart<Params, Shared>{params, shared}, o, state, scale);
 }
 
 }  // namespace fi

@@ -1,6 +1,6 @@
 // From a tile's q k^T to base-2 logits, for kernels that hold rows in registers. A logits type has kLinear (the kernel
 // multiplies by sm_scale * log2(e) inside its exponent and calls nothing) or row() once a row and tile, and apply() for
-// each element. The other constants say what else a variant's type has (attention/prefill_variant.cuh).
+// each element (`unit`: see rcp_exp2_plus_1). The other constants say what else a variant's type has (attention/prefill_variant.cuh).
 #pragma once
 #include "attention/logits.cuh"
 
@@ -24,12 +24,15 @@ struct PrefillLogits {
     return {kAlibi ? alibi_slope(qo_head, params.num_qo_heads) : 0.f, qo_idx,
             kHeadScales ? params.sm_scale * params.scales.logit(qo_head, kv_head) : params.sm_scale};
   }
+  // Factors that are the same for all elements are multiplied first: an element costs one product for all of them.
   template <class Params>
-  FI_DEVICE static float apply(const Params& params, const Row& row, float qk, int kv_idx) {
-    float x = qk * row.scale;
-    if constexpr (kAlibi) x = fmaf(row.slope, float(kv_idx - row.qo_idx), x);
-    if constexpr (kSoftCap) x = params.soft_cap * tanh_from_exp(x * params.soft_cap_rcp);
-    return x * math::log2e;
+  FI_DEVICE static float apply(const Params& params, const Row& row, float qk, int kv_idx, bool unit) {
+    const float factor = kSoftCap ? params.soft_cap_rcp * (2.f * math::log2e) : math::log2e;
+    float x = qk * (row.scale * factor);
+    if constexpr (kAlibi) x = fmaf(row.slope * factor, float(kv_idx - row.qo_idx), x);
+    if constexpr (!kSoftCap) return x;
+    const float cap = params.soft_cap * math::log2e;
+    return fmaf(-2.f * cap, rcp_exp2_plus_1(x, unit), cap);  // cap tanh(x / cap)
   }
 };
 

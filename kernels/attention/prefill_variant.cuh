@@ -26,14 +26,17 @@ struct VariantLogits {
   }
 
   template <class Params>
-  FI_DEVICE static float apply(const Params& params, const Row& row, float qk, int kv_idx) {
+  FI_DEVICE static float apply(const Params& params, const Row& row, float qk, int kv_idx, bool unit) {
     VariantContext ctx = row.ctx;
     ctx.kv_idx = kv_idx;
+    constexpr float kBase2 = kUseSoftmax ? math::log2e : 1.f;
+    if constexpr (Variant::kHasScore && !kAlibi && !kSoftCap)
+      return Variant::logit(params, ctx, qk, row.scale, kBase2, unit);
     float x = qk * row.scale;
     if constexpr (kAlibi) x = fmaf(row.slope, float(kv_idx - ctx.qo_idx), x);
-    if constexpr (Variant::kHasScore) x = Variant::score(params, ctx, x);
+    if constexpr (Variant::kHasScore) x = Variant::logit(params, ctx, x, 1.f, 1.f, unit);
     if constexpr (kSoftCap) x = params.soft_cap * tanh_from_exp(x * params.soft_cap_rcp);
-    return kUseSoftmax ? x * math::log2e : x;
+    return x * kBase2;
   }
 
   template <class Params>

@@ -1,6 +1,8 @@
 // What the text of an attention variant is written with: the context of one element, the user's arrays, and functions.
 // A variant is `struct Variant` with the constants kHasScore, kHasMask, kHasQuery, kHasKey, kHasOutput, kUseSoftmax and a
-// static function for each that is true: (params, ctx, value). Its arrays and scalars are the members of params.user.
+// static function for each that is true: (params, ctx, value); for scores logit(params, ctx, qk, scale, base, unit), which
+// is base * score(scale * qk) with the factors that all elements share multiplied first. Its arrays and scalars are the
+// members of params.user.
 #pragma once
 #include "attention/logits.cuh"
 #include "common/vec.cuh"

@@ -42,6 +42,16 @@ FI_DEVICE float ptx_cos(float x) {
   asm("cos.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// The smaller one, and NaN where x is NaN, which fminf would replace.
+FI_DEVICE float min_nan(float x, float bound) {
+#if FI_ARCH >= 800
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(bound));
+  return y;
+#else
+  return x > bound ? bound : x;
+#endif
+}
 // Hardware tanh: relative error 2^-11, enough for logits that end in bf16 or fp16; sm_75 and later.
 FI_DEVICE float tanh(float x) {
   float y;

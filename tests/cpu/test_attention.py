@@ -163,11 +163,39 @@ def test_sink_errors(rng):
         wrapper.run(batch.q, batch.cache, np.zeros(HEADS, np.float32))
 
 
+def test_sinks_take_a_list_of_scales(rng):
+    batch, sink = Batch(rng), normal(rng, (HEADS,), "float32")
+    wrapper = fi_cupy.BatchAttentionWithAttentionSinkWrapper(
+        workspace(), q_data_type="float32", kv_data_type="float32", head_dim_qk=DIM, head_dim_vo=DIM
+    )
+    wrapper.plan(batch.qo, *batch.table, HEADS, KV_HEADS, DIM, 4)
+    factors = [0.5, 1.0, 2.0, 4.0]
+    made = wrapper.run(batch.q, batch.cache, sink, 0.3, q_scale=factors)
+    want = wrapper.run(batch.q * np.float32(factors)[:, None], batch.cache, sink, 0.3)
+    assert_close(made, want, "float32", "product")
+
+
+def test_explain_says_the_variant():
+    q, k = (np.zeros((n, h, 64), bfloat16.np) for n, h in ((16, 4), (4096, 1)))
+    variant = fi_cupy.jit.define_variant(name="near", mask_fn=lambda ctx: ctx.kv_idx < ctx.most, scalars={"most": 100})
+    plain, near = (
+        attention.explain(fi_cupy.single_prefill_with_kv_cache, q, k, k, variant=v, device=HOPPER)
+        for v in (None, variant)
+    )
+    assert near.launches[0].kernel.endswith("_v_near") and "_v_" not in plain.launches[0].kernel
+    assert "split" in plain.launches[0].why and "split" not in near.launches[0].why  # two tiles of keys are left
+
+
 def test_explain_single_functions():
     q, k = (np.zeros((n, h, 128), bfloat16.np) for n, h in ((2048, 32), (4096, 8)))
     made = attention.explain(fi_cupy.single_prefill_with_kv_cache, q, k, k, causal=True, device=HOPPER)
     (use,) = made.launches
-    assert use.kernel == "prefill_bf16_d128_q128k64" and use.grid == (64, 8, 1) and use.kernel in str(made)
+    assert use.kernel == "prefill_hopper_bf16_d128_q192k80" and use.grid == (132, 1, 1) and use.kernel in str(made)
+    made = attention.explain(
+        fi_cupy.single_prefill_with_kv_cache, q, k, k, causal=True, backend="fa2", device=HOPPER
+    )  # fmt: skip
+    (use,) = made.launches
+    assert use.kernel == "prefill_bf16_d128_q128k64" and use.grid == (64, 8, 1) and "backend='fa2'" in str(made)
     made = attention.explain(fi_cupy.single_prefill_with_kv_cache, q[:1], k, k, None, device=HOPPER)
     assert [u.kernel for u in made.launches] == ["prefill_bf16_d128_q16k64"]
     assert "; 1 row tiles have their keys split" in made.launches[0].why and made.launches[0].grid[0] > 1

@@ -163,7 +163,7 @@ def problem(q=bfloat16, kv=None, out=None, dim=64, rope=False, **changes):
 @pytest.mark.parametrize(
     ("given", "symbol"),
     [
-        ({}, "prefill_bf16_d64_q128k64_paged"),
+        ({"backend": "fa2"}, "prefill_bf16_d64_q128k64_paged"),
         ({"kv": float8_e4m3fn}, "prefill_bf16_kve4m3_d64_q128k64_paged"),
         ({"q": float8_e4m3fn}, "prefill_f16_qe4m3_kve4m3_oe4m3_d64_q128k64_paged"),
         ({"q": float8_e5m2, "out": bfloat16}, "prefill_bf16_qe5m2_kve5m2_d64_q128k64_paged"),

@@ -329,3 +329,27 @@ def test_a_whole_run_with_a_stand_in_for_the_gpu(tmp_path, monkeypatch):
     assert "1 ok, 1 failed, 0 skipped" in result.output
     found = json.loads(path.read_text())
     assert [row["status"] for row in found["rows"]] == ["ok", "failed"] and found["device"]["name"] == "stand-in"
+
+
+def test_the_prefill_chart_reads_a_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import chart_prefill
+
+    def row(name, **more):
+        return {"name": name, "status": "ok", "us": 500.0, "flops": 3.5e11, "peers": {}, "recorded": []} | more
+
+    peers = {"cudnn": {"us": 1.0, "speedup": 1.25}, "flash": {"missing": "no torch"}}
+    recorded = [{"name": "ragged.fa3 b4 s4096 h32/32 d128 c", "peer": "FlashInfer", "value": 700.0}]
+    rows = [
+        row("ragged_prefill 4x4096 32/32 d128 causal", peers=peers, recorded=recorded),
+        row("single_prefill 1x16384 32/32 d128 causal"),
+        row("single_prefill 1x16384 32/32 d128 causal fa2", us=1000.0),
+        row("single_prefill 1x16384 32/32 d128 causal cap"),  # another problem
+        row("single_prefill 1x4096 32/32 d128 causal"),  # fewer tokens
+        row("ragged_prefill 16x1024 32/8 d128 causal"),  # other heads
+        {"name": "ragged_prefill 16x1024 32/32 d128 causal", "status": "failed", "error": "no"},
+    ]
+    live, old = chart_prefill.series({"rows": rows})
+    ours = {"fi_cupy": {4096: 700.0, 16384: 700.0}, "fi_cupy, portable kernel": {16384: 350.0}}
+    assert live == ours | {"cudnn": {4096: 560.0}}
+    assert old == {"FlashInfer fa3, recorded": {4096: 500.0}}

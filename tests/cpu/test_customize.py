@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import fi_cupy
+from fi_cupy.arrays import view
 from fi_cupy.customize import (
     FlashInferVariant,
     gen_customize_batch_decode_module,
@@ -207,3 +208,34 @@ def test_attention_sinks_in_flashinfers_form(arch):
             call()
     with pytest.raises(UnsupportedError, match="pos_encoding_mode"):
         fi_cupy.jit.attention.gen_batch_prefill_attention_sink_module("fa2", *types, 2)
+
+
+def written(name, text, scalars):
+    return FlashInferVariant(name, name, text, (), tuple((scalar, "double") for scalar in scalars))
+
+
+def on_gpu():
+    """Queries as a view that says to be on a GPU: binding looks at nothing else."""
+    x = view(np.zeros((4, 2, 64), np.float16))
+    x.device = 0
+    return x
+
+
+def test_named_arguments_are_checked():
+    variant = written("Scaled", "float x = params.sm_scale;", scalars=("sm_scale", "bias"))
+    assert variant.bind("op", (0.5, 2.0), {}, on_gpu()).kernel_values() == (0.5, 2.0)
+    assert variant.bind("op", (0.5,), {}, on_gpu(), sm_scale=9.0).kernel_values() == (9.0, 0.5)
+    with pytest.raises(ArgumentError, match=r"op: variant .*: bais is unknown; it takes sm_scale, bias"):
+        variant.bind("op", (0.5, 2.0), {"bais": 3.0}, on_gpu())
+    with pytest.raises(ArgumentError, match="bias is given twice"):
+        variant.bind("op", (0.5, 2.0), {"bias": 3.0}, on_gpu())
+
+
+def test_scales_as_numbers_reach_the_text():
+    own = written("Own", "float x = params.sm_scale;", scalars=("sm_scale",))
+    assert own.bind("op", (0.5,), {}, on_gpu(), logit_scale=4.0).kernel_values() == (2.0,)
+    planned = written("Planned", "float x = params.sm_scale;", scalars=())
+    assert planned.bind("op", (), {}, on_gpu(), logit_scale=4.0).kernel_values() == ()
+    other = written("Other", "float x = params.logits_scale;", scalars=("logits_scale",))
+    with pytest.raises(UnsupportedError, match=r"does not read params.sm_scale, .* pass them as arrays"):
+        other.bind("op", (0.5,), {}, on_gpu(), logit_scale=4.0)

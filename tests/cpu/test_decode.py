@@ -308,7 +308,7 @@ def test_torch_and_jax_on_the_cpu(rng):
 
 def test_kernel_instances():
     specs = kernel_specs()
-    assert len({s.symbol for s in specs}) == len(specs) <= 30
+    assert len({s.symbol for s in specs}) == len(specs) <= 36
     spec = decode_spec(bfloat16, bfloat16, bfloat16, 128, 1, 4, 3, 2)
     assert spec.symbol == "batch_decode_bf16_d128_h8_w4s3b2" and spec.min_arch == 80
     assert PARAMS.size % 8 == 0

@@ -7,6 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fi_cupy.decode_kernel import Problem, geometry
+from fi_cupy.device import DeviceInfo
+from fi_cupy.dtypes import bfloat16, float8_e4m3fn
 from fi_cupy.errors import ArgumentError, WorkspaceError
 from fi_cupy.plan.decode import (
     MIN_CHUNK_TILES,
@@ -156,6 +159,60 @@ def test_same_shape_for_every_batch_when_invariant():
     assert shape(1) == shape(10**4)
     # 8 KB tiles: three slots a warp, 8 warps a multiprocessor, about 200 KB in flight.
     assert shape(1)[:3] == (4, 3, 2)
+
+
+HOPPER = {"arch": 90, "num_sms": 132, "smem_per_block": 232448, "smem_per_sm": 233472}
+
+
+@pytest.mark.parametrize("group", [1, 8, 9, 16])
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("dim", [16, 64, 80, 128])
+def test_fp8_takes_pairs_of_heads_in_batches_that_fill_the_device(dim, rope, group):
+    columns = head_blocks(group, dim)[2]
+    for arch, sms, block, sm in ((80, 108, 166912, 167936), (86, 84, 101376, 102400), (90, 132, 232448, 233472)):
+        options = {"arch": arch, "num_sms": sms, "smem_per_block": block, "smem_per_sm": sm, "rope": rope}
+        tiles = choose_tiles(sms + 1, dim, 1, columns, may_pair=True, **options)
+        assert tiles.head_pair and tiles.warps % 2 == 0
+        assert tiles.smem_bytes == smem_bytes(tiles.warps, tiles.stages, dim, 1, columns, rope) <= block
+        assert tiles.ctas_per_sm * (tiles.smem_bytes + 1024) <= sm
+        assert tiles.ctas_per_sm * tiles.warps <= (
+            16 if columns == 1 and not rope else 8
+        )  # 128 registers a thread, or 255
+        alone = choose_tiles(sms, dim, 1, columns, may_pair=True, **options)
+        assert alone == choose_tiles(sms, dim, 1, columns, **options) and not alone.head_pair
+        one, many = (
+            choose_tiles(n, dim, 1, columns, may_pair=True, batch_invariant=True, **options) for n in (1, 10**4)
+        )
+        assert one == many and one.head_pair, "the batch decides"
+
+
+def test_who_never_takes_pairs():
+    assert choose_tiles(10**4, 128, 1, 1, may_pair=True, **HOPPER)[:3] == (8, 3, 2)
+    assert not choose_tiles(10**4, 128, 2, 1, may_pair=True, **HOPPER).head_pair  # rows of 256 bytes
+    assert not choose_tiles(10**4, 256, 1, 1, may_pair=True, **HOPPER).head_pair
+    assert not choose_tiles(10**4, 128, 1, 1, **HOPPER).head_pair
+    turing = {"arch": 75, "num_sms": 40, "smem_per_block": 65536, "smem_per_sm": 65536}
+    assert not choose_tiles(10**4, 128, 1, 1, may_pair=True, **turing).head_pair
+
+
+@pytest.mark.parametrize(
+    ("change", "pair"),
+    [
+        ({}, True), ({"heads_adjacent": False}, False), ({"num_kv_heads": 7, "num_qo_heads": 28}, False),
+        ({"num_qo_heads": 8 * 16}, True), ({"num_qo_heads": 8 * 17}, False), ({"kv": bfloat16}, False),
+        ({"batch_size": 16}, False), ({"batch_size": 1, "batch_invariant": True}, True),
+    ],
+)  # fmt: skip
+def test_pairs_in_the_geometry(change, pair):
+    options = (True, False, False, False, False, True)
+    problem = Problem(64, 32, 8, 128, bfloat16, float8_e4m3fn, bfloat16, *options)._replace(**change)
+    g = geometry(problem, DeviceInfo(90, "90a", 132, 232448, 233472, 50 << 20))
+    assert g.spec.symbol.endswith("_pair") == g.heads_spec.symbol.endswith("_pair") == pair
+    assert g.num_head_blocks * g.heads_per_block >= problem.num_qo_heads
+    assert g.group_size == problem.num_qo_heads // problem.num_kv_heads
+    if pair:
+        assert (g.num_head_blocks, g.blocks_per_kv, g.heads_per_block) == (4, 1, 2 * g.group_size)
+    assert g.slots == 132 * g.spec.min_blocks
 
 
 def test_trap_5_lengths_from_pages():

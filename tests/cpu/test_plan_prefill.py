@@ -180,7 +180,7 @@ def test_specs_are_cached_and_named_by_what_they_are():
     from fi_cupy.dtypes import bfloat16
 
     device = DeviceInfo(90, "90a", 132, *_GPUS[90], 50 << 20)
-    problem = Problem(9, 3, 64, 64, bfloat16, True, False, False, False)
+    problem = Problem(9, 3, 64, 64, bfloat16, True, False, False, False, backend="fa2")
     g = geometry(problem, 128, device)
     assert g is geometry(problem, 128, device)
     assert g.spec.symbol == "prefill_bf16_d64_q128k64_paged"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -191,7 +194,7 @@ def test_generated_source():
     )  # fmt: skip
     source = fi_cupy.jit.compile(variant).source
     assert "TensorRef<__half, 2> bias;" in source and "float cap;" in source and "int width;" in source
-    assert "ops::tanh(score * params.user.cap_rcp)" in source
+    assert "rcp_exp2_plus_1(qk * ((scale * params.user.cap_rcp) * (2.f * math::log2e)), unit)" in source
     assert "params.user.bias(ctx.qo_head, ctx.kv_idx)" in source
     assert "kHasMask = true" in source and "kHasQuery = false" in source and "kUseSoftmax = true" in source
 
@@ -457,3 +460,39 @@ class TestWrappers:
         plain.plan(*table, 6, 2, 32, page, q_data_type="float32")
         with pytest.raises(UnsupportedError, match="variant="):
             plain.run(q, cache, gain)
+
+
+SCORES = [
+    lambda s, ctx: ctx.cap * ops.tanh(s / ctx.cap),
+    lambda s, ctx: -(s * 3 - ctx.cap) / ctx.cap + ops.sigmoid(2 - s) * ctx.cap,
+    lambda s, ctx: (ctx.cap - ops.tanh(s) * ops.tanh(s)) * 0.5 + ctx.kv_idx * 0.125,
+    lambda s, ctx: ops.exp(-s / 4 + 1 / ctx.cap) * 2 - s * s,
+    lambda s, ctx: ops.sqrt(ops.abs(s) + ctx.cap) * ctx.slope + (ctx.slope - ctx.cap),
+    lambda s, ctx: 1 / (1 + s * s) + (ctx.cap + 1) / 3,
+    lambda s, ctx: ctx.cap * 2,
+]
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_what_all_elements_share_is_multiplied_first(score):
+    # The text of Variant::logit, read as Python, is base * score(scale * qk).
+    variant = define(name="scaled", score_fn=score, scalars=["cap", "slope"])
+    text = variant.lowered().text
+    body = text[text.index("logit(") :]
+    lines = [line.strip().rstrip(";") for line in body[body.index("{") + 1 : body.index("}")].strip().splitlines()]
+    cap, slope, qk, scale, base = 7.5, -0.75, np.linspace(-9, 9, 91), 0.3, 1.4426950408889634
+    values = {
+        "qk": qk, "scale": scale, "base": base, "unit": True, "cap": cap, "slope": slope, "cap_rcp": 1 / cap,
+        "slope_rcp": 1 / slope, "kv_idx": 5, "log2e": np.log2(np.e), "float": lambda x: x * 1.0, "fabsf": np.abs,
+        "fmaf": lambda a, b, c: a * b + c, "rcp_exp2_plus_1": lambda z, unit: 1 / (np.exp2(z) + 1),
+        "ptx_exp2": np.exp2, "sqrtf": np.sqrt, "reciprocal": lambda x: 1 / x,
+    }  # fmt: skip
+    for line in lines:
+        line = re.sub(r"params\.user\.|ctx\.|math::|ops::", "", line)
+        line = re.sub(r"(\d\.?\d*(?:e-?\d+)?)f\b", r"\1", line)
+        name, _, expression = line.removeprefix("const float ").partition(" = ")
+        if line.startswith("return "):
+            name, expression = "result", line.removeprefix("return ")
+        values[name] = eval(expression, {}, values)
+    want = score(scale * qk, SimpleNamespace(cap=cap, slope=slope, kv_idx=5))
+    assert np.allclose(values["result"], base * np.broadcast_to(want, qk.shape), rtol=2e-6, atol=1e-6)

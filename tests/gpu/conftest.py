@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from gpu_receipt import GPU_TESTS, RECEIPT, Recorder
 
-from fi_cupy.device import num_devices
+from fi_cupy import prefill_kernel
+from fi_cupy.device import device_info, num_devices
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,3 +22,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if here in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason="no GPU: these tests run where CuPy finds one"))
+
+
+@pytest.fixture(params=["portable", "hopper"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Each prefill kernel in turn, as far as the Hopper kernel goes: short requests, too, take it then."""
+    if request.param == "portable":
+        monkeypatch.setattr(prefill_kernel, "refusal", lambda problem, device: "the portable kernel is under test")
+    elif device_info(0).arch != "90a":
+        pytest.skip("no Hopper GPU")
+    else:
+        monkeypatch.setattr(prefill_kernel, "too_little", lambda *given: "")
+        # test_prefill_hopper.py runs both heights of tiles, which have the same bits.
+        monkeypatch.setattr(prefill_kernel, "wants_short_tiles", lambda *given: False)
+    prefill_kernel.geometry.cache_clear()
+    yield request.param
+    prefill_kernel.geometry.cache_clear()

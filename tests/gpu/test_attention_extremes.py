@@ -63,6 +63,35 @@ def test_ten_thousand_paged_requests(rng):
     check(*run(wrapper, q, cache), *want)
 
 
+# --- NaN in a key -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"logits_soft_cap": 30.0}, {"logits_soft_cap": 30.0, "window_left": 9}])
+@pytest.mark.parametrize("key", [3, 13, 22, 30])  # the columns of a soft cap take two ways to a reciprocal
+def test_a_key_of_nan_reaches_the_rows_that_see_it_and_no_others(rng, options, key):
+    q, k, v = (normal(rng, (70, heads, 64), DTYPE) for heads in (4, 2, 2))
+    k[key] = np.nan
+    out, lse = prefill.single_prefill_with_kv_cache(
+        *(on_gpu(x) for x in (q, k, v)), causal=True, return_lse=True, **options
+    )
+    rows = np.arange(70)
+    sees = (rows >= key) & (rows - key <= options.get("window_left", 70))
+    for made in (to_float64(out).reshape(70, -1), to_float64(lse)):
+        assert (np.isnan(made) == sees[:, None]).all()
+
+
+@pytest.mark.parametrize("window_left", [-1, 40])
+def test_a_key_of_nan_reaches_decoding_that_sees_it(rng, window_left):
+    q, k, v = (normal(rng, shape, DTYPE) for shape in ((4, 64), (700, 2, 64), (700, 2, 64)))
+    k[600, 1] = np.nan  # of the second kv head
+    made = decode.single_decode_with_kv_cache(
+        *(on_gpu(x) for x in (q, k, v)), window_left=window_left, return_lse=True
+    )  # fmt: skip
+    sees = np.array([False, False, True, True]) & (window_left < 0)
+    for x in made:
+        assert (np.isnan(to_float64(x)).reshape(4, -1) == sees[:, None]).all()
+
+
 # --- more than 2^31 elements ------------------------------------------------------------------------------------------
 
 PAGE, KV_HEADS, DIM = 16, 8, 128

@@ -11,6 +11,7 @@ from fi_cupy.reference.attention import attention
 from fi_cupy.testing.generators import normal, on_gpu, poisoned
 
 cupy = pytest.importorskip("cupy")
+pytestmark = pytest.mark.usefixtures("kernel")  # both prefill kernels
 
 
 def workspace(nbytes=32 << 20):

@@ -114,6 +114,94 @@ def test_fp8_cache_and_scales(rng, kv, dtype, dim, page_size):
     batch.check(*batch.run(wrapper, **scales), **scales)
 
 
+FP8 = "float8_e4m3fn"
+
+
+def planned_pair(wrapper):
+    return wrapper._planned.kernel.spec.symbol.endswith("_pair")
+
+
+@pytest.mark.parametrize("split", [{"fixed_split_size": 5}, {"disable_split_kv": True}])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "pair"),
+    [(2, 2, 1), (12, 4, 1), (30, 6, 1), (16, 2, 1), (18, 2, 1), (32, 2, 1), (34, 2, 0), (9, 3, 0), (4, 1, 0)],
+)
+def test_fp8_pairs_of_heads(rng, split, layout, heads, kv_heads, pair):
+    """Neighbouring kv heads share a CTA where they lie side by side, are even in number and fit one."""
+    batch = Batch(rng, LENS[:-1], heads, kv_heads, 64, 16, layout, kv=FP8)
+    wrapper = Wrapper(workspace(), layout)
+    batch.plan(wrapper, **split)
+    assert planned_pair(wrapper) == (pair and layout == "NHD")
+    batch.check(*batch.run(wrapper))
+
+
+@pytest.mark.parametrize(
+    ("dim", "page_size", "kv"), [(128, 16, FP8), (128, 3, FP8), (80, 1, FP8), (96, 64, "float8_e5m2")]
+)
+def test_fp8_pairs_pages_and_dims(rng, dim, page_size, kv):
+    batch = Batch(rng, LENS, 8, 4, dim, page_size, kv=kv)
+    for split in ({"fixed_split_size": -(-200 // page_size)}, {"disable_split_kv": True}):
+        wrapper = Wrapper(workspace())
+        batch.plan(wrapper, **split)
+        assert planned_pair(wrapper)
+        out, lse = batch.run(wrapper)
+        batch.check(out, lse)
+        for pdl in (False, True):
+            again, again_lse = batch.run(wrapper, enable_pdl=pdl)
+            assert (again.view("u2") == out.view("u2")).all() and (again_lse.view("u4") == lse.view("u4")).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window_left": 15}, {"window_left": 100}, {"logits_soft_cap": 5.0}, {"pos_encoding_mode": "ALIBI"},
+        {"pos_encoding_mode": "ROPE_LLAMA"}, {"pos_encoding_mode": "ROPE_LLAMA", "window_left": 70},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("heads", [12, 36])
+def test_fp8_pairs_with_options(rng, options, heads):
+    batch = Batch(rng, LENS, heads, 4, 64, 16, kv=FP8)
+    for split in ({"fixed_split_size": 7}, {"disable_split_kv": True}):
+        wrapper = Wrapper(workspace())
+        batch.plan(wrapper, **options, **split)
+        assert planned_pair(wrapper)
+        out, lse = batch.run(wrapper)
+        if "ROPE_LLAMA" not in options.values():
+            batch.check(out, lse, **options)
+            continue
+        want, want_lse = batch.expect(**options)
+        assert_close(to_float64(out), want, "bfloat16", "product")
+        assert np.allclose(to_float64(lse), want_lse, atol=3e-3)
+
+
+def test_fp8_pairs_sinks_and_factors_a_head(rng):
+    batch = Batch(rng, LENS, 12, 4, 64, 16, kv=FP8)
+    sinks = normal(rng, (12,), "float32")
+    factors = {"q_scale": (12,), "k_scale": (4,), "v_scale": (4,)}
+    factors = {name: rng.uniform(0.5, 2.0, shape).astype(np.float32) for name, shape in factors.items()}
+    for split in ({"fixed_split_size": 7}, {"disable_split_kv": True}):
+        wrapper = Wrapper(workspace())
+        batch.plan(wrapper, **split)
+        assert planned_pair(wrapper)
+        out, lse = batch.run(wrapper, sinks=on_gpu(sinks), **{name: on_gpu(x) for name, x in factors.items()})
+        batch.check(out, lse, sinks=sinks, **factors)
+
+
+@pytest.mark.parametrize("lens", [[100] * 40, [3000] * 34, [7, 900, 1, 65, 2500] * 7])
+def test_fp8_pairs_in_large_batches(rng, lens):
+    """A batch that fills the device takes pairs by itself; a small one does not."""
+    batch = Batch(rng, lens, 32, 8, 128, 16, kv=FP8)
+    wrapper = Wrapper(workspace(32 << 20))
+    batch.plan(wrapper)
+    assert planned_pair(wrapper)
+    batch.check(*batch.run(wrapper))
+    small = Batch(rng, lens[:2], 32, 8, 128, 16, kv=FP8)
+    small.plan(wrapper)
+    assert not planned_pair(wrapper)
+    small.check(*small.run(wrapper))
+
+
 @pytest.mark.parametrize(
     ("lens", "heads", "kv_heads"),
     [([20000], 8, 2), ([4097, 1, 8000], 32, 8), ([100] * 200, 8, 4), ([3000] * 40, 32, 8)],
@@ -204,9 +292,10 @@ def test_trap_27_strided_views(rng):
         wrapper.run(q[:, 1::2], (wide[:, 0, :, 1:5:2, 4:68], view[:, 1]))
 
 
-def test_batch_invariance(rng):
+@pytest.mark.parametrize("kv", ["", FP8])
+def test_batch_invariance(rng, kv):
     lens = [700, 3, 2000, 64]
-    batch = Batch(rng, lens, 8, 2, 64, 16)
+    batch = Batch(rng, lens, 8, 2, 64, 16, kv=kv)
     for options in ({"fixed_split_size": 8}, {"disable_split_kv": True}):
         wrapper = Wrapper(workspace())
         batch.plan(wrapper, **options)
@@ -222,6 +311,7 @@ def test_batch_invariance(rng):
                 last[b : b + 1],
                 *batch.args,
                 q_data_type="bfloat16",
+                kv_data_type=batch.kv_dtype,
                 **options,
             )
             alone, alone_lse = one.run(batch.gpu_q[b : b + 1], batch.gpu_cache, return_lse=True)
@@ -246,22 +336,23 @@ def test_replanning_does_not_disturb_queued_runs(rng):
         batch.check(out, lse)
 
 
-@pytest.mark.parametrize("on_device", [False, True])
-def test_trap_28_graph_follows_later_plans(rng, on_device):
+@pytest.mark.parametrize(("on_device", "kv"), [(False, "bfloat16"), (True, "bfloat16"), (False, FP8)])
+def test_trap_28_graph_follows_later_plans(rng, on_device, kv):
     size, pages = 4, 200
     buffers = [cupy.zeros(n, cupy.int32) for n in (size + 1, pages, size)]
     wrapper = decode.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(workspace(), *buffers)
     cases = [[1, 1, 1, 1], [500, 3, 0, 1200], [16, 17, 700, 900], [0, 0, 0, 2500], [800, 800, 800, 790]]
-    q, cache = poisoned((size, 8, 64), "bfloat16"), poisoned((pages + 3, 2, 16, 2, 64), "bfloat16")
+    q, cache = poisoned((size, 8, 64), "bfloat16"), poisoned((pages + 3, 2, 16, 2, 64), kv)
+    split = {} if kv == "bfloat16" else {"fixed_split_size": 8}  # fp8: two kv heads a CTA
     out, lse = poisoned(q.shape, "bfloat16"), poisoned((size, 8), "float32")
     stream = cupy.cuda.Stream(non_blocking=True)
     graph = None
     with stream:
         for lens in cases:
-            batch = Batch(rng, lens, 8, 2, 64, 16)
+            batch = Batch(rng, lens, 8, 2, 64, 16, kv=kv)
             q.view("u2")[...] = batch.gpu_q.view("u2")
-            cache.view("u2")[: len(batch.cache)] = batch.gpu_cache.view("u2")
-            batch.plan(wrapper, on_device)
+            cache.view("u1")[: len(batch.cache)] = batch.gpu_cache.view("u1")
+            batch.plan(wrapper, on_device, **split)
             if graph is None:
                 wrapper.run(q, cache, out=out, lse=lse)
                 stream.begin_capture()
@@ -275,9 +366,9 @@ def test_trap_28_graph_follows_later_plans(rng, on_device):
                 batch.check(out, lse)
             for buffer, given in zip(buffers, batch.table, strict=True):
                 assert (buffer.get()[: len(given)] == given).all()
-        other = Batch(rng, cases[1], 4, 2, 64, 16)
+        other = Batch(rng, cases[1], 4, 2, 64, 16, kv=kv)
         with pytest.raises(errors.PlanError, match="make another wrapper"):
-            other.plan(wrapper, on_device)
+            other.plan(wrapper, on_device, **split)
 
 
 @pytest.mark.parametrize("target", ["compute_75", "compute_80"])

@@ -17,6 +17,9 @@ LENS = [(300, 300), (70, 333), (5, 3), (3, 0), (0, 40), (1, 129), (1, 1), (64, 6
 SHORT = [(37, 70), (5, 3), (3, 0), (0, 9), (20, 130)]
 
 
+pytestmark = pytest.mark.usefixtures("kernel")
+
+
 def workspace(nbytes=32 << 20):
     return cupy.full((nbytes,), 0xFF, cupy.uint8)
 

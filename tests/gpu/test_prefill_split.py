@@ -11,6 +11,7 @@ from fi_cupy.reference.attention import attention
 from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
 
 cupy = pytest.importorskip("cupy")
+pytestmark = pytest.mark.usefixtures("kernel")  # both prefill kernels
 Paged = prefill.BatchPrefillWithPagedKVCacheWrapper
 PAGE = 16
 

@@ -13,6 +13,7 @@ from fi_cupy.reference.sparse import block_sparse_attention, variable_block_spar
 from fi_cupy.testing.generators import normal, on_gpu, poisoned
 
 cupy = pytest.importorskip("cupy")
+pytestmark = pytest.mark.usefixtures("kernel")  # both prefill kernels
 
 
 def workspace(nbytes=32 << 20):

@@ -23,6 +23,7 @@ from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
+pytestmark = pytest.mark.usefixtures("kernel")  # both prefill kernels
 define = fi_cupy.jit.define_variant
 HEADS, KV_HEADS = 8, 2
 
