@@ -74,10 +74,10 @@ def spec_of(kind: str, source: str, name: str, dtype: DType, vocab: int, shape: 
 
 def chosen_specs(device: DeviceInfo) -> Iterator[KernelSpec]:
     """The kernels that the GPU tests and the bench need on a device."""
-    vocabs = (1000, 5003, 20000, 32000, 40000, 128256)
-    sizes = [*product(vocabs, (1, 5, 10, 33, 64, 67, 133)), (262144, 2), (524288, 2)]
+    tested = [*product((130, 1025, 5003, 32000, 128256), (5,)), (40000, 10), (262144, 2), (524288, 2)]
+    benched = [*product((32000, 128256), (1, 64, 512)), (1000, 700), (3000, 256)]
     for dtype in (float32, bfloat16, float16):
-        for vocab, rows in sizes:
+        for vocab, rows in [*tested, *(benched if dtype is float32 else benched[3:6] if dtype is bfloat16 else [])]:
 
             def shape(kind: str, vocab: int = vocab, rows: int = rows) -> LaunchShape:
                 return sampling_kernels.launch_shape(kind, rows, vocab, device)

@@ -137,7 +137,7 @@ def row_shared(room: int, selects: bool, shape: LaunchShape, top_k: bool = False
     """(kList, bytes): four CTAs of 256 threads share a multiprocessor of sm_90, and the portable kernels have the 64 KB
     of sm_75. Top-k lists more, since what it returns is sorted there.
     """
-    listed = 2048 if selects else 0
+    listed = 0 if not selects else 2816 if room == 256 else 2048
     if top_k and (room == 256 or shape.cluster > 1):
         listed = 4096 if shape.cluster > 1 else 3072
     return listed, _shared_bytes(room, selects, listed)

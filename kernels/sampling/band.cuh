@@ -1,4 +1,4 @@
-// Top-p alone, while the row is read once. A sample of the row (32 or 64 elements of every 1024) tells between which two values
+// Top-p alone, while the row is read once. A sample of the row (64 elements of every 1024) tells between which two values
 // the threshold should lie. The pass over the row then adds up the mass above that band and lists what lies in it; the
 // threshold is found in the list, exactly. If it lies elsewhere, or the list overflows, the radix search over the whole
 // row decides instead: the result never depends on the estimate.
@@ -11,16 +11,14 @@ struct Band {
   float low, high;  // low <= x < high
 };
 
-constexpr int kOctaves = 42, kPerOctave = 16;        // histogram of the sample: 2^-40 ... 2^2
+constexpr int kSampled = 64;                         // elements of a segment; the CTAs of a cluster all take them all
+constexpr float kSampleWeight = float(kSegment) / kSampled;
+constexpr int kOctaves = 32, kPerOctave = 32;        // histogram of the sample: 2^-30 ... 2^2
 constexpr int kEstimateBins = 1024;
-constexpr int kFirstBin = (127 - 40) * kPerOctave;
-
-// Elements of a segment in the sample. The CTAs of a cluster all take the whole sample: in large ones, a smaller one.
-template <class Shape>
-constexpr int kSampled = Shape::kCluster > 2 ? 32 : 64;
+constexpr int kFirstBin = (127 - 30) * kPerOctave;
 
 // Add the sample's elements (relative probabilities) to the histogram of counts.
-template <class Domain, int kThreads, int kSampled, class Row>
+template <class Domain, int kThreads, class Row>
 FI_DEVICE void sample_row(const Row& row, typename Domain::Ref ref, uint32_t* bins) {
   constexpr int kLanes = kSampled / Row::kPer, kGroups = 32 / kLanes, kStep = kThreads / kLanes;
   constexpr int kFlight = 16 / Row::kPer;  // loads of a thread that are on their way together
@@ -42,7 +40,7 @@ FI_DEVICE void sample_row(const Row& row, typename Domain::Ref ref, uint32_t* bi
       if (first + f * kStep + lane_id() / kLanes >= whole) break;
 #pragma unroll
       for (int j = 0; j < Row::kPer; ++j) {
-        const int bin = (__float_as_int(Domain::relative(v[f][j], ref)) >> 19) - kFirstBin;  // 4 bits of mantissa
+        const int bin = (__float_as_int(Domain::relative(v[f][j], ref)) >> 18) - kFirstBin;  // 5 bits of mantissa
         atomicAdd(&bins[max_of(0, min_of(bin, kOctaves * kPerOctave - 1))], 1u);
       }
     }
@@ -55,16 +53,15 @@ template <class Domain, class Shape, class Row, class Shared>
 FI_DEVICE Band estimate(const Row& row, typename Domain::Ref ref, float rejected, Shared& shared) {
   if (row.vocab <= Shared::kList) return {-3.402823466e38f, FI_INF};  // the list holds everything but -inf
   constexpr int kThreads = Shape::kThreads, kOwn = kEstimateBins / kThreads;
-  constexpr float kSampleWeight = float(kSegment) / kSampled<Shape>;
   uint32_t* const bins = shared.bins;
   float2* const warp_part = reinterpret_cast<float2*>(bins + kEstimateBins);
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) bins[threadIdx.x + i * kThreads] = 0;
   __syncthreads();  // bins are clear
-  sample_row<Domain, kThreads, kSampled<Shape>>(row, ref, bins);
+  sample_row<Domain, kThreads>(row, ref, bins);
   __syncthreads();  // bins are complete
   // Sums and sums of squares of everything lighter than each bin: thread t owns kOwn bins.
-  auto edge = [](int bin) { return __int_as_float(min_of(bin, kOctaves * kPerOctave) + kFirstBin << 19); };
+  auto edge = [](int bin) { return __int_as_float(min_of(bin, kOctaves * kPerOctave) + kFirstBin << 18); };
   float sum = 0.f, squares = 0.f;
   auto add = [&](int bin) {
     const float centre = edge(bin) * (1.f + 0.5f / kPerOctave), mass = float(bins[bin]) * centre;
@@ -97,10 +94,10 @@ FI_DEVICE Band estimate(const Row& row, typename Domain::Ref ref, float rejected
     const int bin = threadIdx.x * kOwn + i;
     const float mass = kSampleWeight * sum, deviation = kSampleWeight * squares * math::rsqrt(fmaxf(squares, 1e-37f));
     // What is lighter surely has less than `rejected`: also if three tokens this heavy were missed in the sample.
-    const float least = 1.005f * mass + 3.f * kSampleWeight * edge(bin) - rejected, most = 0.995f * mass - rejected;
+    const float least = 1.003f * mass + 3.f * kSampleWeight * edge(bin) - rejected, most = 0.997f * mass - rejected;
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
-      const float spread = (w == 0 ? 4.f : 2.5f) * deviation;
+      const float spread = (w == 0 ? 3.5f : 3.f) * deviation;
       if (least + spread <= 0.f) low[w] = bin;
       if (most - spread >= 0.f) high[w] = min_of(high[w], uint32_t(bin));
     }
