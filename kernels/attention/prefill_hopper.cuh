@@ -288,10 +288,30 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
 #pragma unroll
       for (int j = 0; j < 4; ++j) p[step][j] = ptx::pack2<T>(s[8 * step + 2 * j], s[8 * step + 2 * j + 1]);
   };
+  // Zeros for the keys of a tile that the built-in masks hide.
+  auto clear_unseen = [&](float(&s)[Shape::kSRegs], int start) {
+    const int thread = thread_again(), column = start + 2 * (thread & 3);
+    const int warp_row = item.q_tile * kTileQ + (thread >> 5) * 16;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int own = params.group.quotient(warp_row + h * 8 + ((thread & 31) >> 2)) + item.kv_len - item.qo_len;
+      const int last_seen = (params.causal ? min(own, item.kv_end - 1) : item.kv_end - 1) - column;
+      const int first_seen = own - params.window_left - column;
+#pragma unroll
+      for (int n = 0; n < Shape::kSRegs; n += 4)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          if (2 * n + j > last_seen || 2 * n + j < first_seen) s[n + 2 * h + j] = 0.f;
+    }
+  };
   // Scale, bias, cap and masks of the tile that starts at key `start`.
   auto transform = [&](float(&s)[Shape::kSRegs], int start, auto masked) {
     constexpr bool kMasked = decltype(masked)::value || Logits::kHasMask;
-    if constexpr (Transform::kByTile) Transform::apply(rows, s, start);
+    if constexpr (Transform::kByTile) {
+      // Elements share a reciprocal there: what a row does not see (NaN behind a request, say) must not reach what it sees.
+      if constexpr (decltype(masked)::value) clear_unseen(s, start);
+      Transform::apply(rows, s, start);
+    }
     if constexpr (Transform::kByElement || kMasked) {
       const int thread = thread_again(), column = start + 2 * (thread & 3);
       const int warp_row = item.q_tile * kTileQ + (thread >> 5) * 16;
