@@ -167,7 +167,9 @@ def test_fast_division(divisor):
 
 def test_kernel_structs_have_the_words_the_plan_writes():
     kernels = Path(__file__).parents[2] / "kernels" / "attention"
-    body = re.search(r"struct alignas\(16\) PrefillItem {(.*?)\n};", (kernels / "prefill_params.cuh").read_text(), re.S)[1]
+    body = re.search(
+        r"struct alignas\(16\) PrefillItem {(.*?)\n};", (kernels / "prefill_params.cuh").read_text(), re.S
+    )[1]
     fields = re.findall(r"(\w+)(?:\[(\d+)\])?\s*(?=[,;])", re.sub(r"//.*", "", body))
     assert sum(int(n or 1) for _, n in fields) == ITEM_WORDS
     assert [name for name, _ in fields][7:13] == [
