@@ -1,9 +1,9 @@
 """Draw causal prefill at 16,384 tokens over the requests' length: ours beside every peer of a bench run.
 
-    fi-cupy bench prefill --json found.json && python bench/chart_prefill.py found.json chart.png
+    fi-cupy bench --op prefill --json found.json && python bench/chart_prefill.py found.json chart.png
 
 Peers that ran in the same process (solid) are drawn as ours over the ratio of the interleaved rounds; recorded rows of
-another device are dashed. Needs matplotlib, which is no dependency of the project.
+another device are dashed. Needs matplotlib: the extra `bench`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("found", type=Path, help="what `fi-cupy bench prefill --json` wrote")
+    parser.add_argument("found", type=Path, help="what `fi-cupy bench --op prefill --json` wrote")
     parser.add_argument("chart", type=Path, help="where to write the chart (.png, .svg, .pdf)")
     given = parser.parse_args()
     draw(json.loads(given.found.read_text()), given.chart)

@@ -1,7 +1,7 @@
 """Draws sampling times over the batch size from the bench's JSON.
 
-python -m fi_cupy.testing.bench_cli --op sampling_batches --json batches.json
-python bench/chart_sampling.py batches.json sampling.svg
+fi-cupy bench --op sampling_batches --json batches.json
+python bench/chart_sampling.py batches.json sampling.svg    # matplotlib: the extra `bench`
 """
 
 from __future__ import annotations
