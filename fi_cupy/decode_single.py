@@ -9,6 +9,7 @@ from typing import Any
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.choice_log import log_call, logging_choices
 from fi_cupy.decode_kernel import (
     Geometry,
     Problem,
@@ -112,6 +113,7 @@ def single_decode_with_kv_cache(
     >>> fi_cupy.decode.single_decode_with_kv_cache(q, k, k).shape
     (8, 64)
     """
+    given = dict(locals()) if logging_choices() else None
     x, kx, vx = (as_fp8(view(y, _OP, n), float8_e4m3fn) for n, y in (("q", q), ("k", k), ("v", v)))
     check_layout(_OP, kv_layout)
     check_ndim(_OP, "q", x, 2)
@@ -157,6 +159,8 @@ def single_decode_with_kv_cache(
             check_aligned(_OP, name, y, 4 if y is x else 16)
         turns = rope_turns(dim, rope_scale, rope_theta) if pos_encoding_mode == "ROPE_LLAMA" else ()
         _launch(g, x, kx, vx, o, s, kv_len, kv_layout, window, cap, scale, scales, turns, device.has_pdl)
+    if given is not None:
+        log_call(single_decode_with_kv_cache, given)
     return o.result() if s is None else (o.result(), s.result())
 
 

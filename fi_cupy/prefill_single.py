@@ -13,6 +13,7 @@ import numpy as np
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_ndim, check_shape
+from fi_cupy.choice_log import log_call, logging_choices
 from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.dtypes import FLOAT_TYPES, FP8_TYPES, float8_e4m3fn, float32, int32
 from fi_cupy.errors import ArgumentError
@@ -139,6 +140,7 @@ def single_prefill_with_kv_cache(
     >>> fi_cupy.prefill.single_prefill_with_kv_cache(q, k, k, causal=True).shape
     (5, 8, 64)
     """
+    given = dict(locals()) if logging_choices() else None
     refuse(_OP, kv_cache_sf=kv_cache_sf)
     for name, one, other in (("k", scale_k, k_scale), ("v", scale_v, v_scale)):
         if one is not None and other is not None:
@@ -159,6 +161,8 @@ def single_prefill_with_kv_cache(
             mask=0 if c.mask is None else c.mask.packed.ptr, pdl=device.has_pdl and has_driver_binding(),
             variant_values=() if c.bound is None else c.bound.kernel_values(), kv_extent=c.kv_len,
         )  # fmt: skip
+    if given is not None:
+        log_call(single_prefill_with_kv_cache, given)
     return c.result()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 from naive_attention import Pages, attend, seen
@@ -254,3 +256,30 @@ def test_the_front_door_has_every_name():
         assert hasattr(attention, name)
         if name not in ("Explanation", "KernelUse", "explain"):
             assert getattr(fi_cupy, name) is getattr(attention, name)
+
+
+def test_the_log_says_which_kernel_a_plan_or_call_took(caplog):
+    q, k = np.ones((7, 8, 64), np.float32), np.ones((7, 2, 64), np.float32)
+
+    def calls():
+        fi_cupy.single_prefill_with_kv_cache(q, k, k, causal=True)
+        fi_cupy.single_decode_with_kv_cache(q[0], k, k)
+        decode = fi_cupy.BatchDecodeWithPagedKVCacheWrapper(np.empty(1 << 20, np.uint8))
+        decode.plan([0, 2], [5, 1], [3], 8, 2, 64, 16, q_data_type="float32")
+        prefill = fi_cupy.BatchPrefillWithPagedKVCacheWrapper(np.empty(1 << 20, np.uint8))
+        prefill.plan([0, 7], [0, 2], [5, 1], [3], 8, 2, 64, 16, q_data_type="float32")
+        ragged = fi_cupy.BatchPrefillWithRaggedKVCacheWrapper(np.empty(1 << 20, np.uint8))
+        ragged.plan([0, 7], [0, 7], 8, 2, 64, q_data_type="float32")
+        both = fi_cupy.BatchAttention(device="cpu")
+        both.plan([0, 7], [0, 1], [5], [7], 8, 2, 64, 64, 16, q_data_type="float32", kv_data_type="float32")
+
+    with caplog.at_level(logging.INFO, "fi_cupy.attention"):
+        calls()
+    assert caplog.messages == []
+    with caplog.at_level(logging.DEBUG, "fi_cupy.attention"):
+        calls()
+    who = [
+        "single_prefill_with_kv_cache", "single_decode_with_kv_cache", "BatchDecodeWithPagedKVCacheWrapper.plan",
+        "BatchPrefillWithPagedKVCacheWrapper.plan", "BatchPrefillWithRaggedKVCacheWrapper.plan", "BatchAttention.plan",
+    ]  # fmt: skip
+    assert caplog.messages == [f"{name}: NumPy reference (arrays in host memory)" for name in who]

@@ -1,0 +1,32 @@
+"""Which kernel a plan or call took, and why, in the log: logger "fi_cupy.attention", level DEBUG.
+
+What is said is `fi_cupy.attention.explain`'s. With the level off a plan pays for one look at it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_log = logging.getLogger("fi_cupy.attention")
+
+
+def logging_choices() -> bool:
+    """Whether anybody listens."""
+    return _log.isEnabledFor(logging.DEBUG)
+
+
+def log_plan(wrapper: Any, name: str) -> None:
+    """After a `plan`: say what its `run` will launch."""
+    if logging_choices():
+        from fi_cupy.attention import explain
+
+        _log.debug("%s.plan: %s", name, explain(wrapper))
+
+
+def log_call(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """After a call of a function with these arguments: say what it launched."""
+    from fi_cupy.attention import explain
+
+    _log.debug("%s: %s", function.__name__, explain(function, **given))
