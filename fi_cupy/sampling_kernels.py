@@ -221,6 +221,42 @@ _FILTERS = {
 }
 
 
+def row_spec(
+    symbol: str,
+    header: str,
+    function: str,
+    params: ParamsStruct,
+    *leading: tuple[str, DType | CppType | bool],
+    shape: LaunchShape,
+    room: int,
+    listed: int | None,
+    shared: int,
+    spills: str = "",
+) -> KernelSpec:
+    """The instance of a kernel over rows of `room` segments: its configuration is `leading`, then the shape's."""
+    return KernelSpec(
+        symbol=symbol,
+        header=header,
+        function=function,
+        params=params,
+        config=(
+            *leading,
+            ("kThreads", shape.threads),
+            ("kCluster", shape.cluster),
+            ("kSegments", room),
+            *(() if listed is None else (("kList", listed),)),
+            ("kSharedBytes", shared),
+        ),
+        threads=shape.threads,
+        min_blocks=shape.min_blocks,
+        smem_bytes=shared,
+        min_arch=shape.min_arch,
+        max_arch=shape.max_arch,
+        cluster=shape.cluster if shape.cluster > 1 else 0,
+        spills=spills,
+    )
+
+
 @lru_cache(maxsize=256)
 def sample_spec(
     dtype: DType, logits: bool, kind: str, room: int = 256, shape: LaunchShape = PORTABLE, scaled: bool = False
@@ -230,28 +266,19 @@ def sample_spec(
     """
     domain = "Logits" if logits else "Probs"
     listed, size = row_shared(room, kind not in ("none", "top_p"), shape)
-    return KernelSpec(
-        symbol=f"sample_{'scaled_' if scaled else ''}{domain.lower()}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
-        header="sampling.cuh",
-        function="sample",
-        params=_PARAMS,
-        config=(
-            ("T", dtype),
-            ("Domain", CppType(f"fi::sampling::{domain}")),
-            ("Filter", CppType(f"fi::sampling::{_FILTERS[kind]}")),
-            ("kScaled", scaled),
-            ("kThreads", shape.threads),
-            ("kCluster", shape.cluster),
-            ("kSegments", room),
-            ("kList", listed),
-            ("kSharedBytes", size),
-        ),
-        threads=shape.threads,
-        min_blocks=shape.min_blocks,
-        smem_bytes=size,
-        min_arch=shape.min_arch,
-        max_arch=shape.max_arch,
-        cluster=shape.cluster if shape.cluster > 1 else 0,
+    return row_spec(
+        f"sample_{'scaled_' if scaled else ''}{domain.lower()}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
+        "sampling.cuh",
+        "sample",
+        _PARAMS,
+        ("T", dtype),
+        ("Domain", CppType(f"fi::sampling::{domain}")),
+        ("Filter", CppType(f"fi::sampling::{_FILTERS[kind]}")),
+        ("kScaled", scaled),
+        shape=shape,
+        room=room,
+        listed=listed,
+        shared=size,
         spills=spills(kind, shape),
     )
 
@@ -262,27 +289,18 @@ def filter_spec(
 ) -> KernelSpec:
     """Rows after the filter `kind`: probabilities renormalised, or logits masked."""
     listed, size = row_shared(room, True, shape)
-    return KernelSpec(
-        symbol=f"{'mask_logits' if logits else 'renorm_probs'}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
-        header="sampling.cuh",
-        function="filter_rows",
-        params=_PARAMS,
-        config=(
-            ("T", dtype),
-            ("Domain", CppType(f"fi::sampling::{'Logits' if logits else 'Probs'}")),
-            ("Filter", CppType(f"fi::sampling::{_FILTERS[kind]}")),
-            ("kThreads", shape.threads),
-            ("kCluster", shape.cluster),
-            ("kSegments", room),
-            ("kList", listed),
-            ("kSharedBytes", size),
-        ),
-        threads=shape.threads,
-        min_blocks=shape.min_blocks,
-        smem_bytes=size,
-        min_arch=shape.min_arch,
-        max_arch=shape.max_arch,
-        cluster=shape.cluster if shape.cluster > 1 else 0,
+    return row_spec(
+        f"{'mask_logits' if logits else 'renorm_probs'}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
+        "sampling.cuh",
+        "filter_rows",
+        _PARAMS,
+        ("T", dtype),
+        ("Domain", CppType(f"fi::sampling::{'Logits' if logits else 'Probs'}")),
+        ("Filter", CppType(f"fi::sampling::{_FILTERS[kind]}")),
+        shape=shape,
+        room=room,
+        listed=listed,
+        shared=size,
         spills=spills(kind, shape),
     )
 
@@ -314,25 +332,16 @@ def softmax_spec(dtype: DType, room: int = 256, shape: LaunchShape = PORTABLE) -
 @lru_cache(maxsize=16)
 def speculative_spec(dtype: DType, room: int = 256, shape: LaunchShape = NARROW) -> KernelSpec:
     """Chain speculative sampling."""
-    size = _shared_bytes(room, False, 0)
-    return KernelSpec(
-        symbol=f"chain_speculative_{dtype.tag}_s{room}_{shape.tag}",
-        header="sampling/speculative.cuh",
-        function="chain_speculative",
-        params=_SPECULATIVE_PARAMS,
-        config=(
-            ("T", dtype),
-            ("kThreads", shape.threads),
-            ("kCluster", shape.cluster),
-            ("kSegments", room),
-            ("kSharedBytes", size),
-        ),
-        threads=shape.threads,
-        min_blocks=shape.min_blocks,
-        smem_bytes=size,
-        min_arch=shape.min_arch,
-        max_arch=shape.max_arch,
-        cluster=shape.cluster if shape.cluster > 1 else 0,
+    return row_spec(
+        f"chain_speculative_{dtype.tag}_s{room}_{shape.tag}",
+        "sampling/speculative.cuh",
+        "chain_speculative",
+        _SPECULATIVE_PARAMS,
+        ("T", dtype),
+        shape=shape,
+        room=room,
+        listed=None,
+        shared=_shared_bytes(room, False, 0),
     )
 
 

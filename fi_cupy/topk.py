@@ -24,7 +24,7 @@ from fi_cupy.errors import ArgumentError
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
-from fi_cupy.sampling_kernels import NARROW, LaunchShape, launch_shape, room, row_shared, spills
+from fi_cupy.sampling_kernels import NARROW, LaunchShape, launch_shape, room, row_shared, row_spec, spills
 from fi_cupy.sampling_launch import checked_rows
 
 # kernels/topk.cuh: TopKFlags
@@ -67,25 +67,16 @@ class TopKTieBreak(IntEnum):
 def top_k_spec(dtype: DType, segments: int = 256, shape: LaunchShape = NARROW) -> KernelSpec:
     """Top-k of rows of up to 1024 * `segments` elements."""
     listed, size = row_shared(segments, True, shape, True)
-    return KernelSpec(
-        symbol=f"top_k_{dtype.tag}_s{segments}_{shape.tag}",
-        header="topk.cuh",
-        function="top_k",
-        params=_PARAMS,
-        config=(
-            ("T", dtype),
-            ("kThreads", shape.threads),
-            ("kCluster", shape.cluster),
-            ("kSegments", segments),
-            ("kList", listed),
-            ("kSharedBytes", size),
-        ),
-        threads=shape.threads,
-        min_blocks=shape.min_blocks,
-        smem_bytes=size,
-        min_arch=shape.min_arch,
-        max_arch=shape.max_arch,
-        cluster=shape.cluster if shape.cluster > 1 else 0,
+    return row_spec(
+        f"top_k_{dtype.tag}_s{segments}_{shape.tag}",
+        "topk.cuh",
+        "top_k",
+        _PARAMS,
+        ("T", dtype),
+        shape=shape,
+        room=segments,
+        listed=listed,
+        shared=size,
         spills=spills("top_k", shape),
     )
 
