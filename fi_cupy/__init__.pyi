@@ -23,6 +23,7 @@ from . import (
     sampling as sampling,
     topk as topk,
     sparse as sparse,
+    utils as utils,
     variants as variants,
 )
 from .activation import (

@@ -20,6 +20,7 @@ from fi_cupy.jit.attention.variants import attention_sink_decl
 from fi_cupy.jit.lower import Lowered, is_name
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec, UserSource
+from fi_cupy.utils import MaskMode, PosEncodingMode
 
 #: C element type -> the dtypes that an array of it may have.
 _ELEMENTS: dict[str, tuple[DType, ...]] = {
@@ -243,7 +244,7 @@ def _customize(
         raise UnsupportedError(f"{op}: backend is {backend!r}, expected 'fa2'")
     if re.search(r"\b(REGISTER_)?(QUERY_TRANSFORM|KEY_TRANSFORM)\b|\bQueryTransform\b|\bKeyTransform\b", variant_decl):
         raise UnsupportedError(f"{op}: query and key transforms are not supported; scale in the logits transform")
-    if int(getattr(pos_encoding_mode, "value", pos_encoding_mode)) != 0 or fp8_enabled:
+    if getattr(pos_encoding_mode, "value", pos_encoding_mode) != PosEncodingMode.NONE or fp8_enabled:
         raise UnsupportedError(f"{op}: pos_encoding_mode and fp8_enabled are not supported with a variant")
     if len({to_dtype(d) for d in dtypes}) != 1:
         raise UnsupportedError(f"{op}: dtype_q, dtype_kv and dtype_o differ, expected one type")
@@ -357,19 +358,30 @@ def single_prefill_with_kv_cache_with_jit_module(
         See `fi_cupy.prefill.single_prefill_with_kv_cache`.
     *args
         The additional tensors, then the scalars.
-    mask_mode : int
-        1 is causal; every other mask is the variant's own.
+    mask_mode : fi_cupy.utils.MaskMode or its number
+        CAUSAL, or NON_CAUSAL and CUSTOM: the mask is the variant's own.
 
     Returns
     -------
     out, or (out, lse)
 
+    Raises
+    ------
+    ArgumentError
+        Another `mask_mode`.
+
     Source: flashinfer.prefill.single_prefill_with_kv_cache_with_jit_module.
     """
     from fi_cupy.prefill_single import single_prefill_with_kv_cache
 
+    mode = getattr(mask_mode, "value", mask_mode)
+    if mode not in (MaskMode.NON_CAUSAL, MaskMode.CAUSAL, MaskMode.CUSTOM):
+        raise ArgumentError(
+            f"single_prefill_with_kv_cache_with_jit_module: mask_mode is {mask_mode!r}, expected 0 (NON_CAUSAL), 1 "
+            "(CAUSAL) or 2 (CUSTOM, the variant's own mask); BatchPrefillWithPagedKVCacheWrapper scores many items"
+        )
     return single_prefill_with_kv_cache(
-        q, k, v, causal=int(getattr(mask_mode, "value", mask_mode)) == 1, kv_layout=kv_layout, window_left=window_left,
+        q, k, v, causal=mode == MaskMode.CAUSAL, kv_layout=kv_layout, window_left=window_left,
         return_lse=return_lse, variant=jit_module, variant_args=(args, {}),
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from fi_cupy.customize import (
 from fi_cupy.errors import ArgumentError, CompileError, UnsupportedError
 from fi_cupy.plan.prefill import choose_tiles
 from fi_cupy.prefill_kernel import prefill_spec
+from fi_cupy.utils import MaskMode
 
 HEAD = """
   uint32_t window_left, qo_len, kv_len;
@@ -189,6 +190,16 @@ def test_a_python_variant_is_a_module_as_well():
     out = single_prefill_with_kv_cache_with_jit_module(variant, q, q, q, 2.0, mask_mode=1)
     wanted = fi_cupy.prefill.single_prefill_with_kv_cache(q, q, q, causal=True, sm_scale=2.0 / 8)
     np.testing.assert_allclose(out, wanted, rtol=1e-5)
+    named = single_prefill_with_kv_cache_with_jit_module(variant, q, q, q, 2.0, mask_mode=MaskMode.CAUSAL)
+    np.testing.assert_array_equal(named, out)
+
+
+@pytest.mark.parametrize("mode", [MaskMode.MULTIITEMSCORING, 4, -1, "causal"])
+def test_a_mask_mode_that_no_kernel_has_is_refused(mode):
+    q = np.ones((4, 2, 64), np.float32)
+    variant = fi_cupy.jit.define_variant(name="plain")
+    with pytest.raises(ArgumentError, match=r"mask_mode is .*expected 0"):
+        single_prefill_with_kv_cache_with_jit_module(variant, q, q, q, mask_mode=mode)
 
 
 @pytest.mark.parametrize("arch", ["75", "90a"])
