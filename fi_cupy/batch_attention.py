@@ -10,7 +10,7 @@ import numpy as np
 from fi_cupy import mixed, reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_shape
-from fi_cupy.choice_log import log_plan
+from fi_cupy.choice_log import log_wrapper
 from fi_cupy.decode_kernel import logit_floats
 from fi_cupy.device import device_info, require_gpu
 from fi_cupy.dtypes import float32, uint8
@@ -286,7 +286,7 @@ class BatchAttention:
             "q_data_type": q_data_type, "kv_data_type": kv_data_type,
         }  # fmt: skip
         self._made(qo_indptr).plan_batch(kv_len, table, options)
-        log_plan(self, _OP)
+        log_wrapper(self, f"{_OP}.plan")
 
     begin_forward = plan
 

@@ -17,12 +17,12 @@ def logging_choices() -> bool:
     return _log.isEnabledFor(logging.DEBUG)
 
 
-def log_plan(wrapper: Any, name: str) -> None:
-    """After a `plan`: say what its `run` will launch."""
+def log_wrapper(wrapper: Any, method: str) -> None:
+    """After a method that decides: say what the wrapper launches. `method`: its full name."""
     if logging_choices():
         from fi_cupy.attention import explain
 
-        _log.debug("%s.plan: %s", name, explain(wrapper))
+        _log.debug("%s: %s", method, explain(wrapper))
 
 
 def log_call(function: Callable[..., Any], given: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_shape
-from fi_cupy.choice_log import log_plan
+from fi_cupy.choice_log import log_wrapper
 from fi_cupy.customize import single_decode_with_kv_cache_with_jit_module
 from fi_cupy.decode_fallback import prefill_plan, prefill_wrapper
 from fi_cupy.decode_kernel import (
@@ -294,7 +294,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
 
                 runtime.streamSynchronize(self._workspace.stream())
         self._planned, self._by_prefill, self._why_prefill = p, by_prefill, why
-        log_plan(self, _OP)
+        log_wrapper(self, f"{_OP}.plan")
 
     begin_forward = plan
 

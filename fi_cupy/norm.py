@@ -120,7 +120,6 @@ def _row_strides(x: View) -> tuple[int, int]:
 
 
 def _launch(
-    op: str,
     x: View,
     weight: View,
     out: View,
@@ -178,7 +177,7 @@ def _rms(op: str, input: Any, weight: Any, eps: float, out: Any, enable_pdl: boo
     if x.is_cpu:
         o.write(reference.norm.rmsnorm(x.numpy(), w.numpy(), eps, weight_bias=weight_bias))
     else:
-        _launch(op, x, w, o, eps, enable_pdl, weight_bias=weight_bias)
+        _launch(x, w, o, eps, enable_pdl, weight_bias=weight_bias)
     return o.result() if out is None else out
 
 
@@ -266,7 +265,7 @@ def _fused(
         x.write(normed)
         r.write(total)
     else:
-        _launch(op, x, w, x, eps, enable_pdl, residual=r, weight_bias=weight_bias)
+        _launch(x, w, x, eps, enable_pdl, residual=r, weight_bias=weight_bias)
 
 
 def fused_add_rmsnorm(
@@ -356,7 +355,7 @@ def layernorm(input: Any, gamma: Any, beta: Any, eps: float = 1e-6) -> Any:
     if x.is_cpu:
         o.write(reference.norm.layernorm(x.numpy(), g.numpy(), b.numpy(), eps))
     else:
-        _launch(op, x, g, o, eps, False, bias=b)
+        _launch(x, g, o, eps, False, bias=b)
     return o.result()
 
 
@@ -424,7 +423,7 @@ def rmsnorm_quant(
     if x.is_cpu:
         o.write(reference.norm.rmsnorm_quant(x.numpy(), w.numpy(), _host_scale(s), eps, out_dtype=o.dtype.np))
     else:
-        _launch(op, x, w, o, eps, enable_pdl, scale=s)
+        _launch(x, w, o, eps, enable_pdl, scale=s)
 
 
 def fused_add_rmsnorm_quant(
@@ -446,4 +445,4 @@ def fused_add_rmsnorm_quant(
         o.write(normed)
         r.write(total)
     else:
-        _launch(op, x, w, o, eps, enable_pdl, residual=r, scale=s)
+        _launch(x, w, o, eps, enable_pdl, residual=r, scale=s)

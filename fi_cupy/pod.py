@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from fi_cupy import decode, mixed, prefill_kernel, prefill_single
 from fi_cupy.checks import check_device
+from fi_cupy.choice_log import log_wrapper
 from fi_cupy.decode_plan import Planned
 from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.errors import PlanError, UnsupportedError
@@ -256,6 +257,7 @@ class PODWithPagedKVCacheWrapper:
             self._launch_prompt(
                 prompt, f"the decode part takes the prefill kernel ({self._decode._why_prefill})", enable_pdl
             )
+            log_wrapper(self, op)
             return prompt.result(), self._decode.run(
                 q_d, paged_kv_cache_d, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out_d, lse=lse_d,
                 return_lse=return_lse_d, enable_pdl=enable_pdl, sinks=sinks_d,
@@ -268,6 +270,7 @@ class PODWithPagedKVCacheWrapper:
             self._decode._run_cpu(p, c)
         else:
             self._launch(p, prompt, c, enable_pdl)
+        log_wrapper(self, op)
         return prompt.result(), c.result(out_d, lse_d, return_lse_d)
 
     forward = run

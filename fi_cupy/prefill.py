@@ -13,7 +13,7 @@ import numpy as np
 
 from fi_cupy import reference
 from fi_cupy.arrays import View
-from fi_cupy.choice_log import log_plan
+from fi_cupy.choice_log import log_wrapper
 from fi_cupy.customize import single_prefill_with_kv_cache_with_jit_module
 from fi_cupy.dtypes import float32, int32, uint8
 from fi_cupy.errors import ArgumentError, PlanError
@@ -238,11 +238,11 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
                 self._check_graph(p)
                 self._fill_graph_buffers(p, 0)
             self._planned = p
-            log_plan(self, self._op)
+            log_wrapper(self, f"{self._op}.plan")
             return
         own = not self._graph and p.host_indices is not None
         self._finish(p, p.indptr[:-1], p.host_indices if own else None, non_blocking)
-        log_plan(self, self._op)
+        log_wrapper(self, f"{self._op}.plan")
 
     begin_forward = plan
 

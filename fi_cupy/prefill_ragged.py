@@ -9,7 +9,7 @@ from typing import Any
 from fi_cupy import reference
 from fi_cupy.arrays import view
 from fi_cupy.checks import check_device
-from fi_cupy.choice_log import log_plan
+from fi_cupy.choice_log import log_wrapper
 from fi_cupy.dtypes import int32, uint8
 from fi_cupy.errors import ArgumentError, PlanError
 from fi_cupy.kv_cache import as_fp8, check_layout
@@ -156,10 +156,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
                 self._check_graph(p)
                 self._fill_graph_buffers(p, 0)
             self._planned = p
-            log_plan(self, self._op)
+            log_wrapper(self, f"{self._op}.plan")
             return
         self._finish(p, p.kv_indptr[:-1], None, non_blocking)
-        log_plan(self, self._op)
+        log_wrapper(self, f"{self._op}.plan")
 
     begin_forward = plan
 

@@ -272,6 +272,9 @@ def test_the_log_says_which_kernel_a_plan_or_call_took(caplog):
         ragged.plan([0, 7], [0, 7], 8, 2, 64, q_data_type="float32")
         both = fi_cupy.BatchAttention(device="cpu")
         both.plan([0, 7], [0, 1], [5], [7], 8, 2, 64, 64, 16, q_data_type="float32", kv_data_type="float32")
+        pod = fi_cupy.PODWithPagedKVCacheWrapper(np.empty(1 << 20, np.uint8))
+        pod.plan([0, 2], [5, 1], [3], 8, 2, 64, 16, q_data_type="float32")
+        pod.run(q, k, k, q[:1], np.ones((6, 2, 16, 2, 64), np.float32))
 
     with caplog.at_level(logging.INFO, "fi_cupy.attention"):
         calls()
@@ -282,4 +285,8 @@ def test_the_log_says_which_kernel_a_plan_or_call_took(caplog):
         "single_prefill_with_kv_cache", "single_decode_with_kv_cache", "BatchDecodeWithPagedKVCacheWrapper.plan",
         "BatchPrefillWithPagedKVCacheWrapper.plan", "BatchPrefillWithRaggedKVCacheWrapper.plan", "BatchAttention.plan",
     ]  # fmt: skip
-    assert caplog.messages == [f"{name}: NumPy reference (arrays in host memory)" for name in who]
+    on_cpu = "NumPy reference (arrays in host memory)"
+    *before, planned, run = caplog.messages
+    assert before == [f"{name}: {on_cpu}" for name in who]
+    assert planned == f"BatchDecodeWithPagedKVCacheWrapper.plan: {on_cpu}"
+    assert run.startswith("PODWithPagedKVCacheWrapper.run: decode part")
