@@ -28,7 +28,7 @@ PARAMS = ParamsStruct(
         *((x, "i64") for x in ("out_stride", "out_batch", "residual_stride", "residual_batch", "bias_batch")),
         *((f"a_scale_{x}", "i64") for x in ("batch", "row", "k")),
         *((f"b_scale_{x}", "i64") for x in ("batch", "column", "k")),
-        *((x, "u32") for x in ("m", "n", "k", "batch", "a_step", "b_step", "a_rows", "first_half", "second_half")),
+        *((x, "u32") for x in ("m", "n", "k", "batch", "a_step", "b_step", "first_half", "second_half")),
         *((x, "u32") for x in ("wide_indptr", "wide_indices", "raster")),
     ],
 )
@@ -101,7 +101,7 @@ def hopper_spec(
         params=PARAMS,
         config=(
             ("TA", a), ("TB", b), ("Out", out), ("Bias", kind),
-            ("kBlockM", tile.block_m), ("kBlockN", tile.block_n), ("kStages", tile.stages),
+            ("kBlockM", tile.block_m), ("kBlockN", tile.block_n), ("kRowsA", tile.block_m), ("kStages", tile.stages),
             ("kWarpsM", tile.warps_m), ("kWarpsN", tile.warps_n), ("kPromote", promote),
             ("kScale", CppValue(f"fi::HopperScale::{scale}")),
             ("kRowMajorB", row_major_b), ("kGrouped", grouped), ("kGated", gated), ("kBulkStore", bulk),
@@ -147,12 +147,14 @@ def _cost(tile: HopperTile, tiles: int, blocks: int, sms: int) -> float:
 
 @lru_cache(maxsize=4096)
 def hopper_tile(
-    m: int, n: int, k_bytes: int, sms: int, *, batch: int = 1, gated: bool = False, promoted: bool = False
-) -> HopperTile:
+    m: int, n: int, k_bytes: int, sms: int, *, batch: int = 1, gated: bool = False, row_major_b: bool = False,
+    promoted: bool = False,
+) -> HopperTile:  # fmt: skip
     """The tile that finishes first: the busiest multiprocessor decides. `m` of a group is that of an average segment."""
     choices = (PROMOTED, PROMOTED_SMALL) if promoted else (LARGE, MIDDLE, WIDE, SMALL, TINY)
-    if gated:
-        choices = tuple(t for t in choices if t.block_n // t.warps_n >= 64)
+    # A warpgroup's columns: quads of n8 tiles of out, and whole panels of 64 of an n-contiguous b.
+    least = 32 * (1 + gated) * (1 + row_major_b)
+    choices = tuple(t for t in choices if t.block_n // t.warps_n >= least)
     blocks = _up(k_bytes, 128)
 
     def cost(tile: HopperTile) -> float:
@@ -189,27 +191,27 @@ def _batch_stride(x: View | None) -> int:
     return x.strides[0] if x is not None and len(x.shape) == 3 else 0
 
 
-def _launch(
-    spec: KernelSpec, tile: HopperTile, out: View, a: View, w: View, *, m: int, n: int, k: int, batch: int,
-    bias: View | None, residual: View | None, a_scale: tuple[int, int, int, int], b_scale: tuple[int, int, int, int],
-    indptr: View | None, weight_indices: View | None, row_major_b: bool, gated: bool, gate_second: bool, pdl: bool,
-    max_tiles: int,
+Scale = tuple[int, int, int, int]  # address, and elements between batches, rows (columns), blocks of k
+_NO_SCALE = (0, 0, 0, 0)
+
+
+def launch(
+    spec: KernelSpec, grid: int | tuple[int, int, int], rows: int, columns: int, out: View, a: View, w: View, *,
+    batch: int, bias: View | None = None, residual: View | None = None, a_scale: Scale = _NO_SCALE,
+    b_scale: Scale = _NO_SCALE, indptr: View | None = None, weight_indices: View | None = None,
+    row_major_b: bool = False, gated: bool = False, gate_second: bool = False, pdl: bool = False,
 ) -> None:  # fmt: skip
-    kernel = load_kernel(spec, a.device)
-    device = device_info(a.device)
+    """Launch `spec`: boxes of a have `rows` rows, those of a k-contiguous w `columns` columns."""
+    m, n, k = out.shape[-2], out.shape[-1], a.shape[-1]
     size = a.dtype.itemsize
-    rows = tile.block_m
-    if row_major_b:
-        b_map = _matrix_map(w, 64, 64)
-    else:
-        b_map = _matrix_map(w, 128 // size, tile.block_n // (2 * tile.warps_n if gated else 1))
+    b_map = _matrix_map(w, 64, 64) if row_major_b else _matrix_map(w, 128 // size, columns)
     # Only the bulk store uses out's map; any valid one will do for the others.
     a_map = _matrix_map(a, 128 // size, rows)
     out_map = _matrix_map(out, 64, 64) if out.dtype.itemsize == 2 else a_map
     half = n if gated else 0
     grouped = indptr is not None
-    kernel.launch(
-        min(device.num_sms, max_tiles), a.stream(),
+    load_kernel(spec, a.device).launch(
+        grid, a.stream(),
         a_map, b_map, out_map,
         out.ptr, 0 if bias is None else bias.ptr, 0 if residual is None else residual.ptr, a_scale[0], b_scale[0],
         0 if indptr is None else indptr.ptr, 0 if weight_indices is None else weight_indices.ptr,
@@ -217,7 +219,7 @@ def _launch(
         0 if residual is None else residual.strides[-2], _batch_stride(residual),
         bias.strides[0] if bias is not None and len(bias.shape) == 2 else 0,
         *a_scale[1:], *b_scale[1:],
-        m, n, k * size, batch, int(_batch_stride(a) != 0), int(_batch_stride(w) != 0), rows,
+        m, n, k * size, batch, int(_batch_stride(a) != 0), int(_batch_stride(w) != 0),
         half if gate_second else 0, 0 if gate_second else half,
         int(indptr is not None and indptr.dtype is int64),
         int(weight_indices is not None and weight_indices.dtype is int64),
@@ -227,17 +229,22 @@ def _launch(
 
 #: Tile rows that are handed out together: 132 CTAs then work on 16 tile rows and 8 tile columns.
 RASTER = 16
-_NO_SCALE = (0, 0, 0, 0)
 
 
-def _dense_tile(out: View, a: View, *, gated: bool, promoted: bool = False) -> tuple[HopperTile, int, int]:
-    """(tile, batch, number of tiles) of a dense product."""
+def _dense(
+    out: View, a: View, tile: HopperTile | None, *, gated: bool = False, **options: bool
+) -> tuple[HopperTile, int, int]:
+    """(tile, batch, grid) of a dense product; options as of `hopper_tile`."""
     batch = a.shape[0] if len(a.shape) == 3 else 1
     m, n = out.shape[-2:]
-    k_bytes = a.shape[-1] * a.dtype.itemsize
     sms = device_info(a.device).num_sms
-    tile = hopper_tile(m, n, k_bytes, sms, batch=batch, gated=gated, promoted=promoted)
-    return tile, batch, batch * _up(m, tile.block_m) * _up(n, tile.block_n // (2 if gated else 1))
+    if tile is None:
+        tile = hopper_tile(m, n, a.shape[-1] * a.dtype.itemsize, sms, batch=batch, gated=gated, **options)
+    return tile, batch, min(sms, batch * _up(m, tile.block_m) * _up(n, tile.block_n // (2 if gated else 1)))
+
+
+def _box_columns(tile: HopperTile, gated: bool) -> int:
+    return tile.block_n // (2 * tile.warps_n if gated else 1)
 
 
 def launch_hopper_mm(
@@ -257,27 +264,19 @@ def launch_hopper_mm(
     tile : HopperTile, optional
         By default `hopper_tile`'s.
     """
-    chosen, batch, _ = _dense_tile(out, a, gated=gated)
-    tile = tile or chosen
-    m, n = out.shape[-2:]
-    if m == 0 or batch == 0:
+    if out.size == 0:
         return
+    tile, batch, grid = _dense(out, a, tile, gated=gated, row_major_b=row_major_b)
     spec = hopper_spec(tile, a.dtype, w.dtype, out.dtype, row_major_b=row_major_b, gated=gated)
-    tiles = batch * _up(m, tile.block_m) * _up(n, tile.block_n // (2 if gated else 1))
-    _launch(
-        spec, tile, out, a, w, m=m, n=n, k=a.shape[-1], batch=batch, bias=bias, residual=residual,
-        a_scale=_NO_SCALE, b_scale=_NO_SCALE, indptr=None, weight_indices=None, row_major_b=row_major_b,
-        gated=gated, gate_second=gate_second, pdl=pdl, max_tiles=tiles,
+    launch(
+        spec, grid, tile.block_m, _box_columns(tile, gated), out, a, w, batch=batch, bias=bias, residual=residual,
+        row_major_b=row_major_b, gated=gated, gate_second=gate_second, pdl=pdl,
     )  # fmt: skip
 
 
-def grouped_tile(
-    rows: int, segments: int, n: int, k_bytes: int, sms: int, *, gated: bool = False, promoted: bool = False
-) -> HopperTile:
-    """The tile for segments of an average length: their own lengths are on the device."""
-    return hopper_tile(
-        max(1, _up(rows, max(1, segments))), n, k_bytes, sms, batch=max(1, segments), gated=gated, promoted=promoted
-    )
+def grouped_tile(rows: int, segments: int, n: int, k_bytes: int, sms: int, **options: bool) -> HopperTile:
+    """The tile for segments of an average length (their own lengths are on the device); options as of `hopper_tile`."""
+    return hopper_tile(max(1, _up(rows, segments)), n, k_bytes, sms, batch=segments, **options)
 
 
 def launch_hopper_grouped(
@@ -301,12 +300,11 @@ def launch_hopper_grouped(
     if rows == 0 or segments <= 0:
         return
     sms = device_info(a.device).num_sms
-    tile = tile or grouped_tile(rows, segments, n, a.shape[1] * a.dtype.itemsize, sms, gated=gated)
+    tile = tile or grouped_tile(rows, segments, n, a.shape[1] * a.dtype.itemsize, sms, gated=gated, row_major_b=row_major_b)
     spec = hopper_spec(tile, a.dtype, w.dtype, out.dtype, row_major_b=row_major_b, grouped=True, gated=gated)
-    _launch(
-        spec, tile, out, a, w, m=rows, n=n, k=a.shape[1], batch=segments, bias=bias, residual=None,
-        a_scale=_NO_SCALE, b_scale=_NO_SCALE, indptr=indptr, weight_indices=weight_indices, row_major_b=row_major_b,
-        gated=gated, gate_second=gate_second, pdl=pdl, max_tiles=sms,
+    launch(
+        spec, sms, tile.block_m, _box_columns(tile, gated), out, a, w, batch=segments, bias=bias, indptr=indptr,
+        weight_indices=weight_indices, row_major_b=row_major_b, gated=gated, gate_second=gate_second, pdl=pdl,
     )  # fmt: skip
 
 
@@ -332,18 +330,13 @@ def launch_hopper_fp8(
     fast_accum : bool
         Sums stay in the tensor cores, which keep about 14 bits of them, over all of k.
     """
-    chosen, batch, _ = _dense_tile(out, a, gated=False, promoted=not fast_accum)
-    tile = tile or chosen
-    m, n = out.shape[-2:]
-    if m == 0 or batch == 0:
+    if out.size == 0:
         return
-    promote = 0 if fast_accum else PROMOTE
-    spec = hopper_spec(tile, a.dtype, w.dtype, out.dtype, scale=VECTORS, promote=promote)
-    _launch(
-        spec, tile, out, a, w, m=m, n=n, k=a.shape[-1], batch=batch, bias=bias, residual=None,
-        a_scale=_vector_scale(a_scale), b_scale=_vector_scale(b_scale), indptr=None, weight_indices=None,
-        row_major_b=False, gated=False, gate_second=False, pdl=pdl,
-        max_tiles=batch * _up(m, tile.block_m) * _up(n, tile.block_n),
+    tile, batch, grid = _dense(out, a, tile, promoted=not fast_accum)
+    spec = hopper_spec(tile, a.dtype, w.dtype, out.dtype, scale=VECTORS, promote=0 if fast_accum else PROMOTE)
+    launch(
+        spec, grid, tile.block_m, tile.block_n, out, a, w, batch=batch, bias=bias, a_scale=_vector_scale(a_scale),
+        b_scale=_vector_scale(b_scale), pdl=pdl,
     )  # fmt: skip
 
 
@@ -367,17 +360,15 @@ def launch_hopper_fp8_blocks(
         return
     sms = device_info(a.device).num_sms
     tile = tile or grouped_tile(m, segments, n, a.shape[1], sms, promoted=True)
-    spec = hopper_spec(
-        tile, a.dtype, w.dtype, out.dtype, scale=BLOCKS, promote=1, grouped=indptr is not None
-    )  # fmt: skip
+    spec = hopper_spec(tile, a.dtype, w.dtype, out.dtype, scale=BLOCKS, promote=1, grouped=indptr is not None)
     k_axis = -1 if scale_major_mode == "K" else -2
     batch = b_scale.strides[0] if len(b_scale.shape) == 3 else 0
-    _launch(
-        spec, tile, out, a, w, m=m, n=n, k=a.shape[1], batch=segments, bias=None, residual=None,
+    launch(
+        spec, sms if indptr is not None else min(sms, _up(m, tile.block_m) * _up(n, tile.block_n)),
+        tile.block_m, tile.block_n, out, a, w, batch=segments,
         a_scale=(a_scale.ptr, 0, a_scale.strides[-3 - k_axis], a_scale.strides[k_axis]),
         b_scale=(b_scale.ptr, batch, b_scale.strides[-3 - k_axis], b_scale.strides[k_axis]),
-        indptr=indptr, weight_indices=weight_indices, row_major_b=False, gated=False, gate_second=False, pdl=pdl,
-        max_tiles=sms if indptr is not None else _up(m, tile.block_m) * _up(n, tile.block_n),
+        indptr=indptr, weight_indices=weight_indices, pdl=pdl,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@
 namespace fi {
 
 struct HopperGemmParams {
-  // a: (k, row, batch, 1), box (128 bytes, a_rows). b: k-contiguous (k, column, weight, 1), box (128 bytes, kBoxN);
+  // a: (k, row, batch, 1), box (128 bytes, kRowsA). b: k-contiguous (k, column, weight, 1), box (128 bytes, kBoxN);
   // n-contiguous (column, k, weight, 1), box (64, 64). out: (column, row, batch, 1), box (64, 64).
   ptx::TensorMap a_map, b_map, out_map;
   void* out;
@@ -24,7 +24,6 @@ struct HopperGemmParams {
   uint32_t m, n, k;       // n: columns of out; k: bytes of a row of a
   uint32_t batch;         // matrices; grouped: segments
   uint32_t a_step, b_step;       // 0: all matrices share a, b
-  uint32_t a_rows;               // rows of a that are loaded a tile: the rest of the tile computes nothing
   uint32_t first_half, second_half;  // gated: columns of b where the gate and the up projection start
   uint32_t wide_indptr, wide_indices;  // whether they are 64-bit
   uint32_t raster;                   // tile rows that are handed out together
@@ -38,7 +37,8 @@ enum class HopperScale {
 
 // Config: TA, TB, Out, Bias, kBlockM, kBlockN, kStages, kWarpsM, kWarpsN (consumer warpgroups along m and n; each has 64 rows),
 // kPromote (blocks of k after which the tensor cores' sums are added to others in full fp32; 0: never), kScale,
-// kRowMajorB, kGrouped, kGated, kBulkStore (16-bit Out through shared memory and the copy engine), kProducerRegs, kConsumerRegs.
+// kRowMajorB, kGrouped, kGated, kBulkStore (16-bit Out through shared memory and the copy engine), kProducerRegs, kConsumerRegs,
+// kRowsA (rows of a in shared memory; past them products read what comes next, into rows that nobody stores).
 template <class Config>
 struct HopperGemmShape {
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kStages = Config::kStages;
@@ -48,7 +48,7 @@ struct HopperGemmShape {
   static constexpr int kBlockK = 128 / sizeof(typename Config::TA);
   static constexpr int kBoxesB = Config::kRowMajorB ? kBlockN / 64 : Config::kGated ? 2 * Config::kWarpsN : 1;
   static constexpr int kBoxN = kBlockN / kBoxesB;
-  static constexpr int kABytes = kBlockM * 128, kBBytes = kBlockN * 128;
+  static constexpr int kABytes = Config::kRowsA * 128, kBBytes = kBlockN * 128;
   static constexpr bool kBlocks = Config::kScale == HopperScale::blocks;
   static constexpr int kStoreBytes = Config::kBulkStore ? kConsumers * 2 * 8192 : 0;
   static constexpr int kB = kStages * kABytes, kStore = kB + kStages * kBBytes, kShared = kStore + kStoreBytes;
@@ -158,12 +158,33 @@ struct HopperGemmWalk {
   }
 };
 
+// One thread: the block of b's columns of a tile that starts at element k, to `smem`.
+template <class Config>
+FI_DEVICE void load_b(const HopperGemmParams& params, uint32_t smem, uint32_t barrier, int k, uint32_t n_first, int weight) {
+  using Shape = HopperGemmShape<Config>;
+#pragma unroll
+  for (int i = 0; i < Shape::kBoxesB; ++i) {
+    int column = n_first + i * Shape::kBoxN;
+    if constexpr (Config::kGated) {
+      // A warpgroup's share of the tile is gate columns, then as many up columns.
+      constexpr int kHalf = Shape::kBoxesB / (2 * Config::kWarpsN);  // boxes
+      const int part = i / kHalf, in_part = i % kHalf;
+      column = (part % 2 ? params.second_half : params.first_half) + n_first + part / 2 * Shape::kWarpOutN + in_part * Shape::kBoxN;
+    }
+    const uint32_t to = smem + i * Shape::kBoxN * 128;
+    if constexpr (Config::kRowMajorB)
+      ptx::tma_load_4d(to, params.b_map, barrier, column, k, weight, 0);
+    else
+      ptx::tma_load_4d(to, params.b_map, barrier, k, column, weight, 0);
+  }
+}
+
 // One warp: a and b of all tiles of this CTA through the ring, as far ahead as stages are free.
 template <class Config>
 FI_DEVICE void produce_operands(const HopperGemmParams& params, HopperGemmShared<Config>& shared, uint32_t smem) {
   using Shape = HopperGemmShape<Config>;
   const uint32_t full = ptx::smem_address(shared.full), empty = ptx::smem_address(shared.empty);
-  const uint32_t blocks = ceil_div<uint32_t>(params.k, 128), bytes = params.a_rows * 128 + Shape::kBBytes;
+  const uint32_t blocks = ceil_div<uint32_t>(params.k, 128);
   HopperGemmWalk<Config> walk(params);
   HopperGemmTile tile;
   GemmRing<Config::kStages> ring;
@@ -174,26 +195,11 @@ FI_DEVICE void produce_operands(const HopperGemmParams& params, HopperGemmShared
     for (uint32_t block = 0; block < blocks; ++block) {
       ptx::mbarrier_wait(empty + ring.at * 8, ring.phase ^ 1);
       if (lane_id() == 0) {
-        const uint32_t barrier = full + ring.at * 8, b = smem + Shape::kB + ring.at * Shape::kBBytes;
+        const uint32_t barrier = full + ring.at * 8;
         const int k = block * Shape::kBlockK;
-        ptx::mbarrier_arrive_expect(barrier, bytes);
+        ptx::mbarrier_arrive_expect(barrier, Shape::kABytes + Shape::kBBytes);
         ptx::tma_load_4d(smem + ring.at * Shape::kABytes, params.a_map, barrier, k, tile.m_first, batch, 0);
-#pragma unroll
-        for (int i = 0; i < Shape::kBoxesB; ++i) {
-          int column = tile.n_first + i * Shape::kBoxN;
-          if constexpr (Config::kGated) {
-            // A warpgroup's share of the tile is gate columns, then as many up columns.
-            constexpr int kHalf = Shape::kBoxesB / (2 * Config::kWarpsN);  // boxes
-            const int part = i / kHalf, in_part = i % kHalf;
-            column = (part % 2 ? params.second_half : params.first_half) + tile.n_first + part / 2 * Shape::kWarpOutN +
-                     in_part * Shape::kBoxN;
-          }
-          const uint32_t to = b + i * Shape::kBoxN * 128;
-          if constexpr (Config::kRowMajorB)
-            ptx::tma_load_4d(to, params.b_map, barrier, column, k, weight, 0);
-          else
-            ptx::tma_load_4d(to, params.b_map, barrier, k, column, weight, 0);
-        }
+        load_b<Config>(params, smem + Shape::kB + ring.at * Shape::kBBytes, barrier, k, tile.n_first, weight);
       }
       ring.advance();
     }

@@ -46,13 +46,11 @@ struct HopperEpilogue {
     return sum;
   }
   FI_DEVICE static float silu(float x) { return x / (1.f + math::ptx_exp2(-math::log2e * x)); }
-  // Columns column, column + 1 of a row: d[i], d[i + 1] and, gated, those kWarpOutN columns further. Inside the matrix only.
-  FI_DEVICE float2 pair(const float (&d)[Shape::kRegs], int i, uint32_t row, uint32_t column, float scale) const {
-    float2 v = make_float2(d[i], d[i + 1]);
+  // Columns column, column + 1 of a row from their sums and, gated, those of the up projection. Inside the matrix only.
+  FI_DEVICE float2 finish(float2 v, float2 up, uint32_t row, uint32_t column, float scale) const {
     if constexpr (Config::kGated) {
-      constexpr int kUp = Shape::kWarpOutN / 2;
       const float2 gate = linear(v, params.first_half + column, scale);
-      const float2 up = linear(make_float2(d[i + kUp], d[i + 1 + kUp]), params.second_half + column, scale);
+      up = linear(up, params.second_half + column, scale);
       v = make_float2(silu(gate.x) * up.x, silu(gate.y) * up.y);
     } else {
       v = linear(v, column, scale);
@@ -62,6 +60,11 @@ struct HopperEpilogue {
       v.x += add.x, v.y += add.y;
     }
     return v;
+  }
+  // From a warpgroup's sums: d[i], d[i + 1] and, gated, those kWarpOutN columns further.
+  FI_DEVICE float2 pair(const float (&d)[Shape::kRegs], int i, uint32_t row, uint32_t column, float scale) const {
+    constexpr int kUp = Config::kGated ? Shape::kWarpOutN / 2 : 0;
+    return finish(make_float2(d[i], d[i + 1]), make_float2(d[i + kUp], d[i + 1 + kUp]), row, column, scale);
   }
 };
 
