@@ -1,16 +1,16 @@
-"""Matrix products by Hopper's own instructions (``kernels/gemm/hopper.cuh``): instances, tiles, tensor maps and launches.
+"""Matrix products by Hopper's own instructions (``kernels/gemm/hopper.cuh``): instances, tiles, tensor maps, launches.
 
-Dense, batched and grouped products of 16-bit and fp8 operands are one kernel; what differs is in its Config. The launchers
-trust their arguments: the public functions check them.
+Dense, batched and grouped products of 16-bit and fp8 operands are one kernel; what differs is in its Config. The
+launchers trust their arguments: the public functions check them.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fi_cupy.device import device_info
-from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, bfloat16, float16, float8_e4m3fn, float8_e5m2, float32, int64
+from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32, int64
 from fi_cupy.jit.driver import has_driver_binding, tensor_map
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
@@ -36,7 +36,7 @@ NONE, VECTORS, BLOCKS = "none", "vectors", "blocks"
 
 
 class HopperTile(NamedTuple):
-    """Shape of a CTA: rows and columns, consumer warpgroups along both (64 rows each), stages of 128 bytes of k in flight.
+    """Shape of a CTA: rows, columns, consumer warpgroups along both (64 rows each), stages of 128 bytes of k in flight.
 
     `bulk`: out leaves through shared memory and the copy engine.
     """
@@ -78,11 +78,10 @@ PROMOTE = 4
 
 @lru_cache(maxsize=512)
 def hopper_spec(
-    tile: HopperTile, a: DType, b: DType, out: DType, *, bias: DType | None = None, row_major_b: bool = False,
-    grouped: bool = False, gated: bool = False, scale: str = NONE, promote: int = 0,
+    tile: HopperTile, a: DType, b: DType, out: DType, *, row_major_b: bool = False, grouped: bool = False,
+    gated: bool = False, scale: str = NONE, promote: int = 0,
 ) -> KernelSpec:  # fmt: skip
-    """The kernel for one tile, types and options; `bias` is the type of a bias, by default that of `a` or (fp8) `out`."""
-    kind = bias or (out if a in FP8_TYPES else a)
+    """The kernel for one tile, types and options. A bias has the type of `a`, that of `out` for fp8."""
     bulk = tile.bulk and out.itemsize == 2 and (tile.block_n // tile.warps_n // (1 + gated)) % 64 == 0
     tile = tile._replace(bulk=bulk)
     producer, consumer = tile.registers
@@ -91,7 +90,6 @@ def hopper_spec(
         (f"p{promote}", promote > 0), ("direct", not bulk and out.itemsize == 2),
     )  # fmt: skip
     types = a.tag + (b.tag if b is not a else "") + (f"_o{out.tag}" if out is not a else "")
-    types += f"_b{kind.tag}" if bias is not None and bias is not (out if a in FP8_TYPES else a) else ""
     suffix = "".join(f"_{word}" for word, on in words if on)
     return KernelSpec(
         symbol=f"gemm_hopper_{types}_{tile.block_m}x{tile.block_n}"
@@ -100,7 +98,7 @@ def hopper_spec(
         function="gemm_hopper",
         params=PARAMS,
         config=(
-            ("TA", a), ("TB", b), ("Out", out), ("Bias", kind),
+            ("TA", a), ("TB", b), ("Out", out), ("Bias", out if a in FP8_TYPES else a),
             ("kBlockM", tile.block_m), ("kBlockN", tile.block_n), ("kRowsA", tile.block_m), ("kStages", tile.stages),
             ("kWarpsM", tile.warps_m), ("kWarpsN", tile.warps_n), ("kPromote", promote),
             ("kScale", CppValue(f"fi::HopperScale::{scale}")),
@@ -150,8 +148,8 @@ def hopper_tile(
     m: int, n: int, k_bytes: int, sms: int, *, batch: int = 1, gated: bool = False, row_major_b: bool = False,
     promoted: bool = False,
 ) -> HopperTile:  # fmt: skip
-    """The tile that finishes first: the busiest multiprocessor decides. `m` of a group is that of an average segment."""
-    choices = (PROMOTED, PROMOTED_SMALL) if promoted else (LARGE, MIDDLE, WIDE, SMALL, TINY)
+    """The tile that finishes first: the busiest multiprocessor decides."""
+    choices: tuple[HopperTile, ...] = (PROMOTED, PROMOTED_SMALL) if promoted else (LARGE, MIDDLE, WIDE, SMALL, TINY)
     # A warpgroup's columns: quads of n8 tiles of out, and whole panels of 64 of an n-contiguous b.
     least = 32 * (1 + gated) * (1 + row_major_b)
     choices = tuple(t for t in choices if t.block_n // t.warps_n >= least)
@@ -195,20 +193,27 @@ Scale = tuple[int, int, int, int]  # address, and elements between batches, rows
 _NO_SCALE = (0, 0, 0, 0)
 
 
+@lru_cache(maxsize=1024)
+def _boxes(spec: KernelSpec) -> tuple[int, int, bool, bool]:
+    """(rows of a, columns of a k-contiguous b) a box, and whether b is n-contiguous and out leaves in boxes."""
+    config = dict(spec.config)
+    columns = int(config["kBlockN"]) // (2 * int(config["kWarpsN"]) if config["kGated"] else 1)  # type: ignore[arg-type]
+    return int(config["kRowsA"]), columns, bool(config["kRowMajorB"]), bool(config["kBulkStore"])  # type: ignore[arg-type]
+
+
 def launch(
-    spec: KernelSpec, grid: int | tuple[int, int, int], rows: int, columns: int, out: View, a: View, w: View, *,
-    batch: int, bias: View | None = None, residual: View | None = None, a_scale: Scale = _NO_SCALE,
+    spec: KernelSpec, grid: int | tuple[int, int, int], out: View, a: View, w: View, *, batch: int = 1,
+    bias: View | None = None, residual: View | None = None, a_scale: Scale = _NO_SCALE,
     b_scale: Scale = _NO_SCALE, indptr: View | None = None, weight_indices: View | None = None,
-    row_major_b: bool = False, gated: bool = False, gate_second: bool = False, pdl: bool = False,
+    gate_second: bool = False, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """Launch `spec`: boxes of a have `rows` rows, those of a k-contiguous w `columns` columns."""
+    """Launch `spec`, whose options the arguments fit; `batch` is that of the matrices, or the number of segments."""
     m, n, k = out.shape[-2], out.shape[-1], a.shape[-1]
     size = a.dtype.itemsize
+    rows, columns, row_major_b, bulk = _boxes(spec)
     b_map = _matrix_map(w, 64, 64) if row_major_b else _matrix_map(w, 128 // size, columns)
-    # Only the bulk store uses out's map; any valid one will do for the others.
     a_map = _matrix_map(a, 128 // size, rows)
-    out_map = _matrix_map(out, 64, 64) if out.dtype.itemsize == 2 else a_map
-    half = n if gated else 0
+    out_map = _matrix_map(out, 64, 64) if bulk else a_map  # any valid one where it is not used
     grouped = indptr is not None
     load_kernel(spec, a.device).launch(
         grid, a.stream(),
@@ -220,7 +225,7 @@ def launch(
         bias.strides[0] if bias is not None and len(bias.shape) == 2 else 0,
         *a_scale[1:], *b_scale[1:],
         m, n, k * size, batch, int(_batch_stride(a) != 0), int(_batch_stride(w) != 0),
-        half if gate_second else 0, 0 if gate_second else half,
+        n if gate_second else 0, 0 if gate_second else n,
         int(indptr is not None and indptr.dtype is int64),
         int(weight_indices is not None and weight_indices.dtype is int64),
         RASTER, pdl=pdl,
@@ -241,10 +246,6 @@ def _dense(
     if tile is None:
         tile = hopper_tile(m, n, a.shape[-1] * a.dtype.itemsize, sms, batch=batch, gated=gated, **options)
     return tile, batch, min(sms, batch * _up(m, tile.block_m) * _up(n, tile.block_n // (2 if gated else 1)))
-
-
-def _box_columns(tile: HopperTile, gated: bool) -> int:
-    return tile.block_n // (2 * tile.warps_n if gated else 1)
 
 
 def launch_hopper_mm(
@@ -269,8 +270,7 @@ def launch_hopper_mm(
     tile, batch, grid = _dense(out, a, tile, gated=gated, row_major_b=row_major_b)
     spec = hopper_spec(tile, a.dtype, w.dtype, out.dtype, row_major_b=row_major_b, gated=gated)
     launch(
-        spec, grid, tile.block_m, _box_columns(tile, gated), out, a, w, batch=batch, bias=bias, residual=residual,
-        row_major_b=row_major_b, gated=gated, gate_second=gate_second, pdl=pdl,
+        spec, grid, out, a, w, batch=batch, bias=bias, residual=residual, gate_second=gate_second, pdl=pdl,
     )  # fmt: skip
 
 
@@ -300,16 +300,20 @@ def launch_hopper_grouped(
     if rows == 0 or segments <= 0:
         return
     sms = device_info(a.device).num_sms
-    tile = tile or grouped_tile(rows, segments, n, a.shape[1] * a.dtype.itemsize, sms, gated=gated, row_major_b=row_major_b)
+    if tile is None:
+        k_bytes = a.shape[1] * a.dtype.itemsize
+        tile = grouped_tile(rows, segments, n, k_bytes, sms, gated=gated, row_major_b=row_major_b)
     spec = hopper_spec(tile, a.dtype, w.dtype, out.dtype, row_major_b=row_major_b, grouped=True, gated=gated)
     launch(
-        spec, sms, tile.block_m, _box_columns(tile, gated), out, a, w, batch=segments, bias=bias, indptr=indptr,
-        weight_indices=weight_indices, row_major_b=row_major_b, gated=gated, gate_second=gate_second, pdl=pdl,
+        spec, sms, out, a, w, batch=segments, bias=bias, indptr=indptr, weight_indices=weight_indices,
+        gate_second=gate_second, pdl=pdl,
     )  # fmt: skip
 
 
-def _vector_scale(scale: View) -> tuple[int, int, int, int]:
-    """(address, batch, row, k): steps of 0 for a single factor."""
+def vector_scale(scale: View | None) -> Scale:
+    """A factor a row or column, or one for all, whose steps are 0."""
+    if scale is None:
+        return _NO_SCALE
     if scale.size == 1:
         return scale.ptr, 0, 0, 0
     return scale.ptr, scale.strides[0] if len(scale.shape) == 2 else 0, scale.strides[-1], 0
@@ -335,8 +339,8 @@ def launch_hopper_fp8(
     tile, batch, grid = _dense(out, a, tile, promoted=not fast_accum)
     spec = hopper_spec(tile, a.dtype, w.dtype, out.dtype, scale=VECTORS, promote=0 if fast_accum else PROMOTE)
     launch(
-        spec, grid, tile.block_m, tile.block_n, out, a, w, batch=batch, bias=bias, a_scale=_vector_scale(a_scale),
-        b_scale=_vector_scale(b_scale), pdl=pdl,
+        spec, grid, out, a, w, batch=batch, bias=bias, a_scale=vector_scale(a_scale),
+        b_scale=vector_scale(b_scale), pdl=pdl,
     )  # fmt: skip
 
 
@@ -352,7 +356,8 @@ def launch_hopper_fp8_blocks(
     a : View, [m, k], k a multiple of 128
     w : View, [n, k]; grouped [weights, n, k]
     a_scale, b_scale : View, float32
-        "K": ``[m, k / 128]`` and ``[ceil(n / 128), k / 128]``; "MN": both transposed. Grouped: b_scale has a leading axis.
+        "K": ``[m, k / 128]`` and ``[ceil(n / 128), k / 128]``; "MN": both transposed. Grouped: b_scale with a leading
+        axis of weights.
     """
     m, n = out.shape
     segments = 1 if indptr is None else indptr.shape[0] - 1
@@ -365,8 +370,7 @@ def launch_hopper_fp8_blocks(
     batch = b_scale.strides[0] if len(b_scale.shape) == 3 else 0
     launch(
         spec, sms if indptr is not None else min(sms, _up(m, tile.block_m) * _up(n, tile.block_n)),
-        tile.block_m, tile.block_n, out, a, w, batch=segments,
-        a_scale=(a_scale.ptr, 0, a_scale.strides[-3 - k_axis], a_scale.strides[k_axis]),
+        out, a, w, batch=segments, a_scale=(a_scale.ptr, 0, a_scale.strides[-3 - k_axis], a_scale.strides[k_axis]),
         b_scale=(b_scale.ptr, batch, b_scale.strides[-3 - k_axis], b_scale.strides[k_axis]),
         indptr=indptr, weight_indices=weight_indices, pdl=pdl,
     )  # fmt: skip

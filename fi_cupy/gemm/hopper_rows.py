@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import FP8_TYPES, DType, bfloat16, float8_e4m3fn
-from fi_cupy.gemm.hopper import NONE, PARAMS, VECTORS, _up, _vector_scale, launch
+from fi_cupy.gemm.hopper import NONE, PARAMS, VECTORS, _up, launch, vector_scale
 from fi_cupy.jit.spec import CppValue, KernelSpec
 
 if TYPE_CHECKING:
@@ -69,23 +69,20 @@ def rows_tile(m: int, n: int, k_bytes: int, sms: int, *, batch: int = 1, gated: 
     """
     rows = next(r for r in (8, 16, 32, 64) if m <= r or r == 64)
     calls = _up(m, rows) * batch
-    out_n = n * (2 if gated else 1)
-    blocks = _up(k_bytes, 128)
+    out_n, blocks = n * (2 if gated else 1), _up(k_bytes, 128)
     best: tuple[float, RowsTile] | None = None
     for block_n in (64, 128):
         for split in (1, 2, 4):
             if split > max(1, blocks // 4):
                 continue
-            ctas = _up(out_n, block_n) * calls * split
-            share = 1 if ctas <= sms else 2
-            budget = _ALONE if share == 1 else _SHARING
-            stages = min(budget // (128 * (rows + block_n)), max(4, _up(blocks, split)))
-            # Time goes with the busiest multiprocessor's share of the weight; a cluster costs about a microsecond, 2 % of
-            # 14336 x 4096, and a second CTA a multiprocessor halves the ring.
-            busiest = _up(ctas, sms) * block_n * _up(blocks, split) * 128
-            cost = busiest * (1.05 if share == 2 else 1.0) + (20_000 if split > 1 else 0) * split / 2
+            ctas, share = _up(out_n, block_n) * calls * split, _up(blocks, split)
+            sharing = _SHARING // (128 * (rows + block_n))
+            alone = ctas <= sms and share > sharing  # a short share of k needs no deeper ring
+            # Time goes with the busiest multiprocessor's part of the weight. A cluster costs about a microsecond, in
+            # which a multiprocessor reads 20 KB; where several CTAs come to one, the ring of each is half as deep.
+            cost = _up(ctas, sms) * block_n * share * 128 * (1 if ctas <= sms else 1.05) + (split // 2) * 20_000
             if best is None or cost < best[0]:
-                best = cost, RowsTile(rows, block_n, split, stages)
+                best = cost, RowsTile(rows, block_n, split, _ALONE // (128 * (rows + block_n)) if alone else sharing)
     assert best is not None
     return best[1]
 
@@ -103,15 +100,13 @@ def launch_hopper_rows(
     if tile is None:
         sms = device_info(a.device).num_sms
         tile = rows_tile(m, n, a.shape[-1] * a.dtype.itemsize, sms, batch=batch, gated=gated)
-    scale = NONE if a_scale is None or b_scale is None else VECTORS
-    scales = {}
-    if a_scale is not None and b_scale is not None:
-        scales = {"a_scale": _vector_scale(a_scale), "b_scale": _vector_scale(b_scale)}
+    scale = NONE if a_scale is None else VECTORS
     spec = rows_spec(tile, a.dtype, w.dtype, out.dtype, row_major_b=row_major_b, gated=gated, scale=scale)
     columns = tile.block_n // (2 if gated else 1)
     launch(
-        spec, (_up(n, columns) * tile.split, _up(m, tile.rows), batch), tile.rows, columns, out, a, w, batch=batch,
-        bias=bias, residual=residual, row_major_b=row_major_b, gated=gated, gate_second=gate_second, pdl=pdl, **scales,
+        spec, (_up(n, columns) * tile.split, _up(m, tile.rows), batch), out, a, w, batch=batch, bias=bias,
+        residual=residual, a_scale=vector_scale(a_scale), b_scale=vector_scale(b_scale), gate_second=gate_second,
+        pdl=pdl,
     )  # fmt: skip
 
 
