@@ -162,6 +162,15 @@ def hopper_tile(
     return min(choices, key=cost)
 
 
+def mappable(x: View) -> bool:
+    """Whether a tensor map describes a matrix or batch of rows: no row overlaps the next, no stride is negative.
+
+    A batch may have a stride of 0, one matrix for all.
+    """
+    shape, strides = x.shape, x.strides
+    return (shape[-2] < 2 or strides[-2] >= shape[-1]) and (len(shape) == 2 or strides[0] >= 0)
+
+
 _encode = lru_cache(maxsize=4096)(tensor_map)
 
 
