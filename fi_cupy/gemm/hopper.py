@@ -68,7 +68,7 @@ WIDE = HopperTile(64, 256, 1, 2, 5, False)
 SMALL = HopperTile(64, 128, 1, 2, 9, False)
 TINY = HopperTile(64, 64, 1, 2, 13, False)
 #: Sums in full fp32 beside the tensor cores' take as many registers again.
-PROMOTED = HopperTile(128, 128, 2, 1, 6, True)
+PROMOTED = HopperTile(128, 128, 2, 1, 5, True)
 PROMOTED_SMALL = HopperTile(64, 128, 1, 2, 8, False)
 TALL = HopperTile(192, 128, 3, 1, 5, False)
 
