@@ -80,7 +80,8 @@ def rows_tile(m: int, n: int, k_bytes: int, sms: int, *, batch: int = 1, gated: 
             alone = ctas <= sms and share > sharing  # a short share of k needs no deeper ring
             # Time goes with the busiest multiprocessor's part of the weight. A cluster costs about a microsecond, in
             # which a multiprocessor reads 20 KB; where several CTAs come to one, the ring of each is half as deep.
-            cost = _up(ctas, sms) * block_n * share * 128 * (1 if ctas <= sms else 1.05) + (split // 2) * 20_000
+            waves = _up(ctas, sms)
+            cost = waves * (block_n * share * 128 + split // 2 * 20_000) * (1 if waves == 1 else 1.05)
             if best is None or cost < best[0]:
                 best = cost, RowsTile(rows, block_n, split, _ALONE // (128 * (rows + block_n)) if alone else sharing)
     assert best is not None
