@@ -375,14 +375,22 @@ def launch_hopper_fp8_blocks(
     sms = device_info(a.device).num_sms
     tile = tile or grouped_tile(m, segments, n, a.shape[1], sms, promoted=True)
     spec = hopper_spec(tile, a.dtype, w.dtype, out.dtype, scale=BLOCKS, promote=1, grouped=indptr is not None)
+    scale_a, scale_b = block_scales(a_scale, b_scale, scale_major_mode)
+    tiles = _up(m, tile.block_m) * _up(n, tile.block_n)
+    launch(
+        spec, sms if indptr is not None else min(sms, tiles), out, a, w, batch=segments, a_scale=scale_a,
+        b_scale=scale_b, indptr=indptr, weight_indices=weight_indices, pdl=pdl,
+    )  # fmt: skip
+
+
+def block_scales(a_scale: View, b_scale: View, scale_major_mode: str) -> tuple[Scale, Scale]:
+    """Factors a row of a and 128 columns of b, each for 128 of k, in either order of axes."""
     k_axis = -1 if scale_major_mode == "K" else -2
     batch = b_scale.strides[0] if len(b_scale.shape) == 3 else 0
-    launch(
-        spec, sms if indptr is not None else min(sms, _up(m, tile.block_m) * _up(n, tile.block_n)),
-        out, a, w, batch=segments, a_scale=(a_scale.ptr, 0, a_scale.strides[-3 - k_axis], a_scale.strides[k_axis]),
-        b_scale=(b_scale.ptr, batch, b_scale.strides[-3 - k_axis], b_scale.strides[k_axis]),
-        indptr=indptr, weight_indices=weight_indices, pdl=pdl,
-    )  # fmt: skip
+    return (
+        (a_scale.ptr, 0, a_scale.strides[-3 - k_axis], a_scale.strides[k_axis]),
+        (b_scale.ptr, batch, b_scale.strides[-3 - k_axis], b_scale.strides[k_axis]),
+    )
 
 
 def kernel_specs() -> list[KernelSpec]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import FP8_TYPES, DType, bfloat16, float8_e4m3fn
-from fi_cupy.gemm.hopper import NONE, PARAMS, VECTORS, _up, launch, vector_scale
+from fi_cupy.gemm.hopper import BLOCKS, NONE, PARAMS, PROMOTE, VECTORS, _up, block_scales, launch, vector_scale
 from fi_cupy.jit.spec import CppValue, KernelSpec
 
 if TYPE_CHECKING:
@@ -22,18 +22,19 @@ class RowsTile(NamedTuple):
     split: int
     stages: int
 
-    @property
-    def smem_bytes(self) -> int:
-        shared = 16 * self.stages + 4 * (1 + self.stages)
+    def smem_bytes(self, scale: str) -> int:
+        """Operands, and struct HopperGemmShared."""
+        shared = 16 * self.stages + 4 * (self.stages * 64 if scale == BLOCKS else 1) + 4 * self.stages
         return 128 * self.stages * (self.rows + self.block_n) + -(-shared // 8) * 8
 
 
 @lru_cache(maxsize=512)
 def rows_spec(
-    tile: RowsTile, a: DType, b: DType, out: DType, *, row_major_b: bool = False, gated: bool = False, scale: str = NONE
-) -> KernelSpec:
-    """The kernel for one tile, types and options."""
-    words = (("rows", row_major_b), ("gated", gated), (scale, scale != NONE))
+    tile: RowsTile, a: DType, b: DType, out: DType, *, row_major_b: bool = False, gated: bool = False,
+    scale: str = NONE, promote: int = 0,
+) -> KernelSpec:  # fmt: skip
+    """The kernel for one tile, types and options, as `hopper.hopper_spec`."""
+    words = (("rows", row_major_b), ("gated", gated), (scale, scale != NONE), (f"p{promote}", promote > 0))
     suffix = "".join(f"_{word}" for word, on in words if on)
     types = a.tag + (b.tag if b is not a else "") + (f"_o{out.tag}" if out is not a else "")
     return KernelSpec(
@@ -44,13 +45,13 @@ def rows_spec(
         config=(
             ("TA", a), ("TB", b), ("Out", out), ("Bias", out if a in FP8_TYPES else a),
             ("kBlockM", 64), ("kBlockN", tile.block_n), ("kRowsA", tile.rows), ("kStages", tile.stages),
-            ("kWarpsM", 1), ("kWarpsN", 1), ("kPromote", 0), ("kScale", CppValue(f"fi::HopperScale::{scale}")),
+            ("kWarpsM", 1), ("kWarpsN", 1), ("kPromote", promote), ("kScale", CppValue(f"fi::HopperScale::{scale}")),
             ("kRowMajorB", row_major_b), ("kGrouped", False), ("kGated", gated), ("kBulkStore", False),
             ("kSplit", tile.split),
         ),
-        threads=160,
+        threads=160 + 32 * (scale == BLOCKS),
         min_blocks=1,
-        smem_bytes=tile.smem_bytes,
+        smem_bytes=tile.smem_bytes(scale),
         min_arch=90,
         max_arch=90,
         cluster=tile.split if tile.split > 1 else 0,
@@ -88,26 +89,63 @@ def rows_tile(m: int, n: int, k_bytes: int, sms: int, *, batch: int = 1, gated: 
     return best[1]
 
 
-def launch_hopper_rows(
+def rows_grid(tile: RowsTile, out: tuple[int, ...], batch: int, gated: bool = False) -> tuple[int, int, int]:
+    """CTAs for an output of shape `out`."""
+    m, n = out[-2:]
+    return _up(n, tile.block_n // (2 if gated else 1)) * tile.split, _up(m, tile.rows), batch
+
+
+def _chosen(out: View, a: View, tile: RowsTile | None, gated: bool = False) -> tuple[RowsTile, int]:
+    """(tile, batch)."""
+    batch = a.shape[0] if len(a.shape) == 3 else 1
+    if tile is None:
+        sms, (m, n) = device_info(a.device).num_sms, out.shape[-2:]
+        tile = rows_tile(m, n, a.shape[-1] * a.dtype.itemsize, sms, batch=batch, gated=gated)
+    return tile, batch
+
+
+def launch_rows_mm(
     out: View, a: View, w: View, *, row_major_b: bool = False, bias: View | None = None, residual: View | None = None,
-    gated: bool = False, gate_second: bool = False, a_scale: View | None = None, b_scale: View | None = None,
-    pdl: bool = False, tile: RowsTile | None = None,
+    gated: bool = False, gate_second: bool = False, pdl: bool = False, tile: RowsTile | None = None,
 ) -> None:  # fmt: skip
-    """`hopper.launch_hopper_mm` and, with scales, `hopper.launch_hopper_fp8` (fast_accum) for few rows."""
+    """`hopper.launch_hopper_mm` for few rows. With `pdl` w must be constant."""
     if out.size == 0:
         return
-    batch = a.shape[0] if len(a.shape) == 3 else 1
-    m, n = out.shape[-2:]
-    if tile is None:
-        sms = device_info(a.device).num_sms
-        tile = rows_tile(m, n, a.shape[-1] * a.dtype.itemsize, sms, batch=batch, gated=gated)
-    scale = NONE if a_scale is None else VECTORS
-    spec = rows_spec(tile, a.dtype, w.dtype, out.dtype, row_major_b=row_major_b, gated=gated, scale=scale)
-    columns = tile.block_n // (2 if gated else 1)
+    tile, batch = _chosen(out, a, tile, gated)
     launch(
-        spec, (_up(n, columns) * tile.split, _up(m, tile.rows), batch), out, a, w, batch=batch, bias=bias,
-        residual=residual, a_scale=vector_scale(a_scale), b_scale=vector_scale(b_scale), gate_second=gate_second,
-        pdl=pdl,
+        rows_spec(tile, a.dtype, w.dtype, out.dtype, row_major_b=row_major_b, gated=gated),
+        rows_grid(tile, out.shape, batch, gated), out, a, w, batch=batch, bias=bias, residual=residual,
+        gate_second=gate_second, pdl=pdl,
+    )  # fmt: skip
+
+
+def launch_rows_fp8(
+    out: View, a: View, w: View, a_scale: View, b_scale: View, *, bias: View | None = None, fast_accum: bool = False,
+    pdl: bool = False, tile: RowsTile | None = None,
+) -> None:  # fmt: skip
+    """`hopper.launch_hopper_fp8` for few rows."""
+    if out.size == 0:
+        return
+    tile, batch = _chosen(out, a, tile)
+    launch(
+        rows_spec(tile, a.dtype, w.dtype, out.dtype, scale=VECTORS, promote=0 if fast_accum else PROMOTE),
+        rows_grid(tile, out.shape, batch), out, a, w, batch=batch, bias=bias,
+        a_scale=vector_scale(a_scale), b_scale=vector_scale(b_scale), pdl=pdl,
+    )  # fmt: skip
+
+
+def launch_rows_fp8_blocks(
+    out: View, a: View, w: View, a_scale: View, b_scale: View, *, scale_major_mode: str = "MN", pdl: bool = False,
+    tile: RowsTile | None = None,
+) -> None:  # fmt: skip
+    """`hopper.launch_hopper_fp8_blocks` for few rows of one product."""
+    if out.size == 0:
+        return
+    tile, batch = _chosen(out, a, tile)
+    scale_a, scale_b = block_scales(a_scale, b_scale, scale_major_mode)
+    launch(
+        rows_spec(tile, a.dtype, w.dtype, out.dtype, scale=BLOCKS, promote=1),
+        rows_grid(tile, out.shape, batch), out, a, w, batch=batch, a_scale=scale_a, b_scale=scale_b, pdl=pdl,
     )  # fmt: skip
 
 
@@ -120,5 +158,6 @@ def kernel_specs() -> list[KernelSpec]:
         rows_spec(RowsTile(64, 128, 1, 8), bf, bf, bf),
         rows_spec(RowsTile(16, 64, 2, 20), bf, bf, bf, row_major_b=True),
         rows_spec(RowsTile(16, 128, 1, 11), bf, bf, bf, gated=True),
-        rows_spec(RowsTile(16, 64, 2, 20), e4, e4, bf, scale=VECTORS),
+        rows_spec(RowsTile(16, 64, 2, 20), e4, e4, bf, scale=VECTORS, promote=PROMOTE),
+        rows_spec(RowsTile(16, 64, 2, 20), e4, e4, bf, scale=BLOCKS, promote=1),
     ]

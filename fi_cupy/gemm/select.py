@@ -289,7 +289,7 @@ def _hopper_kernel(
     if m <= HOPPER_ROWS_MAX:
         few = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms, batch=batch)
         spec = hopper_rows.rows_spec(few, dtype, dtype, out, row_major_b=row_major_b)
-        return spec, (_up(n, few.block_n) * few.split, _up(m, few.rows), batch)
+        return spec, hopper_rows.rows_grid(few, (m, n), batch)
     tile = hopper.hopper_tile(m, n, 2 * k, device.num_sms, batch=batch, row_major_b=row_major_b)
     tiles = _up(m, tile.block_m) * _up(n, tile.block_n) * batch
     return hopper.hopper_spec(tile, dtype, dtype, out, row_major_b=row_major_b), (min(tiles, device.num_sms), 1, 1)

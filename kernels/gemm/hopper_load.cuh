@@ -206,35 +206,43 @@ FI_DEVICE void produce_operands(const HopperGemmParams& params, HopperGemmShared
   }
 }
 
-// Scales in blocks: another warp brings those of a tile's rows, and b's one, to each stage: any strides, no waiting for memory.
+// Scales in blocks, by one warp: those of a tile's rows and b's one for a block of k, to a stage. Any strides; the stage's
+// barrier counts each lane when its copies are there.
 template <class Config>
-FI_DEVICE void produce_scales(const HopperGemmParams& params, HopperGemmShared<Config>& shared) {
-  const uint32_t full = ptx::smem_address(shared.full), empty = ptx::smem_address(shared.empty);
-  const uint32_t blocks = ceil_div<uint32_t>(params.k, 128);
+FI_DEVICE void load_scales(const HopperGemmParams& params, HopperGemmShared<Config>& shared, const HopperGemmTile& tile,
+                           uint32_t block, uint32_t stage) {
   const int lane = lane_id();
-  HopperGemmWalk<Config> walk(params);
-  HopperGemmTile tile;
-  GemmRing<Config::kStages> ring;
   auto copy = [](float* to, const float* from, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(ptx::smem_address(to)), "l"(from), "r"(valid ? 4 : 0)
                  : "memory");
   };
+  const float* const a = params.a_scale + (tile.m_first + lane) * params.a_scale_row + block * params.a_scale_k;
+#pragma unroll
+  for (int i = 0; i < ceil_div(Config::kRowsA, kWarpSize); ++i) {
+    const bool valid = tile.m_first + lane + 32 * i < tile.m_end;
+    copy(&shared.a_scale[stage][lane + 32 * i], valid ? a + 32 * i * params.a_scale_row : params.a_scale, valid);
+  }
+  if (lane == 0)
+    copy(&shared.b_scale[stage],
+         params.b_scale + tile.weight * params.b_scale_batch + tile.n_first / 128 * params.b_scale_column +
+             block * params.b_scale_k,
+         true);
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(ptx::smem_address(&shared.full[stage])) : "memory");
+}
+
+// Scales in blocks for all tiles of this CTA, by another warp.
+template <class Config>
+FI_DEVICE void produce_scales(const HopperGemmParams& params, HopperGemmShared<Config>& shared) {
+  const uint32_t empty = ptx::smem_address(shared.empty), blocks = ceil_div<uint32_t>(params.k, 128);
+  HopperGemmWalk<Config> walk(params);
+  HopperGemmTile tile;
+  GemmRing<Config::kStages> ring;
 #pragma unroll 1
   for (uint32_t number = blockIdx.x; walk.find(number, tile); number += gridDim.x) {
-    const float* const a = params.a_scale + (tile.m_first + lane) * params.a_scale_row;
-    const float* const b = params.b_scale + tile.weight * params.b_scale_batch + tile.n_first / 128 * params.b_scale_column;
 #pragma unroll 1
     for (uint32_t block = 0; block < blocks; ++block) {
       ptx::mbarrier_wait(empty + ring.at * 8, ring.phase ^ 1);
-#pragma unroll
-      for (int i = 0; i < Config::kBlockM / 32; ++i) {
-        const bool valid = tile.m_first + lane + 32 * i < tile.m_end;
-        copy(&shared.a_scale[ring.at][lane + 32 * i],
-             valid ? a + 32 * i * params.a_scale_row + block * params.a_scale_k : params.a_scale, valid);
-      }
-      if (lane == 0) copy(&shared.b_scale[ring.at], b + block * params.b_scale_k, true);
-      // Arrives when this lane's copies have; the barrier counts it.
-      asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full + ring.at * 8) : "memory");
+      load_scales<Config>(params, shared, tile, block, ring.at);
       ring.advance();
     }
   }

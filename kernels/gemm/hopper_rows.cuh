@@ -1,7 +1,7 @@
 // Few rows on Hopper's instructions (sm_90a): out = epilogue(a b) limited by reading b once; parts as in gemm/hopper.cuh.
 // One CTA computes up to 64 rows x kOutN columns over its share of k: a cluster of kSplit CTAs shares a tile, their sums meet through
 // distributed shared memory in the order of ranks. One warpgroup multiplies; one warp keeps the ring full, which is as deep as
-// shared memory allows: 180 to 208 KB in flight a multiprocessor.
+// shared memory allows: 180 to 208 KB in flight a multiprocessor. Scales in blocks come by one more warp.
 // grid = (tiles along n x kSplit, tiles of kRowsA rows, batch).
 // With programmatic dependent launch b's first blocks are on their way before the kernel in front ends: b must be constant.
 // Shared memory: a [kStages][kRowsA][128 B] | b [kStages][kBlockN][128 B] | HopperGemmShared; afterwards fp32 sums.
@@ -81,7 +81,7 @@ FI_DEVICE void join_rows(const HopperGemmParams& params, const HopperGemmTile& t
   }
 }
 
-// Config: as for gemm_hopper with kBlockM 64, one consumer warpgroup, no grouping, promotion or bulk store; and kSplit.
+// Config: as for gemm_hopper with kBlockM 64, one consumer warpgroup, no grouping or bulk store; and kSplit.
 template <class Config>
 FI_DEVICE void gemm_hopper_rows(const HopperGemmParams& params) {
   using Shape = HopperGemmShape<Config>;
@@ -93,7 +93,7 @@ FI_DEVICE void gemm_hopper_rows(const HopperGemmParams& params) {
   if (threadIdx.x == 0) {
 #pragma unroll
     for (int i = 0; i < Config::kStages; ++i) {
-      ptx::mbarrier_init(ptx::smem_address(&shared.full[i]), 1);
+      ptx::mbarrier_init(ptx::smem_address(&shared.full[i]), Shape::kBlocks ? 1 + kWarpSize : 1);
       ptx::mbarrier_init(ptx::smem_address(&shared.empty[i]), 4);
     }
     ptx::mbarrier_init_fence();
@@ -109,13 +109,26 @@ FI_DEVICE void gemm_hopper_rows(const HopperGemmParams& params) {
                             blockIdx.x / Config::kSplit * Shape::kOutN, blockIdx.z, blockIdx.z};
   float* const sums = reinterpret_cast<float*>(smem_bytes);
   constexpr int kPitch = Shape::kBlockN + 8;
-  if (__shfl_sync(kFullMask, threadIdx.x / 128, 0) == 1) {
+  const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarpSize, 0);
+  if (warp == 4) {
     produce_rows<Config>(params, shared, smem, tile, first, last);
+  } else if (Shape::kBlocks && warp == 5) {
+    ptx::grid_wait();
+    GemmRing<Config::kStages> ring;
+#pragma unroll 1
+    for (uint32_t block = first; block < last; ++block) {
+      ptx::mbarrier_wait(ptx::smem_address(&shared.empty[ring.at]), ring.phase ^ 1);
+      load_scales<Config>(params, shared, tile, block, ring.at);
+      ring.advance();
+    }
   } else {
     float d[Shape::kRegs];
     if (first < last) {
       HopperGemmConsumer<Config> consumer(shared, smem, 0, 0);
-      sum_tile<Config>(consumer, d, last - first);
+      if constexpr (Config::kPromote == 0)
+        sum_tile<Config>(consumer, d, last - first);
+      else
+        sum_promoted<Config>(consumer, shared, d, last - first, 0);
     } else {
 #pragma unroll
       for (int i = 0; i < Shape::kRegs; ++i) d[i] = 0.f;

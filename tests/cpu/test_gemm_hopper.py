@@ -241,7 +241,9 @@ def test_boxes_of_out_are_written_as_the_copy_engine_reads_them():
 def test_few_rows_share_k_without_idle_ranks(m, n, k, batch):
     tile = hopper_rows.rows_tile(m, n, 2 * k, 132, batch=batch)
     blocks = up(2 * k, 128)
-    assert tile.rows >= min(m, 64) and tile.split <= max(1, blocks // 4) and tile.smem_bytes <= shared_memory(90)
+    assert (
+        tile.rows >= min(m, 64) and tile.split <= max(1, blocks // 4) and tile.smem_bytes(BLOCKS) <= shared_memory(90)
+    )
     spans = [(blocks * r // tile.split, blocks * (r + 1) // tile.split) for r in range(tile.split)]
     assert spans[0][0] == 0 and spans[-1][1] == blocks and all(a < b for a, b in spans)
     # The fours of columns of a tile are shared out as well.

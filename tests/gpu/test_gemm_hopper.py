@@ -262,16 +262,14 @@ def test_few_rows(rng, tile):
         (bias, bias64), (add, add64) = operand(rng, (n,)), operand(rng, (m, n))
         for pdl in (False, True):
             out = Output((m, n))
-            hopper_rows.launch_hopper_rows(out.view, a, w, bias=bias, residual=add, pdl=pdl, tile=tile)
+            hopper_rows.launch_rows_mm(out.view, a, w, bias=bias, residual=add, pdl=pdl, tile=tile)
             out.check(a64 @ w64.T + bias64 + add64)
         out = Output((m, n), float32)
-        hopper_rows.launch_hopper_rows(
-            out.view, a, view(cupy.ascontiguousarray(w.array.T)), row_major_b=True, tile=tile
-        )
+        hopper_rows.launch_rows_mm(out.view, a, view(cupy.ascontiguousarray(w.array.T)), row_major_b=True, tile=tile)
         out.check(a64 @ w64.T)
         w, w64 = operand(rng, (2 * n, k), scale=k**-0.5)
         out = Output((m, n))
-        hopper_rows.launch_hopper_rows(out.view, a, w, gated=True, tile=tile)
+        hopper_rows.launch_rows_mm(out.view, a, w, gated=True, tile=tile)
         out.check(silu(a64 @ w64[:n].T) * (a64 @ w64[n:].T))
 
 
@@ -279,13 +277,24 @@ def test_few_rows(rng, tile):
 def test_few_rows_batched_and_fp8(rng, tile):
     (a, a64), (w, w64) = operand(rng, (3, 7, 264)), operand(rng, (3, 72, 264))
     out = Output((3, 7, 72))
-    hopper_rows.launch_hopper_rows(out.view, a, w, tile=tile)
+    hopper_rows.launch_rows_mm(out.view, a, w, tile=tile)
     out.check(a64 @ w64.swapaxes(1, 2))
     (a, a64), (w, w64) = operand(rng, (7, 528), E4), operand(rng, (72, 528), E4)
     sa, sb = (rng.uniform(0.5, 2, size).astype(np.float32) for size in (7, 72))
     out = Output((7, 72))
-    hopper_rows.launch_hopper_rows(out.view, a, w, a_scale=view(on_gpu(sa)), b_scale=view(on_gpu(sb)), tile=tile)
+    hopper_rows.launch_rows_fp8(out.view, a, w, view(on_gpu(sa)), view(on_gpu(sb)), tile=tile)
     out.check(a64 @ w64.T * sa[:, None] * sb)
+    for m, n, k in ((1, 8, 128), (13, 264, 1152)):
+        (a, a64), (w, w64) = operand(rng, (m, k), E4), operand(rng, (n, k), E4)
+        sa = rng.uniform(0.5, 2, (m, k // 128)).astype(np.float32)
+        sb = rng.uniform(0.5, 2, (-(-n // 128), k // 128)).astype(np.float32)
+        for mode in ("K", "MN"):
+            given = (sa, sb) if mode == "K" else (np.ascontiguousarray(sa.T), np.ascontiguousarray(sb.T))
+            out = Output((m, n))
+            hopper_rows.launch_rows_fp8_blocks(
+                out.view, a, w, *(view(on_gpu(x)) for x in given), scale_major_mode=mode, tile=tile
+            )
+            out.check((a64 * spread(sa, 1, 128)) @ (w64 * spread(sb, 128, 128)[:n]).T)
 
 
 def test_a_chain_under_dependent_launch(rng):
@@ -296,7 +305,7 @@ def test_a_chain_under_dependent_launch(rng):
     outs = [view(poisoned((32, n), "bfloat16")) for _ in weights]
     for _ in range(10):
         for given, (w, _), out in zip([x, *outs], weights, outs, strict=False):
-            hopper_rows.launch_hopper_rows(out, given, w, pdl=True)
+            hopper_rows.launch_rows_mm(out, given, w, pdl=True)
     for (_, w64), out in zip(weights, outs, strict=True):
         x64 = x64 @ w64.T
         assert_close(to_float64(out.array), x64, "bfloat16", "product")
