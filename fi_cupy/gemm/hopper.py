@@ -51,14 +51,16 @@ class HopperTile(NamedTuple):
     def smem_bytes(self, scale: str) -> int:
         """Operands, store buffers, and struct HopperGemmShared."""
         consumers = self.warps_m * self.warps_n
-        scales = self.stages * self.block_m if scale == BLOCKS else 1
-        shared = 16 * self.stages + 4 * (scales + self.stages)
+        rows = self.stages * self.block_m if scale == BLOCKS else 1
+        columns = self.stages * (self.block_n // 64 if scale == BLOCKS and self.block_n > 128 else 1)
+        shared = 16 * self.stages + 4 * (rows + columns)
         return 128 * self.stages * (self.block_m + self.block_n) + 16384 * consumers * self.bulk + -(-shared // 8) * 8
 
-    @property
-    def registers(self) -> tuple[int, int]:
+    def registers(self, scale: str) -> tuple[int, int]:
         """Of a producer and a consumer thread: 512 for the threads of one number in every warpgroup."""
-        return (32, 160) if self.warps_m * self.warps_n == 3 else (40, 232)
+        if self.warps_m * self.warps_n == 3:
+            return 32, 160
+        return (56, 224) if scale == BLOCKS else (40, 232)  # the producer of scales has addresses of both
 
 
 #: 128 x 256 reads 48 bytes a cycle from L2, what it gives; 128 x 128 reads 64 and stays at 0.8 of it.
@@ -71,6 +73,7 @@ TINY = HopperTile(64, 64, 1, 2, 13, False)
 PROMOTED = HopperTile(128, 128, 2, 1, 5, True)
 PROMOTED_SMALL = HopperTile(64, 128, 1, 2, 8, False)
 TALL = HopperTile(192, 128, 3, 1, 5, False)
+BROAD = HopperTile(128, 192, 2, 1, 4, True)
 
 #: Blocks of 128 of k after which fp8 sums without `fast_accum` leave the tensor cores.
 PROMOTE = 4
@@ -84,7 +87,7 @@ def hopper_spec(
     """The kernel for one tile, types and options. A bias has the type of `a`, that of `out` for fp8."""
     bulk = tile.bulk and out.itemsize == 2 and (tile.block_n // tile.warps_n // (1 + gated)) % 64 == 0
     tile = tile._replace(bulk=bulk)
-    producer, consumer = tile.registers
+    producer, consumer = tile.registers(scale)
     words = (
         ("rows", row_major_b), ("grouped", grouped), ("gated", gated), (scale, scale != NONE),
         (f"p{promote}", promote > 0), ("direct", not bulk and out.itemsize == 2),

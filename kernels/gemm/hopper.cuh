@@ -85,7 +85,7 @@ FI_DEVICE void sum_promoted(HopperGemmConsumer<Config>& consumer, const HopperGe
   for (int i = 0; i < Shape::kRegs; ++i) total[i] = 0.f;
 #pragma unroll 1
   for (uint32_t block = 0; block < blocks;) {
-    float d[Shape::kRegs], scale[2] = {1.f, 1.f};
+    float d[Shape::kRegs], scale[2][Shape::kScalesB];
     uint32_t last = 0;
     const uint32_t count = min(blocks - block, uint32_t(Config::kPromote));
     block += count;
@@ -94,8 +94,11 @@ FI_DEVICE void sum_promoted(HopperGemmConsumer<Config>& consumer, const HopperGe
       consumer.wait();
       if constexpr (Shape::kBlocks) {
         const uint32_t stage = consumer.ring.at;
-        const float b = shared.b_scale[stage];
-        scale[0] = shared.a_scale[stage][row] * b, scale[1] = shared.a_scale[stage][row + 8] * b;
+#pragma unroll
+        for (int g = 0; g < Shape::kScalesB; ++g) {
+          const float b = shared.b_scale[stage][g];
+          scale[0][g] = shared.a_scale[stage][row] * b, scale[1][g] = shared.a_scale[stage][row + 8] * b;
+        }
       }
       consumer.multiply(d, i != 0);
       if (Config::kPromote > 1) {
@@ -111,7 +114,7 @@ FI_DEVICE void sum_promoted(HopperGemmConsumer<Config>& consumer, const HopperGe
 #pragma unroll
     for (int i = 0; i < Shape::kRegs; ++i) {
       if constexpr (Shape::kBlocks)
-        total[i] = fmaf(d[i], scale[i / 2 % 2], total[i]);
+        total[i] = fmaf(d[i], scale[i / 2 % 2][Shape::kScalesB == 1 ? 0 : i / 32], total[i]);
       else
         total[i] += d[i];
     }

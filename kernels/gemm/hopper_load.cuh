@@ -57,7 +57,10 @@ struct HopperGemmShape {
   static_assert(kWarpOutN % 32 == 0, "four n8 tiles make 16-byte stores");
   static_assert(!(Config::kRowMajorB && sizeof(typename Config::TB) == 1), "fp8 operands are k-contiguous");
   static_assert(!(Config::kRowMajorB && kWarpN % (Config::kGated ? 128 : 64)), "whole panels of 64 columns");
-  static_assert(!kBlocks || (Config::kPromote == 1 && kBlockN <= 128), "one scale of b a tile and block of k");
+  // Scales of b a tile and block of k: one, or one for each 64 columns of a tile that is not inside a block of 128.
+  static constexpr int kScalesB = kBlocks && kBlockN > 128 ? kBlockN / 64 : 1;
+  static_assert(!kBlocks || Config::kPromote == 1, "scales in blocks are applied every 128 of k");
+  static_assert(kScalesB == 1 || (Config::kWarpsN == 1 && kBlockN % 64 == 0), "all scales are every warpgroup's");
 };
 
 // Barriers, who arrives, how often a phase:
@@ -66,7 +69,7 @@ struct HopperGemmShared {
   uint64_t full[Config::kStages];   // the producer's expected bytes (1); in blocks also each lane of the scales' producer (32)
   uint64_t empty[Config::kStages];  // lane 0 of every consumer warp
   float a_scale[HopperGemmShape<Config>::kBlocks ? Config::kStages : 1][HopperGemmShape<Config>::kBlocks ? Config::kBlockM : 1];
-  float b_scale[Config::kStages];
+  float b_scale[Config::kStages][HopperGemmShape<Config>::kScalesB];
 };
 
 // A position in the ring of stages. Who waits for "full" waits for `phase`, who waits for "empty" for the other one.
@@ -222,11 +225,11 @@ FI_DEVICE void load_scales(const HopperGemmParams& params, HopperGemmShared<Conf
     const bool valid = tile.m_first + lane + 32 * i < tile.m_end;
     copy(&shared.a_scale[stage][lane + 32 * i], valid ? a + 32 * i * params.a_scale_row : params.a_scale, valid);
   }
-  if (lane == 0)
-    copy(&shared.b_scale[stage],
-         params.b_scale + tile.weight * params.b_scale_batch + tile.n_first / 128 * params.b_scale_column +
-             block * params.b_scale_k,
-         true);
+  if (lane < HopperGemmShape<Config>::kScalesB) {
+    const uint32_t column = min(tile.n_first + 64 * lane, params.n - 1) / 128;
+    copy(&shared.b_scale[stage][lane],
+         params.b_scale + tile.weight * params.b_scale_batch + column * params.b_scale_column + block * params.b_scale_k, true);
+  }
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(ptx::smem_address(&shared.full[stage])) : "memory");
 }
 

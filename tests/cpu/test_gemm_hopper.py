@@ -14,7 +14,7 @@ from fi_cupy.gemm.hopper import BLOCKS, LARGE, MIDDLE, NONE, SMALL, TINY, VECTOR
 from fi_cupy.gemm.select import H100, select_mm_kernel
 from fi_cupy.jit.spec import shared_memory
 
-PROMOTING = (hopper.PROMOTED, hopper.PROMOTED_SMALL, hopper.TALL)
+PROMOTING = (hopper.PROMOTED, hopper.PROMOTED_SMALL, hopper.TALL, hopper.BROAD)
 TILES = (LARGE, MIDDLE, WIDE, SMALL, TINY, *PROMOTING)
 EIGHTS = st.integers(1, 3000).map(lambda i: 8 * i)
 
@@ -25,9 +25,10 @@ def up(a: int, b: int) -> int:
 
 def test_every_tile_fits_a_multiprocessor():
     for tile in TILES:
-        producer, consumer = tile.registers
         consumers = tile.warps_m * tile.warps_n
-        assert 128 * (producer + consumers * consumer) <= 65536 and producer % 8 == consumer % 8 == 0
+        for scale in (NONE, BLOCKS):
+            producer, consumer = tile.registers(scale)
+            assert 128 * (producer + consumers * consumer) <= 65536 and producer % 8 == consumer % 8 == 0
         assert tile.block_m == 64 * tile.warps_m and tile.block_n % (32 * tile.warps_n) == 0
         for scale in (VECTORS, BLOCKS) if tile in PROMOTING else (NONE, VECTORS):
             assert tile.smem_bytes(scale) <= shared_memory(90)
