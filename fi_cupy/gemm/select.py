@@ -35,6 +35,9 @@ PARAMS = ParamsStruct(
         ("m", "u32"),
         ("n", "u32"),
         ("k", "u32"),
+        ("residual", "ptr"),
+        ("residual_stride", "i64"),
+        ("residual_batch", "i64"),
     ],
 )
 Grid = tuple[int, int, int]
@@ -73,7 +76,7 @@ def _spec(
         header=f"gemm/{function.removeprefix('gemm_')}.cuh",
         function=function,
         params=PARAMS,
-        config=(("T", dtype), ("Out", out), ("Epilogue", CppType(f"fi::BiasEpilogue<{dtype.cpp}>")), *config),
+        config=(("T", dtype), ("Out", out), ("Epilogue", CppType(f"fi::BiasEpilogue<{dtype.cpp}, {out.cpp}>")), *config),
         threads=threads,
         min_blocks=min_blocks,
         smem_bytes=smem,
@@ -83,15 +86,34 @@ def _spec(
 
 @lru_cache(maxsize=256)
 def rows_spec(
-    dtype: DType, out: DType, m: int, lanes: int, rows: int, depth: int, warps_k: int, warps_n: int
+    dtype: DType, out: DType, m: int, lanes: int, rows: int, depth: int, warps_k: int, warps_n: int, ahead: bool = False
 ) -> KernelSpec:
     """The CUDA-core kernel for `m` rows of a; the other numbers are ``kernels/gemm/rows.cuh``'s Config."""
     return _spec(
-        f"m{m}_l{lanes}r{rows}d{depth}_w{warps_k}x{warps_n}", "gemm_rows", dtype, out, 32 * warps_k * warps_n,
+        f"m{m}_l{lanes}r{rows}d{depth}_w{warps_k}x{warps_n}{'a' * ahead}", "gemm_rows", dtype, out,
+        32 * warps_k * warps_n,
         (
             ("kM", m), ("kLanes", lanes), ("kRows", rows), ("kDepth", depth), ("kWarpsK", warps_k),
-            ("kWarpsN", warps_n),
+            ("kWarpsN", warps_n), ("kAhead", ahead),
         ),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def few_spec(
+    dtype: DType, out: DType, a_tiles: int, w_tiles: int, depth: int, warps_k: int, *, wide: bool = False,
+    ahead: bool = False, gated: bool = False, min_blocks: int = 0,
+) -> KernelSpec:
+    """The tensor-core kernel with the weight as left operand; Config of ``kernels/gemm/few.cuh``."""
+    return _spec(
+        f"{8 * a_tiles}x{16 * w_tiles}{'w' * wide}_d{depth}_w{warps_k}{'a' * ahead}{'_gated' * gated}"
+        f"{f'_b{min_blocks}' if min_blocks else ''}", "gemm_few", dtype, out, 32 * warps_k,
+        (
+            ("kATiles", a_tiles), ("kWTiles", w_tiles), ("kWide", wide), ("kGated", gated), ("kAhead", ahead),
+            ("kDepth", depth), ("kWarpsK", warps_k),
+        ),
+        min_blocks=min_blocks,
+        min_arch=80 if dtype is bfloat16 else 75,  # Turing's tensor cores have no bf16
     )  # fmt: skip
 
 
