@@ -103,7 +103,7 @@ def _launcher(spec: KernelSpec, grid: Any, m: int, n: int, k: int) -> Callable[[
     def launch(s: tuple[Any, Any, Any]) -> None:
         a, w, out = (view(x) for x in s)
         kernel = load_kernel(spec, a.device)
-        kernel.launch(grid, a.stream(), a.ptr, w.ptr, 0, out.ptr, k, k, n, 0, 0, 0, m, n, k)
+        kernel.launch(grid, a.stream(), a.ptr, w.ptr, 0, out.ptr, k, k, n, 0, 0, 0, m, n, k, 0, 0, 0)
 
     return launch
 

@@ -1,13 +1,14 @@
-"""The portable kernel of segments, experts, batches and scaled fp8 (``kernels/gemm/group.cuh``): its instances and launch."""
+"""The portable kernel of segments, experts, batches and scaled fp8 (``kernels/gemm/group.cuh``) and its launch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from fi_cupy.arrays import View
 from fi_cupy.device import DeviceInfo, device_info
-from fi_cupy.dtypes import FP8_TYPES, DType, bfloat16, float8_e4m3fn, float16, int64
+from fi_cupy.dtypes import DType, bfloat16, float8_e4m3fn, float16, int64
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppValue, KernelSpec
@@ -109,7 +110,8 @@ def group_spec(group: Group, tile: str, block_k: int, stages: int) -> KernelSpec
         function="gemm_group",
         params=PARAMS,
         config=(
-            ("A", group.a), ("B", group.b), ("Out", group.out), ("Bias", group.a if group.scale == "none" else group.out),
+            ("A", group.a), ("B", group.b), ("Out", group.out),
+            ("Bias", group.a if group.scale == "none" else group.out),
             ("kScale", CppValue(f"fi::GroupScale::k{group.scale.title()}")), ("kSegments", group.segments),
             ("kGated", group.gated), ("kGateSecond", group.gate_second), ("kBlockM", block_m), ("kBlockN", block_n),
             ("kBlockK", block_k), ("kStages", stages), ("kWarpsM", warps_m), ("kWarpsN", warps_n), ("kGroup", 8),
@@ -142,8 +144,8 @@ def group_tile(group: Group, rows: int, device: DeviceInfo) -> tuple[str, int, i
 
 def group_grid(spec: KernelSpec, m: int, n: int, groups: int, segments: bool, batch: int = 1) -> tuple[int, int, int]:
     """CTAs: column tiles times the most row tiles that `groups` segments of `m` rows in all can have."""
-    config = dict(spec.config)
-    block_m, columns = int(config["kBlockM"]), int(config["kBlockN"]) // (2 if config["kGated"] else 1)  # type: ignore[call-overload]
+    config: dict[str, Any] = dict(spec.config)
+    block_m, columns = config["kBlockM"], config["kBlockN"] // (2 if config["kGated"] else 1)
     tiles_m = m // block_m + min(groups, m) if segments else -(-m // block_m)
     return tiles_m * -(-n // columns), 1, batch
 
@@ -189,7 +191,8 @@ def launch_group(
     device = device_info(a.device)
     rows = m if indptr is None else -(-m // groups)
     spec = group_spec(group, *group_tile(group, rows, device))
-    block = 2 * int(dict(spec.config)["kBlockK"])  # type: ignore[call-overload]
+    config: dict[str, Any] = dict(spec.config)
+    block = 2 * config["kBlockK"]  # elements of fp8 in a step
     sa, sb = a_scale or Scales(), b_scale or Scales()
     weights = w.ndim == 3
     wide = sum(bit for bit, x in ((1, indptr), (2, weight_indices)) if x is not None and x.dtype is int64)
@@ -224,7 +227,3 @@ def group_specs() -> list[KernelSpec]:
         group_spec(Group(e4m3, e4m3, float16, "end"), "fp8", 32, 2),
         group_spec(experts, "fp8", 64, 3),
     ]
-
-
-def is_fp8(dtype: DType) -> bool:
-    return dtype in FP8_TYPES

@@ -76,7 +76,12 @@ def _spec(
         header=f"gemm/{function.removeprefix('gemm_')}.cuh",
         function=function,
         params=PARAMS,
-        config=(("T", dtype), ("Out", out), ("Epilogue", CppType(f"fi::BiasEpilogue<{dtype.cpp}, {out.cpp}>")), *config),
+        config=(
+            ("T", dtype),
+            ("Out", out),
+            ("Epilogue", CppType(f"fi::BiasEpilogue<{dtype.cpp}, {out.cpp}>")),
+            *config,
+        ),
         threads=threads,
         min_blocks=min_blocks,
         smem_bytes=smem,
@@ -103,7 +108,7 @@ def rows_spec(
 def few_spec(
     dtype: DType, out: DType, a_tiles: int, w_tiles: int, depth: int, warps_k: int, *, wide: bool = False,
     ahead: bool = False, gated: bool = False, min_blocks: int = 0,
-) -> KernelSpec:
+) -> KernelSpec:  # fmt: skip
     """The tensor-core kernel with the weight as left operand; Config of ``kernels/gemm/few.cuh``."""
     return _spec(
         f"{8 * a_tiles}x{16 * w_tiles}{'w' * wide}_d{depth}_w{warps_k}{'a' * ahead}{'_gated' * gated}"
@@ -284,6 +289,18 @@ def select_mm_kernel(
     config_tiled = tiled_config(m, n, device, batch=batch, slow_bf16=slow)
     spec = tiled_spec(dtype, out, *config_tiled, row_major_b)
     return spec, (_up(m, config_tiled[0]) * _up(n, config_tiled[1]), 1, batch)
+
+
+def select_gated_kernel(
+    m: int, n: int, k: int, device: DeviceInfo, dtype: DType = bfloat16, out: DType = bfloat16
+) -> tuple[KernelSpec, Grid] | None:
+    """The kernel and the grid for ``silu(a gate) * (a up)`` of few rows; None where shared tiles are better."""
+    if m > STREAM_ALWAYS or _slow_bf16(dtype, device):
+        return None
+    a_tiles = 1 if m <= 8 else 2
+    warps_k = min(8, max(1, _up(_up(k, 64), 3)))
+    spec = few_spec(dtype, out, a_tiles, 1, _even_depth(_up(_up(k, 64), warps_k), 3), warps_k, gated=True)
+    return spec, (_up(n, 8), _up(m, 8 * a_tiles), 1)
 
 
 def _streams(m: int, n: int, k: int, device: DeviceInfo, batch: int) -> bool:

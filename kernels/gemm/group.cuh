@@ -25,7 +25,7 @@ struct GroupParams {
   void* out;
   const void* indptr;   // [groups + 1] int32 or int64, or null: the batch is blockIdx.z
   const void* indices;  // [groups] weight of a group, or null: its own number
-  const float* a_scale;
+  const float* a_scale;  // null with kEnd: 1
   const float* b_scale;
   int64_t a_stride, b_stride;  // units of 16 bits between rows (of b's memory)
   int64_t a_batch, b_batch;    // units between matrices of a batch, between weights
@@ -203,7 +203,7 @@ FI_DEVICE void gemm_group(const GroupParams& params) {
     const uint32_t row = rows.m_first + index;
     const bool valid = row < rows.m_end;
     float row_scale = 1.f;
-    if constexpr (Config::kScale == GroupScale::kEnd) row_scale = valid ? a_scale[row * params.a_scale_row] : 0.f;
+    if constexpr (Config::kScale == GroupScale::kEnd) row_scale = params.a_scale && valid ? a_scale[row * params.a_scale_row] : 1.f;
     // One column of b: the sum in element `e` of n8 tile j, scaled, with its bias.
     auto value = [&](int j, int e, uint32_t column) {
       float x;
@@ -212,7 +212,8 @@ FI_DEVICE void gemm_group(const GroupParams& params) {
       } else {
         x = product.acc[i][j][2 * half + e];
       }
-      if constexpr (Config::kScale == GroupScale::kEnd) x *= row_scale * b_scale[column * params.b_scale_column];
+      if constexpr (Config::kScale == GroupScale::kEnd)
+        x *= params.b_scale ? row_scale * b_scale[column * params.b_scale_column] : row_scale;
       return bias ? x + to_float(bias[column]) : x;
     };
     auto finish = [&](float x, uint32_t column) {

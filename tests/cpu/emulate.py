@@ -132,7 +132,9 @@ extern "C" void emulator_launch(const void* p, uint32_t x, uint32_t y, uint32_t 
         self._launch.argtypes = [ctypes.c_void_p] + [ctypes.c_uint32] * 5 + [ctypes.c_uint64] * 2
         self._launch.restype = None
 
-    def launch(self, grid: int | tuple[int, int, int], stream: int, *values: Any, smem: int | None = None, pdl: bool = False) -> None:
+    def launch(
+        self, grid: int | tuple[int, int, int], stream: int, *values: Any, smem: int | None = None, pdl: bool = False
+    ) -> None:
         x, y, z = (grid, 1, 1) if isinstance(grid, int) else grid
         if x * y * z == 0:
             return
@@ -179,7 +181,8 @@ def emulated(info: DeviceInfo, *modules: Any) -> Any:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(arrays._by_type, {Device: _Emulated().view}))
         for module in modules:
-            stack.enter_context(mock.patch.object(module, "load_kernel", _kernel))
+            if hasattr(module, "load_kernel"):
+                stack.enter_context(mock.patch.object(module, "load_kernel", _kernel))
             if hasattr(module, "device_info"):
                 stack.enter_context(mock.patch.object(module, "device_info", lambda index: info))
         yield

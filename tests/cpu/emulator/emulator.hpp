@@ -387,15 +387,28 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   const uint32_t bits = __float_as_uint(x);
   return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
+namespace emulator {
+// To nearest even, saturating; `mantissa` bits, `bias` of the exponent, largest finite value `max`.
+inline uint8_t to_fp8(float x, int mantissa, int bias, float max, uint8_t nan) {
+  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+  if (x != x) return sign | nan;
+  const float a = fminf(fabsf(x), max);
+  if (a == 0.f) return sign;
+  int e = ilogbf(a) < 1 - bias ? 1 - bias : ilogbf(a);
+  int q = int(nearbyintf(ldexpf(a, mantissa - e)));
+  if (q == 2 << mantissa) ++e, q >>= 1;
+  return sign | uint8_t(q < 1 << mantissa ? q : ((e + bias) << mantissa) + (q - (1 << mantissa)));
+}
+}  // namespace emulator
 struct __nv_fp8_e4m3 {
   __nv_fp8_e4m3() = default;
-  explicit __nv_fp8_e4m3(float) { emulator::fail("fp8"); }
+  explicit __nv_fp8_e4m3(float x) : bits(emulator::to_fp8(x, 3, 7, 448.f, 0x7f)) {}
   explicit operator float() const { emulator::fail("fp8"); }
   uint8_t bits;
 };
 struct __nv_fp8_e5m2 {
   __nv_fp8_e5m2() = default;
-  explicit __nv_fp8_e5m2(float) { emulator::fail("fp8"); }
+  explicit __nv_fp8_e5m2(float x) : bits(emulator::to_fp8(x, 2, 15, 57344.f, 0x7f)) {}
   explicit operator float() const { emulator::fail("fp8"); }
   uint8_t bits;
 };
