@@ -24,24 +24,26 @@ GROUP = 128
 
 
 @lru_cache(maxsize=8)
-def quantise_spec(dtype: DType) -> KernelSpec:
-    """The kernel for rows of `dtype`."""
+def quantise_spec(dtype: DType, gated: bool = False) -> KernelSpec:
+    """The kernel for rows of `dtype`, or for ``silu(gate) * up`` of rows [up, gate]."""
     return KernelSpec(
-        symbol=f"quantise_rows_{dtype.tag}",
+        symbol=f"quantise_rows_{dtype.tag}{'_gated' * gated}",
         header="gemm/quantise.cuh",
         function="quantise_rows",
         params=_PARAMS,
-        config=(("T", dtype), ("kThreads", _THREADS)),
+        config=(("T", dtype), ("kGated", gated), ("kThreads", _THREADS)),
         threads=_THREADS,
     )
 
 
 def quantise_specs() -> list[KernelSpec]:
     """The canonical instances."""
-    return [quantise_spec(bfloat16), quantise_spec(float16)]
+    return [quantise_spec(bfloat16), quantise_spec(float16), quantise_spec(bfloat16, True)]
 
 
-def quantise_rows(x: View, rows: View | None = None, divisor: int = 1, pdl: bool = False) -> tuple[View, View]:
+def quantise_rows(
+    x: View, rows: View | None = None, divisor: int = 1, *, gated: bool = False, pdl: bool = False
+) -> tuple[View, View]:
     """e4m3 rows and their multipliers ``[m, k / 128]``: ``scale = max(amax, 1e-10) / 448``, ``q = x / scale``.
 
     Parameters
@@ -51,15 +53,17 @@ def quantise_rows(x: View, rows: View | None = None, divisor: int = 1, pdl: bool
     rows : View, int32 [m], optional
         Row r of the result is made of row ``rows[r] // divisor`` of `x`; negative entries leave theirs undefined.
     divisor : int
+    gated : bool
+        `x` is [*, 2 k], up first, and ``silu(gate) * up`` is what becomes fp8 (GPU arrays only).
     pdl : bool
     """
-    m, k = x.shape[0] if rows is None else rows.shape[0], x.shape[1]
+    m, k = x.shape[0] if rows is None else rows.shape[0], x.shape[1] // (2 if gated else 1)
     if x.is_cpu:
         chosen = x.numpy() if rows is None else x.numpy()[rows.numpy().clip(0) // divisor]
         made, scales = reference.quantization.per_token_group_quant_8bit(chosen, GROUP)
         return view(made), view(scales.astype(float32.np))
     q, scale = x.empty((m, k), float8_e4m3fn), x.empty((m, k // GROUP), float32)
-    load_kernel(quantise_spec(x.dtype), x.device).launch(
+    load_kernel(quantise_spec(x.dtype, gated), x.device).launch(
         -(-m * (k // GROUP) * 16 // _THREADS), x.stream(), x.ptr, q.ptr, scale.ptr, 0 if rows is None else rows.ptr,
         x.strides[0], k, k // GROUP, m, k, divisor, pdl=pdl,
     )  # fmt: skip

@@ -71,7 +71,8 @@ def test_segment_lengths_and_weight_indices(rng, backend):
         )  # fmt: skip
         check_rows(out, segment_product(x, w, indptr, indices, 72), "bfloat16")
     with pytest.raises(errors.WorkspaceError, match="workspace has 8 bytes, expected 32"):
-        gemm.SegmentGEMMWrapper(cupy.empty(8, np.uint8)).run(on_gpu(x), on_gpu(w), 3, True, seg_lens=on_gpu(lengths[:3]))
+        small = gemm.SegmentGEMMWrapper(cupy.empty(8, np.uint8))
+        small.run(on_gpu(x), on_gpu(w), 3, True, seg_lens=on_gpu(lengths[:3]))
 
 
 def test_random_segments(rng):
