@@ -11,6 +11,7 @@
 // upcast below sm_89, bf16 below sm_80 runs on the CUDA cores).
 #pragma once
 #include "gemm/tile.cuh"
+#include "ptx/cp_async_word.cuh"
 #include "ptx/mma_fp8.cuh"
 
 namespace fi {

@@ -32,13 +32,6 @@ FI_DEVICE void cp_async(void* smem, const void* global, bool valid) {
 #endif
   }
 }
-FI_DEVICE void cp_async_4(void* smem, const void* global) {
-#if FI_ARCH >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_address(smem)), "l"(global) : "memory");
-#else
-  *static_cast<uint32_t*>(smem) = *static_cast<const uint32_t*>(global);
-#endif
-}
 FI_DEVICE void cp_async_commit() {
 #if FI_ARCH >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
