@@ -9,8 +9,19 @@ from typing import Any
 from fi_cupy.arrays import view
 from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import bfloat16
-from fi_cupy.gemm import mm_bf16
-from fi_cupy.gemm.select import TILES, rows_config, rows_spec, select_mm_kernel, stream_spec, tiled_config, tiled_spec
+from fi_cupy.gemm import hopper, hopper_rows, mm_bf16
+from fi_cupy.gemm.select import (
+    TILES,
+    FewConfig,
+    few_config,
+    few_spec,
+    rows_config,
+    rows_spec,
+    select_mm_kernel,
+    stream_spec,
+    tiled_config,
+    tiled_spec,
+)
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.testing.bench import BenchCase, bench_case, random_array
@@ -68,6 +79,18 @@ def _up(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _few_neighbours(m: int, n: int, k: int) -> list[FewConfig]:
+    """The chosen numbers, and those that differ in one of them."""
+    few = few_config(m, n, k)
+    return [
+        few,
+        few._replace(wide=not few.wide),
+        few._replace(ahead=not few.ahead),
+        few._replace(warps_k=max(1, few.warps_k // 2)),
+        few._replace(depth=1),
+    ]
+
+
 def alternatives(device: DeviceInfo, m: int, n: int, k: int) -> dict[str, tuple[KernelSpec, Any]]:
     """Every sensible kernel for one shape: what `select_mm_kernel` chooses from, and close neighbours."""
     found: dict[str, tuple[KernelSpec, Any]] = {}
@@ -77,10 +100,14 @@ def alternatives(device: DeviceInfo, m: int, n: int, k: int) -> dict[str, tuple[
 
     add(*select_mm_kernel(m, n, k, device))
     if m <= 4:
-        lanes, rows, depth, warps_k, warps_n = rows_config(n, k)
+        lanes, rows, depth, warps_k, warps_n = rows_config(k)
         for r, w in {(rows, warps_n), (2 * rows, warps_n), (rows, 2 * warps_n), (max(1, rows // 2), warps_n)}:
-            spec = rows_spec(bfloat16, bfloat16, m if m <= 2 else 4, lanes, r, depth, warps_k, w)
+            spec = rows_spec(bfloat16, bfloat16, m if m <= 2 else 4, lanes, r, depth, warps_k, w, True)
             add(spec, (_up(n, w * r * (32 // lanes)), 1, 1))
+    for few in _few_neighbours(m, n, k) if m <= 16 else ():
+        a_tiles, w_tiles, depth, warps_k, wide, ahead = few
+        spec = few_spec(bfloat16, bfloat16, a_tiles, w_tiles, depth, warps_k, wide=wide, ahead=ahead)
+        add(spec, (_up(n, 16 * w_tiles), 1, 1))
     if m <= 256:
         steps = _up(k, 64)
         for tiles in ((1, 1), (1, 2), (2, 2), (2, 4), (4, 4)):
@@ -96,12 +123,24 @@ def alternatives(device: DeviceInfo, m: int, n: int, k: int) -> dict[str, tuple[
                 spec = tiled_spec(bfloat16, bfloat16, block_m, block_n, block_k, s, group, False)
                 if spec.smem_bytes <= device.smem_per_block:
                     add(spec, (_up(m, block_m) * _up(n, block_n), 1, 1))
+    if not hopper.hopper_refusal(device, bfloat16, n, k):
+        for tile in (hopper.LARGE, hopper.MIDDLE, hopper.WIDE, hopper.SMALL, hopper.TINY) if m > 16 else ():
+            tiles = _up(m, tile.block_m) * _up(n, tile.block_n)
+            spec = hopper.hopper_spec(tile, bfloat16, bfloat16, bfloat16)
+            add(spec, (min(tiles, device.num_sms), 1, 1))
+        best = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms)
+        for few in {best, *(best._replace(split=s) for s in (1, 2, 4))} if 4 < m <= 128 else ():
+            spec = hopper_rows.rows_spec(few, bfloat16, bfloat16, bfloat16)
+            add(spec, (_up(n, few.block_n) * few.split, _up(m, few.rows), 1))
     return found
 
 
 def _launcher(spec: KernelSpec, grid: Any, m: int, n: int, k: int) -> Callable[[tuple[Any, Any, Any]], None]:
     def launch(s: tuple[Any, Any, Any]) -> None:
         a, w, out = (view(x) for x in s)
+        if spec.params is hopper.PARAMS:
+            hopper.launch(spec, grid, out, a, w)
+            return
         kernel = load_kernel(spec, a.device)
         kernel.launch(grid, a.stream(), a.ptr, w.ptr, 0, out.ptr, k, k, n, 0, 0, 0, m, n, k, 0, 0, 0)
 

@@ -27,9 +27,10 @@ from fi_cupy.dtypes import (
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, LayoutError, ShapeError, UnsupportedError
 from fi_cupy.gemm.group import Scales, launch_group
+from fi_cupy.gemm.hopper import launch_hopper_fp8_blocks, launch_hopper_grouped
 from fi_cupy.gemm.operands import scale_view
 from fi_cupy.gemm.quantise import GROUP, quantise_rows
-from fi_cupy.gemm.route import hopper_refusal
+from fi_cupy.gemm.route import on_hopper
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
@@ -432,9 +433,7 @@ def _half_experts(
         x.strides[0] * x.dtype.itemsize, nbytes, top_k, pdl=pdl,
     )  # fmt: skip
     hidden, y = x.empty((rows, layer.inter)), x.empty((rows, layer.hidden))
-    if not hopper_refusal(device_info(x.device), x.dtype, layer.inter, layer.hidden):
-        from fi_cupy.gemm.hopper import launch_hopper_grouped
-
+    if on_hopper(device_info(x.device), layer.inter, gathered, layer.fc1, layer.fc2):
         launch_hopper_grouped(hidden, gathered, layer.fc1, indptr, bias=b1, gated=True, gate_second=True, pdl=pdl)
         launch_hopper_grouped(y, hidden, layer.fc2, indptr, bias=b2, pdl=pdl)
         return y
@@ -455,9 +454,7 @@ def _fp8_experts(layer: _Layer, x: View, indptr: View, source: View, top_k: int,
 
 
 def _fp8_product(out: View, a: View, w: View, a_scale: View, b_scale: View, indptr: View, pdl: bool) -> None:
-    if not hopper_refusal(device_info(a.device), a.dtype, w.shape[1], w.shape[2]):
-        from fi_cupy.gemm.hopper import launch_hopper_fp8_blocks
-
+    if on_hopper(device_info(a.device), w.shape[1], a, w):
         launch_hopper_fp8_blocks(out, a, w, a_scale, b_scale, scale_major_mode="K", indptr=indptr, pdl=pdl)
         return
     launch_group(

@@ -11,10 +11,11 @@ from fi_cupy.device import device_info
 from fi_cupy.dtypes import FLOAT_TYPES, HALF_TYPES
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import DTypeError, LayoutError, ShapeError, UnsupportedError
+from fi_cupy.gemm import hopper, hopper_rows
 from fi_cupy.gemm.group import launch_group
 from fi_cupy.gemm.operands import swapped
-from fi_cupy.gemm.route import hopper_refusal
-from fi_cupy.gemm.select import select_gated_kernel, select_mm_kernel
+from fi_cupy.gemm.route import on_hopper
+from fi_cupy.gemm.select import HOPPER_ROWS_MAX, select_gated_kernel, select_mm_kernel
 from fi_cupy.jit.kernel import load_kernel
 
 _MAX_BATCH = 65535  # the grid's third dimension
@@ -98,9 +99,15 @@ def _multiply(
         return
     if batch > _MAX_BATCH:
         raise UnsupportedError(f"{op}: a has shape {a.shape}, expected a batch of at most {_MAX_BATCH}; split it")
+    portable = not (hopper.mappable(a) and hopper.mappable(out))
+    w = b if row_major_b else swapped(b)
     spec, grid = select_mm_kernel(
-        m, n, k, device_info(a.device), a.dtype, out.dtype, row_major_b=row_major_b, batch=batch
-    )
+        m, n, k, device_info(a.device), a.dtype, out.dtype, row_major_b=row_major_b, batch=batch,
+        portable=portable or not hopper.mappable(w),
+    )  # fmt: skip
+    if spec.params is hopper.PARAMS:
+        hopper.launch(spec, grid, out, a, w, batch=batch, bias=bias, residual=residual, pdl=pdl)
+        return
     load_kernel(spec, a.device).launch(
         grid, a.stream(),
         a.ptr, b.ptr, 0 if bias is None else bias.ptr, out.ptr,
@@ -264,10 +271,9 @@ def _multiply_gated(a: View, w: View, bias: View | None, out: View, pdl: bool) -
             grid, a.stream(), a.ptr, w.ptr, 0 if bias is None else bias.ptr, out.ptr, a.strides[0], w.strides[0],
             out.strides[0], 0, 0, 0, m, n, k, 0, 0, 0, pdl=pdl,
         )  # fmt: skip
-    elif not hopper_refusal(device, a.dtype, 2 * n, k):
-        from fi_cupy.gemm.hopper import launch_hopper_mm
-
-        launch_hopper_mm(out, a, w, bias=bias, gated=True, pdl=pdl)
+    elif on_hopper(device, n, a, w, out):
+        launch = hopper_rows.launch_rows_mm if m <= HOPPER_ROWS_MAX else hopper.launch_hopper_mm
+        launch(out, a, w, bias=bias, gated=True, pdl=pdl)
     else:
         launch_group(out, a, w, bias=bias, gated=True, pdl=pdl)
 

@@ -11,6 +11,8 @@ from fi_cupy.device import device_info
 from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, float8_e4m3fn, uint8
 from fi_cupy.errors import ArgumentError, ShapeError
 from fi_cupy.gemm.group import SCALE_STEP, Scales, launch_group
+from fi_cupy.gemm.hopper import launch_hopper_fp8_blocks
+from fi_cupy.gemm.hopper_rows import launch_rows_fp8_blocks
 from fi_cupy.gemm.operands import (
     check_choice,
     check_columns,
@@ -22,7 +24,8 @@ from fi_cupy.gemm.operands import (
     swapped,
 )
 from fi_cupy.gemm.quantise import quantise_rows
-from fi_cupy.gemm.route import hopper_refusal
+from fi_cupy.gemm.route import on_hopper
+from fi_cupy.gemm.select import HOPPER_ROWS_MAX
 
 Granularity = tuple[int, int, int]
 
@@ -75,11 +78,12 @@ def _run(
     plain = a.dtype is w.dtype is float8_e4m3fn and sizes == (1, SCALE_STEP, SCALE_STEP) and k % SCALE_STEP == 0
     inner = -2 if major == "MN" else -1
     dense = all(s.strides[inner] == 1 or s.shape[inner] == 1 for s in (sa, sb))
-    if plain and dense and not hopper_refusal(device_info(a.device), a.dtype, w.shape[-2], k):
-        from fi_cupy.gemm.hopper import launch_hopper_fp8_blocks
-
+    if plain and dense and on_hopper(device_info(a.device), w.shape[-2], a, w, out):
         stored = (swapped(sa), swapped(sb)) if major == "MN" else (sa, sb)
-        launch_hopper_fp8_blocks(out, a, w, *stored, scale_major_mode=major, indptr=indptr)
+        if indptr is None and a.shape[0] <= HOPPER_ROWS_MAX:
+            launch_rows_fp8_blocks(out, a, w, *stored, scale_major_mode=major)
+        else:
+            launch_hopper_fp8_blocks(out, a, w, *stored, scale_major_mode=major, indptr=indptr)
         return
     launch_group(
         out, a, w, indptr=indptr, scale="blocks", scale_k=gk,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from importlib.util import find_spec
 
+from fi_cupy.arrays import View
 from fi_cupy.device import DeviceInfo
-from fi_cupy.dtypes import DType
+from fi_cupy.gemm import hopper
+
+_refusal = lru_cache(maxsize=4096)(hopper.hopper_refusal)
 
 
-@lru_cache(maxsize=4096)
-def hopper_refusal(device: DeviceInfo, dtype: DType, n: int, k: int) -> str:
-    """Why the Hopper kernels do not take a product with these extents; "" if they do."""
-    if device.arch != "90a":
-        return f"the device runs sm_{device.arch} code"
-    if find_spec("fi_cupy.gemm.hopper") is None:
-        return "there is no Hopper kernel"
-    from fi_cupy.gemm import hopper
+def refusal(device: DeviceInfo, n: int, a: View, *others: View) -> str:
+    """Why the Hopper kernels do not take the product of `a` with n columns; "" if they do."""
+    text = _refusal(device, a.dtype, n, a.shape[-1])
+    if not text and not all(map(hopper.mappable, (a, *others))):
+        return "strides overlap or are negative"
+    return text
 
-    return hopper.hopper_refusal(device, dtype, n, k)
+
+def on_hopper(device: DeviceInfo, n: int, a: View, *others: View) -> bool:
+    """Whether the Hopper kernels take it."""
+    return not refusal(device, n, a, *others)

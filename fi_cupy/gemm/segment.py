@@ -14,7 +14,9 @@ from fi_cupy.device import device_info
 from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, bfloat16, float8_e4m3fn, int64, uint8
 from fi_cupy.errors import ArgumentError, DTypeError, GPUArchitectureError, ShapeError, UnsupportedError, WorkspaceError
 from fi_cupy.gemm.group import launch_group
+from fi_cupy.gemm.hopper import launch_hopper_grouped
 from fi_cupy.gemm.operands import check_choice, check_columns, check_operand, index_view, output
+from fi_cupy.gemm.route import refusal
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
@@ -92,9 +94,7 @@ def _run(
         out.numpy()[start:stop] = values[start:stop]
         return
     scale = "end" if x.dtype in FP8_TYPES else "none"
-    if backend != "sm80" and scale == "none" and _hopper(op, x, w, backend):
-        from fi_cupy.gemm.hopper import launch_hopper_grouped
-
+    if backend != "sm80" and scale == "none" and _hopper(op, out, x, w, backend):
         launch_hopper_grouped(
             out, x, w, indptr, weight_indices=indices, row_major_b=not column_major, bias=bias, pdl=pdl
         )
@@ -104,14 +104,12 @@ def _run(
     )
 
 
-def _hopper(op: str, x: View, w: View, backend: str) -> bool:
+def _hopper(op: str, out: View, x: View, w: View, backend: str) -> bool:
     """Whether the Hopper kernel takes it; an error where it was asked for and does not."""
-    from fi_cupy.gemm.route import hopper_refusal
-
-    refusal = hopper_refusal(device_info(x.device), x.dtype, w.shape[1], w.shape[2])
-    if refusal and backend == "sm90":
-        raise GPUArchitectureError(f"{op}: backend is 'sm90', expected 'auto' or 'sm80': {refusal}")
-    return not refusal
+    text = refusal(device_info(x.device), out.shape[1], x, w, out)
+    if text and backend == "sm90":
+        raise GPUArchitectureError(f"{op}: backend is 'sm90', expected 'auto' or 'sm80': {text}")
+    return not text
 
 
 class SegmentGEMMWrapper:

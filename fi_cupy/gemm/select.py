@@ -1,10 +1,14 @@
 """Which kernel multiplies: pure functions of the shape and the device, with the reason beside each threshold.
 
-Three kernels share one parameter struct (``kernels/gemm/gemm.cuh``):
+Four kernels share one parameter struct (``kernels/gemm/gemm.cuh``):
 
-- ``gemm_rows``: one or two rows on the CUDA cores, limited by reading the weight once;
-- ``gemm_stream``: few rows on the tensor cores, the weight from global memory straight to fragments;
+- ``gemm_rows``: one row on the CUDA cores, limited by reading the weight once;
+- ``gemm_few``: up to 16 rows on the tensor cores, the weight straight from global memory to left fragments;
+- ``gemm_stream``: some more rows, the weight straight to right fragments;
 - ``gemm_tiled``: everything else, through shared memory.
+
+Hopper has two of its own with another struct (`fi_cupy.gemm.hopper`): ``gemm_hopper_rows`` for few rows, and
+``gemm_hopper``.
 
 The times in the comments were measured on an H100 with bf16 weights that do not fit in L2, in CUDA graphs.
 """
@@ -12,10 +16,11 @@ The times in the comments were measured on an H100 with bf16 weights that do not
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import DType, bfloat16, float16, float32
+from fi_cupy.gemm import hopper, hopper_rows
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import ConfigValue, CppType, KernelSpec
 
@@ -42,11 +47,10 @@ PARAMS = ParamsStruct(
 )
 Grid = tuple[int, int, int]
 
-#: From three rows on the tensor cores read the weight as fast as the CUDA cores do, and cost nothing per row: at
-#: n, k = 4096, 14336 four rows take 43.8 µs here and 42.5 µs in `gemm_stream`.
-ROWS_MAX = 2
-#: Rows that `gemm_stream` always takes: one fragment of m16. Beyond, each CTA reads more of `a` than of `b`.
-STREAM_ALWAYS = 16
+#: From two rows on the tensor cores read the weight as fast as the CUDA cores do, and cost nothing per row.
+ROWS_MAX = 1
+#: Rows that `gemm_few` always takes, two fragments of eight. Beyond, each CTA reads more of `a` than of `b`.
+FEW_MAX = 16
 #: Rows of `a` up to this size stay in every multiprocessor's L1 (128 KB or more beside the partial sums on most GPUs),
 #: so that reading them once a CTA is cheap.
 STREAM_A_BYTES = 96 * 1024
@@ -122,26 +126,50 @@ def few_spec(
     )  # fmt: skip
 
 
-def rows_config(n: int, k: int) -> tuple[int, int, int, int, int]:
-    """(lanes, rows, depth, warps_k, warps_n) of `rows_spec` for a weight of n rows of k elements.
+def rows_config(k: int) -> tuple[int, int, int, int, int]:
+    """(lanes, rows, depth, warps_k, warps_n) of `rows_spec` for rows of k elements; `a` is always requested ahead.
 
-    Every warp holds all or half of its share of k in registers at once, and a CTA computes one to four columns
-    (4096 x 4096: 1024 such CTAs take 12.3 µs, 64 CTAs of 64 columns 16.4).
+    One or two columns a CTA: thousands of small CTAs stream better than few large ones (4096 x 4096 in 64 CTAs of 64
+    columns: 16.4 µs against 12.7). Without `a` ahead of its use every share of it costs a latency: 14.6.
     """
     if k < 2048:
-        # A row is too short for 32 lanes x 16 bytes x several warps: 8 lanes read 128 bytes of it, four rows a warp.
-        # Three steps a warp: 3 warps for k = 576 (1.8 µs at n = 576, 19.6 at 49152), 8 for k = 1536 (2.3 at 576).
-        steps = _up(k, 64)
-        warps_k = min(8, max(1, _up(steps, 3)))
-        return 8, 1, _even_depth(_up(steps, warps_k), 4), warps_k, max(1, 4 // warps_k)
-    # 512 contiguous bytes a row and load: 12.3 µs at 4096 x 4096, against 13.0 with 256 bytes.
-    steps = _up(k, 256)
-    if n < 8192 and steps <= 16:
-        return 32, 2, _even_depth(_up(steps, 4), 4), 4, 2
-    share = _up(steps, 8)
-    if share <= 3:
-        return 32, 2, share, 8, 1  # 14336 x 4096: 38.4 µs, 3.06 TB/s
-    return 32, 1, _even_depth(share, 7), 8, 1  # 4096 x 14336: 38.5 µs
+        # A row is too short for 32 lanes x 16 bytes x several warps: 16 lanes read 256 bytes of it, two rows a warp.
+        # 2.1 µs at 576 x 576, 20.3 at 49152 x 576, 2.65 at 576 x 1536; 8 lanes are within 2 %.
+        steps = _up(k, 128)
+        warps_k = min(3, steps)
+        return 16, 1, _even_depth(_up(steps, warps_k), 4), warps_k, 2
+    # 512 contiguous bytes a row and load: 12.7 µs at 4096 x 4096, 38.9 at 14336 x 4096, 39.5 at 4096 x 14336.
+    return 32, 1, _even_depth(_up(_up(k, 256), 8), 4), 8, 1
+
+
+class FewConfig(NamedTuple):
+    """The numbers of `few_spec`."""
+
+    a_tiles: int
+    w_tiles: int
+    depth: int
+    warps_k: int
+    wide: bool
+    ahead: bool
+
+
+def few_config(m: int, n: int, k: int, *, batch: int = 1) -> FewConfig:
+    """Up to 16 rows: the numbers of ``kernels/gemm/few.cuh``'s Config.
+
+    Loads of 128 contiguous bytes ("wide") win on long streams: 14336 x 4096 at m = 8 in 40.4 µs against 42.2, 4096 x
+    4096 in 13.5 against 14.5. With 16 rows of a their second product and its registers cost more where rows are few:
+    4096 x 4096 14.6 against 15.7, but 14336 x 4096 42.1 against 43.9. Short weights end before that matters.
+    """
+    steps, long = _up(k, 64), n * k * 2 * batch >= 40 << 20
+    a_tiles = 1 if m <= 8 else 2
+    if k >= 2048:
+        if a_tiles == 1 or n >= 8192:
+            return FewConfig(a_tiles, 1, 2, 8 if a_tiles == 1 else 4, True, True)
+        return FewConfig(a_tiles, 1, 2, 8, False, True)
+    # As many warps as there are steps: n, k = 576, 576 at m = 8 in 2.4 µs by 9 warps against 2.7 by 3 warps of 3 steps.
+    depth = min(2 if a_tiles == 1 else 3, _up(steps, 12 if a_tiles == 1 else 9))
+    warps_k = min(_up(steps, depth), 12 if a_tiles == 1 else 9)
+    return FewConfig(a_tiles, 1, depth, warps_k, long and a_tiles == 1, long or (a_tiles == 2 and depth == 1))
 
 
 @lru_cache(maxsize=256)
@@ -259,6 +287,7 @@ def select_mm_kernel(
     *,
     row_major_b: bool = False,
     batch: int = 1,
+    portable: bool = False,
 ) -> tuple[KernelSpec, Grid]:
     """The kernel and the grid for ``[batch, m, k] @ [batch, k, n]``.
 
@@ -272,17 +301,26 @@ def select_mm_kernel(
     row_major_b : bool
         b is dense along n instead of along k.
     batch : int
+    portable : bool
+        Leave out the kernels with Hopper's instructions, whose tensor maps do not describe every layout.
 
     Returns
     -------
     (KernelSpec, (x, y, z))
     """
+    if not portable and not hopper.hopper_refusal(device, dtype, n, k):
+        found = _hopper_kernel(m, n, k, device, dtype, out, row_major_b, batch)
+        if found is not None:
+            return found
     slow = _slow_bf16(dtype, device)
     if not row_major_b:
         if m <= (4 if slow else ROWS_MAX):
-            lanes, rows, depth, warps_k, warps_n = rows_config(n, k)
-            spec = rows_spec(dtype, out, m if m <= 2 else 4, lanes, rows, depth, warps_k, warps_n)
+            lanes, rows, depth, warps_k, warps_n = rows_config(k)
+            spec = rows_spec(dtype, out, m if m <= 2 else 4, lanes, rows, depth, warps_k, warps_n, True)
             return spec, (_up(n, warps_n * rows * (32 // lanes)), 1, batch)
+        if m <= FEW_MAX and not slow:
+            few = few_config(m, n, k, batch=batch)
+            return _few(few, dtype, out), (_up(n, 16 * few.w_tiles), 1, batch)
         if not slow and _streams(m, n, k, device, batch):
             config = stream_config(m, n, k, device, batch)
             return stream_spec(dtype, out, *config), (_up(n, 8 * config[1]), _up(m, 16 * config[0]), batch)
@@ -291,21 +329,42 @@ def select_mm_kernel(
     return spec, (_up(m, config_tiled[0]) * _up(n, config_tiled[1]), 1, batch)
 
 
+def _few(config: FewConfig, dtype: DType, out: DType, gated: bool = False) -> KernelSpec:
+    a_tiles, w_tiles, depth, warps_k, wide, ahead = config
+    return few_spec(dtype, out, a_tiles, w_tiles, depth, warps_k, wide=wide, ahead=ahead, gated=gated)
+
+
 def select_gated_kernel(
     m: int, n: int, k: int, device: DeviceInfo, dtype: DType = bfloat16, out: DType = bfloat16
 ) -> tuple[KernelSpec, Grid] | None:
     """The kernel and the grid for ``silu(a gate) * (a up)`` of few rows; None where shared tiles are better."""
-    if m > STREAM_ALWAYS or _slow_bf16(dtype, device):
+    if m > FEW_MAX or _slow_bf16(dtype, device):
         return None
-    a_tiles = 1 if m <= 8 else 2
-    warps_k = min(8, max(1, _up(_up(k, 64), 3)))
-    spec = few_spec(dtype, out, a_tiles, 1, _even_depth(_up(_up(k, 64), warps_k), 3), warps_k, gated=True)
-    return spec, (_up(n, 8), _up(m, 8 * a_tiles), 1)
+    few = few_config(m, 2 * n, k)
+    return _few(few, dtype, out, True), (_up(n, 8 * few.w_tiles), 1, 1)
+
+
+#: Rows from which Hopper's kernels are ahead of `gemm_stream`.
+HOPPER_ROWS = 17
+#: Rows that ``gemm_hopper_rows`` takes in one tile; beyond, `hopper_tile` balances rows and columns.
+HOPPER_ROWS_MAX = 64
+
+
+def _hopper_kernel(
+    m: int, n: int, k: int, device: DeviceInfo, dtype: DType, out: DType, row_major_b: bool, batch: int
+) -> tuple[KernelSpec, Grid] | None:
+    if m < HOPPER_ROWS and not row_major_b:
+        return None
+    if m <= HOPPER_ROWS_MAX:
+        few = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms, batch=batch)
+        spec = hopper_rows.rows_spec(few, dtype, dtype, out, row_major_b=row_major_b)
+        return spec, hopper_rows.rows_grid(few, (m, n), batch)
+    tile = hopper.hopper_tile(m, n, 2 * k, device.num_sms, batch=batch, row_major_b=row_major_b)
+    tiles = _up(m, tile.block_m) * _up(n, tile.block_n) * batch
+    return hopper.hopper_spec(tile, dtype, dtype, out, row_major_b=row_major_b), (min(tiles, device.num_sms), 1, 1)
 
 
 def _streams(m: int, n: int, k: int, device: DeviceInfo, batch: int) -> bool:
-    if m <= STREAM_ALWAYS:
-        return True
     if m > STREAM_MAX:
         return False
     if m <= 64 and m * k * 2 <= STREAM_A_BYTES:
@@ -316,6 +375,7 @@ def _streams(m: int, n: int, k: int, device: DeviceInfo, batch: int) -> bool:
 
 #: GPUs that `kernel_specs` is made for.
 H100 = DeviceInfo(90, "90a", 132, 227 << 10, 228 << 10, 50 << 20)
+_B200 = DeviceInfo(100, "100a", 148, 227 << 10, 228 << 10, 126 << 20)
 _A10 = DeviceInfo(86, "86", 72, 99 << 10, 100 << 10, 6 << 20)
 _T4 = DeviceInfo(75, "75", 40, 64 << 10, 64 << 10, 4 << 20)
 
@@ -330,7 +390,7 @@ def kernel_specs() -> list[KernelSpec]:
 
     for m in (1, 2, 16, 64, 128, 1024):
         for n, k in ((960, 576), (576, 576), (3072, 576), (576, 1536)):
-            add(m, n, k)
+            add(m, n, k, _B200)  # no Hopper instructions: the kernels of every architecture
     for m in (1, 16, 64):
         add(m, 49152, 576)
         add(m, 49152, 576, out=float32)
@@ -338,10 +398,10 @@ def kernel_specs() -> list[KernelSpec]:
         add(m, 4096, 4096)
     add(1, 14336, 4096)
     add(1, 4096, 14336)
-    add(4096, 4096, 4096, row_major_b=True)
+    add(4096, 4096, 4096, _B200, row_major_b=True)
     for m in (1, 16, 4096):
-        add(m, 4096, 4096, dtype=float16)
+        add(m, 4096, 4096, _B200, float16)
     add(4096, 4096, 4096, _A10)
     add(4096, 4096, 4096, _T4, float16)
     add(4096, 4096, 4096, _T4)
-    return list(dict.fromkeys(specs))
+    return list(dict.fromkeys(specs + hopper.kernel_specs() + hopper_rows.kernel_specs()))
