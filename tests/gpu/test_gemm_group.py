@@ -57,7 +57,6 @@ def test_segments(rng, lengths, column_major, dtype):
     check_rows(out, want, dtype)
 
 
-@pytest.mark.older_archs
 @pytest.mark.parametrize("backend", ["auto", "sm80"])
 def test_segment_lengths_and_weight_indices(rng, backend):
     lengths, indices = np.array([3, 0, 70, 9, 1]), np.array([2, 0, 1, 2, 2])
@@ -137,7 +136,6 @@ def typed(x):
     return torch.from_numpy(x.view(np.uint8)).cuda().view(torch.float8_e5m2)
 
 
-@pytest.mark.older_archs
 @pytest.mark.parametrize("kinds", [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2)], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 8, 16), (3, 70, 136, 208), (2, 130, 264, 1040)])
 def test_bmm_fp8(rng, kinds, shape):
@@ -173,7 +171,6 @@ def test_mm_fp8_scales(rng, shape, out_dtype):
     assert_close(to_float64(out), f64(a) @ f64(b).T * sa[0], tolerance, "product")
 
 
-@pytest.mark.older_archs
 @pytest.mark.parametrize("major", ["MN", "K"])
 @pytest.mark.parametrize("sizes", [(1, 128, 128), (128, 128, 128), (1, 1, 128), (1, 128, 256)], ids=str)
 @pytest.mark.parametrize("shape", [(1, 128, 128), (77, 264, 640), (200, 136, 1024)])
@@ -216,7 +213,6 @@ def test_group_groupwise(rng, major, lengths):
     check_rows(out, want, "bfloat16")
 
 
-@pytest.mark.older_archs
 @pytest.mark.parametrize("m", [1, 50, 140])
 def test_blockscale_quantises_its_operands(rng, m):
     x, w = normal(rng, (m, 512)), normal(rng, (264, 512))
@@ -253,7 +249,6 @@ def test_fp8_nan_and_every_byte(rng):
 # --- fused epilogues ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.older_archs
 @pytest.mark.parametrize("m", [1, 2, 7, 16, 17, 100, 300])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_swiglu(rng, m, dtype):
@@ -266,7 +261,6 @@ def test_swiglu(rng, m, dtype):
         assert_close(to_float64(got), reference.gemm.mm_swiglu(f64(x), f64(w).T, f64(bias)), dtype, "product")
 
 
-@pytest.mark.older_archs
 @pytest.mark.parametrize("m", [1, 2, 7, 16, 33, 100, 300])
 def test_residual(rng, m):
     n, k = 264, 328
@@ -277,3 +271,26 @@ def test_residual(rng, m):
     out = on_gpu(r)  # in place
     gemm.mm_bf16(on_gpu(x), on_gpu(w).T, out=out, residual=out)
     assert_close(to_float64(out), want - f64(bias), "bfloat16", "product")
+
+
+@pytest.mark.older_archs
+def test_one_of_each_by_older_code(rng):
+    """Few kernels, because the driver translates each of them from PTX."""
+    x, w, indptr = segment_case(rng, [3, 0, 70, 9], 4, 72, 136)
+    out = poisoned((len(x), 72), "bfloat16")
+    wrapper = gemm.SegmentGEMMWrapper(cupy.empty(4096, np.uint8), "sm80")
+    wrapper.run(on_gpu(x), on_gpu(w), 4, True, out, seg_indptr=on_gpu(indptr))
+    check_rows(out, segment_product(x, w, indptr, None, 72), "bfloat16")
+    a, b = fp8(rng, (77, 400)), fp8(rng, (72, 400))
+    sa, sb = rng.random((77, 4)).astype(np.float32), rng.random((1, 4)).astype(np.float32)
+    got = gemm.mm_fp8(on_gpu(a), on_gpu(b).T, on_gpu(sa[0, :1]))
+    assert_close(to_float64(got), f64(a) @ f64(b).T * sa[0, 0], "bfloat16", "product")
+    got = gemm.gemm_fp8_nt_groupwise(on_gpu(a), on_gpu(b), on_gpu(sa), on_gpu(sb), "K")
+    want = reference.gemm.gemm_fp8_nt_groupwise(a, b, f64(sa), f64(sb), "K", out_dtype=np.float64)
+    assert_close(to_float64(got), want, "bfloat16", "product")
+    for dtype, m in (("float16", 5), ("bfloat16", 70)):
+        x, w, r = normal(rng, (m, 136), dtype), normal(rng, (48, 136), dtype, 0.2), normal(rng, (m, 48), dtype)
+        got = gemm.mm_bf16_swiglu(on_gpu(x), on_gpu(w).T)
+        assert_close(to_float64(got), reference.gemm.mm_swiglu(f64(x), f64(w).T), dtype, "product")
+        got = gemm.mm_bf16(on_gpu(x), on_gpu(w).T, residual=on_gpu(r))
+        assert_close(to_float64(got), f64(x) @ f64(w).T + f64(r), dtype, "product")
