@@ -23,7 +23,7 @@ from fi_cupy.gemm.operands import (
     scale_view,
     swapped,
 )
-from fi_cupy.gemm.quantise import quantise_rows
+from fi_cupy.gemm.quantise import expand_scales, quantise_rows
 from fi_cupy.gemm.route import on_hopper
 from fi_cupy.gemm.select import HOPPER_ROWS_MAX
 
@@ -75,11 +75,13 @@ def _run(
         )  # fmt: skip
         return
     k = a.shape[1]
-    plain = a.dtype is w.dtype is float8_e4m3fn and sizes == (1, SCALE_STEP, SCALE_STEP) and k % SCALE_STEP == 0
+    plain = a.dtype is w.dtype is float8_e4m3fn and (gn, gk) == (SCALE_STEP, SCALE_STEP) and k % SCALE_STEP == 0
     inner = -2 if major == "MN" else -1
     dense = all(s.strides[inner] == 1 or s.shape[inner] == 1 for s in (sa, sb))
-    if plain and dense and on_hopper(device_info(a.device), w.shape[-2], a, w, out):
+    if plain and dense and a.shape[0] and on_hopper(device_info(a.device), w.shape[-2], a, w, out):
         stored = (swapped(sa), swapped(sb)) if major == "MN" else (sa, sb)
+        if gm != 1:  # the Hopper kernels read a multiplier a row, MN-major best
+            stored, major = (expand_scales(a, sa, gm), swapped(sb)), "MN"
         if indptr is None and a.shape[0] <= HOPPER_ROWS_MAX:
             launch_rows_fp8_blocks(out, a, w, *stored, scale_major_mode=major)
         else:
@@ -126,7 +128,7 @@ def gemm_fp8_nt_groupwise(
     mma_sm : {1, 2}
         A tuning hint for FlashInfer's Blackwell kernel; the result does not depend on it.
     scale_granularity_mnk : (int, int, int)
-        gk is a multiple of 128; on Hopper (1, 128, 128) of e4m3 takes the fast kernel.
+        gk is a multiple of 128; on Hopper e4m3 with gn = gk = 128 takes the fast kernel.
     out : array, [m, n], optional
     out_dtype : dtype, optional
         bfloat16 (default), float16 or float32.

@@ -18,6 +18,10 @@ _PARAMS = ParamsStruct(
         ("scale_stride", "i64"), ("m", "u32"), ("k", "u32"), ("divisor", "u32"),
     ],
 )  # fmt: skip
+_EXPAND = ParamsStruct(
+    "ExpandScalesParams",
+    [("scale", "ptr"), ("out", "ptr"), ("scale_row", "i64"), ("scale_k", "i64"), ("m", "u32"), ("rows", "u32")],
+)
 _THREADS = 256
 #: Elements under one multiplier.
 GROUP = 128
@@ -36,9 +40,32 @@ def quantise_spec(dtype: DType, gated: bool = False) -> KernelSpec:
     )
 
 
+@lru_cache(maxsize=1)
+def expand_spec() -> KernelSpec:
+    """The kernel that writes a block's multiplier once for each of its rows."""
+    return KernelSpec(
+        symbol="expand_scales",
+        header="gemm/expand_scales.cuh",
+        function="expand_scales",
+        params=_EXPAND,
+        config=(("kThreads", _THREADS),),
+        threads=_THREADS,
+    )
+
+
 def quantise_specs() -> list[KernelSpec]:
     """The canonical instances."""
-    return [quantise_spec(bfloat16), quantise_spec(float16), quantise_spec(bfloat16, True)]
+    return [quantise_spec(bfloat16), quantise_spec(float16), quantise_spec(bfloat16, True), expand_spec()]
+
+
+def expand_scales(like: View, scale: View, rows: int) -> View:
+    """Multipliers ``[m / rows, blocks]`` of the rows of `like` [m, k] as ``[blocks, m]``, one for each row."""
+    m, blocks = like.shape[0], scale.shape[1]
+    out = like.empty((blocks, m), float32)
+    load_kernel(expand_spec(), like.device).launch(
+        (-(-m // _THREADS), blocks, 1), like.stream(), scale.ptr, out.ptr, scale.strides[0], scale.strides[1], m, rows
+    )
+    return out
 
 
 def quantise_rows(

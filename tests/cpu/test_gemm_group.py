@@ -347,6 +347,13 @@ def test_quantising_kernel(rng, place):
     np.testing.assert_array_equal(np.asarray(s.array), scales.astype(np.float32))
 
 
+@needs_emulator
+def test_expanding_kernel(rng, place):
+    scale = rng.random((3, 5)).astype(np.float32)
+    got = quantise.expand_scales(view(place(np.zeros((300, 16), np.uint8))), view(place(scale)), 128)
+    np.testing.assert_array_equal(np.asarray(got.array), np.repeat(scale, 128, axis=0)[:300].T)
+
+
 def _up(a, b):
     return -(-a // b)
 
