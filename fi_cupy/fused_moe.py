@@ -114,7 +114,6 @@ def kernel_specs() -> list[KernelSpec]:
         _spec("moe_finish", bfloat16, bfloat16),
         _spec("moe_finish", float16, float16),
         routing_spec(float32, float32, float32),
-        routing_spec(bfloat16, bfloat16, float32),
     ]
 
 

@@ -103,7 +103,7 @@ def group_spec(group: Group, tile: str, block_k: int, stages: int) -> KernelSpec
     words.append(f"{block_m}x{block_n}x{block_k}_s{stages}")
     slow = group.a is bfloat16  # emulated on Turing, in small tiles only
     turing = smem <= 64 * 1024 and (not slow or tile.startswith("small"))
-    blocks = {"small": 4, "small_gated": 4, "large": 2, "fp8": 1}[tile]
+    blocks = {"small": 2 if turing else 4, "small_gated": 2 if turing else 4, "large": 2, "fp8": 1}[tile]
     return KernelSpec(
         symbol="gemm_group_" + "_".join(w for w in words if w),
         header="gemm/group.cuh",
@@ -118,7 +118,7 @@ def group_spec(group: Group, tile: str, block_k: int, stages: int) -> KernelSpec
             ("kRowMajorB", group.row_major_b),
         ),
         threads=32 * warps_m * warps_n,
-        min_blocks=2 if turing else blocks,
+        min_blocks=blocks,
         smem_bytes=smem,
         min_arch=75 if turing else 80,
     )  # fmt: skip
@@ -219,8 +219,7 @@ def group_specs() -> list[KernelSpec]:
     segments, experts = Group(bf16, bf16, bf16, segments=True), Group(e4m3, e4m3, bf16, "blocks", segments=True)
     return [
         group_spec(segments, "small", 64, 4),
-        group_spec(segments, "large", 64, 3),
-        group_spec(Group(bf16, bf16, bf16, segments=True, row_major_b=True), "large", 64, 3),
+        group_spec(Group(bf16, bf16, bf16, segments=True, row_major_b=True), "small", 64, 4),
         group_spec(Group(bf16, bf16, bf16, segments=True, gated=True, gate_second=True), "small_gated", 64, 4),
         group_spec(Group(float16, float16, float16, segments=True), "small", 32, 2),
         group_spec(Group(e4m3, e4m3, bf16, "end"), "fp8", 64, 3),
