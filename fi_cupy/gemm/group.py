@@ -86,6 +86,7 @@ _TILES = {
     "small_gated": (64, 64, 4, 1),
     "large": (128, 128, 2, 2),
     "fp8": (64, 128, 4, 2),
+    "fp8_small": (64, 64, 4, 1),
 }
 
 
@@ -103,7 +104,7 @@ def group_spec(group: Group, tile: str, block_k: int, stages: int) -> KernelSpec
     words.append(f"{block_m}x{block_n}x{block_k}_s{stages}")
     slow = group.a is bfloat16  # emulated on Turing, in small tiles only
     turing = smem <= 64 * 1024 and (not slow or tile.startswith("small"))
-    blocks = {"small": 2 if turing else 4, "small_gated": 2 if turing else 4, "large": 2, "fp8": 1}[tile]
+    blocks = {"small": 2 if turing else 4, "small_gated": 2 if turing else 4, "large": 2}.get(tile, 1)
     return KernelSpec(
         symbol="gemm_group_" + "_".join(w for w in words if w),
         header="gemm/group.cuh",
@@ -124,11 +125,13 @@ def group_spec(group: Group, tile: str, block_k: int, stages: int) -> KernelSpec
     )  # fmt: skip
 
 
-def group_tile(group: Group, rows: int, device: DeviceInfo) -> tuple[str, int, int]:
-    """(tile, block_k in units of two bytes, stages) for groups of `rows` rows on average."""
+def group_tile(group: Group, rows: int, n: int, groups: int, device: DeviceInfo) -> tuple[str, int, int]:
+    """(tile, block_k in units of two bytes, stages) for `groups` groups of `rows` rows on average and n columns."""
     fp8 = group.a.itemsize == 1
     if fp8:
-        tile = "fp8"
+        # Half the columns where tiles of 128 would leave multiprocessors without one.
+        columns = 64 if group.gated else 128
+        tile = "fp8" if groups * -(-rows // 64) * -(-n // columns) >= device.num_sms else "fp8_small"
     elif rows <= 64 or (group.a is bfloat16 and device.code_number < 80):
         # A tile of 64 rows reads the weight as often as one of 128 and wastes less of it on rows that are not there.
         tile = "small_gated" if group.gated else "small"
@@ -138,7 +141,7 @@ def group_tile(group: Group, rows: int, device: DeviceInfo) -> tuple[str, int, i
     if device.code_number < 80:
         return tile, 32, 2
     if kilobytes >= 200 or fp8:  # fp8: a step is one scale block of 128
-        return tile, 64, 4 if tile.startswith("small") else 3
+        return tile, 64, 4 if "small" in tile else 3
     return tile, 32, 4 if kilobytes >= 128 or tile != "large" else 3
 
 
@@ -190,7 +193,7 @@ def launch_group(
         return
     device = device_info(a.device)
     rows = m if indptr is None else -(-m // groups)
-    spec = group_spec(group, *group_tile(group, rows, device))
+    spec = group_spec(group, *group_tile(group, rows, n, groups, device))
     config: dict[str, Any] = dict(spec.config)
     block = 2 * config["kBlockK"]  # elements of fp8 in a step
     sa, sb = a_scale or Scales(), b_scale or Scales()

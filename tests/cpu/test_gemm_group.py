@@ -264,7 +264,7 @@ def test_the_grid_holds_every_tile_of_every_segment(lengths, n, device, kind, ga
     scale = "none" if kind.itemsize == 2 else "blocks"
     made = Group(kind, kind, bfloat16, scale, segments=True, gated=gated)
     m = sum(lengths)
-    spec = group_spec(made, *group_tile(made, -(-m // len(lengths)), device))
+    spec = group_spec(made, *group_tile(made, -(-m // len(lengths)), n, len(lengths), device))
     assert spec.supports(device.arch) and spec.smem_bytes <= device.smem_per_block
     config = dict(spec.config)
     columns = config["kBlockN"] // (2 if gated else 1)
