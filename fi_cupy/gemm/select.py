@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import DType, bfloat16, float16, float32
-from fi_cupy.gemm import hopper, hopper_rows
+from fi_cupy.gemm import group, hopper, hopper_rows
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import ConfigValue, CppType, KernelSpec
 
@@ -342,6 +342,23 @@ def select_gated_kernel(
         return None
     few = few_config(m, 2 * n, k)
     return _few(few, dtype, out, True), (_up(n, 8 * few.w_tiles), 1, 1)
+
+
+def gated_spec(
+    m: int, n: int, k: int, device: DeviceInfo, dtype: DType = bfloat16, out: DType = bfloat16
+) -> KernelSpec:
+    """The kernel that `mm_bf16_swiglu` takes, to have it compiled beforehand."""
+    chosen = select_gated_kernel(m, n, k, device, dtype, out)
+    if chosen is not None:
+        return chosen[0]
+    if hopper.hopper_refusal(device, dtype, n, k):
+        made = group.Group(dtype, dtype, out, gated=True)
+        return group.group_spec(made, *group.group_tile(made, m, n, 1, device))
+    if m <= HOPPER_ROWS_MAX:
+        few = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms, gated=True)
+        return hopper_rows.rows_spec(few, dtype, dtype, out, gated=True)
+    tile = hopper.hopper_tile(m, n, 2 * k, device.num_sms, gated=True)
+    return hopper.hopper_spec(tile, dtype, dtype, out, gated=True)
 
 
 #: Rows from which Hopper's kernels are ahead of `gemm_stream`.
