@@ -103,7 +103,7 @@ def _multiply(
     w = b if row_major_b else swapped(b)
     spec, grid = select_mm_kernel(
         m, n, k, device_info(a.device), a.dtype, out.dtype, row_major_b=row_major_b, batch=batch,
-        portable=portable or not hopper.mappable(w),
+        portable=portable or not hopper.mappable(w), pdl=pdl,
     )  # fmt: skip
     if spec.params is hopper.PARAMS:
         hopper.launch(spec, grid, out, a, w, batch=batch, bias=bias, residual=residual, pdl=pdl)
@@ -176,7 +176,8 @@ def mm_bf16(
     Returns
     -------
     array
-        ``[m, n]``. Bit-identical from run to run; the order of summation depends on m, n, k and the device.
+        ``[m, n]``. Bit-identical from run to run; the order of summation depends on m, n, k, `pdl` and the
+        device.
 
     Raises
     ------
