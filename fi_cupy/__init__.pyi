@@ -12,6 +12,7 @@ from . import (
     jit as jit,
     logits_processor as logits_processor,
     lookup as lookup,
+    mla as mla,
     norm as norm,
     page as page,
     pod as pod,
@@ -57,6 +58,10 @@ from .decode import (
 from .gemm import (
     bmm_bf16 as bmm_bf16,
     mm_bf16 as mm_bf16,
+)
+from .mla import (
+    BatchDecodeMlaWithPagedKVCacheWrapper as BatchDecodeMlaWithPagedKVCacheWrapper,
+    BatchMLAPagedAttentionWrapper as BatchMLAPagedAttentionWrapper,
 )
 from .norm import (
     fused_add_rmsnorm as fused_add_rmsnorm,

@@ -18,7 +18,7 @@ from fi_cupy.jit.spec import ARCHS, KernelSpec
 #: The modules that hold kernels, each with ``kernel_specs()``.
 MODULES: tuple[str, ...] = (
     "norm", "lookup", "activation", "rope", "page", "quantization", "cascade", "sampling", "topk", "decode",
-    "prefill", "mixed", "customize", "gemm",
+    "prefill", "mla", "mixed", "customize", "gemm",
 )  # fmt: skip
 
 

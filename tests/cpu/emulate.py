@@ -54,8 +54,12 @@ _REPLACED = [
     (r'asm\("sin.*?\);', "y = sinf(x);"),
     (r'asm\("cos.*?\);', "y = cosf(x);"),
     (r'asm\("tanh.*?\);', "y = tanhf(x);"),
+    (r'asm volatile\("mov\.u32 %0, %%tid\.x.*?\);', "x = emulator::current->thread.x;"),
+    (r'asm volatile\("bar\.sync %0, 128;" ::"r"\((.*?)\) : "memory"\);', r"emulator::named_barrier(\1, 128, true);"),
     (r"(?s)using int8_t = .*?#else\n", "#else\n"),
 ]
+#: Headers whose instructions have a file of their own here.
+_OWN = sorted((HERE / "ptx").glob("*.cuh"))
 
 
 def available() -> bool:
@@ -76,9 +80,10 @@ def _text(path: Path) -> str:
 def _headers() -> Path:
     """The kernels with what g++ does not know replaced."""
     kernels = ROOT / "kernels"
-    files = [p for name in ("common", "ptx", "sampling") for p in sorted((kernels / name).glob("*.cuh"))]
+    files = [p for name in ("common", "ptx", "sampling", "attention") for p in sorted((kernels / name).glob("*.cuh"))]
     files += sorted(kernels.glob("*.cuh"))
     texts = {p.relative_to(kernels): _text(p) for p in files}
+    texts |= {p.relative_to(HERE): p.read_text() for p in _OWN}
     digest = hashlib.sha256("".join(texts.values()).encode() + (HERE / "emulator.hpp").read_bytes()).hexdigest()[:16]
     folder = BUILD / digest
     texts |= {

@@ -1,0 +1,265 @@
+"""The latent attention kernels as the wrappers see them: their instances, shapes, parameters and launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32
+from fi_cupy.errors import DTypeError, ShapeError, UnsupportedError
+from fi_cupy.jit.kernel import Kernel, load_kernel
+from fi_cupy.jit.params import ParamsStruct
+from fi_cupy.jit.spec import CppType, KernelSpec
+from fi_cupy.plan.mla import Costs
+from fi_cupy.plan.workspace import WorkspaceLayout
+from fi_cupy.prefill_params import PARAMS as PREFILL_PARAMS
+
+if TYPE_CHECKING:
+    from fi_cupy.arrays import View
+    from fi_cupy.device import DeviceInfo
+    from fi_cupy.jit.lower import Lowered
+
+#: Columns of a latent row: values (and keys without position), and rotated keys.
+CKV, KPE = 512, 64
+#: Columns of ckv that share a factor of `ckv_scale_arr`.
+SCALE_COLUMNS = 128
+
+PARAMS = ParamsStruct(
+    "MlaParams",
+    [
+        *PREFILL_PARAMS.fields,
+        ("q_pe", "ptr"),
+        ("token_scales", "ptr"),
+        ("q_pe_stride_n", "i64"),
+        ("q_pe_stride_h", "i64"),
+        ("pe_ratio", "f32"),
+        ("lse_factor", "f32"),
+    ],
+)
+#: The same, then 32 frequencies as opaque blocks of 16.
+ROPE_PARAMS = ParamsStruct("MlaRopeParams", [*PARAMS.fields, *((f"turns[{i}]", "tensormap") for i in (0, 16))])
+
+
+class MlaTiles(NamedTuple):
+    """Shape of a CTA of the portable kernel: warps of rows and of columns, keys a tile, tiles in flight."""
+
+    row_warps: int
+    col_warps: int
+    tile_kv: int
+    stages: int
+    smem_bytes: int
+
+    @property
+    def tile_q(self) -> int:
+        """Packed rows of a CTA."""
+        return 16 * self.row_warps
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return 32 * self.row_warps * self.col_warps
+
+    @property
+    def parts(self) -> int:
+        """Groups of threads that join split tiles each for itself."""
+        return 1
+
+    @property
+    def states(self) -> int:
+        """(m, d) that a partial result has: each warp has those of its 16 rows."""
+        return 16 * self.row_warps * self.col_warps
+
+
+def smem_bytes(row_warps: int, col_warps: int, tile_kv: int, stages: int, fp8: bool) -> int:
+    """Dynamic shared memory of kernels/attention/mla.cuh: struct MlaShape."""
+    rows, row_bytes = 16 * row_warps, 2 * (CKV + KPE)
+    tile = tile_kv * row_bytes
+    p_row = (tile_kv // 8 | 1) * 16  # TileLayout<32>
+    latent = stages * (tile // 2) + tile if fp8 else stages * tile
+    return rows * row_bytes + latent + rows * p_row + 4 * col_warps * rows + 80
+
+
+@lru_cache(maxsize=256)
+def choose_tiles(packed_rows: int, smem_per_block: int, fp8: bool) -> MlaTiles:
+    """The CTA shape for requests of about `packed_rows` (query token, head) pairs.
+
+    16 rows are four warps of 128 columns, 64 rows eight warps of 256: those need 73 KB for q alone, so GPUs with 99 KB
+    of shared memory keep to 16. Tiles of 32 keys; as many in flight as fit, up to 5 (184 KB, which a multiprocessor
+    has to have in flight to read at full rate).
+    """
+    shapes = [(1, 4)] if packed_rows <= 16 else [(4, 2), (1, 4)]
+    for row_warps, col_warps in shapes:
+        for stages in range(5, 0, -1):
+            size = smem_bytes(row_warps, col_warps, 32, stages, fp8)
+            if size <= smem_per_block and (stages > 1 or row_warps == 1):
+                return MlaTiles(row_warps, col_warps, 32, stages, size)
+    raise UnsupportedError(f"latent attention: a CTA has {smem_per_block} bytes of shared memory, 57 KB are needed")
+
+
+@lru_cache(maxsize=256)
+def mla_spec(
+    dtype: DType, tiles: MlaTiles, *, kv: DType | None = None, out: DType | None = None, token_scales: bool = False,
+    rope: bool = False, soft_cap: bool = False, positive_scale: bool = True,
+) -> KernelSpec:  # fmt: skip
+    """The portable kernel. `kv`: `dtype` or an fp8 type; `token_scales`: fp8 with a factor each 128 columns of a token."""
+    kv, out = kv or dtype, out or dtype
+    types = dtype.tag + "".join(f"_{n}{t.tag}" for n, t in (("kv", kv), ("o", out)) if t is not dtype)
+    options = (("tokens", token_scales), ("rope", rope), ("cap", soft_cap), ("neg", not positive_scale))
+    suffix = "".join(f"_{name}" for name, on in options if on)
+    flags = ", ".join("true" if on else "false" for on in (False, soft_cap, positive_scale, False))
+    return KernelSpec(
+        symbol=f"mla_{types}_q{tiles.tile_q}k{tiles.tile_kv}x{tiles.stages}{suffix}",
+        header="attention/mla.cuh",
+        function="mla",
+        params=ROPE_PARAMS if rope else PARAMS,
+        config=(
+            ("T", dtype),
+            ("KV", kv),
+            ("O", out),
+            ("kRowWarps", tiles.row_warps),
+            ("kColWarps", tiles.col_warps),
+            ("kTileKv", tiles.tile_kv),
+            ("kStages", tiles.stages),
+            ("kTokenScales", token_scales),
+            ("kRope", rope),
+            ("Logits", CppType(f"fi::PrefillLogits<{flags}>")),
+        ),
+        threads=tiles.threads,
+        min_blocks=1,
+        smem_bytes=tiles.smem_bytes,
+        min_arch=75 if tiles.stages == 1 else 80,
+    )
+
+
+class Problem(NamedTuple):
+    """What decides the kernel of a batch, apart from the lengths: hashable."""
+
+    num_heads: int
+    dtype: DType  # of q
+    kv: DType
+    page_size: int
+    soft_cap: bool = False
+    rope: bool = False
+    variant: Lowered | None = None
+    backend: str = "auto"  # "fa2": the portable kernel, "fa3": the Hopper kernel or an error
+
+
+#: In tiles of 32 keys (0.8 us of a multiprocessor's share of the memory).
+PORTABLE_COSTS = Costs(start=1.5, part=2.0, join=0.5)
+
+
+class Call(NamedTuple):
+    """What a `run` adds to the choice of the instance."""
+
+    positive_scale: bool = True
+    out: DType | None = None  # None: that of q
+    token_scales: bool = False
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Kernel and grid factors of a `Problem` on a device.
+
+    Attributes
+    ----------
+    problem : Problem
+    tiles : MlaTiles
+    choice : str
+        Which kernel it is, and why.
+    slots : int
+        CTAs the device runs at once.
+    """
+
+    problem: Problem
+    tiles: MlaTiles
+    choice: str
+    slots: int
+
+    def spec(self, call: Call = Call()) -> KernelSpec:
+        """The instance for a call."""
+        p = self.problem
+        plain = mla_spec(
+            p.dtype, self.tiles, kv=p.kv, out=call.out, token_scales=call.token_scales, rope=p.rope, soft_cap=p.soft_cap,
+            positive_scale=call.positive_scale or p.variant is not None,
+        )  # fmt: skip
+        return plain if p.variant is None else p.variant.specialise(plain, False, p.soft_cap)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share the keys: all."""
+        return self.problem.num_heads
+
+    @property
+    def costs(self) -> Costs:
+        """For the schedule."""
+        return PORTABLE_COSTS
+
+    def load(self, call: Call, device: int) -> Kernel:
+        """The loaded kernel for a call."""
+        return load_kernel(self.spec(call), device)
+
+    def kernel(self, scale: float, device: int, head_scales: bool = False) -> Kernel:
+        """The loaded kernel of a plan's usual call."""
+        return self.load(Call(scale > 0), device)
+
+    def workspace(self, num_slots: int, most_slots: int = 0) -> WorkspaceLayout:
+        """Layout of the partial results of `num_slots` chunks; room for (m, d) of `most_slots` keeps the offsets."""
+        layout = WorkspaceLayout()
+        layout.add("partial_md", max(num_slots, most_slots) * self.tiles.states * 8)
+        layout.add("partial_o", num_slots * self.tiles.tile_q * CKV * 4)
+        return layout
+
+    def num_counters(self, num_slots: int) -> int:
+        """Zeroed words that the kernel wants for `num_slots` chunks, and leaves zero."""
+        return num_slots * self.tiles.parts
+
+
+@lru_cache(maxsize=1024)
+def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry:
+    """Kernel for requests of about `packed_rows` packed rows on `device`."""
+    fp8 = problem.kv in FP8_TYPES
+    smem_per_block = 65536 if device.code_number < 80 else device.smem_per_block
+    tiles = choose_tiles(min(packed_rows, 64), smem_per_block, fp8)
+    return Geometry(problem, tiles, "the portable kernel (mma.sync)", device.num_sms)
+
+
+def check_problem(op: str, p: Problem, head_dim_ckv: int, head_dim_kpe: int, on_cpu: bool) -> None:
+    """Raise the typed error for sizes and types that no kernel takes; the CPU takes any head dims and float32."""
+    if p.dtype not in HALF_TYPES and not (on_cpu and p.dtype is float32):
+        raise DTypeError(f"{op}: q has dtype {p.dtype.name}, expected float16 or bfloat16")
+    if p.kv is not p.dtype and p.kv not in FP8_TYPES:
+        raise DTypeError(
+            f"{op}: the caches have dtype {p.kv.name}, expected {p.dtype.name} like q, float8_e4m3fn or float8_e5m2"
+        )
+    if not on_cpu and (head_dim_ckv, head_dim_kpe) != (CKV, KPE):
+        raise ShapeError(
+            f"{op}: head_dim_ckv, head_dim_kpe are {head_dim_ckv}, {head_dim_kpe}, expected {CKV}, {KPE} on the GPU"
+        )
+
+
+def launch_more(
+    g: Geometry, num_items: int, x: View, x_pe: View, caches: list[View], token_scales: View | None, pe_ratio: float,
+    lse_factor: float, turns: tuple[bytes, ...],
+) -> tuple[Any, ...]:  # fmt: skip
+    """The fields of PARAMS (or ROPE_PARAMS) behind those of the prefill kernel's."""
+    return (
+        x_pe.ptr, 0 if token_scales is None else token_scales.ptr, x_pe.strides[0], x_pe.strides[1], pe_ratio,
+        lse_factor, *turns,
+    )  # fmt: skip
+
+
+#: (shared memory a CTA) of the GPUs `kernel_specs` is made for.
+_SMEM = {75: 65536, 80: 166912, 86: 101376, 90: 232448}
+
+
+def kernel_specs() -> list[KernelSpec]:
+    """The canonical instances: 16 and 64 rows on Turing, A100, RTX and Hopper or Blackwell cards, and every option once."""
+    usual = {arch: choose_tiles(16, size, False) for arch, size in _SMEM.items()}
+    specs = [mla_spec(float16, usual[75]), mla_spec(bfloat16, usual[86]), mla_spec(bfloat16, usual[90])]
+    specs.append(mla_spec(bfloat16, choose_tiles(64, _SMEM[80], False)))
+    specs.append(mla_spec(bfloat16, choose_tiles(64, _SMEM[90], True), kv=float8_e4m3fn))
+    few = choose_tiles(16, _SMEM[90], True)
+    specs.append(mla_spec(float16, few, kv=float8_e5m2, out=float8_e4m3fn, token_scales=True))
+    specs.append(mla_spec(bfloat16, usual[90], rope=True, soft_cap=True))
+    return list(dict.fromkeys(specs))

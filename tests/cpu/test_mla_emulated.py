@@ -1,0 +1,170 @@
+"""The latent attention kernels run on the CPU (emulate.py), results equal the reference's in float64.
+
+Barriers, shared memory, fragments and descriptors are the kernel's own; what this cannot show is the hardware's timing.
+"""
+
+from __future__ import annotations
+
+import os
+
+import emulate
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fi_cupy.dtypes import dtype as to_dtype
+from fi_cupy.dtypes import float32
+from fi_cupy.mla_kernel import Call, Costs, Geometry, MlaTiles, Problem, choose_tiles, launch_more
+from fi_cupy.plan.mla import plan_mla
+from fi_cupy.prefill_plan import Options, Work, launch_values
+from fi_cupy.reference.mla import mla_paged
+from fi_cupy.scales import Scales
+from fi_cupy.testing.generators import normal
+from fi_cupy.testing.tolerances import assert_close
+
+pytestmark = pytest.mark.skipif(not emulate.available(), reason="emulating kernels needs g++ on x86-64")
+EVERYTHING = os.environ.get("FI_CUPY_EMULATE") == "all"
+SCALE = 192**-0.5
+
+
+def view(x):
+    return emulate._Emulated().view(emulate.device(x))
+
+
+class Batch:
+    """Random queries and a paged cache in random page order, NaN wherever no request has a token."""
+
+    def __init__(self, rng, qo_lens, kv_lens, heads, page_size, dtype="bfloat16", kv=None):
+        self.rng, self.heads, self.page_size, self.dtype = rng, heads, page_size, dtype
+        self.qo = np.concatenate([[0], np.cumsum(qo_lens)])
+        self.kv_len = np.asarray(kv_lens)
+        pages = -(-self.kv_len // page_size)
+        self.indptr = np.concatenate([[0], np.cumsum(pages)])
+        total = int(self.indptr[-1]) + 2
+        self.indices = rng.permutation(total)[: self.indptr[-1]].astype(np.int32)
+        n = int(self.qo[-1])
+        self.q_nope, self.q_pe = normal(rng, (n, heads, 512), dtype), normal(rng, (n, heads, 64), dtype)
+        kind = to_dtype(kv or dtype).np
+        self.cache = np.full((total, page_size, 576), np.nan, np.float32).astype(kind)
+        for b, length in enumerate(self.kv_len):
+            for t in range(length):
+                self.cache[self.indices[self.indptr[b] + t // page_size], t % page_size] = normal(rng, (576,), kind)
+
+    @property
+    def ckv(self):
+        return self.cache[..., :512]
+
+    @property
+    def kpe(self):
+        return self.cache[..., 512:]
+
+    def reference(self, options, **more):
+        args = [x.astype(np.float64) for x in (self.q_nope, self.q_pe, self.ckv, self.kpe)]
+        return mla_paged(
+            *args, self.qo, self.indptr, self.indices, self.kv_len, options.causal, options.sm_scale,
+            window_left=options.window_left, logits_soft_cap=options.logits_soft_cap, **more,
+        )  # fmt: skip
+
+
+def run(batch, g, options, *, slots=7, costs=Costs(0.1, 0.1, 0.01), scales=Scales(), ratio=1.0, token_scales=None,
+        out_dtype=None, lse_factor=1.0, turns=(), launches=2):  # fmt: skip
+    """(out, lse) of the emulated kernel; the second launch finds the counters as the first has left them."""
+    plan = plan_mla(
+        batch.qo, batch.kv_len, batch.indptr[:-1], num_heads=batch.heads, tile_q=g.tiles.tile_q,
+        tile_kv=g.tiles.tile_kv, slots=slots, costs=costs, causal=options.causal, window_left=options.window_left,
+    )  # fmt: skip
+    layout = g.workspace(plan.num_slots, plan.num_slots)
+    workspace = view(np.full(layout.size + 256, 0xFF, np.uint8))
+    counters = view(np.zeros(g.num_counters(plan.num_slots) + 1, np.uint32))
+    items, indices = view(plan.items), view(batch.indices)
+    work = Work(items.ptr, len(plan.items), plan.num_split, workspace.ptr + layout.offsets["partial_o"],
+                workspace.ptr + layout.offsets["partial_md"], counters.ptr)  # fmt: skip
+    cache = view(batch.cache)
+    size = cache.dtype.itemsize
+    parts = [type(cache)(cache._framework, cache.array, cache.ptr + at * size, (*cache.shape[:2], n), cache.strides,
+                         cache.dtype, 0, None) for at, n in ((0, 512), (512, 64))]  # fmt: skip
+    x, x_pe = view(batch.q_nope), view(batch.q_pe)
+    kind = to_dtype(out_dtype or batch.dtype)
+    for _ in range(launches):
+        out = x.empty(x.shape, kind)
+        lse = x.empty(x.shape[:2], float32)
+        strides = [(c.strides[0], c.strides[1], 0) for c in parts]
+        values = launch_values(
+            g, work, x, *parts, *strides, out, lse, options, scales, indices.ptr, batch.page_size, 0, 0
+        )
+        tokens = None if token_scales is None else view(token_scales)
+        more = launch_more(g, work.num_items, x, x_pe, parts, tokens, ratio, lse_factor, turns)
+        spec = g.spec(Call(options.sm_scale > 0, kind if out_dtype else None, token_scales is not None))
+        emulate._kernel(spec, 0).launch(work.num_items, 0, *values, *more)
+        assert not counters.array.any()
+    return np.asarray(out.array), np.asarray(lse.array), plan
+
+
+def check(out, lse, want, want_lse, kind):
+    assert_close(out, want, kind, "product")
+    seen = np.isfinite(want_lse)
+    assert (np.isneginf(lse) == ~seen).all() and (out.astype(np.float64)[~seen] == 0).all()
+    assert (np.abs(lse[seen] - want_lse[seen]) <= 2e-5 * np.maximum(np.abs(want_lse[seen]), 10)).all()
+
+
+def geometry(heads, page_size, tiles, dtype="bfloat16", kv=None, **more):
+    problem = Problem(heads, to_dtype(dtype), to_dtype(kv or dtype), page_size, **more)
+    return Geometry(problem, tiles, "under test", 7)
+
+
+PLAIN = Options(False, -1, 0.0, SCALE, "NONE", None, None)
+FEW, TALL, ONE = choose_tiles(16, 232448, False), choose_tiles(64, 166912, False), choose_tiles(16, 65536, False)
+
+
+@pytest.mark.parametrize("tiles", [FEW, TALL, ONE], ids=["q16x5", "q64x2", "q16x1"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_ragged_batch(rng, tiles, causal):
+    dtype = "float16" if tiles is ONE else "bfloat16"
+    batch = Batch(rng, [1, 3, 0, 9, 1], [70, 40, 33, 6, 0], 5, 16, dtype)
+    options = PLAIN._replace(causal=causal)
+    out, lse, plan = run(batch, geometry(5, 16, tiles, dtype), options)
+    check(out, lse, *batch.reference(options), dtype)
+
+
+@pytest.mark.parametrize("tiles", [FEW, TALL], ids=["q16x5", "q64x2"])
+@pytest.mark.parametrize("page_size", [1, 3, 64])
+def test_split_keys(rng, tiles, page_size):
+    batch = Batch(rng, [1, 2], [330, 200], 16, page_size)
+    out, lse, plan = run(batch, geometry(16, page_size, tiles), PLAIN)
+    assert plan.num_slots > 4
+    check(out, lse, *batch.reference(PLAIN), "bfloat16")
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_fp8(rng, tokens):
+    tiles = choose_tiles(16, 101376, True)
+    batch = Batch(rng, [1, 2], [50, 81], 7, 8, kv="float8_e4m3fn")
+    scales = np.exp(rng.normal(size=(*batch.cache.shape[:2], 4))).astype(np.float32) if tokens else None
+    g = geometry(7, 8, tiles, kv="float8_e4m3fn")
+    factor = 1.0 if tokens else 0.5
+    out, lse, _ = run(batch, g, PLAIN, scales=Scales(factor, factor), ratio=3.0 / factor, token_scales=scales)
+    want, want_lse = batch.reference(PLAIN, ckv_scale=factor, kpe_scale=3.0, token_scales=scales)
+    assert_close(out, want, "bfloat16", "rotated" if tokens else "product")
+    # Scaled values are rounded to 16 bits, which the reference does not do.
+    assert (np.abs(lse - want_lse) < (3e-3 if tokens else 2e-5) * np.maximum(np.abs(want_lse), 10)).all()
+
+
+def test_fp8_output_and_base_e(rng):
+    batch = Batch(rng, [2], [45], 5, 16, "float16")
+    g = geometry(5, 16, FEW, "float16")
+    out, lse, _ = run(batch, g, PLAIN, scales=Scales(1.0, 1 / 0.01), out_dtype="float8_e4m3fn", lse_factor=np.log(2.0))
+    want, want_lse = batch.reference(PLAIN)
+    assert_close(out.view(ml_dtypes.float8_e4m3fn).astype(np.float64) * 0.01, want, "float8_e4m3fn", "product")
+    np.testing.assert_allclose(lse, want_lse * np.log(2.0), rtol=2e-5, atol=2e-4)
+
+
+def test_window_soft_cap_and_rope(rng):
+    from fi_cupy.decode_kernel import rope_turns
+
+    batch = Batch(rng, [1, 1], [90, 7], 3, 16)
+    options = PLAIN._replace(window_left=50, logits_soft_cap=2.0, pos_encoding_mode="ROPE_LLAMA", rope_theta=1e3)
+    g = geometry(3, 16, FEW, soft_cap=True, rope=True)
+    out, lse, _ = run(batch, g, options, turns=rope_turns(64, None, 1e3)[:2])
+    want, want_lse = batch.reference(options, rope=(1.0, 1e3))
+    assert_close(out, want, "bfloat16", "rotated")
+    assert np.abs(lse - want_lse).max() < 3e-2
