@@ -50,7 +50,8 @@ from fi_cupy.variants import AttentionVariant, variant_of
 from fi_cupy.workspace import PlanBuffer, copy_device
 
 __all__ = [
-    "BatchDecodeMlaWithPagedKVCacheWrapper", "BatchDecodeWithPagedKVCacheWrapper", "BatchDecodeWrapper", "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+    "BatchDecodeMlaWithPagedKVCacheWrapper", "BatchDecodeWithPagedKVCacheWrapper", "BatchDecodeWrapper",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
     "fast_decode_plan", "kernel_specs", "single_decode_with_kv_cache", "single_decode_with_kv_cache_with_jit_module",
 ]  # fmt: skip
 

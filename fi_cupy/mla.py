@@ -47,7 +47,8 @@ class BatchMLAPagedAttentionWrapper(BatchMla):
         "cutlass": FlashInfer's form without `plan`; `run` takes `kv_len` and `page_table`, and the scale is
         ``1 / sqrt(128 + 64)``.
     variant : AttentionVariant, optional
-        `score_fn` and `mask_fn` of `fi_cupy.jit.define_variant`; the kv head is 0. `causal` counts, not its `mask_mode`.
+        `score_fn` and `mask_fn` of `fi_cupy.jit.define_variant`; the kv head is 0. `causal` counts, not its
+        `mask_mode`.
 
     Source
     ------
@@ -83,8 +84,8 @@ class BatchMLAPagedAttentionWrapper(BatchMla):
         self._plans_itself = backend == "cutlass"
         if self._plans_itself and use_cuda_graph:
             raise UnsupportedError(
-                f"{self._op}: backend is 'cutlass', whose lengths come with each run, which a CUDA graph cannot follow; "
-                "use 'auto' and plan()"
+                f"{self._op}: backend is 'cutlass', whose lengths come with each run, which a CUDA graph cannot "
+                "follow; use 'auto' and plan()"
             )
         buffers = {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, "kv_indices": kv_indices, "kv_len_arr": kv_len_arr}
         super().__init__(
@@ -157,8 +158,8 @@ class BatchMLAPagedAttentionWrapper(BatchMla):
         refuse(op, use_profiler=use_profiler)
         options = Options(bool(causal), -1, 0.0, float(sm_scale), "NONE", None, None)
         return self._prepare_mla(
-            op, qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_heads, (head_dim_ckv, head_dim_kpe), page_size, options,
-            q_data_type, kv_data_type,
+            op, qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_heads, (head_dim_ckv, head_dim_kpe), page_size,
+            options, q_data_type, kv_data_type,
         )  # fmt: skip
 
     def workspace_size(self, *args: Any, **kwargs: Any) -> tuple[int, int]:

@@ -33,13 +33,20 @@ LN2 = math.log(2.0)
 class MlaPlanned(Planned):
     """What `plan` leaves for `run`."""
 
+    geometry: Any  # mla_kernel.Geometry
     head_dims: tuple[int, int]
     host_indices: np.ndarray[Any, Any] | None
     indices: View
     indptr: Ints
     max_index: int
     page_size: int
+    problem: Any  # mla_kernel.Problem
     turns: tuple[bytes, ...]
+
+    def __init__(self, problem: Problem, options: Options, qo_indptr: Ints, kv_len: Ints) -> None:
+        self.problem, self.options, self.qo_indptr, self.kv_len, self.mask = problem, options, qo_indptr, kv_len, None
+        self.total_rows = int(qo_indptr[-1])
+        self.indices_offset = None
 
 
 class BatchMla(BatchPrefill):
@@ -86,7 +93,7 @@ class BatchMla(BatchPrefill):
             raise ArgumentError(
                 f"{op}: {kv_name} ends at {indptr[-1]}, but {numbers_name} has {numbers.shape[0]} entries"
             )
-        p = MlaPlanned(problem, options, qo, kv_len, None)
+        p = MlaPlanned(problem, options, qo, kv_len)
         p.page_size, p.indptr, p.indices, p.host_indices, p.max_index = page_size, indptr, numbers, copied, highest
         p.head_dims, p.disable_split, p.fixed_split = head_dims, not self._splittable, None
         p.turns = rope_turns(64, options.rope_scale, options.rope_theta)[:2] if problem.rope else ()
@@ -241,6 +248,7 @@ class BatchMla(BatchPrefill):
         bound = self._bind(op, (), variant_args, x, scales)
         scale = p.options.sm_scale * scales.logit
         if x.is_cpu:
+            assert p.host_indices is not None
             values, log = reference.mla.mla_paged(
                 x.numpy(), x_pe.numpy(), caches[0].numpy(), caches[1].numpy(), p.qo_indptr, p.indptr, p.host_indices,
                 p.kv_len, p.options.causal, scale, window_left=p.options.window_left,
@@ -260,15 +268,14 @@ class BatchMla(BatchPrefill):
             else:
                 indices = p.indices.ptr if p.indices_offset is None else p.work.items + p.indices_offset
             strides = [(c.strides[0], c.strides[1], 0) for c in caches]
-            values = launch_values(
-                g, p.work, x, *caches, *strides, o, s, p.options, scales, indices, p.page_size, 0, 0
+            fields = launch_values(
+                g, p.work, x, caches[0], caches[1], strides[0], strides[1], o, s, p.options, scales, indices,
+                p.page_size, 0, 0,
             )  # fmt: skip
-            more = launch_more(
-                g, p.work.num_items, x, x_pe, caches, token_scales, pe_ratio, LN2 if base_e else 1.0, p.turns
-            )
+            more = launch_more(g, x, x_pe, caches, token_scales, pe_ratio, LN2 if base_e else 1.0, p.turns)
             call = Call(scale > 0, None if kind is x.dtype else kind, token_scales is not None)
             g.load(call, self.device).launch(
-                p.work.num_items, x.stream(), *values, *more, *(() if bound is None else bound.kernel_values()),
+                p.work.num_items, x.stream(), *fields, *more, *(() if bound is None else bound.kernel_values()),
                 pdl=self._pdl if enable_pdl is None else bool(enable_pdl),
             )  # fmt: skip
         made = o.result() if out is None else out
@@ -282,7 +289,7 @@ def read_fp8_scales(
     op: str, p: MlaPlanned, caches: list[View], ckv_scale: float | None, ckv_scale_arr: Any, kpe_scale: float | None,
     o_scale: float | None, out_is_fp8: bool,
 ) -> tuple[Scales, float, View | None]:  # fmt: skip
-    """(scales, kpe_scale / ckv_scale, factors a token and 128 columns) of a call; each error says what belongs to what."""
+    """(scales, kpe_scale / ckv_scale, factors a token and 128 columns) of a call."""
     given = {"ckv_scale": ckv_scale, "kpe_scale": kpe_scale, "o_scale": o_scale}
     for name, value in given.items():
         if value is not None and not (isinstance(value, (int, float, np.floating)) and 0 < float(value) < math.inf):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32
 from fi_cupy.errors import DTypeError, ShapeError, UnsupportedError
+from fi_cupy.jit.driver import has_driver_binding, tensor_map
 from fi_cupy.jit.kernel import Kernel, load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec
@@ -39,6 +41,9 @@ PARAMS = ParamsStruct(
 )
 #: The same, then 32 frequencies as opaque blocks of 16.
 ROPE_PARAMS = ParamsStruct("MlaRopeParams", [*PARAMS.fields, *((f"turns[{i}]", "tensormap") for i in (0, 16))])
+HOPPER_PARAMS = ParamsStruct(
+    "MlaHopperParams", [*PARAMS.fields, ("ckv_map", "tensormap"), ("kpe_map", "tensormap"), ("box_rows", "u32")]
+)
 
 
 class MlaTiles(NamedTuple):
@@ -69,6 +74,19 @@ class MlaTiles(NamedTuple):
     def states(self) -> int:
         """(m, d) that a partial result has: each warp has those of its 16 rows."""
         return 16 * self.row_warps * self.col_warps
+
+
+class MlaHopperTiles(NamedTuple):
+    """Shape of a CTA of the Hopper kernel."""
+
+    tile_q: int = 64
+    tile_kv: int = 64
+    parts: int = 2  # warpgroups, half of the columns each
+    states: int = 128
+    smem_bytes: int = 3 * 9 * 64 * 128 + 1184  # q, two tiles, struct MlaHopperShared
+
+
+HOPPER_TILES = MlaHopperTiles()
 
 
 def smem_bytes(row_warps: int, col_warps: int, tile_kv: int, stages: int, fp8: bool) -> int:
@@ -102,7 +120,10 @@ def mla_spec(
     dtype: DType, tiles: MlaTiles, *, kv: DType | None = None, out: DType | None = None, token_scales: bool = False,
     rope: bool = False, soft_cap: bool = False, positive_scale: bool = True,
 ) -> KernelSpec:  # fmt: skip
-    """The portable kernel. `kv`: `dtype` or an fp8 type; `token_scales`: fp8 with a factor each 128 columns of a token."""
+    """The portable kernel.
+
+    `kv`: `dtype` or an fp8 type; `token_scales`: fp8 with a factor for each 128 columns of a token.
+    """
     kv, out = kv or dtype, out or dtype
     types = dtype.tag + "".join(f"_{n}{t.tag}" for n, t in (("kv", kv), ("o", out)) if t is not dtype)
     options = (("tokens", token_scales), ("rope", rope), ("cap", soft_cap), ("neg", not positive_scale))
@@ -132,6 +153,44 @@ def mla_spec(
     )
 
 
+@lru_cache(maxsize=64)
+def hopper_spec(
+    dtype: DType, *, out: DType | None = None, soft_cap: bool = False, positive_scale: bool = True
+) -> KernelSpec:
+    """The Hopper kernel."""
+    out = out or dtype
+    options = ((f"o{out.tag}", out is not dtype), ("cap", soft_cap), ("neg", not positive_scale))
+    suffix = "".join(f"_{name}" for name, on in options if on)
+    flags = ", ".join("true" if on else "false" for on in (False, soft_cap, positive_scale, False))
+    return KernelSpec(
+        symbol=f"mla_hopper_{dtype.tag}{suffix}",
+        header="attention/mla_hopper.cuh",
+        function="mla_hopper",
+        params=HOPPER_PARAMS,
+        config=(("T", dtype), ("O", out), ("Logits", CppType(f"fi::PrefillLogits<{flags}>"))),
+        threads=384,
+        min_blocks=1,
+        smem_bytes=HOPPER_TILES.smem_bytes,
+        min_arch=90,
+        max_arch=90,
+    )
+
+
+def refusal(p: Problem, device: DeviceInfo) -> str:
+    """Why the Hopper kernel does not take this problem; empty if it does. The one rule for falling back."""
+    if device.arch != "90a":
+        return f"the target is {device.arch}, not 90a"
+    if not has_driver_binding():
+        return "cuda-bindings, which encodes tensor maps, is not installed"
+    if p.kv is not p.dtype:
+        return f"caches of {p.kv.name} have to be widened, which the copy engine cannot"
+    if p.rope:
+        return "keys have to be rotated, which the copy engine cannot"
+    if p.page_size % 8:
+        return f"page_size {p.page_size} is not a multiple of 8, the rows of a swizzle"
+    return ""
+
+
 class Problem(NamedTuple):
     """What decides the kernel of a batch, apart from the lengths: hashable."""
 
@@ -147,6 +206,8 @@ class Problem(NamedTuple):
 
 #: In tiles of 32 keys (0.8 us of a multiprocessor's share of the memory).
 PORTABLE_COSTS = Costs(start=1.5, part=2.0, join=0.5)
+#: In tiles of 64 keys (about 1.8 us).
+HOPPER_COSTS = Costs(start=1.5, part=1.0, join=0.5)
 
 
 class Call(NamedTuple):
@@ -164,7 +225,7 @@ class Geometry:
     Attributes
     ----------
     problem : Problem
-    tiles : MlaTiles
+    tiles : MlaTiles or MlaHopperTiles
     choice : str
         Which kernel it is, and why.
     slots : int
@@ -172,17 +233,25 @@ class Geometry:
     """
 
     problem: Problem
-    tiles: MlaTiles
+    tiles: MlaTiles | MlaHopperTiles
     choice: str
     slots: int
 
-    def spec(self, call: Call = Call()) -> KernelSpec:
+    @property
+    def hopper(self) -> bool:
+        """Whether it is the Hopper kernel."""
+        return isinstance(self.tiles, MlaHopperTiles)
+
+    def spec(self, call: Call) -> KernelSpec:
         """The instance for a call."""
-        p = self.problem
-        plain = mla_spec(
-            p.dtype, self.tiles, kv=p.kv, out=call.out, token_scales=call.token_scales, rope=p.rope, soft_cap=p.soft_cap,
-            positive_scale=call.positive_scale or p.variant is not None,
-        )  # fmt: skip
+        p, positive = self.problem, call.positive_scale or self.problem.variant is not None
+        if isinstance(self.tiles, MlaHopperTiles):
+            plain = hopper_spec(p.dtype, out=call.out, soft_cap=p.soft_cap, positive_scale=positive)
+        else:
+            plain = mla_spec(
+                p.dtype, self.tiles, kv=p.kv, out=call.out, token_scales=call.token_scales, rope=p.rope,
+                soft_cap=p.soft_cap, positive_scale=positive,
+            )  # fmt: skip
         return plain if p.variant is None else p.variant.specialise(plain, False, p.soft_cap)
 
     @property
@@ -193,7 +262,7 @@ class Geometry:
     @property
     def costs(self) -> Costs:
         """For the schedule."""
-        return PORTABLE_COSTS
+        return HOPPER_COSTS if self.hopper else PORTABLE_COSTS
 
     def load(self, call: Call, device: int) -> Kernel:
         """The loaded kernel for a call."""
@@ -217,11 +286,31 @@ class Geometry:
 
 @lru_cache(maxsize=1024)
 def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry:
-    """Kernel for requests of about `packed_rows` packed rows on `device`."""
+    """Kernel for requests of about `packed_rows` packed rows on `device`.
+
+    The Hopper kernel is taken where `refusal` has nothing against it and there are rows for more than a quarter of its
+    tile; "fa2" and "fa3" insist on one.
+
+    Raises
+    ------
+    UnsupportedError
+        backend="fa3" for what the Hopper kernel does not take.
+    """
+    reason = "backend='fa2'" if problem.backend == "fa2" else refusal(problem, device)
+    if problem.backend == "fa3" and reason:
+        raise UnsupportedError(f"latent attention: backend is 'fa3', but the Hopper kernel is not for this: {reason}")
+    if not reason and problem.backend == "auto" and packed_rows <= FEW_ROWS:
+        reason = f"{packed_rows} rows a request would leave most of its tile empty"
+    if not reason:
+        return Geometry(problem, HOPPER_TILES, "the Hopper kernel (wgmma, TMA)", device.num_sms)
     fp8 = problem.kv in FP8_TYPES
     smem_per_block = 65536 if device.code_number < 80 else device.smem_per_block
     tiles = choose_tiles(min(packed_rows, 64), smem_per_block, fp8)
-    return Geometry(problem, tiles, "the portable kernel (mma.sync)", device.num_sms)
+    return Geometry(problem, tiles, f"the portable kernel (mma.sync): {reason}", device.num_sms)
+
+
+#: Rows a request up to which the portable kernel's tile of 16 rows is the better one: it reads memory all the time.
+FEW_ROWS = 16
 
 
 def check_problem(op: str, p: Problem, head_dim_ckv: int, head_dim_kpe: int, on_cpu: bool) -> None:
@@ -239,14 +328,37 @@ def check_problem(op: str, p: Problem, head_dim_ckv: int, head_dim_kpe: int, on_
 
 
 def launch_more(
-    g: Geometry, num_items: int, x: View, x_pe: View, caches: list[View], token_scales: View | None, pe_ratio: float,
+    g: Geometry, x: View, x_pe: View, caches: list[View], token_scales: View | None, pe_ratio: float,
     lse_factor: float, turns: tuple[bytes, ...],
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The fields of PARAMS (or ROPE_PARAMS) behind those of the prefill kernel's."""
+    """The fields of the kernel's struct behind those of the prefill kernel's."""
+    more: tuple[Any, ...] = turns
+    if g.hopper:
+        ckv, kpe = ((c.ptr, c.strides[0], c.strides[1]) for c in caches)
+        more = hopper_maps(x.dtype.name, g.problem.page_size, caches[0].shape[0], ckv, kpe)
     return (
         x_pe.ptr, 0 if token_scales is None else token_scales.ptr, x_pe.strides[0], x_pe.strides[1], pe_ratio,
-        lse_factor, *turns,
+        lse_factor, *more,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def hopper_maps(
+    dtype: str, page_size: int, pages: int, ckv: tuple[int, int, int], kpe: tuple[int, int, int]
+) -> tuple[Any, ...]:
+    """The tensor maps of the caches, (address, page and token stride in elements) each, and the rows of a box."""
+    rows = math.gcd(page_size, HOPPER_TILES.tile_kv)
+    maps = []
+    for (address, page, token), panels, box in ((ckv, CKV // 64, CKV // 128), (kpe, 1, 1)):
+        extents = (64, 8, panels, page_size // 8, max(pages, 1))
+        strides = (2 * token, 128, 16 * token, 2 * page if pages > 1 else 16)
+        maps.append(encode_map(dtype, address, extents, strides, (64, 8, box, rows // 8, 1)))
+    return (*maps, rows)
+
+
+def encode_map(*args: Any) -> bytes:
+    """`tensor_map`, in the place where tests put their own."""
+    return tensor_map(*args)
 
 
 #: (shared memory a CTA) of the GPUs `kernel_specs` is made for.
@@ -254,7 +366,7 @@ _SMEM = {75: 65536, 80: 166912, 86: 101376, 90: 232448}
 
 
 def kernel_specs() -> list[KernelSpec]:
-    """The canonical instances: 16 and 64 rows on Turing, A100, RTX and Hopper or Blackwell cards, and every option once."""
+    """The canonical instances: 16 and 64 rows on every kind of GPU, the Hopper kernel, and every option once."""
     usual = {arch: choose_tiles(16, size, False) for arch, size in _SMEM.items()}
     specs = [mla_spec(float16, usual[75]), mla_spec(bfloat16, usual[86]), mla_spec(bfloat16, usual[90])]
     specs.append(mla_spec(bfloat16, choose_tiles(64, _SMEM[80], False)))
@@ -262,4 +374,5 @@ def kernel_specs() -> list[KernelSpec]:
     few = choose_tiles(16, _SMEM[90], True)
     specs.append(mla_spec(float16, few, kv=float8_e5m2, out=float8_e4m3fn, token_scales=True))
     specs.append(mla_spec(bfloat16, usual[90], rope=True, soft_cap=True))
+    specs += [hopper_spec(bfloat16), hopper_spec(float16, out=float8_e4m3fn, soft_cap=True)]
     return list(dict.fromkeys(specs))

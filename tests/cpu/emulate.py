@@ -12,7 +12,9 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import subprocess
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,22 @@ extern "C" void emulator_launch(const void* p, uint32_t grid, uint32_t threads, 
         bytes_ = self.spec.smem_bytes if smem is None else smem
         assert bytes_ <= self.spec.smem_bytes
         self._launch(raw, grid, self.spec.threads, cluster, bytes_, type(self).order)
+
+
+def tensor_map(
+    dtype: str, address: int, extents: Sequence[int], strides_bytes: Sequence[int], box: Sequence[int]
+) -> bytes:
+    """What `jit.driver.tensor_map` gives, for emulator/ptx/tma.cuh."""
+    assert address % 16 == 0 and all(s % 16 == 0 for s in strides_bytes) and max(box) <= 256
+    size = {"uint8": 1, "float32": 4}.get(dtype, 2)
+    rank = len(extents)
+
+    def five(values: Sequence[int], fill: int) -> list[int]:
+        return [*values, *[fill] * (5 - len(values))]
+
+    return struct.pack(
+        "<QII5I5I5Q24x", address, rank, size, *five(extents, 1), *five(box, 1), *five([*strides_bytes], 0)
+    )
 
 
 class Device(np.ndarray[Any, Any]):

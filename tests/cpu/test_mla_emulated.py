@@ -5,6 +5,7 @@ Barriers, shared memory, fragments and descriptors are the kernel's own; what th
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import emulate
@@ -12,9 +13,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fi_cupy import decode, mla, mla_batch, mla_kernel, plan_run, prefill_batch
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.dtypes import float32
-from fi_cupy.mla_kernel import Call, Costs, Geometry, MlaTiles, Problem, choose_tiles, launch_more
+from fi_cupy.errors import PlanError
+from fi_cupy.mla_kernel import HOPPER_TILES, Call, Costs, Geometry, Problem, choose_tiles, launch_more
 from fi_cupy.plan.mla import plan_mla
 from fi_cupy.prefill_plan import Options, Work, launch_values
 from fi_cupy.reference.mla import mla_paged
@@ -66,8 +69,12 @@ class Batch:
         )  # fmt: skip
 
 
-def run(batch, g, options, *, slots=7, costs=Costs(0.1, 0.1, 0.01), scales=Scales(), ratio=1.0, token_scales=None,
-        out_dtype=None, lse_factor=1.0, turns=(), launches=2):  # fmt: skip
+#: Splitting costs next to nothing: short requests are split, too.
+CHEAP, UNSCALED = Costs(0.1, 0.1, 0.01), Scales()
+
+
+def run(batch, g, options, *, slots=7, costs=CHEAP, scales=UNSCALED, ratio=1.0, token_scales=None, out_dtype=None,
+        lse_factor=1.0, turns=(), launches=2):  # fmt: skip
     """(out, lse) of the emulated kernel; the second launch finds the counters as the first has left them."""
     plan = plan_mla(
         batch.qo, batch.kv_len, batch.indptr[:-1], num_heads=batch.heads, tile_q=g.tiles.tile_q,
@@ -93,7 +100,7 @@ def run(batch, g, options, *, slots=7, costs=Costs(0.1, 0.1, 0.01), scales=Scale
             g, work, x, *parts, *strides, out, lse, options, scales, indices.ptr, batch.page_size, 0, 0
         )
         tokens = None if token_scales is None else view(token_scales)
-        more = launch_more(g, work.num_items, x, x_pe, parts, tokens, ratio, lse_factor, turns)
+        more = launch_more(g, x, x_pe, parts, tokens, ratio, lse_factor, turns)
         spec = g.spec(Call(options.sm_scale > 0, kind if out_dtype else None, token_scales is not None))
         emulate._kernel(spec, 0).launch(work.num_items, 0, *values, *more)
         assert not counters.array.any()
@@ -122,7 +129,7 @@ def test_ragged_batch(rng, tiles, causal):
     dtype = "float16" if tiles is ONE else "bfloat16"
     batch = Batch(rng, [1, 3, 0, 9, 1], [70, 40, 33, 6, 0], 5, 16, dtype)
     options = PLAIN._replace(causal=causal)
-    out, lse, plan = run(batch, geometry(5, 16, tiles, dtype), options)
+    out, lse, _ = run(batch, geometry(5, 16, tiles, dtype), options)
     check(out, lse, *batch.reference(options), dtype)
 
 
@@ -135,11 +142,35 @@ def test_split_keys(rng, tiles, page_size):
     check(out, lse, *batch.reference(PLAIN), "bfloat16")
 
 
+@pytest.fixture
+def maps(monkeypatch):
+    monkeypatch.setattr(mla_kernel, "encode_map", emulate.tensor_map)
+    mla_kernel.hopper_maps.cache_clear()
+    yield
+    mla_kernel.hopper_maps.cache_clear()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("page_size", [8, 64])
+def test_hopper_ragged_batch(rng, maps, causal, page_size):
+    batch = Batch(rng, [1, 3, 0, 20], [70, 130, 33, 18], 5, page_size)
+    options = PLAIN._replace(causal=causal)
+    out, lse, _ = run(batch, geometry(5, page_size, HOPPER_TILES), options, slots=1)
+    check(out, lse, *batch.reference(options), "bfloat16")
+
+
+def test_hopper_split_keys(rng, maps):
+    batch = Batch(rng, [1, 1], [450, 200], 70, 16)
+    out, lse, plan = run(batch, geometry(70, 16, HOPPER_TILES), PLAIN, slots=40)
+    assert plan.num_slots > 4
+    check(out, lse, *batch.reference(PLAIN), "bfloat16")
+
+
 @pytest.mark.parametrize("tokens", [False, True])
 def test_fp8(rng, tokens):
     tiles = choose_tiles(16, 101376, True)
     batch = Batch(rng, [1, 2], [50, 81], 7, 8, kv="float8_e4m3fn")
-    scales = np.exp(rng.normal(size=(*batch.cache.shape[:2], 4))).astype(np.float32) if tokens else None
+    scales = rng.uniform(0.5, 2.0, (*batch.cache.shape[:2], 4)).astype(np.float32) if tokens else None
     g = geometry(7, 8, tiles, kv="float8_e4m3fn")
     factor = 1.0 if tokens else 0.5
     out, lse, _ = run(batch, g, PLAIN, scales=Scales(factor, factor), ratio=3.0 / factor, token_scales=scales)
@@ -168,3 +199,88 @@ def test_window_soft_cap_and_rope(rng):
     want, want_lse = batch.reference(options, rope=(1.0, 1e3))
     assert_close(out, want, "bfloat16", "rotated")
     assert np.abs(lse - want_lse).max() < 3e-2
+
+
+class HostBuffer:
+    """A plan buffer in host memory."""
+
+    def __init__(self, device, nbytes, counters=0):
+        self.frozen = False
+        self._words = np.zeros(1 << 16, np.int32)
+        self._counters = np.zeros(1 << 12, np.uint32)
+
+    ptr = property(lambda self: self._words.ctypes.data)
+    counters_ptr = property(lambda self: self._counters.ctypes.data)
+
+    def reserve(self, nbytes, counters=0):
+        assert nbytes <= self._words.nbytes and counters <= len(self._counters)
+
+    def stage(self, words):
+        return np.zeros(words, np.int32)
+
+    def upload(self, staged, stream):
+        self._words[: len(staged)] = staged
+        return self.ptr
+
+
+@pytest.fixture
+def gpu(maps, monkeypatch):
+    """The wrappers on an emulated H100."""
+    monkeypatch.setattr(prefill_batch, "PlanBuffer", HostBuffer)
+    for module in (plan_run, mla_batch):
+        monkeypatch.setattr(module, "device_info", lambda index: emulate.HOPPER)
+    move = lambda to, x, *_: ctypes.memmove(to, x.ctypes.data, x.nbytes)  # noqa: E731
+    monkeypatch.setattr(prefill_batch, "copy_to_device", move)
+    with emulate.emulated(emulate.HOPPER, mla_kernel):
+        yield emulate.device
+
+
+@pytest.mark.parametrize("heads", [5, 20])
+def test_wrapper(rng, gpu, heads):
+    """Plan and run, with the kernel that is chosen: 5 heads are few rows, 20 are the Hopper kernel's."""
+    batch = Batch(rng, [1, 1, 1], [90, 0, 300], heads, 16)
+    wrapper = mla.BatchMLAPagedAttentionWrapper(gpu(np.zeros(1 << 24, np.uint8)))
+    table = batch.qo, batch.indptr, batch.indices, batch.kv_len
+    wrapper.plan(*table, heads, 512, 64, 16, False, SCALE, "bfloat16", "bfloat16")
+    assert wrapper._planned.geometry.hopper == (heads == 20) and wrapper._planned.work.num_split
+    cache = gpu(batch.cache)
+    ckv, kpe = cache[..., :512], cache[..., 512:]
+    q = gpu(batch.q_nope), gpu(batch.q_pe)
+    out, lse = wrapper.run(*q, ckv, kpe, return_lse=True)
+    want, log = batch.reference(PLAIN)
+    check(np.asarray(out), np.asarray(lse), want, log, "bfloat16")
+    out, lse = wrapper.run(*q, ckv, kpe, return_lse=True, return_lse_base_on_e=True, enable_pdl=False)
+    check(np.asarray(out), np.asarray(lse), want, log * np.log(2.0), "bfloat16")
+
+
+def test_wrapper_in_graph_mode(rng, gpu):
+    buffers = [gpu(np.zeros(n, np.int32)) for n in (4, 4, 60, 3)]
+    wrapper = mla.BatchMLAPagedAttentionWrapper(gpu(np.zeros(1 << 24, np.uint8)), True, *buffers)
+    grids = []
+    for lens in ([300, 17, 1], [40, 0, 500], [0, 0, 0]):
+        batch = Batch(rng, [1, 1, 1], lens, 20, 16)
+        table = batch.qo, batch.indptr, batch.indices, batch.kv_len
+        wrapper.plan(*table, 20, 512, 64, 16, False, SCALE, "bfloat16", "bfloat16")
+        assert (np.asarray(buffers[2])[: len(batch.indices)] == batch.indices).all()
+        assert (np.asarray(buffers[3]) == batch.kv_len).all()
+        grids.append(wrapper._planned.work.num_items)
+        cache = gpu(batch.cache)
+        out, lse = wrapper.run(gpu(batch.q_nope), gpu(batch.q_pe), cache[..., :512], cache[..., 512:], return_lse=True)
+        check(np.asarray(out), np.asarray(lse), *batch.reference(PLAIN), "bfloat16")
+    assert len(set(grids)) == 1
+    with pytest.raises(PlanError, match="keeps kernel, grid and options"):
+        wrapper.plan(*table, 20, 512, 64, 16, True, SCALE, "bfloat16", "bfloat16")
+
+
+def test_older_wrapper(rng, gpu):
+    batch = Batch(rng, [1, 1, 1], [90, 0, 33], 5, 16)
+    last = np.where(batch.kv_len > 0, (batch.kv_len - 1) % 16 + 1, 1)
+    wrapper = decode.BatchDecodeMlaWithPagedKVCacheWrapper(gpu(np.zeros(1 << 24, np.uint8)))
+    wrapper.plan(batch.indptr, batch.indices, last, 5, 512, 16, SCALE, 40, 3.0, "bfloat16", rope_theta=1e4)
+    cache = gpu(batch.cache)
+    args = gpu(batch.q_nope), gpu(batch.q_pe), cache[..., :512], cache[..., 512:]
+    out, lse = wrapper.run(*args, q_scale=0.5, v_scale=2.0, return_lse=True)
+    options = PLAIN._replace(sm_scale=0.5 * SCALE, window_left=40, logits_soft_cap=3.0)
+    want, log = batch.reference(options, rope=(1.0, 1e4))
+    assert_close(np.asarray(out), 2.0 * want, "bfloat16", "rotated")
+    assert (np.isneginf(lse) == np.isneginf(log)).all()

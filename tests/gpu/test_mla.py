@@ -244,7 +244,8 @@ def test_older_decode_wrapper(rng, rope):
 def test_variant(rng, backend):
     """A bias a head and key, and a mask: in both kernels, split or not."""
     variant = define_variant(
-        name="biased", score_fn=lambda s, ctx: s + ctx.strength * ops.where(ctx.kv_idx % 3 == 0, 1.0, -0.5) * ctx.qo_head,
+        name="biased",
+        score_fn=lambda s, ctx: s + ctx.strength * ops.where(ctx.kv_idx % 3 == 0, 1.0, -0.5) * ctx.qo_head,
         mask_fn=lambda ctx: ctx.kv_idx % 7 != ctx.qo_head % 7, scalars=["strength"],
     )  # fmt: skip
     batch = Batch(rng, [1, 2], [1500, 90], 16, 16)

@@ -327,6 +327,12 @@ inline uint32_t __ballot_sync(uint32_t mask, bool x) {
   for (int i = 0; i < 32; ++i) bits |= uint32_t(all[i] != 0) << i;
   return bits;
 }
+inline int __reduce_max_sync(uint32_t mask, int x) {
+  const uint64_t* all = emulator::exchange(emulator::to_bits(x), mask, 7);
+  int best = emulator::from_bits<int>(all[0]);
+  for (int i = 1; i < 32; ++i) best = best > emulator::from_bits<int>(all[i]) ? best : emulator::from_bits<int>(all[i]);
+  return best;
+}
 inline bool __any_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) != 0; }
 inline bool __all_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) == 0xffffffffu; }
 
@@ -338,6 +344,11 @@ template <class T>
 T atomicAdd(T* p, typename Same<T>::Type x) {
   const T old = *p;
   *p = old + x;
+  return old;
+}
+inline uint32_t atomicInc(uint32_t* p, uint32_t limit) {
+  const uint32_t old = *p;
+  *p = old >= limit ? 0 : old + 1;
   return old;
 }
 template <class T>

@@ -1,0 +1,402 @@
+// Latent attention over a paged cache on Hopper's own instructions (sm_90a): wgmma, the copy engine (TMA), register hand-over.
+// One CTA computes one work item of attention/mla.cuh: 64 packed rows over a range of keys, from the last tile to the first.
+// A tile is 64 latent rows, and there is room for two: even tiles lie in stage 0, odd ones in stage 1. Consumer warpgroup w
+// computes the logits and weights of the tiles in stage w (64 rows x 64 keys); both add p v of every tile to their half of
+// the 512 columns, since 64 x 512 accumulators are two warpgroups' registers. Weights go to the other warpgroup through the
+// tile's kpe columns, which nobody reads any more.
+// A stage is loaded in two groups: the half of ckv that its owner multiplies as values, then the other half with kpe. Each
+// comes as soon as the one warpgroup that reads it as values (and the weights on kpe) is done with it.
+// Grid: items, longest first. Shared memory: Q [9 panels][64 rows][128 B] | stages [2]: half ckv [8 groups of 8 rows][4 panels]
+// [8][128 B], the other half, kpe [64][128 B], all with the 128-byte swizzle | MlaHopperShared.
+// Bytes moved: q and o once, a latent row once an item. Arch: sm_90a only.
+#pragma once
+#include "attention/mla_output.cuh"
+#include "attention/prefill_join.cuh"
+#include "attention/prefill_logits.cuh"
+#include "attention/prefill_softmax.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/pdl.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace fi {
+
+struct MlaHopperParams : MlaParams {
+  // (64 columns, token % 8, panel, token / 8 in the page, page), boxes (64, 8, 4 or 1, box_rows / 8, 1).
+  ptx::TensorMap ckv_map, kpe_map;
+  uint32_t box_rows;  // tokens a box, a multiple of 8 that divides page_size and 64
+};
+
+constexpr int kMlaRows = 64, kMlaKeys = 64;                    // of a tile
+constexpr int kMlaPanel = kMlaRows * 128;                      // bytes, as all of these: 64 rows of 64 columns
+constexpr int kMlaHalf = 4 * kMlaPanel, kMlaStage = 9 * kMlaPanel, kMlaQ = 9 * kMlaPanel;
+constexpr int kMlaRows8 = 4 * 1024;                            // from 8 rows of a half to the next
+
+// Barriers, who arrives, how often a phase; [stage][group].
+struct alignas(16) MlaHopperShared : MlaShared {
+  uint64_t full[2][2];   // the producer's expected bytes (1)
+  uint64_t empty[2][2];  // lane 0 of the warps that read the group as values (4)
+  uint64_t tail;         // expected bytes of a tile that reaches past the request's last key (1)
+  float m[2][kMlaRows], d[2][kMlaRows];  // maxima after the last tile of each stage; denominators of each warpgroup
+};
+
+// Named barriers: weights of stage 0 and 1 are there (owner arrives, other waits); both warpgroups.
+constexpr int kMlaWeights = 1, kMlaConsumers = 3;
+
+// Where the boxes of a tile come from: lane b knows it of box b.
+struct MlaBoxes {
+  int count, page, group;  // boxes of the tile; page, and 8 tokens in it
+};
+
+// The producer warp: tiles from the last to the first, two groups each.
+template <class Params>
+FI_DEVICE void produce_mla(const Params& params, MlaHopperShared& shared, uint8_t* stages, const PrefillItem& item) {
+  const int lane = lane_id(), last = ceil_div(item.kv_end, kMlaKeys), tiles = last - item.kv_begin / kMlaKeys;
+  const int box_rows = params.box_rows;
+  // A page table is not read past its last key.
+  auto find = [&](int start) {
+    MlaBoxes r{0, 0, 0};
+    const int row = lane * box_rows, token = start + row;
+    const bool valid = row < kMlaKeys && token < item.kv_len && start >= 0;
+    r.count = __popc(__ballot_sync(kFullMask, valid));
+    if (valid) {
+      const int page = params.page_size.quotient(token);
+      r.group = (token - page * int(params.page_size.divisor)) >> 3;
+      r.page = params.kv_indices[item.kv_base + page];
+    }
+    return r;
+  };
+  int start = (last - 1) * kMlaKeys;
+  MlaBoxes ahead{0, 0, 0};
+  if (tiles > 0) ahead = find(start);
+#pragma unroll 1
+  for (int i = 0; i < tiles; ++i) {
+    const int stage = i & 1, phase = (i >> 1 & 1) ^ 1;
+    const MlaBoxes boxes = ahead;
+    if (i + 1 < tiles) ahead = find(start - kMlaKeys);
+    const uint32_t offset = stage * kMlaStage, address = ptx::smem_address(stages) + offset;
+    // What lies behind a request's last key (a page's unused end, an earlier tile's rows) has weight 0, but 0 * NaN is not.
+    // The first tile loaded can have such rows: its bytes arrive at a barrier of this warp's own, which clears them.
+    const int tail_rows = i == 0 ? last * kMlaKeys - item.kv_len : 0;
+#pragma unroll 1
+    for (int g = 0; g < 2; ++g) {
+      const uint32_t barrier = ptx::smem_address(tail_rows > 0 ? &shared.tail : &shared.full[stage][g]);
+      const int half = stage ^ g;
+      ptx::mbarrier_wait(ptx::smem_address(&shared.empty[stage][g]), phase);
+      if (lane == 0) ptx::mbarrier_arrive_expect(barrier, boxes.count * box_rows * (g == 0 ? 512 : 512 + 128));
+#pragma unroll 1
+      for (int b = 0; b < boxes.count; ++b) {
+        const int page = __shfl_sync(kFullMask, boxes.page, b), group = __shfl_sync(kFullMask, boxes.group, b);
+        if (lane != 0) continue;
+        ptx::tma_load_5d(address + half * kMlaHalf + b * box_rows * 512, params.ckv_map, barrier, 0, 0, 4 * half, group, page);
+        if (g == 1) ptx::tma_load_5d(address + 2 * kMlaHalf + b * box_rows * 128, params.kpe_map, barrier, 0, 0, 0, group, page);
+      }
+      if (tail_rows > 0) {
+        ptx::mbarrier_wait(barrier, g);
+        for (int chunk = lane; chunk < tail_rows * 8; chunk += 32) {
+          const int row = kMlaKeys - tail_rows + chunk / 8;
+          const uint32_t at = offset + half * kMlaHalf + row / 8 * kMlaRows8 + row % 8 * 128 + chunk % 8 * 16;
+#pragma unroll
+          for (int p = 0; p < 4; ++p) *reinterpret_cast<uint4*>(stages + at + p * 1024) = make_uint4(0, 0, 0, 0);
+        }
+        ptx::fence_proxy_async();
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.full[stage][g]));
+      }
+    }
+    start -= kMlaKeys;
+  }
+}
+
+// A consumer warpgroup's state: two rows a lane (half 0: row lane / 4 of the warp's 16, half 1: that + 8).
+struct MlaRowState {
+  float m[2], d[2];
+  float next[2], sum[2];  // of the tile whose weights have just been made
+};
+
+template <class Config, int kWg, class Params>
+FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_t* memory) {
+  using T = typename Config::T;
+  using Logits = typename Config::Logits;
+  constexpr int kOther = 1 - kWg, kRegs = kMlaKeys / 2;
+  const PrefillItem& item = shared.item;
+  const int lane = lane_id(), heads = params.group.divisor, warp_row = (warp_id() & 3) * 16;
+  // REDUX leaves its result in a uniform register: the loop's counters and phases then are uniform, too.
+  const int last = __reduce_max_sync(kFullMask, ceil_div(item.kv_end, kMlaKeys));
+  const int tiles = last - __reduce_max_sync(kFullMask, item.kv_begin / kMlaKeys);
+  const float scale = Logits::kLinear ? params.sm_scale_log2 : 1.f;
+
+  const uint32_t smem = ptx::smem_address(memory), own = smem + kMlaQ + kWg * kMlaStage, other = smem + kMlaQ + kOther * kMlaStage;
+  const uint64_t q_desc = ptx::wgmma_descriptor(smem, 16, 1024);
+  const uint64_t k_desc = ptx::wgmma_descriptor(own, 16, kMlaRows8), kpe_desc = ptx::wgmma_descriptor(own + 2 * kMlaHalf, 16, 1024);
+  const uint64_t v_own = ptx::wgmma_descriptor(own + kWg * kMlaHalf, 1024, kMlaRows8);
+  const uint64_t v_other = ptx::wgmma_descriptor(other + kWg * kMlaHalf, 1024, kMlaRows8);
+  const uint64_t p_other = ptx::wgmma_descriptor(other + 2 * kMlaHalf, 16, 1024);
+
+  float o[128];
+#pragma unroll
+  for (int i = 0; i < 128; ++i) o[i] = 0.f;
+  MlaRowState state{{-FI_INF, -FI_INF}, {0.f, 0.f}, {-FI_INF, -FI_INF}, {0.f, 0.f}};
+  uint32_t p[kMlaKeys / 16][4];
+
+  auto release = [&](int stage, int group) {
+    if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.empty[stage][group]));
+  };
+  auto multiply_qk = [&](float(&s)[kRegs], int phase) {
+    // The half that is loaded first, then the other one and kpe.
+    ptx::mbarrier_wait(ptx::smem_address(&shared.full[kWg][0]), phase);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 16; ++step) {
+      const int panel = step >> 2, inside = (step & 3) * 2;
+      ptx::Wgmma<T, kMlaKeys>::ss(s, q_desc + (4 * kWg + panel) * (kMlaPanel / 16) + inside,
+                                  k_desc + kWg * (kMlaHalf / 16) + panel * 64 + inside, step != 0);
+    }
+    ptx::mbarrier_wait(ptx::smem_address(&shared.full[kWg][1]), phase);
+#pragma unroll
+    for (int step = 0; step < 16; ++step) {
+      const int panel = step >> 2, inside = (step & 3) * 2;
+      ptx::Wgmma<T, kMlaKeys>::ss(s, q_desc + (4 * kOther + panel) * (kMlaPanel / 16) + inside,
+                                  k_desc + kOther * (kMlaHalf / 16) + panel * 64 + inside, 1);
+    }
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+      ptx::Wgmma<T, kMlaKeys>::ss(s, q_desc + 8 * (kMlaPanel / 16) + step * 2, kpe_desc + step * 2, 1);
+    ptx::wgmma_commit();
+  };
+  auto multiply_own = [&] {
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kMlaKeys / 16; ++step) ptx::Wgmma<T, 256>::rs(o, p[step], v_own + step * (2 * kMlaRows8 / 16), 1);
+    ptx::wgmma_commit();
+  };
+  auto multiply_other = [&] {
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kMlaKeys / 16; ++step)
+      ptx::Wgmma<T, 256>::st(o, p_other + step * 2, v_other + step * (2 * kMlaRows8 / 16), 1);
+    ptx::wgmma_commit();
+  };
+  auto done = [&] {
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_arrived(o);
+  };
+  // Scale, cap, a variant's functions, and -inf for what a row does not see.
+  auto transform = [&](float(&s)[kRegs], int start, bool masked) {
+    if (!masked && Logits::kLinear && !Logits::kHasMask) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int packed = item.q_tile * kMlaRows + warp_row + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
+      const int at = qo_idx + item.kv_len - item.qo_len, column = start + 2 * (lane & 3);
+      const int last_seen = (params.causal ? min(at, item.kv_end - 1) : item.kv_end - 1) - column;
+      const int first_seen = at - params.window_left - column;
+      const auto row = Logits::row(params, item, qo_idx, packed - qo_idx * heads, 0);
+#pragma unroll
+      for (int n = 0; n < kRegs; n += 4)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& x = s[n + 2 * h + j];
+          if constexpr (!Logits::kLinear) x = Logits::apply(params, row, x, column + 2 * n + j, n % 16 == 0);
+          bool seen = 2 * n + j <= last_seen && 2 * n + j >= first_seen;
+          if constexpr (Logits::kHasMask) seen = seen && Logits::mask(params, row, column + 2 * n + j);
+          if (!seen) x = -FI_INF;
+        }
+    }
+  };
+  // Logits become weights in p, for the maxima state.next, which lag behind as in the prefill kernels.
+  auto weigh = [&](float(&s)[kRegs]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = fmaxf(s[2 * h], s[2 * h + 1]);
+#pragma unroll
+      for (int n = 4; n < kRegs; n += 4) top = fmaxf(top, fmaxf(s[n + 2 * h], s[n + 2 * h + 1]));
+      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));
+      // -inf - -inf is NaN and compares false: a row that has seen nothing stays as it is.
+      state.next[h] = (top - state.m[h]) * scale > kRescaleThreshold ? top : state.m[h];
+      const float shift = state.next[h] == -FI_INF ? 0.f : -state.next[h] * scale;
+      state.sum[h] = 0.f;
+#pragma unroll
+      for (int n = 2 * h; n < kRegs; n += 4)
+#pragma unroll
+        for (int j = n; j < n + 2; ++j) {
+          s[j] = math::ptx_exp2(fmaf(s[j], scale, shift));
+          state.sum[h] += s[j];
+        }
+    }
+#pragma unroll
+    for (int step = 0; step < kMlaKeys / 16; ++step)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) p[step][j] = ptx::pack2<T>(s[8 * step + 2 * j], s[8 * step + 2 * j + 1]);
+  };
+  // Weights and maxima for the other warpgroup.
+  auto publish = [&] {
+    const int row = warp_row + (lane >> 2);
+    uint8_t* const to = memory + kMlaQ + kWg * kMlaStage + 2 * kMlaHalf + row * 128 + (lane & 3) * 4;
+#pragma unroll
+    for (int step = 0; step < kMlaKeys / 16; ++step)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)  // rows 8 apart have the same swizzle
+        *reinterpret_cast<uint32_t*>(to + (j & 1) * 1024 + ((2 * step + (j >> 1)) ^ (row & 7)) * 16) = p[step][j];
+    if ((lane & 3) == 0) shared.m[kWg][row] = state.next[0], shared.m[kWg][row + 8] = state.next[1];
+    ptx::fence_proxy_async();
+    ptx::barrier_arrive(kMlaWeights + kWg, 256);
+  };
+  // The maxima become state.next: the output and the denominator follow. No product may be writing o.
+  auto raise = [&] {
+    if (__any_sync(kFullMask, state.next[0] != state.m[0] || state.next[1] != state.m[1])) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float ratio = state.next[h] == state.m[h] ? 1.f : math::ptx_exp2((state.m[h] - state.next[h]) * scale);
+        state.m[h] = state.next[h];
+        state.d[h] *= ratio;
+#pragma unroll
+        for (int n = 2 * h; n < 128; n += 4) o[n] *= ratio, o[n + 1] *= ratio;
+      }
+    }
+  };
+  auto follow = [&] {  // the other's weights and maxima are there
+    ptx::barrier_sync(kMlaWeights + kOther, 256);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) state.next[h] = shared.m[kOther][warp_row + h * 8 + (lane >> 2)];
+    raise();
+  };
+  // Keys that every row of the item sees: no element of such a tile needs a look.
+  const int first_row = item.q_tile * kMlaRows, end_row = min(first_row + kMlaRows, item.qo_len * heads);
+  const int at_first = int(params.group.quotient(first_row)) + item.kv_len - item.qo_len;
+  const int at_last = int(params.group.quotient(end_row - 1)) + item.kv_len - item.qo_len;
+  const int plain_end = params.causal ? min(at_first + 1, item.kv_end) : item.kv_end, plain_begin = at_last - params.window_left;
+  auto masked = [&](int start) { return start + kMlaKeys > plain_end || start < plain_begin; };
+
+#pragma unroll 1
+  for (int i = 0; i < tiles; i += 2) {
+    const int phase = i >> 1 & 1, start = (last - 1 - i - kWg) * kMlaKeys;
+    const bool odd = i + 1 < tiles;
+    if constexpr (kWg == 0) {
+      float s[kRegs];
+      multiply_qk(s, phase);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_arrived(s);
+      transform(s, start, masked(start));
+      weigh(s);
+      publish();
+      raise();
+      state.d[0] += state.sum[0], state.d[1] += state.sum[1];
+      multiply_own();
+      done();
+      release(0, 0);
+      if (odd) {
+        follow();
+        multiply_other();
+        done();
+        release(1, 1);
+      }
+    } else {
+      float s[kRegs];
+      if (odd) {
+        multiply_qk(s, phase);
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_arrived(s);
+      }
+      follow();
+      multiply_other();
+      if (odd) {  // the weights hide behind that product
+        transform(s, start, masked(start));
+        weigh(s);
+        publish();
+      }
+      done();
+      release(0, 1);
+      if (odd) {
+        raise();
+        state.d[0] += state.sum[0], state.d[1] += state.sum[1];
+        multiply_own();
+        done();
+        release(1, 0);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float& d = state.d[h];
+    d += __shfl_xor_sync(kFullMask, d, 1);
+    d += __shfl_xor_sync(kFullMask, d, 2);
+    if ((lane & 3) == 0) shared.d[kWg][warp_row + h * 8 + (lane >> 2)] = d;
+  }
+  ptx::barrier_sync(kMlaConsumers, 256);  // denominators: of both warpgroups' tiles
+  MlaTotal total;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = warp_row + h * 8 + (lane >> 2);
+    total.m[0][h] = state.m[h], total.d[0][h] = shared.d[0][row] + shared.d[1][row];
+  }
+  if (item.num_chunks > 1 &&
+      !join_parts<4>(params, MlaPart<Params>{params, shared, kWg, 2}, reinterpret_cast<float(&)[1][32][4]>(o), total, scale))
+    return;
+  store_mla<Config>(params, item, o, total, scale, 0.f, item.q_tile * kMlaRows + warp_row, kWg * 256, kWg == 0);
+}
+
+// Q, by the consumers: row r of panel c at its swizzled place; rows past the request's last are zeros.
+template <class Config, class Params>
+FI_DEVICE void load_mla_queries(const Params& params, const PrefillItem& item, uint8_t* smem) {
+  using T = typename Config::T;
+  const int heads = params.group.divisor, sub = threadIdx.x & 7;
+#pragma unroll
+  for (int pass = 0; pass < kMlaRows / 32; ++pass) {
+    const int r = (threadIdx.x >> 3) + pass * 32, packed = item.q_tile * kMlaRows + r;
+    const int qo_idx = params.group.quotient(packed), head = packed - qo_idx * heads;
+    const T* const nope = static_cast<const T*>(params.q) + (item.q_row + qo_idx) * params.q_stride_n + head * params.q_stride_h;
+    const T* const pe = static_cast<const T*>(params.q_pe) + (item.q_row + qo_idx) * params.q_pe_stride_n + head * params.q_pe_stride_h;
+#pragma unroll
+    for (int panel = 0; panel < 9; ++panel) {
+      uint8_t* const to = smem + panel * kMlaPanel + r * 128 + (sub ^ (r & 7)) * 16;
+      ptx::cp_async_16(to, (panel < 8 ? nope + panel * 64 : pe) + sub * 8, qo_idx < item.qo_len);
+    }
+  }
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  ptx::fence_proxy_async();
+  ptx::barrier_sync(kMlaConsumers, 256);  // Q: written by both warpgroups, read by both
+}
+
+template <class Config, class Params>
+FI_DEVICE void mla_hopper(const Params& params) {
+  static_assert(!Config::Logits::kHasQuery && !Config::Logits::kHasKey && !Config::Logits::kHasOutput && Config::Logits::kUseSoftmax);
+  extern __shared__ __align__(1024) uint8_t smem[];
+  auto& shared = *reinterpret_cast<MlaHopperShared*>(smem + kMlaQ + 2 * kMlaStage);
+  // The same for a whole warpgroup and warp; the shuffle tells the compiler.
+  const int warpgroup = __shfl_sync(kFullMask, threadIdx.x / 128, 0), warp = __shfl_sync(kFullMask, threadIdx.x / 32, 0);
+
+  ptx::grid_launch_dependents();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 4; ++i) {
+      ptx::mbarrier_init(ptx::smem_address(&shared.full[i >> 1][i & 1]), 1);
+      ptx::mbarrier_init(ptx::smem_address(&shared.empty[i >> 1][i & 1]), 4);
+    }
+    ptx::mbarrier_init(ptx::smem_address(&shared.tail), 1);
+    ptx::mbarrier_init_fence();
+  } else if (threadIdx.x == 256) {
+    ptx::tma_prefetch(params.ckv_map);
+    ptx::tma_prefetch(params.kpe_map);
+  }
+  ptx::grid_wait();
+  const PrefillItem item = params.items[blockIdx.x];
+  if (item.qo_len == 0) return;  // padding of a captured graph
+  if (threadIdx.x == 0) shared.item = item;
+  __syncthreads();  // barriers and the item: written by the first thread, read by all
+
+  if (warpgroup == 2) {
+    ptx::lower_registers<40>();
+    if (warp == 8) produce_mla(params, shared, smem + kMlaQ, item);
+  } else {
+    ptx::raise_registers<232>();
+    load_mla_queries<Config>(params, item, smem);
+    if (warpgroup == 0)
+      consume_mla<Config, 0>(params, shared, smem);
+    else
+      consume_mla<Config, 1>(params, shared, smem);
+  }
+}
+
+}  // namespace fi
