@@ -20,7 +20,7 @@ from fi_cupy.errors import ArgumentError, DTypeError, PlanError, ShapeError, Uns
 from fi_cupy.kv_cache import as_fp8
 from fi_cupy.mla_kernel import SCALE_COLUMNS, Call, Problem, check_problem, geometry, launch_more
 from fi_cupy.page_table import PageTable, check_gpu_indices, check_offsets, read_ints, read_numbers
-from fi_cupy.plan.mla import plan_mla
+from fi_cupy.plan.mla import EXTRA_ITEMS, plan_mla
 from fi_cupy.plan.prefill import PrefillPlan, max_items, pad
 from fi_cupy.prefill_batch import BatchPrefill, Planned
 from fi_cupy.prefill_plan import Ints, Options, launch_values
@@ -146,7 +146,7 @@ class BatchMla(BatchPrefill):
         if self._graph_state is not None:
             num_items = self._graph_state[1]
         else:
-            num_items = max_items(rows, batch, heads, g.tiles.tile_q, g.slots)
+            num_items = max_items(rows, batch, heads, g.tiles.tile_q, EXTRA_ITEMS * g.slots)
         if len(schedule.items) > num_items:
             raise PlanError(
                 f"{self._op}.plan: {len(schedule.items)} work items exceed the {num_items} of the first plan; give the "

@@ -106,13 +106,14 @@ def choose_tiles(packed_rows: int, smem_per_block: int, fp8: bool) -> MlaTiles:
     of shared memory keep to 16. Tiles of 32 keys; as many in flight as fit, up to 5 (184 KB, which a multiprocessor
     has to have in flight to read at full rate).
     """
-    shapes = [(1, 4)] if packed_rows <= 16 else [(4, 2), (1, 4)]
-    for row_warps, col_warps in shapes:
+    # Last: fp8 on Turing, where bytes and widened tile of 32 keys do not fit.
+    shapes = [(4, 2, 32)] * (packed_rows > 16) + [(1, 4, 32), (1, 2, 16)]
+    for row_warps, col_warps, tile_kv in shapes:
         for stages in range(5, 0, -1):
-            size = smem_bytes(row_warps, col_warps, 32, stages, fp8)
+            size = smem_bytes(row_warps, col_warps, tile_kv, stages, fp8)
             if size <= smem_per_block and (stages > 1 or row_warps == 1):
-                return MlaTiles(row_warps, col_warps, 32, stages, size)
-    raise UnsupportedError(f"latent attention: a CTA has {smem_per_block} bytes of shared memory, 57 KB are needed")
+                return MlaTiles(row_warps, col_warps, tile_kv, stages, size)
+    raise UnsupportedError(f"latent attention: a CTA has {smem_per_block} bytes of shared memory, 48 KB are needed")
 
 
 @lru_cache(maxsize=256)
@@ -149,7 +150,7 @@ def mla_spec(
         threads=tiles.threads,
         min_blocks=1,
         smem_bytes=tiles.smem_bytes,
-        min_arch=75 if tiles.stages == 1 else 80,
+        min_arch=75 if tiles.smem_bytes <= 64 * 1024 else 80,  # Turing has 64 KB of shared memory
     )
 
 
@@ -258,6 +259,15 @@ class Geometry:
     def group(self) -> int:
         """Query heads that share the keys: all."""
         return self.problem.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """The latent cache has one."""
+        return 1
+
+    def grid(self, num_items: int) -> tuple[int, int, int]:
+        """Grid of the kernel: a CTA an item."""
+        return num_items, 1, 1
 
     @property
     def costs(self) -> Costs:

@@ -23,6 +23,10 @@ class Costs(NamedTuple):
     join: float
 
 
+#: Items that splitting may add, for each CTA slot: captured graphs have room for so many.
+EXTRA_ITEMS = 2
+
+
 def plan_mla(
     qo_indptr: Ints,
     kv_len: Ints,
@@ -54,7 +58,7 @@ def plan_mla(
     Returns
     -------
     PrefillPlan
-        At most `slots` items more than there are tiles of rows.
+        At most ``EXTRA_ITEMS * slots`` items more than there are tiles of rows.
     """
     whole = plan_prefill(
         qo_indptr, kv_len, kv_base, group=num_heads, num_kv_heads=1, tile_q=tile_q, tile_kv=tile_kv, slots=slots,
@@ -93,7 +97,7 @@ def best_chunks(count: int, tiles: int, slots: int, costs: Costs) -> int:
         split = 0.0 if chunks == 1 else costs.part + costs.join * chunks
         return waves * (-(-tiles // chunks) + costs.start) + split
 
-    most = max(min(tiles, 1 + slots // count), 1)
+    most = max(min(tiles, 1 + EXTRA_ITEMS * slots // count), 1)
     return min(range(1, most + 1), key=time)
 
 
@@ -122,7 +126,7 @@ def _uneven_chunks(tiles: Ints, slots: int, costs: Costs) -> Ints | None:
         length = max(even * share, 1.0)
         chunks = np.ceil(tiles / length).astype(np.int32)
         np.maximum(chunks, 1, out=chunks)
-        if int(chunks.sum()) > len(tiles) + slots or chunks[0] == 1:
+        if int(chunks.sum()) > len(tiles) + EXTRA_ITEMS * slots or chunks[0] == 1:
             continue
         lengths = np.repeat(-(-tiles // chunks), chunks)
         lengths[::-1].sort()
