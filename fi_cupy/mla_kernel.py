@@ -65,24 +65,12 @@ class MlaTiles(NamedTuple):
         """Threads of a CTA."""
         return 32 * self.row_warps * self.col_warps
 
-    @property
-    def parts(self) -> int:
-        """Groups of threads that join split tiles each for itself."""
-        return 1
-
-    @property
-    def states(self) -> int:
-        """(m, d) that a partial result has: each warp has those of its 16 rows."""
-        return 16 * self.row_warps * self.col_warps
-
 
 class MlaHopperTiles(NamedTuple):
     """Shape of a CTA of the Hopper kernel."""
 
     tile_q: int = 64
     tile_kv: int = 64
-    parts: int = 2  # warpgroups, half of the columns each
-    states: int = 128
     smem_bytes: int = 3 * 9 * 64 * 128 + 1184  # q, two tiles, struct MlaHopperShared
 
 
@@ -285,13 +273,13 @@ class Geometry:
     def workspace(self, num_slots: int, most_slots: int = 0) -> WorkspaceLayout:
         """Layout of the partial results of `num_slots` chunks; room for (m, d) of `most_slots` keeps the offsets."""
         layout = WorkspaceLayout()
-        layout.add("partial_md", max(num_slots, most_slots) * self.tiles.states * 8)
+        layout.add("partial_md", max(num_slots, most_slots) * self.tiles.tile_q * 8)
         layout.add("partial_o", num_slots * self.tiles.tile_q * CKV * 4)
         return layout
 
     def num_counters(self, num_slots: int) -> int:
         """Zeroed words that the kernel wants for `num_slots` chunks, and leaves zero."""
-        return num_slots * self.tiles.parts
+        return 2 * num_slots
 
 
 @lru_cache(maxsize=1024)

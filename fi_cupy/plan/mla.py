@@ -23,6 +23,10 @@ class Costs(NamedTuple):
     join: float
 
 
+#: Word of an item that says whether all chunks of its tile run at a time, so that they may wait for each other.
+WAITS = 13
+#: Most chunks of a tile: their weights lie in the memory of q when they are joined.
+MOST_CHUNKS = 256
 #: Items that splitting may add, for each CTA slot: captured graphs have room for so many.
 EXTRA_ITEMS = 2
 
@@ -83,6 +87,7 @@ def plan_mla(
     length = np.maximum(-(-tiles // chunks), 1)  # equal chunks
     chunks = np.maximum(-(-tiles // length), 1)
     items, num_slots, num_split = _split(items, begin.copy(), length * tile_kv, chunks)
+    items[:, WAITS] = len(items) <= slots
     parts = (items[:, 6] - items[:, 5] + (tile_kv - 1)) // tile_kv
     if (parts != parts[0]).any():
         items = items.take((-parts).argsort(kind="stable"), axis=0)
@@ -97,7 +102,7 @@ def best_chunks(count: int, tiles: int, slots: int, costs: Costs) -> int:
         split = 0.0 if chunks == 1 else costs.part + costs.join * chunks
         return waves * (-(-tiles // chunks) + costs.start) + split
 
-    most = max(min(tiles, 1 + EXTRA_ITEMS * slots // count), 1)
+    most = max(min(tiles, MOST_CHUNKS, 1 + EXTRA_ITEMS * slots // count), 1)
     return min(range(1, most + 1), key=time)
 
 
@@ -124,8 +129,7 @@ def _uneven_chunks(tiles: Ints, slots: int, costs: Costs) -> Ints | None:
     best, least = None, time(tiles)
     for share in _SHARES:
         length = max(even * share, 1.0)
-        chunks = np.ceil(tiles / length).astype(np.int32)
-        np.maximum(chunks, 1, out=chunks)
+        chunks = np.ceil(tiles / length).astype(np.int32).clip(1, MOST_CHUNKS)
         if int(chunks.sum()) > len(tiles) + EXTRA_ITEMS * slots or chunks[0] == 1:
             continue
         lengths = np.repeat(-(-tiles // chunks), chunks)

@@ -1,15 +1,15 @@
 // Latent attention over a paged cache on mma.sync, keys' projection absorbed: softmax(sm_scale (q_nope ckv^T + q_pe kpe^T)) ckv.
 // One CTA computes one work item: kTileQ = 16 * kRowWarps packed rows (query token, head) over a range of keys. All heads
 // share the keys, so a tile of kTileKv latent rows, [ckv | kpe] of 576 columns, serves both products and every row.
-// Grid: items, longest first. A tile whose keys are split is joined by its own CTAs (attention/prefill_join.cuh).
+// Grid: items, longest first. A tile whose keys are split is joined by its own CTAs (attention/mla_join.cuh).
 // Shared memory: Q [kTileQ] | latent tiles [kStages][kTileKv] (fp8: their bytes, then one widened tile) | weights
 // [kTileQ][kTileKv] | maxima [kColWarps][kTileQ] | MlaShared.
 // kColWarps warps share 16 rows: in q k^T each has a part of the tile's keys, in p v a part of the 512 columns; maxima and
 // weights go from one to the other through shared memory. So the accumulators of 512 columns fit the registers.
 // Bytes moved: q and o once, a latent row once an item. Arch: any (sm_75 copies synchronously, bf16 emulated).
 #pragma once
+#include "attention/mla_join.cuh"
 #include "attention/mla_output.cuh"
-#include "attention/prefill_join.cuh"
 #include "attention/prefill_logits.cuh"
 #include "attention/prefill_softmax.cuh"
 #include "attention/prefill_tiles.cuh"
@@ -367,9 +367,13 @@ FI_DEVICE void mla(const Params& params) {
 #pragma unroll
     for (int c = 0; c < kColWarps; ++c) state.d[0][h] += tops[c * kTileQ + row_warp * 16 + h * 8 + (lane >> 2)];
   }
-  if (item.num_chunks > 1 &&
-      !join_parts<Shape::kWarps>(params, MlaPart<Params>{params, shared, 0, 1}, o, state, scale))
+  if (item.num_chunks > 1) {
+    MlaJoin<Config, kTileQ, Shape::kThreads, kDimTiles>::run(
+        params, shared, reinterpret_cast<float*>(smem), reinterpret_cast<float(&)[kDimTiles * 4]>(o), state, scale,
+        row_warp * 16 + (lane >> 2), column * Shape::kDims + 2 * (lane & 3), column == 0 && (lane & 3) == 0,
+        [] { __syncthreads(); });
     return;
+  }
   store_mla<Config>(params, shared.item, reinterpret_cast<float(&)[kDimTiles * 4]>(o), state, scale, 0.f,
                     shared.item.q_tile * kTileQ + row_warp * 16, column * Shape::kDims, column == 0);
 }

@@ -10,8 +10,8 @@
 // [8][128 B], the other half, kpe [64][128 B], all with the 128-byte swizzle | MlaHopperShared.
 // Bytes moved: q and o once, a latent row once an item. Arch: sm_90a only.
 #pragma once
+#include "attention/mla_join.cuh"
 #include "attention/mla_output.cuh"
-#include "attention/prefill_join.cuh"
 #include "attention/prefill_logits.cuh"
 #include "attention/prefill_softmax.cuh"
 #include "ptx/barrier.cuh"
@@ -331,9 +331,12 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
     const int row = warp_row + h * 8 + (lane >> 2);
     total.m[0][h] = state.m[h], total.d[0][h] = shared.d[0][row] + shared.d[1][row];
   }
-  if (item.num_chunks > 1 &&
-      !join_parts<4>(params, MlaPart<Params>{params, shared, kWg, 2}, reinterpret_cast<float(&)[1][32][4]>(o), total, scale))
+  if (item.num_chunks > 1) {  // Q's memory is free: both warpgroups' products are done
+    MlaJoin<Config, kMlaRows, 256, 32>::run(params, shared, reinterpret_cast<float*>(memory), o, total, scale,
+                                            warp_row + (lane >> 2), kWg * 256 + 2 * (lane & 3), kWg == 0 && (lane & 3) == 0,
+                                            [] { ptx::barrier_sync(kMlaConsumers, 256); });
     return;
+  }
   store_mla<Config>(params, item, o, total, scale, 0.f, item.q_tile * kMlaRows + warp_row, kWg * 256, kWg == 0);
 }
 

@@ -23,32 +23,11 @@ struct MlaRopeParams : MlaParams {
 };
 
 struct alignas(16) MlaShared {
-  PrefillItem item;
-  uint32_t arrived[4];  // join_parts
+  PrefillItem item;     // unused[0]: whether the chunks of this tile run at a time
+  uint32_t arrived[4];  // MlaJoin
 };
 
-// The threads that join the chunks of a tile: `whole` CTA, or one of its warpgroups.
-template <class Params>
-struct MlaPart {
-  const Params& params;
-  MlaShared& shared;
-  int part, parts;  // warpgroup and warpgroups; 0, 1: the CTA
-
-  FI_DEVICE int thread() const { return parts == 1 ? threadIdx.x : threadIdx.x & 127; }
-  FI_DEVICE void sync() const {
-    if (parts == 1)
-      __syncthreads();
-    else
-      asm volatile("bar.sync %0, 128;" ::"r"(part + 1) : "memory");
-  }
-  FI_DEVICE uint32_t& arrived() const { return shared.arrived[part]; }
-  FI_DEVICE uint32_t* counters() const { return params.counters; }
-  FI_DEVICE int chunk() const { return shared.item.chunk; }
-  FI_DEVICE int chunks() const { return shared.item.num_chunks; }
-  FI_DEVICE int64_t place(int chunk) const { return (shared.item.first_slot + chunk) * int64_t(parts) + part; }
-};
-
-// A thread's rows in the form of join_parts.
+// A thread's two rows: maximum of the logits before their scale, and denominator.
 struct MlaTotal {
   float m[1][2], d[1][2];
 };

@@ -104,6 +104,7 @@ class EmulatedKernel:
     """What `load_kernel` gives, on the CPU."""
 
     order = 1  # the seed of the fibres' order
+    together = False  # whether all CTAs run at a time; else one cluster after the other
 
     def __init__(self, spec: KernelSpec) -> None:
         self.spec = spec
@@ -136,7 +137,7 @@ extern "C" void emulator_launch(const void* p, uint32_t grid, uint32_t threads, 
         if grid == 0:
             return
         raw = ctypes.create_string_buffer(self.spec.params.pack(*values))
-        cluster = max(self.spec.cluster, 1)
+        cluster = grid if type(self).together else max(self.spec.cluster, 1)
         assert grid % cluster == 0
         bytes_ = self.spec.smem_bytes if smem is None else smem
         assert bytes_ <= self.spec.smem_bytes

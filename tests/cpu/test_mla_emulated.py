@@ -133,12 +133,26 @@ def test_ragged_batch(rng, tiles, causal):
     check(out, lse, *batch.reference(options), dtype)
 
 
+@pytest.fixture(params=["alone", "together"])
+def ctas(request, monkeypatch):
+    """CTAs run one after the other, and the last one joins all; or all at a time, and each joins a slice."""
+    monkeypatch.setattr(emulate.EmulatedKernel, "together", request.param == "together")
+
+
 @pytest.mark.parametrize("tiles", [FEW, TALL], ids=["q16x5", "q64x2"])
-@pytest.mark.parametrize("page_size", [1, 3, 64])
-def test_split_keys(rng, tiles, page_size):
+@pytest.mark.parametrize("page_size", [1, 64])
+@pytest.mark.parametrize("slots", [7, 40])
+def test_split_keys(rng, tiles, page_size, slots, ctas):
     batch = Batch(rng, [1, 2], [330, 200], 16, page_size)
-    out, lse, plan = run(batch, geometry(16, page_size, tiles), PLAIN)
-    assert plan.num_slots > 4
+    out, lse, plan = run(batch, geometry(16, page_size, tiles), PLAIN, slots=slots)
+    assert plan.num_slots >= 2 and (plan.items[:, 13] == (len(plan.items) <= slots)).all()
+    check(out, lse, *batch.reference(PLAIN), "bfloat16")
+
+
+def test_more_chunks_than_slices(rng, ctas):
+    batch = Batch(rng, [1], [32 * 40 - 5], 16, 64)
+    out, lse, plan = run(batch, geometry(16, 64, FEW), PLAIN, slots=40)
+    assert plan.num_slots == 40
     check(out, lse, *batch.reference(PLAIN), "bfloat16")
 
 
@@ -159,10 +173,10 @@ def test_hopper_ragged_batch(rng, maps, causal, page_size):
     check(out, lse, *batch.reference(options), "bfloat16")
 
 
-def test_hopper_split_keys(rng, maps):
+def test_hopper_split_keys(rng, maps, ctas):
     batch = Batch(rng, [1, 1], [450, 200], 70, 16)
     out, lse, plan = run(batch, geometry(70, 16, HOPPER_TILES), PLAIN, slots=40)
-    assert plan.num_slots > 4
+    assert plan.num_slots > 4 and plan.items[0, 12] > 4
     check(out, lse, *batch.reference(PLAIN), "bfloat16")
 
 
