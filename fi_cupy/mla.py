@@ -17,7 +17,7 @@ import numpy as np
 from fi_cupy.arrays import view
 from fi_cupy.checks import check_dtype, check_ndim, check_shape
 from fi_cupy.choice_log import log_wrapper
-from fi_cupy.dtypes import INDEX_TYPES, int32
+from fi_cupy.dtypes import FP8_TYPES, INDEX_TYPES, int32
 from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
 from fi_cupy.mla_batch import BatchMla, MlaPlanned, check_variant, read_fp8_scales
 from fi_cupy.mla_kernel import KPE, kernel_specs
@@ -244,14 +244,14 @@ class BatchMLAPagedAttentionWrapper(BatchMla):
             raise PlanError(f"{op}: plan() must come first")
         q = self._queries(op, p, q_nope, q_pe)
         caches = self._caches(op, p, q[0], {"ckv_cache": ckv_cache, "kpe_cache": kpe_cache})
-        fp8_out = out is not None and view(out, op, "out").dtype.itemsize == 1
+        outputs = self._outputs(op, q[0], out, lse, return_lse)
         scales, pe_ratio, token_scales = read_fp8_scales(
-            op, p, caches, ckv_scale, ckv_scale_arr, kpe_scale, o_scale, fp8_out
+            op, p, caches, ckv_scale, ckv_scale_arr, kpe_scale, o_scale, outputs.o.dtype in FP8_TYPES
         )
-        return self._run_mla(
-            op, p, q, caches, out, lse, return_lse, return_lse_base_on_e, scales, pe_ratio, token_scales, enable_pdl,
-            variant_args,
-        )  # fmt: skip
+        self._run_mla(
+            op, p, q, caches, outputs, return_lse_base_on_e, scales, pe_ratio, token_scales, enable_pdl, variant_args
+        )
+        return outputs.result(out, lse, return_lse)
 
     run_return_lse = partialmethod(run, return_lse=True)
 
@@ -455,6 +455,8 @@ class BatchDecodeMlaWithPagedKVCacheWrapper(BatchMla):
         caches = self._caches(op, p, q[0], {"paged_ckv_cache": paged_ckv_cache, "paged_kpe_cache": paged_kpe_cache})
         logit = float(1.0 if q_scale is None else q_scale) * float(1.0 if k_scale is None else k_scale)
         scales = Scales(logit, float(1.0 if v_scale is None else v_scale))
-        return self._run_mla(op, p, q, caches, out, lse, return_lse, False, scales, 1.0, None, enable_pdl, None)
+        outputs = self._outputs(op, q[0], out, lse, return_lse)
+        self._run_mla(op, p, q, caches, outputs, False, scales, 1.0, None, enable_pdl, None)
+        return outputs.result(out, lse, return_lse)
 
     run_return_lse = partialmethod(run, return_lse=True)

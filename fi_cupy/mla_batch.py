@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
 from fi_cupy.decode_kernel import output_view, rope_turns
 from fi_cupy.device import device_info
-from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, float32
+from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, float32
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, DTypeError, PlanError, ShapeError, UnsupportedError
 from fi_cupy.kv_cache import as_fp8
@@ -47,6 +47,21 @@ class MlaPlanned(Planned):
         self.problem, self.options, self.qo_indptr, self.kv_len, self.mask = problem, options, qo_indptr, kv_len, None
         self.total_rows = int(qo_indptr[-1])
         self.indices_offset = None
+
+
+class Outputs(NamedTuple):
+    """Output and log-sum-exp of one call."""
+
+    o: View
+    s: View | None
+
+    def result(self, out: Any, lse: Any, return_lse: bool) -> Any:
+        """What `run` returns: the caller's own arrays where it gave some."""
+        made = self.o.result() if out is None else out
+        if not return_lse:
+            return made
+        assert self.s is not None
+        return made, (self.s.result() if lse is None else lse)
 
 
 class BatchMla(BatchPrefill):
@@ -219,32 +234,29 @@ class BatchMla(BatchPrefill):
             raise ShapeError(f"{op}: {second} has {views[1].shape[0]} pages, expected {views[0].shape[0]} like {first}")
         return views
 
-    def _outputs(
-        self, op: str, p: MlaPlanned, x: View, out: Any, lse: Any, return_lse: bool
-    ) -> tuple[View, View | None, DType]:
-        """Views of output and log-sum-exp, and the type of the former: that of q, or the caller's fp8."""
+    def _outputs(self, op: str, x: View, out: Any, lse: Any, return_lse: bool) -> Outputs:
+        """Views of output (of the type of q, or the caller's fp8) and log-sum-exp."""
         kind = x.dtype
-        if out is not None:
+        if out is not None and getattr(out, "dtype", kind.np) != kind.np:
             given = view(out, op, "out").dtype
-            if given in FP8_TYPES:
-                kind = given
+            kind = given if given in FP8_TYPES else kind
         o = output_view(op, "out", out, x, x.shape, kind)
         check_aligned(op, "out", o, 16 if kind in HALF_TYPES else 4)
         if not return_lse and lse is None:
-            return o, None, kind
+            return Outputs(o, None)
         s = output_view(op, "lse", lse, x, x.shape[:2], float32)
         if not s.contiguous:
             raise ArgumentError(f"{op}: lse has strides {s.strides}, expected a contiguous array")
-        return o, s, kind
+        return Outputs(o, s)
 
     def _run_mla(
-        self, op: str, p: MlaPlanned, q: tuple[View, View], caches: list[View], out: Any, lse: Any, return_lse: bool,
-        base_e: bool, scales: Scales, pe_ratio: float, token_scales: View | None, enable_pdl: bool | None,
+        self, op: str, p: MlaPlanned, q: tuple[View, View], caches: list[View], outputs: Outputs, base_e: bool,
+        scales: Scales, pe_ratio: float, token_scales: View | None, enable_pdl: bool | None,
         variant_args: Mapping[str, Any] | None,
-    ) -> Any:  # fmt: skip
+    ) -> None:  # fmt: skip
         """scales: `logit` for q ckv^T (and, times `pe_ratio`, q_pe kpe^T), `output` for the result."""
         x, x_pe = q
-        o, s, kind = self._outputs(op, p, x, out, lse, return_lse)
+        o, s = outputs
         bound = self._bind(op, (), variant_args, x, scales)
         scale = p.options.sm_scale * scales.logit
         if x.is_cpu:
@@ -273,16 +285,11 @@ class BatchMla(BatchPrefill):
                 p.page_size, 0, 0,
             )  # fmt: skip
             more = launch_more(g, x, x_pe, caches, token_scales, pe_ratio, LN2 if base_e else 1.0, p.turns)
-            call = Call(scale > 0, None if kind is x.dtype else kind, token_scales is not None)
+            call = Call(scale > 0, None if o.dtype is x.dtype else o.dtype, token_scales is not None)
             g.load(call, self.device).launch(
                 p.work.num_items, x.stream(), *fields, *more, *(() if bound is None else bound.kernel_values()),
                 pdl=self._pdl if enable_pdl is None else bool(enable_pdl),
             )  # fmt: skip
-        made = o.result() if out is None else out
-        if not return_lse:
-            return made
-        assert s is not None
-        return made, (s.result() if lse is None else lse)
 
 
 def read_fp8_scales(

@@ -71,7 +71,7 @@ class MlaHopperTiles(NamedTuple):
 
     tile_q: int = 64
     tile_kv: int = 64
-    smem_bytes: int = 3 * 9 * 64 * 128 + 1184  # q, two tiles, struct MlaHopperShared
+    smem_bytes: int = 3 * 9 * 64 * 128 + 1248  # q, two tiles, struct MlaHopperShared
 
 
 HOPPER_TILES = MlaHopperTiles()
@@ -347,7 +347,7 @@ def hopper_maps(
     """The tensor maps of the caches, (address, page and token stride in elements) each, and the rows of a box."""
     rows = math.gcd(page_size, HOPPER_TILES.tile_kv)
     maps = []
-    for (address, page, token), panels, box in ((ckv, CKV // 64, CKV // 128), (kpe, 1, 1)):
+    for (address, page, token), panels, box in ((ckv, CKV // 64, 2), (kpe, 1, 1)):
         extents = (64, 8, panels, page_size // 8, max(pages, 1))
         strides = (2 * token, 128, 16 * token, 2 * page if pages > 1 else 16)
         maps.append(encode_map(dtype, address, extents, strides, (64, 8, box, rows // 8, 1)))

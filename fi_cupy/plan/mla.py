@@ -8,6 +8,7 @@ rows mean few items, so the number of chunks is the one with the shortest estima
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -94,6 +95,7 @@ def plan_mla(
     return PrefillPlan(items, num_slots, num_split)
 
 
+@lru_cache(maxsize=1024)
 def best_chunks(count: int, tiles: int, slots: int, costs: Costs) -> int:
     """Chunks each for `count` items of `tiles` tiles of keys, by the time of all waves of CTAs."""
 
@@ -107,34 +109,30 @@ def best_chunks(count: int, tiles: int, slots: int, costs: Costs) -> int:
 
 
 #: Chunk lengths that are tried, as shares of the even one.
-_SHARES = (1.0, 1.35, 0.7, 2.0)
+_SHARES = (1.0, 1.4, 0.7, 2.0)
 
 
 def _uneven_chunks(tiles: Ints, slots: int, costs: Costs) -> Ints | None:
     """Chunks of every item of uneven lengths (longest first), or None for one each.
 
-    The time of list scheduling is judged by its lower bounds: the even share, and k + 1 of the largest k * slots + 1.
+    Handed out longest first, items end within a short one of each other: the time is the longest item's, or the even
+    share and half a mean item.
     """
-    total, longest = float(np.add.reduce(tiles, dtype=np.int64)), float(tiles[0])
-    even = total / slots
-    if longest <= even:
-        return None
+    total, longest, count = float(np.add.reduce(tiles, dtype=np.int64)), float(tiles[0]), len(tiles)
 
-    def time(lengths: Ints) -> float:
-        """lengths: of all items, longest first."""
-        firsts = lengths[::slots] + costs.start
-        waves = float(np.max(np.arange(1, len(firsts) + 1) * firsts))
-        return max(waves, (float(lengths.sum()) + costs.start * len(lengths)) / slots)
+    def time(longest: float, count: int) -> float:
+        return max(longest + costs.start, (total + costs.start * count) / slots + 0.5 * total / count)
 
-    best, least = None, time(tiles)
+    best, least = None, time(longest, count)
     for share in _SHARES:
-        length = max(even * share, 1.0)
-        chunks = np.ceil(tiles / length).astype(np.int32).clip(1, MOST_CHUNKS)
-        if int(chunks.sum()) > len(tiles) + EXTRA_ITEMS * slots or chunks[0] == 1:
+        length = max(total / slots * share, 1.0)
+        if length >= longest:
             continue
-        lengths = np.repeat(-(-tiles // chunks), chunks)
-        lengths[::-1].sort()
-        took = time(lengths) + costs.part + costs.join * float(chunks[0])
+        chunks = np.ceil(tiles / length).clip(1, MOST_CHUNKS)
+        pieces = int(np.add.reduce(chunks))
+        if pieces > count + EXTRA_ITEMS * slots:
+            continue
+        took = time(float(np.maximum.reduce(tiles / chunks)), pieces) + costs.part + costs.join * float(chunks[0])
         if took < least:
             best, least = chunks, took
-    return best
+    return None if best is None else best.astype(np.int32)

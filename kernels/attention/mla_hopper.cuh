@@ -4,10 +4,10 @@
 // computes the logits and weights of the tiles in stage w (64 rows x 64 keys); both add p v of every tile to their half of
 // the 512 columns, since 64 x 512 accumulators are two warpgroups' registers. Weights go to the other warpgroup through the
 // tile's kpe columns, which nobody reads any more.
-// A stage is loaded in two groups: the half of ckv that its owner multiplies as values, then the other half with kpe. Each
-// comes as soon as the one warpgroup that reads it as values (and the weights on kpe) is done with it.
-// Grid: items, longest first. Shared memory: Q [9 panels][64 rows][128 B] | stages [2]: half ckv [8 groups of 8 rows][4 panels]
-// [8][128 B], the other half, kpe [64][128 B], all with the 128-byte swizzle | MlaHopperShared.
+// A tile is loaded in quarters of ckv, the last one with kpe. Each comes as soon as the one warpgroup that reads it as values
+// (and the weights on kpe) is done with it: there is no memory for a third tile, so that a load begins early is what counts.
+// Grid: items, longest first. Shared memory: Q [9 panels][64 rows][128 B] | stages [2]: quarters [4] of ckv [8 groups of 8
+// rows][2 panels][8][128 B], kpe [64][128 B], all with the 128-byte swizzle | MlaHopperShared.
 // Bytes moved: q and o once, a latent row once an item. Arch: sm_90a only.
 #pragma once
 #include "attention/mla_join.cuh"
@@ -22,20 +22,25 @@
 namespace fi {
 
 struct MlaHopperParams : MlaParams {
-  // (64 columns, token % 8, panel, token / 8 in the page, page), boxes (64, 8, 4 or 1, box_rows / 8, 1).
+  // (64 columns, token % 8, panel, token / 8 in the page, page), boxes (64, 8, 2 or 1, box_rows / 8, 1).
   ptx::TensorMap ckv_map, kpe_map;
   uint32_t box_rows;  // tokens a box, a multiple of 8 that divides page_size and 64
 };
 
 constexpr int kMlaRows = 64, kMlaKeys = 64;                    // of a tile
 constexpr int kMlaPanel = kMlaRows * 128;                      // bytes, as all of these: 64 rows of 64 columns
-constexpr int kMlaHalf = 4 * kMlaPanel, kMlaStage = 9 * kMlaPanel, kMlaQ = 9 * kMlaPanel;
-constexpr int kMlaRows8 = 4 * 1024;                            // from 8 rows of a half to the next
+constexpr int kMlaQuarter = 2 * kMlaPanel, kMlaKpeAt = 4 * kMlaQuarter, kMlaStage = 9 * kMlaPanel, kMlaQ = 9 * kMlaPanel;
+constexpr int kMlaRows8 = 2 * 1024;                            // from 8 rows of a quarter to the next
 
-// Barriers, who arrives, how often a phase; [stage][group].
+// Warpgroup 0 has the values of quarters 0 and 1, warpgroup 1 those of 2 and 3. The quarters of a stage in the order in which
+// they become free: both warpgroups come to stage 0 first, warpgroup 0 before the other. The last has kpe, which holds the
+// weights for its warpgroup.
+FI_DEVICE constexpr int mla_quarter(int stage, int number) { return stage == 0 ? number : (number & 1 ? number >> 1 : 2 + (number >> 1)); }
+
+// Barriers, who arrives, how often a phase; [stage][quarter].
 struct alignas(16) MlaHopperShared : MlaShared {
-  uint64_t full[2][2];   // the producer's expected bytes (1)
-  uint64_t empty[2][2];  // lane 0 of the warps that read the group as values (4)
+  uint64_t full[2][4];   // the producer's expected bytes (1)
+  uint64_t empty[2][4];  // lane 0 of the warps that read the quarter as values (4)
   uint64_t tail;         // expected bytes of a tile that reaches past the request's last key (1)
   float m[2][kMlaRows], d[2][kMlaRows];  // maxima after the last tile of each stage; denominators of each warpgroup
 };
@@ -48,7 +53,7 @@ struct MlaBoxes {
   int count, page, group;  // boxes of the tile; page, and 8 tokens in it
 };
 
-// The producer warp: tiles from the last to the first, two groups each.
+// The producer warp: tiles from the last to the first, four quarters each.
 template <class Params>
 FI_DEVICE void produce_mla(const Params& params, MlaHopperShared& shared, uint8_t* stages, const PrefillItem& item) {
   const int lane = lane_id(), last = ceil_div(item.kv_end, kMlaKeys), tiles = last - item.kv_begin / kMlaKeys;
@@ -79,29 +84,28 @@ FI_DEVICE void produce_mla(const Params& params, MlaHopperShared& shared, uint8_
     // The first tile loaded can have such rows: its bytes arrive at a barrier of this warp's own, which clears them.
     const int tail_rows = i == 0 ? last * kMlaKeys - item.kv_len : 0;
 #pragma unroll 1
-    for (int g = 0; g < 2; ++g) {
-      const uint32_t barrier = ptx::smem_address(tail_rows > 0 ? &shared.tail : &shared.full[stage][g]);
-      const int half = stage ^ g;
-      ptx::mbarrier_wait(ptx::smem_address(&shared.empty[stage][g]), phase);
-      if (lane == 0) ptx::mbarrier_arrive_expect(barrier, boxes.count * box_rows * (g == 0 ? 512 : 512 + 128));
-#pragma unroll 1
-      for (int b = 0; b < boxes.count; ++b) {
-        const int page = __shfl_sync(kFullMask, boxes.page, b), group = __shfl_sync(kFullMask, boxes.group, b);
-        if (lane != 0) continue;
-        ptx::tma_load_5d(address + half * kMlaHalf + b * box_rows * 512, params.ckv_map, barrier, 0, 0, 4 * half, group, page);
-        if (g == 1) ptx::tma_load_5d(address + 2 * kMlaHalf + b * box_rows * 128, params.kpe_map, barrier, 0, 0, 0, group, page);
+    for (int number = 0; number < 4; ++number) {
+      const int quarter = mla_quarter(stage, number);
+      const uint32_t barrier = ptx::smem_address(tail_rows > 0 ? &shared.tail : &shared.full[stage][quarter]);
+      ptx::mbarrier_wait(ptx::smem_address(&shared.empty[stage][quarter]), phase);
+      if (lane == 0) ptx::mbarrier_arrive_expect(barrier, boxes.count * box_rows * (number < 3 ? 256 : 256 + 128));
+      __syncwarp();
+      if (lane < boxes.count) {
+        ptx::tma_load_5d(address + quarter * kMlaQuarter + lane * box_rows * 256, params.ckv_map, barrier, 0, 0, 2 * quarter,
+                         boxes.group, boxes.page);
+        if (number == 3)
+          ptx::tma_load_5d(address + kMlaKpeAt + lane * box_rows * 128, params.kpe_map, barrier, 0, 0, 0, boxes.group, boxes.page);
       }
       if (tail_rows > 0) {
-        ptx::mbarrier_wait(barrier, g);
-        for (int chunk = lane; chunk < tail_rows * 8; chunk += 32) {
-          const int row = kMlaKeys - tail_rows + chunk / 8;
-          const uint32_t at = offset + half * kMlaHalf + row / 8 * kMlaRows8 + row % 8 * 128 + chunk % 8 * 16;
-#pragma unroll
-          for (int p = 0; p < 4; ++p) *reinterpret_cast<uint4*>(stages + at + p * 1024) = make_uint4(0, 0, 0, 0);
+        ptx::mbarrier_wait(barrier, number & 1);
+        for (int chunk = lane; chunk < tail_rows * 16; chunk += 32) {
+          const int row = kMlaKeys - tail_rows + chunk / 16;
+          const uint32_t at = quarter * kMlaQuarter + row / 8 * kMlaRows8 + chunk % 16 / 8 * 1024 + row % 8 * 128 + chunk % 8 * 16;
+          *reinterpret_cast<uint4*>(stages + offset + at) = make_uint4(0, 0, 0, 0);
         }
         ptx::fence_proxy_async();
         __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.full[stage][g]));
+        if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.full[stage][quarter]));
       }
     }
     start -= kMlaKeys;
@@ -128,58 +132,68 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
 
   const uint32_t smem = ptx::smem_address(memory), own = smem + kMlaQ + kWg * kMlaStage, other = smem + kMlaQ + kOther * kMlaStage;
   const uint64_t q_desc = ptx::wgmma_descriptor(smem, 16, 1024);
-  const uint64_t k_desc = ptx::wgmma_descriptor(own, 16, kMlaRows8), kpe_desc = ptx::wgmma_descriptor(own + 2 * kMlaHalf, 16, 1024);
-  const uint64_t v_own = ptx::wgmma_descriptor(own + kWg * kMlaHalf, 1024, kMlaRows8);
-  const uint64_t v_other = ptx::wgmma_descriptor(other + kWg * kMlaHalf, 1024, kMlaRows8);
-  const uint64_t p_other = ptx::wgmma_descriptor(other + 2 * kMlaHalf, 16, 1024);
+  const uint64_t k_desc = ptx::wgmma_descriptor(own, 16, kMlaRows8), kpe_desc = ptx::wgmma_descriptor(own + kMlaKpeAt, 16, 1024);
+  const uint64_t v_own = ptx::wgmma_descriptor(own + 2 * kWg * kMlaQuarter, 1024, kMlaRows8);
+  const uint64_t v_other = ptx::wgmma_descriptor(other + 2 * kWg * kMlaQuarter, 1024, kMlaRows8);
+  const uint64_t p_other = ptx::wgmma_descriptor(other + kMlaKpeAt, 16, 1024);
 
-  float o[128];
+  float o[2][64];  // of this warpgroup's quarters
 #pragma unroll
-  for (int i = 0; i < 128; ++i) o[i] = 0.f;
+  for (int i = 0; i < 128; ++i) o[i >> 6][i & 63] = 0.f;
   MlaRowState state{{-FI_INF, -FI_INF}, {0.f, 0.f}, {-FI_INF, -FI_INF}, {0.f, 0.f}};
   uint32_t p[kMlaKeys / 16][4];
 
-  auto release = [&](int stage, int group) {
-    if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.empty[stage][group]));
-  };
   auto multiply_qk = [&](float(&s)[kRegs], int phase) {
-    // The half that is loaded first, then the other one and kpe.
-    ptx::mbarrier_wait(ptx::smem_address(&shared.full[kWg][0]), phase);
-    ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < 16; ++step) {
-      const int panel = step >> 2, inside = (step & 3) * 2;
-      ptx::Wgmma<T, kMlaKeys>::ss(s, q_desc + (4 * kWg + panel) * (kMlaPanel / 16) + inside,
-                                  k_desc + kWg * (kMlaHalf / 16) + panel * 64 + inside, step != 0);
-    }
-    ptx::mbarrier_wait(ptx::smem_address(&shared.full[kWg][1]), phase);
+    for (int number = 0; number < 4; ++number) {
+      const int quarter = mla_quarter(kWg, number);
+      ptx::mbarrier_wait(ptx::smem_address(&shared.full[kWg][quarter]), phase);
+      if (number == 0) ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < 16; ++step) {
-      const int panel = step >> 2, inside = (step & 3) * 2;
-      ptx::Wgmma<T, kMlaKeys>::ss(s, q_desc + (4 * kOther + panel) * (kMlaPanel / 16) + inside,
-                                  k_desc + kOther * (kMlaHalf / 16) + panel * 64 + inside, 1);
+      for (int step = 0; step < 8; ++step) {
+        const int panel = step >> 2, inside = (step & 3) * 2;
+        ptx::Wgmma<T, kMlaKeys>::ss(s, q_desc + (2 * quarter + panel) * (kMlaPanel / 16) + inside,
+                                    k_desc + quarter * (kMlaQuarter / 16) + panel * 64 + inside, number + step != 0);
+      }
     }
 #pragma unroll
     for (int step = 0; step < 4; ++step)
       ptx::Wgmma<T, kMlaKeys>::ss(s, q_desc + 8 * (kMlaPanel / 16) + step * 2, kpe_desc + step * 2, 1);
     ptx::wgmma_commit();
   };
+  // p v of both quarters, a group each, so that the first becomes free before the second.
   auto multiply_own = [&] {
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kMlaKeys / 16; ++step) ptx::Wgmma<T, 256>::rs(o, p[step], v_own + step * (2 * kMlaRows8 / 16), 1);
-    ptx::wgmma_commit();
+    for (int q = 0; q < 2; ++q) {
+#pragma unroll
+      for (int step = 0; step < kMlaKeys / 16; ++step)
+        ptx::Wgmma<T, 128>::rs(o[q], p[step], v_own + q * (kMlaQuarter / 16) + step * (2 * kMlaRows8 / 16), 1);
+      ptx::wgmma_commit();
+    }
   };
   auto multiply_other = [&] {
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kMlaKeys / 16; ++step)
-      ptx::Wgmma<T, 256>::st(o, p_other + step * 2, v_other + step * (2 * kMlaRows8 / 16), 1);
-    ptx::wgmma_commit();
+    for (int q = 0; q < 2; ++q) {
+#pragma unroll
+      for (int step = 0; step < kMlaKeys / 16; ++step)
+        ptx::Wgmma<T, 128>::st(o[q], p_other + step * 2, v_other + q * (kMlaQuarter / 16) + step * (2 * kMlaRows8 / 16), 1);
+      ptx::wgmma_commit();
+    }
   };
-  auto done = [&] {
+  auto release = [&](int stage, int quarter) {
+    if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.empty[stage][quarter]));
+  };
+  auto first_done = [&](int stage) {
+    ptx::wgmma_wait<1>();
+    release(stage, 2 * kWg);
+  };
+  auto done = [&](int stage) {
     ptx::wgmma_wait<0>();
-    ptx::wgmma_arrived(o);
+    release(stage, 2 * kWg + 1);
+    ptx::wgmma_arrived(o[0]);
+    ptx::wgmma_arrived(o[1]);
   };
   // Scale, cap, a variant's functions, and -inf for what a row does not see.
   auto transform = [&](float(&s)[kRegs], int start, bool masked) {
@@ -204,7 +218,8 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
     }
   };
   // Logits become weights in p, for the maxima state.next, which lag behind as in the prefill kernels.
-  auto weigh = [&](float(&s)[kRegs]) {
+  // Between the two loops the other's first quarter may be released, `first_done` is called if `pending`.
+  auto weigh = [&](float(&s)[kRegs], bool pending) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float top = fmaxf(s[2 * h], s[2 * h + 1]);
@@ -214,6 +229,10 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
       top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));
       // -inf - -inf is NaN and compares false: a row that has seen nothing stays as it is.
       state.next[h] = (top - state.m[h]) * scale > kRescaleThreshold ? top : state.m[h];
+    }
+    if (pending) first_done(kOther);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
       const float shift = state.next[h] == -FI_INF ? 0.f : -state.next[h] * scale;
       state.sum[h] = 0.f;
 #pragma unroll
@@ -232,7 +251,7 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
   // Weights and maxima for the other warpgroup.
   auto publish = [&] {
     const int row = warp_row + (lane >> 2);
-    uint8_t* const to = memory + kMlaQ + kWg * kMlaStage + 2 * kMlaHalf + row * 128 + (lane & 3) * 4;
+    uint8_t* const to = memory + kMlaQ + kWg * kMlaStage + kMlaKpeAt + row * 128 + (lane & 3) * 4;
 #pragma unroll
     for (int step = 0; step < kMlaKeys / 16; ++step)
 #pragma unroll
@@ -251,7 +270,7 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
         state.m[h] = state.next[h];
         state.d[h] *= ratio;
 #pragma unroll
-        for (int n = 2 * h; n < 128; n += 4) o[n] *= ratio, o[n + 1] *= ratio;
+        for (int n = 2 * h; n < 128; n += 4) o[n >> 6][n & 63] *= ratio, o[n >> 6][(n & 63) + 1] *= ratio;
       }
     }
   };
@@ -278,18 +297,18 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
       ptx::wgmma_wait<0>();
       ptx::wgmma_arrived(s);
       transform(s, start, masked(start));
-      weigh(s);
+      weigh(s, false);
       publish();
       raise();
       state.d[0] += state.sum[0], state.d[1] += state.sum[1];
       multiply_own();
-      done();
-      release(0, 0);
+      first_done(0);
+      done(0);
       if (odd) {
         follow();
         multiply_other();
-        done();
-        release(1, 1);
+        first_done(1);
+        done(1);
       }
     } else {
       float s[kRegs];
@@ -302,17 +321,18 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
       multiply_other();
       if (odd) {  // the weights hide behind that product
         transform(s, start, masked(start));
-        weigh(s);
+        weigh(s, true);
         publish();
+      } else {
+        first_done(0);
       }
-      done();
-      release(0, 1);
+      done(0);
       if (odd) {
         raise();
         state.d[0] += state.sum[0], state.d[1] += state.sum[1];
         multiply_own();
-        done();
-        release(1, 0);
+        first_done(1);
+        done(1);
       }
     }
   }
@@ -331,13 +351,14 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
     const int row = warp_row + h * 8 + (lane >> 2);
     total.m[0][h] = state.m[h], total.d[0][h] = shared.d[0][row] + shared.d[1][row];
   }
+  float(&all)[128] = reinterpret_cast<float(&)[128]>(o);
   if (item.num_chunks > 1) {  // Q's memory is free: both warpgroups' products are done
-    MlaJoin<Config, kMlaRows, 256, 32>::run(params, shared, reinterpret_cast<float*>(memory), o, total, scale,
+    MlaJoin<Config, kMlaRows, 256, 32>::run(params, shared, reinterpret_cast<float*>(memory), all, total, scale,
                                             warp_row + (lane >> 2), kWg * 256 + 2 * (lane & 3), kWg == 0 && (lane & 3) == 0,
                                             [] { ptx::barrier_sync(kMlaConsumers, 256); });
     return;
   }
-  store_mla<Config>(params, item, o, total, scale, 0.f, item.q_tile * kMlaRows + warp_row, kWg * 256, kWg == 0);
+  store_mla<Config>(params, item, all, total, scale, 0.f, item.q_tile * kMlaRows + warp_row, kWg * 256, kWg == 0);
 }
 
 // Q, by the consumers: row r of panel c at its swizzled place; rows past the request's last are zeros.
@@ -373,9 +394,9 @@ FI_DEVICE void mla_hopper(const Params& params) {
 
   ptx::grid_launch_dependents();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 4; ++i) {
-      ptx::mbarrier_init(ptx::smem_address(&shared.full[i >> 1][i & 1]), 1);
-      ptx::mbarrier_init(ptx::smem_address(&shared.empty[i >> 1][i & 1]), 4);
+    for (int i = 0; i < 8; ++i) {
+      ptx::mbarrier_init(ptx::smem_address(&shared.full[i >> 2][i & 3]), 1);
+      ptx::mbarrier_init(ptx::smem_address(&shared.empty[i >> 2][i & 3]), 4);
     }
     ptx::mbarrier_init(ptx::smem_address(&shared.tail), 1);
     ptx::mbarrier_init_fence();

@@ -6,7 +6,7 @@
 // o = sum_c 2^(m_c - m) o_c, d likewise, in an order of the chunks' own: the bits do not depend on who does it.
 #pragma once
 #include "attention/mla_output.cuh"
-#include "ptx/atomics.cuh"
+#include "ptx/count.cuh"
 
 namespace fi {
 
@@ -46,22 +46,23 @@ struct MlaJoin {
 
     weights(params, shared.item, memory, scale, chunk == 0 || (state & kLast));
     sync();  // weights: written by a row's threads, read by others
-    auto slice = [&](int number) {
-      if (chunks <= 4)
-        add<4, 4>(params, shared.item, partial, memory, number, row, column);
-      else
-        add<1, 16>(params, shared.item, partial, memory, number, row, column);
-    };
-    if (state & kMine) slice(chunk);
-    if ((state & kLast) == 0) return;
-    // The slices of those who went, or who have not noticed yet.
+    // His own slice; and, for the last one, those of who went, or has not noticed yet.
+    const int slices = state & kLast ? min(chunks, kVectors) : 0;
+    bool taken = (state & kMine) == 0;
+    int s = chunk;
 #pragma unroll 1
-    for (int s = 0; s < min(chunks, kVectors); ++s) {
-      if (s == chunk) continue;
+    for (int next = 0; true; ++next) {
+      if (!taken && chunks <= 4)
+        add<4, 4>(params, shared.item, partial, memory, s, row, column);
+      else if (!taken)
+        add<1, 16>(params, shared.item, partial, memory, s, row, column);
+      if (next == chunk) ++next;
+      if (next >= slices) break;
+      s = next;
       sync();  // shared.arrived has been read by all
-      if (thread == 0) shared.arrived[0] = mark(params.counters + 2 * (first_slot + s) + 1, kSliceLast) != kSliceTaken;
+      if (thread == 0) shared.arrived[0] = mark(params.counters + 2 * (first_slot + s) + 1, kSliceLast);
       sync();
-      if (shared.arrived[0]) slice(s);
+      taken = shared.arrived[0] == kSliceTaken;
     }
   }
 
@@ -71,7 +72,7 @@ struct MlaJoin {
   // Adds a mark to a slice's word; what was there. The words of all slices but that of the last CTA get two
   // marks, the second of which leaves zero.
   FI_DEVICE static uint32_t mark(uint32_t* word, uint32_t value) {
-    const uint32_t before = ptx::atomic_add_acq_rel(word, value);
+    const uint32_t before = ptx::count_add(word, value);
     if (before != 0) *word = 0;
     return before;
   }
@@ -79,10 +80,10 @@ struct MlaJoin {
   // By one thread: counts this CTA, waits for the others, and says what it has to do. counters: {count, mark of slice 0},
   // {unused, mark of slice 1} ..., zero between launches.
   FI_DEVICE static uint32_t meet(uint32_t* counters, int chunk, int chunks, bool waits) {
-    const bool last = (ptx::atomic_add_acq_rel(counters, 1) & 0xffff) + 1 == uint32_t(chunks);
-    const bool all = last || (waits && ptx::wait_for_count(counters, 0xffff, chunks, kJoinPatience));
+    const bool last = (ptx::count_add(counters, 1) & 0xffff) + 1 == uint32_t(chunks);
+    const bool all = last || (waits && ptx::count_wait(counters, 0xffff, chunks, kJoinPatience));
     // The high half counts those who do not look any more; the last of them leaves zero.
-    if (ptx::atomic_add_acq_rel(counters, 0x10000) >> 16 == uint32_t(chunks - 1)) *counters = 0;
+    if (ptx::count_add(counters, 0x10000) >> 16 == uint32_t(chunks - 1)) *counters = 0;
     if (chunk >= kVectors) return last ? kLast : 0;
     if (last) return kLast | kMine;
     const uint32_t before = mark(counters + 2 * chunk + 1, all ? kSliceTaken : kSliceGivenUp);

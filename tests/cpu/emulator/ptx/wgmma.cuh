@@ -18,11 +18,11 @@ inline void wgmma_commit() {
   Products& p = products();
   p.groups.push_back(std::move(p.open));
   p.open.clear();
-  p.fenced = false;
 }
 template <int pending>
 void wgmma_wait() {
   Products& p = products();
+  p.fenced = false;
   while (int(p.groups.size()) > pending) {
     const auto group = std::move(p.groups.front());
     p.groups.erase(p.groups.begin());
