@@ -53,9 +53,9 @@ struct MlaBoxes {
   int count, page, group;  // boxes of the tile; page, and 8 tokens in it
 };
 
-// The producer warp: tiles from the last to the first, four quarters each.
+// A producer warp, one a stage: every second tile, from the last to the first, four quarters each.
 template <class Params>
-FI_DEVICE void produce_mla(const Params& params, MlaHopperShared& shared, uint8_t* stages, const PrefillItem& item) {
+FI_DEVICE void produce_mla(const Params& params, MlaHopperShared& shared, uint8_t* stages, const PrefillItem& item, int stage) {
   const int lane = lane_id(), last = ceil_div(item.kv_end, kMlaKeys), tiles = last - item.kv_begin / kMlaKeys;
   const int box_rows = params.box_rows;
   // A page table is not read past its last key.
@@ -71,14 +71,13 @@ FI_DEVICE void produce_mla(const Params& params, MlaHopperShared& shared, uint8_
     }
     return r;
   };
-  int start = (last - 1) * kMlaKeys;
   MlaBoxes ahead{0, 0, 0};
-  if (tiles > 0) ahead = find(start);
+  if (stage < tiles) ahead = find((last - 1 - stage) * kMlaKeys);
 #pragma unroll 1
-  for (int i = 0; i < tiles; ++i) {
-    const int stage = i & 1, phase = (i >> 1 & 1) ^ 1;
+  for (int i = stage; i < tiles; i += 2) {
+    const int phase = (i >> 1 & 1) ^ 1;
     const MlaBoxes boxes = ahead;
-    if (i + 1 < tiles) ahead = find(start - kMlaKeys);
+    if (i + 2 < tiles) ahead = find((last - 3 - i) * kMlaKeys);
     const uint32_t offset = stage * kMlaStage, address = ptx::smem_address(stages) + offset;
     // What lies behind a request's last key (a page's unused end, an earlier tile's rows) has weight 0, but 0 * NaN is not.
     // The first tile loaded can have such rows: its bytes arrive at a barrier of this warp's own, which clears them.
@@ -108,7 +107,13 @@ FI_DEVICE void produce_mla(const Params& params, MlaHopperShared& shared, uint8_
         if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.full[stage][quarter]));
       }
     }
-    start -= kMlaKeys;
+    // The next tile goes to L2 now: when its quarters become free, the memory's latency is behind it.
+    if (i + 2 < tiles && lane < ahead.count) {
+#pragma unroll
+      for (int quarter = 0; quarter < 4; ++quarter)
+        ptx::tma_prefetch_5d(params.ckv_map, 0, 0, 2 * quarter, ahead.group, ahead.page);
+      ptx::tma_prefetch_5d(params.kpe_map, 0, 0, 0, ahead.group, ahead.page);
+    }
   }
 }
 
@@ -412,7 +417,7 @@ FI_DEVICE void mla_hopper(const Params& params) {
 
   if (warpgroup == 2) {
     ptx::lower_registers<40>();
-    if (warp == 8) produce_mla(params, shared, smem + kMlaQ, item);
+    if (warp < 10) produce_mla(params, shared, smem + kMlaQ, item, warp - 8);
   } else {
     ptx::raise_registers<232>();
     load_mla_queries<Config>(params, item, smem);

@@ -43,5 +43,6 @@ inline void tma_load_5d(uint32_t smem, const TensorMap& map, uint32_t barrier, i
   const int at[] = {x, y, z, w, u};
   tma_load(smem, map, barrier, at);
 }
+inline void tma_prefetch_5d(const TensorMap&, int, int, int, int, int) {}
 inline void fence_proxy_async() {}
 }  // namespace fi::ptx
