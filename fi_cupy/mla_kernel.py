@@ -144,11 +144,11 @@ def mla_spec(
 
 @lru_cache(maxsize=64)
 def hopper_spec(
-    dtype: DType, *, out: DType | None = None, soft_cap: bool = False, positive_scale: bool = True
+    dtype: DType, *, out: DType | None = None, gather: bool = False, soft_cap: bool = False, positive_scale: bool = True
 ) -> KernelSpec:
-    """The Hopper kernel."""
+    """The Hopper kernel. `gather`: rows are copied one by one, since pages are no multiple of 8 tokens."""
     out = out or dtype
-    options = ((f"o{out.tag}", out is not dtype), ("cap", soft_cap), ("neg", not positive_scale))
+    options = ((f"o{out.tag}", out is not dtype), ("gather", gather), ("cap", soft_cap), ("neg", not positive_scale))
     suffix = "".join(f"_{name}" for name, on in options if on)
     flags = ", ".join("true" if on else "false" for on in (False, soft_cap, positive_scale, False))
     return KernelSpec(
@@ -156,7 +156,7 @@ def hopper_spec(
         header="attention/mla_hopper.cuh",
         function="mla_hopper",
         params=HOPPER_PARAMS,
-        config=(("T", dtype), ("O", out), ("Logits", CppType(f"fi::PrefillLogits<{flags}>"))),
+        config=(("T", dtype), ("O", out), ("kGather", gather), ("Logits", CppType(f"fi::PrefillLogits<{flags}>"))),
         threads=384,
         min_blocks=1,
         smem_bytes=HOPPER_TILES.smem_bytes,
@@ -175,8 +175,6 @@ def refusal(p: Problem, device: DeviceInfo) -> str:
         return f"caches of {p.kv.name} have to be widened, which the copy engine cannot"
     if p.rope:
         return "keys have to be rotated, which the copy engine cannot"
-    if p.page_size % 8:
-        return f"page_size {p.page_size} is not a multiple of 8, the rows of a swizzle"
     return ""
 
 
@@ -235,7 +233,9 @@ class Geometry:
         """The instance for a call."""
         p, positive = self.problem, call.positive_scale or self.problem.variant is not None
         if isinstance(self.tiles, MlaHopperTiles):
-            plain = hopper_spec(p.dtype, out=call.out, soft_cap=p.soft_cap, positive_scale=positive)
+            plain = hopper_spec(
+                p.dtype, out=call.out, gather=gathers(p.page_size), soft_cap=p.soft_cap, positive_scale=positive
+            )
         else:
             plain = mla_spec(
                 p.dtype, self.tiles, kv=p.kv, out=call.out, token_scales=call.token_scales, rope=p.rope,
@@ -344,7 +344,12 @@ def launch_more(
 def hopper_maps(
     dtype: str, page_size: int, pages: int, ckv: tuple[int, int, int], kpe: tuple[int, int, int]
 ) -> tuple[Any, ...]:
-    """The tensor maps of the caches, (address, page and token stride in elements) each, and the rows of a box."""
+    """The tensor maps of the caches, (address, page and token stride in elements) each, and the rows of a box.
+
+    Where rows are gathered nobody reads them.
+    """
+    if gathers(page_size):
+        return bytes(128), bytes(128), 0
     rows = math.gcd(page_size, HOPPER_TILES.tile_kv)
     maps = []
     for (address, page, token), panels, box in ((ckv, CKV // 64, 2), (kpe, 1, 1)):
@@ -352,6 +357,11 @@ def hopper_maps(
         strides = (2 * token, 128, 16 * token, 2 * page if pages > 1 else 16)
         maps.append(encode_map(dtype, address, extents, strides, (64, 8, box, rows // 8, 1)))
     return (*maps, rows)
+
+
+def gathers(page_size: int) -> bool:
+    """Whether the Hopper kernel copies rows one by one: the swizzle repeats after 8, so boxes are multiples of 8."""
+    return page_size % 8 != 0
 
 
 def encode_map(*args: Any) -> bytes:
@@ -372,5 +382,9 @@ def kernel_specs() -> list[KernelSpec]:
     few = choose_tiles(16, _SMEM[90], True)
     specs.append(mla_spec(float16, few, kv=float8_e5m2, out=float8_e4m3fn, token_scales=True))
     specs.append(mla_spec(bfloat16, usual[90], rope=True, soft_cap=True))
-    specs += [hopper_spec(bfloat16), hopper_spec(float16, out=float8_e4m3fn, soft_cap=True)]
+    specs += [
+        hopper_spec(bfloat16),
+        hopper_spec(bfloat16, gather=True),
+        hopper_spec(float16, out=float8_e4m3fn, soft_cap=True),
+    ]
     return list(dict.fromkeys(specs))

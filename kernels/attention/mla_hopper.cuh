@@ -10,112 +10,15 @@
 // rows][2 panels][8][128 B], kpe [64][128 B], all with the 128-byte swizzle | MlaHopperShared.
 // Bytes moved: q and o once, a latent row once an item. Arch: sm_90a only.
 #pragma once
+#include "attention/mla_hopper_load.cuh"
 #include "attention/mla_join.cuh"
 #include "attention/mla_output.cuh"
 #include "attention/prefill_logits.cuh"
 #include "attention/prefill_softmax.cuh"
 #include "ptx/barrier.cuh"
-#include "ptx/pdl.cuh"
-#include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace fi {
-
-struct MlaHopperParams : MlaParams {
-  // (64 columns, token % 8, panel, token / 8 in the page, page), boxes (64, 8, 2 or 1, box_rows / 8, 1).
-  ptx::TensorMap ckv_map, kpe_map;
-  uint32_t box_rows;  // tokens a box, a multiple of 8 that divides page_size and 64
-};
-
-constexpr int kMlaRows = 64, kMlaKeys = 64;                    // of a tile
-constexpr int kMlaPanel = kMlaRows * 128;                      // bytes, as all of these: 64 rows of 64 columns
-constexpr int kMlaQuarter = 2 * kMlaPanel, kMlaKpeAt = 4 * kMlaQuarter, kMlaStage = 9 * kMlaPanel, kMlaQ = 9 * kMlaPanel;
-constexpr int kMlaRows8 = 2 * 1024;                            // from 8 rows of a quarter to the next
-
-// Warpgroup 0 has the values of quarters 0 and 1, warpgroup 1 those of 2 and 3. The quarters of a stage in the order in which
-// they become free: both warpgroups come to stage 0 first, warpgroup 0 before the other. The last has kpe, which holds the
-// weights for its warpgroup.
-FI_DEVICE constexpr int mla_quarter(int stage, int number) { return stage == 0 ? number : (number & 1 ? number >> 1 : 2 + (number >> 1)); }
-
-// Barriers, who arrives, how often a phase; [stage][quarter].
-struct alignas(16) MlaHopperShared : MlaShared {
-  uint64_t full[2][4];   // the producer's expected bytes (1)
-  uint64_t empty[2][4];  // lane 0 of the warps that read the quarter as values (4)
-  uint64_t tail;         // expected bytes of a tile that reaches past the request's last key (1)
-  float m[2][kMlaRows], d[2][kMlaRows];  // maxima after the last tile of each stage; denominators of each warpgroup
-};
-
-// Named barriers: weights of stage 0 and 1 are there (owner arrives, other waits); both warpgroups.
-constexpr int kMlaWeights = 1, kMlaConsumers = 3;
-
-// Where the boxes of a tile come from: lane b knows it of box b.
-struct MlaBoxes {
-  int count, page, group;  // boxes of the tile; page, and 8 tokens in it
-};
-
-// A producer warp, one a stage: every second tile, from the last to the first, four quarters each.
-template <class Params>
-FI_DEVICE void produce_mla(const Params& params, MlaHopperShared& shared, uint8_t* stages, const PrefillItem& item, int stage) {
-  const int lane = lane_id(), last = ceil_div(item.kv_end, kMlaKeys), tiles = last - item.kv_begin / kMlaKeys;
-  const int box_rows = params.box_rows;
-  // A page table is not read past its last key.
-  auto find = [&](int start) {
-    MlaBoxes r{0, 0, 0};
-    const int row = lane * box_rows, token = start + row;
-    const bool valid = row < kMlaKeys && token < item.kv_len && start >= 0;
-    r.count = __popc(__ballot_sync(kFullMask, valid));
-    if (valid) {
-      const int page = params.page_size.quotient(token);
-      r.group = (token - page * int(params.page_size.divisor)) >> 3;
-      r.page = params.kv_indices[item.kv_base + page];
-    }
-    return r;
-  };
-  MlaBoxes ahead{0, 0, 0};
-  if (stage < tiles) ahead = find((last - 1 - stage) * kMlaKeys);
-#pragma unroll 1
-  for (int i = stage; i < tiles; i += 2) {
-    const int phase = (i >> 1 & 1) ^ 1;
-    const MlaBoxes boxes = ahead;
-    if (i + 2 < tiles) ahead = find((last - 3 - i) * kMlaKeys);
-    const uint32_t offset = stage * kMlaStage, address = ptx::smem_address(stages) + offset;
-    // What lies behind a request's last key (a page's unused end, an earlier tile's rows) has weight 0, but 0 * NaN is not.
-    // The first tile loaded can have such rows: its bytes arrive at a barrier of this warp's own, which clears them.
-    const int tail_rows = i == 0 ? last * kMlaKeys - item.kv_len : 0;
-#pragma unroll 1
-    for (int number = 0; number < 4; ++number) {
-      const int quarter = mla_quarter(stage, number);
-      const uint32_t barrier = ptx::smem_address(tail_rows > 0 ? &shared.tail : &shared.full[stage][quarter]);
-      ptx::mbarrier_wait(ptx::smem_address(&shared.empty[stage][quarter]), phase);
-      if (lane == 0) ptx::mbarrier_arrive_expect(barrier, boxes.count * box_rows * (number < 3 ? 256 : 256 + 128));
-      __syncwarp();
-      if (lane < boxes.count) {
-        ptx::tma_load_5d(address + quarter * kMlaQuarter + lane * box_rows * 256, params.ckv_map, barrier, 0, 0, 2 * quarter,
-                         boxes.group, boxes.page);
-        if (number == 3)
-          ptx::tma_load_5d(address + kMlaKpeAt + lane * box_rows * 128, params.kpe_map, barrier, 0, 0, 0, boxes.group, boxes.page);
-      }
-      if (tail_rows > 0) {
-        ptx::mbarrier_wait(barrier, number & 1);
-        for (int chunk = lane; chunk < tail_rows * 16; chunk += 32) {
-          const int row = kMlaKeys - tail_rows + chunk / 16;
-          const uint32_t at = quarter * kMlaQuarter + row / 8 * kMlaRows8 + chunk % 16 / 8 * 1024 + row % 8 * 128 + chunk % 8 * 16;
-          *reinterpret_cast<uint4*>(stages + offset + at) = make_uint4(0, 0, 0, 0);
-        }
-        ptx::fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.full[stage][quarter]));
-      }
-    }
-    // The next tile goes to L2 now: when its quarters become free, the memory's latency is behind it.
-    if (i + 2 < tiles && lane < ahead.count) {
-#pragma unroll
-      for (int quarter = 0; quarter < 4; ++quarter)
-        ptx::tma_prefetch_5d(params.ckv_map, 0, 0, 2 * quarter, ahead.group, ahead.page);
-      ptx::tma_prefetch_5d(params.kpe_map, 0, 0, 0, ahead.group, ahead.page);
-    }
-  }
-}
 
 // A consumer warpgroup's state: two rows a lane (half 0: row lane / 4 of the warp's 16, half 1: that + 8).
 struct MlaRowState {
@@ -153,6 +56,7 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
     for (int number = 0; number < 4; ++number) {
       const int quarter = mla_quarter(kWg, number);
       ptx::mbarrier_wait(ptx::smem_address(&shared.full[kWg][quarter]), phase);
+      if constexpr (Config::kGather) ptx::fence_proxy_async();  // written by cp.async, read by the tensor cores
       if (number == 0) ptx::wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 8; ++step) {
@@ -389,6 +293,7 @@ FI_DEVICE void load_mla_queries(const Params& params, const PrefillItem& item, u
   ptx::barrier_sync(kMlaConsumers, 256);  // Q: written by both warpgroups, read by both
 }
 
+// Config: T, O, kGather (pages of any size), Logits.
 template <class Config, class Params>
 FI_DEVICE void mla_hopper(const Params& params) {
   static_assert(!Config::Logits::kHasQuery && !Config::Logits::kHasKey && !Config::Logits::kHasOutput && Config::Logits::kUseSoftmax);
@@ -400,12 +305,12 @@ FI_DEVICE void mla_hopper(const Params& params) {
   ptx::grid_launch_dependents();
   if (threadIdx.x == 0) {
     for (int i = 0; i < 8; ++i) {
-      ptx::mbarrier_init(ptx::smem_address(&shared.full[i >> 2][i & 3]), 1);
+      ptx::mbarrier_init(ptx::smem_address(&shared.full[i >> 2][i & 3]), Config::kGather ? 64 : 1);
       ptx::mbarrier_init(ptx::smem_address(&shared.empty[i >> 2][i & 3]), 4);
     }
     ptx::mbarrier_init(ptx::smem_address(&shared.tail), 1);
     ptx::mbarrier_init_fence();
-  } else if (threadIdx.x == 256) {
+  } else if (!Config::kGather && threadIdx.x == 256) {
     ptx::tma_prefetch(params.ckv_map);
     ptx::tma_prefetch(params.kpe_map);
   }
@@ -416,10 +321,13 @@ FI_DEVICE void mla_hopper(const Params& params) {
   __syncthreads();  // barriers and the item: written by the first thread, read by all
 
   if (warpgroup == 2) {
-    ptx::lower_registers<40>();
-    if (warp < 10) produce_mla(params, shared, smem + kMlaQ, item, warp - 8);
+    ptx::lower_registers<56>();
+    if constexpr (Config::kGather)
+      gather_mla<Config>(params, shared, smem + kMlaQ, item, (warp - 8) >> 1);
+    else if (warp < 10)
+      produce_mla(params, shared, smem + kMlaQ, item, warp - 8);
   } else {
-    ptx::raise_registers<232>();
+    ptx::raise_registers<224>();
     load_mla_queries<Config>(params, item, smem);
     if (warpgroup == 0)
       consume_mla<Config, 0>(params, shared, smem);

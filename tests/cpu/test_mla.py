@@ -267,8 +267,6 @@ def test_gpus_with_little_shared_memory_keep_to_16_rows():
         ({}, 16, "16 rows a request"),
         ({"kv": float8_e4m3fn}, 128, "have to be widened"),
         ({"rope": True}, 128, "have to be rotated"),
-        ({"page_size": 1}, 128, "page_size 1 is not a multiple of 8"),
-        ({"page_size": 100}, 128, "page_size 100 is not a multiple of 8"),
         ({"backend": "fa2"}, 128, "backend='fa2'"),
     ],
 )
@@ -295,5 +293,6 @@ def test_maps_of_the_caches(monkeypatch, page_size, rows):
     (_, address, extents, strides, box), kpe = calls
     assert (address, extents) == (1 << 20, (64, 8, 8, page_size // 8, 7)) and box == (64, 8, 2, rows // 8, 1)
     assert strides == (1152, 128, 8 * 1152, page_size * 1152)
+    assert hopper_maps("bfloat16", 12, 7, (1 << 20, 12 * 576, 576), (2 << 20, 768, 64)) == (bytes(128), bytes(128), 0)
     assert kpe[2:] == ((64, 8, 1, page_size // 8, 7), (128, 128, 1024, page_size * 128), (64, 8, 1, rows // 8, 1))
     hopper_maps.cache_clear()

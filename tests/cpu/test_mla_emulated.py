@@ -165,7 +165,7 @@ def maps(monkeypatch):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("page_size", [8, 64])
+@pytest.mark.parametrize("page_size", [1, 5, 8, 64])
 def test_hopper_ragged_batch(rng, maps, causal, page_size):
     batch = Batch(rng, [1, 3, 0, 20], [70, 130, 33, 18], 5, page_size)
     options = PLAIN._replace(causal=causal)

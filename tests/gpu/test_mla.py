@@ -82,9 +82,6 @@ def run(batch, backend, causal=False, sm_scale=SCALE, wrapper=None, **more):
     return wrapper.run(*batch.run_args(), return_lse=True, **batch.outputs(), **more)
 
 
-PAGE_SIZES = {"fa2": [1, 5, 16, 64, 256], "fa3": [8, 16, 24, 64, 256]}
-
-
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads", [1, 5, 16, 24, 64, 128])
 def test_ragged_batch(rng, backend, heads, causal):
@@ -92,10 +89,9 @@ def test_ragged_batch(rng, backend, heads, causal):
     check(run(batch, backend, causal), batch.reference(causal), "bfloat16")
 
 
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("page_size", [1, 5, 8, 16, 24, 64, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_page_sizes(rng, backend, which, dtype):
-    page_size = PAGE_SIZES[backend][which]
+def test_page_sizes(rng, backend, page_size, dtype):
     batch = Batch(rng, [1, 2, 1], [1030, 77, 128], 20, page_size, dtype)
     check(run(batch, backend), batch.reference(), dtype)
 
@@ -111,8 +107,9 @@ def test_one_long_request_is_split(rng, backend, heads, kv_len):
     assert kv_len < 4096 or wrapper._planned.work.num_split > 0
 
 
-def test_causal_chunks(rng, backend):
-    batch = Batch(rng, [100, 33, 257], [100, 500, 300], 16, 64)
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_causal_chunks(rng, backend, page_size):
+    batch = Batch(rng, [100, 33, 257], [100, 500, 300], 16, page_size)
     check(run(batch, backend, True), batch.reference(True), "bfloat16")
 
 
@@ -120,6 +117,13 @@ def test_rows_without_keys(rng, backend):
     """More queries than keys: the first rows see nothing."""
     batch = Batch(rng, [9, 5], [3, 0], 16, 16)
     check(run(batch, backend, True), batch.reference(True), "bfloat16")
+
+
+@pytest.mark.parametrize("page_size", [1, 32])
+def test_thousands_of_items(rng, backend, page_size):
+    """Waves of CTAs of every length, so that tiles and barriers of many phases are used."""
+    batch = Batch(rng, [1] * 300, rng.integers(0, 900, 300), 70, page_size)
+    check(run(batch, backend), batch.reference(), "bfloat16")
 
 
 @pytest.mark.parametrize("kind", ["grows", "falls", "jumps", "equal"])
@@ -285,4 +289,4 @@ def test_which_kernel(rng):
     wrapper = mla.BatchMLAPagedAttentionWrapper(workspace())
     wrapper.plan(*batch.plan_args())
     assert "Hopper" in wrapper._planned.geometry.choice
-    assert mla_kernel.kernel_specs()
+    assert wrapper._planned.geometry.kernel(SCALE, 0).spec in mla_kernel.kernel_specs()
