@@ -40,6 +40,7 @@ SHAPES = [
     Shape(1, 4096, 16),
     Shape(64, 4096, 16, page=1),
     Shape(64, 4096, 16, kv="float8_e4m3fn"),
+    Shape(64, 4096, 128, kv="float8_e4m3fn"),
     Shape(4, 4096, 16, qo_len=512),
 ]
 

@@ -12,7 +12,7 @@ from fi_cupy.errors import DTypeError, ShapeError, UnsupportedError
 from fi_cupy.jit.driver import has_driver_binding, tensor_map
 from fi_cupy.jit.kernel import Kernel, load_kernel
 from fi_cupy.jit.params import ParamsStruct
-from fi_cupy.jit.spec import CppType, KernelSpec
+from fi_cupy.jit.spec import CppType, CppValue, KernelSpec
 from fi_cupy.plan.mla import Costs
 from fi_cupy.plan.workspace import WorkspaceLayout
 from fi_cupy.prefill_params import PARAMS as PREFILL_PARAMS
@@ -144,11 +144,16 @@ def mla_spec(
 
 @lru_cache(maxsize=64)
 def hopper_spec(
-    dtype: DType, *, out: DType | None = None, gather: bool = False, soft_cap: bool = False, positive_scale: bool = True
-) -> KernelSpec:
-    """The Hopper kernel. `gather`: rows are copied one by one, since pages are no multiple of 8 tokens."""
-    out = out or dtype
-    options = ((f"o{out.tag}", out is not dtype), ("gather", gather), ("cap", soft_cap), ("neg", not positive_scale))
+    dtype: DType, *, kv: DType | None = None, out: DType | None = None, gather: bool = False,
+    token_scales: bool = False, soft_cap: bool = False, positive_scale: bool = True,
+) -> KernelSpec:  # fmt: skip
+    """The Hopper kernel. `gather`: 16-bit rows are copied one by one, since pages are no multiple of 8 tokens."""
+    kv, out = kv or dtype, out or dtype
+    load = "kFp8" if kv is not dtype else "kRows" if gather else "kBoxes"
+    options = (
+        (f"kv{kv.tag}", kv is not dtype), (f"o{out.tag}", out is not dtype), ("gather", load == "kRows"),
+        ("tokens", token_scales), ("cap", soft_cap), ("neg", not positive_scale),
+    )  # fmt: skip
     suffix = "".join(f"_{name}" for name, on in options if on)
     flags = ", ".join("true" if on else "false" for on in (False, soft_cap, positive_scale, False))
     return KernelSpec(
@@ -156,7 +161,14 @@ def hopper_spec(
         header="attention/mla_hopper.cuh",
         function="mla_hopper",
         params=HOPPER_PARAMS,
-        config=(("T", dtype), ("O", out), ("kGather", gather), ("Logits", CppType(f"fi::PrefillLogits<{flags}>"))),
+        config=(
+            ("T", dtype),
+            ("KV", kv),
+            ("O", out),
+            ("kLoad", CppValue(f"fi::MlaLoad::{load}")),
+            ("kTokenScales", token_scales),
+            ("Logits", CppType(f"fi::PrefillLogits<{flags}>")),
+        ),
         threads=384,
         min_blocks=1,
         smem_bytes=HOPPER_TILES.smem_bytes,
@@ -171,8 +183,6 @@ def refusal(p: Problem, device: DeviceInfo) -> str:
         return f"the target is {device.arch}, not 90a"
     if not has_driver_binding():
         return "cuda-bindings, which encodes tensor maps, is not installed"
-    if p.kv is not p.dtype:
-        return f"caches of {p.kv.name} have to be widened, which the copy engine cannot"
     if p.rope:
         return "keys have to be rotated, which the copy engine cannot"
     return ""
@@ -234,8 +244,9 @@ class Geometry:
         p, positive = self.problem, call.positive_scale or self.problem.variant is not None
         if isinstance(self.tiles, MlaHopperTiles):
             plain = hopper_spec(
-                p.dtype, out=call.out, gather=gathers(p.page_size), soft_cap=p.soft_cap, positive_scale=positive
-            )
+                p.dtype, kv=p.kv, out=call.out, gather=gathers(p.page_size), token_scales=call.token_scales,
+                soft_cap=p.soft_cap, positive_scale=positive,
+            )  # fmt: skip
         else:
             plain = mla_spec(
                 p.dtype, self.tiles, kv=p.kv, out=call.out, token_scales=call.token_scales, rope=p.rope,
@@ -333,23 +344,23 @@ def launch_more(
     more: tuple[Any, ...] = turns
     if g.hopper:
         ckv, kpe = ((c.ptr, c.strides[0], c.strides[1]) for c in caches)
-        more = hopper_maps(x.dtype.name, g.problem.page_size, caches[0].shape[0], ckv, kpe)
+        boxes = caches[0].dtype is x.dtype and not gathers(g.problem.page_size)
+        more = hopper_maps(x.dtype.name, g.problem.page_size, caches[0].shape[0], ckv, kpe) if boxes else NO_MAPS
     return (
         x_pe.ptr, 0 if token_scales is None else token_scales.ptr, x_pe.strides[0], x_pe.strides[1], pe_ratio,
         lse_factor, *more,
     )  # fmt: skip
 
 
+#: Where rows are gathered nobody reads the maps.
+NO_MAPS = bytes(128), bytes(128), 0
+
+
 @lru_cache(maxsize=1024)
 def hopper_maps(
     dtype: str, page_size: int, pages: int, ckv: tuple[int, int, int], kpe: tuple[int, int, int]
 ) -> tuple[Any, ...]:
-    """The tensor maps of the caches, (address, page and token stride in elements) each, and the rows of a box.
-
-    Where rows are gathered nobody reads them.
-    """
-    if gathers(page_size):
-        return bytes(128), bytes(128), 0
+    """The tensor maps of the caches, (address, page and token stride in elements) each, and the rows of a box."""
     rows = math.gcd(page_size, HOPPER_TILES.tile_kv)
     maps = []
     for (address, page, token), panels, box in ((ckv, CKV // 64, 2), (kpe, 1, 1)):
@@ -385,6 +396,7 @@ def kernel_specs() -> list[KernelSpec]:
     specs += [
         hopper_spec(bfloat16),
         hopper_spec(bfloat16, gather=True),
+        hopper_spec(bfloat16, kv=float8_e4m3fn),
         hopper_spec(float16, out=float8_e4m3fn, soft_cap=True),
     ]
     return list(dict.fromkeys(specs))

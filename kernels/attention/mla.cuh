@@ -104,7 +104,7 @@ struct MlaLoader {
         if constexpr (Config::kTokenScales) {
           if (j < kMlaCkv && scales != nullptr) {
             const float factor = __ldg(scales + j / 128);
-            times(lo, factor), times(hi, factor);
+            scale_mla<T>(lo, factor), scale_mla<T>(hi, factor);
           }
         }
         const int chunk = j / 8 + sub * 2;
@@ -112,11 +112,6 @@ struct MlaLoader {
         *reinterpret_cast<uint4*>(wide + Shape::Layout::offset(row(i), chunk + 1)) = hi;
       }
     }
-  }
-  FI_DEVICE static void times(uint4& x, float factor) {
-    auto& v = reinterpret_cast<Vec<T, 8>&>(x);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = from_float<T>(to_float(v[i]) * factor);
   }
 };
 

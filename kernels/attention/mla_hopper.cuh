@@ -56,7 +56,7 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
     for (int number = 0; number < 4; ++number) {
       const int quarter = mla_quarter(kWg, number);
       ptx::mbarrier_wait(ptx::smem_address(&shared.full[kWg][quarter]), phase);
-      if constexpr (Config::kGather) ptx::fence_proxy_async();  // written by cp.async, read by the tensor cores
+      if constexpr (Config::kLoad == MlaLoad::kRows) ptx::fence_proxy_async();  // written by cp.async
       if (number == 0) ptx::wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 8; ++step) {
@@ -293,10 +293,11 @@ FI_DEVICE void load_mla_queries(const Params& params, const PrefillItem& item, u
   ptx::barrier_sync(kMlaConsumers, 256);  // Q: written by both warpgroups, read by both
 }
 
-// Config: T, O, kGather (pages of any size), Logits.
+// Config: T, KV (T, or fp8 with kLoad kFp8), O, kLoad, kTokenScales (fp8: a factor each 128 columns of a token), Logits.
 template <class Config, class Params>
 FI_DEVICE void mla_hopper(const Params& params) {
   static_assert(!Config::Logits::kHasQuery && !Config::Logits::kHasKey && !Config::Logits::kHasOutput && Config::Logits::kUseSoftmax);
+  constexpr bool kFp8 = Config::kLoad == MlaLoad::kFp8;
   extern __shared__ __align__(1024) uint8_t smem[];
   auto& shared = *reinterpret_cast<MlaHopperShared*>(smem + kMlaQ + 2 * kMlaStage);
   // The same for a whole warpgroup and warp; the shuffle tells the compiler.
@@ -305,12 +306,12 @@ FI_DEVICE void mla_hopper(const Params& params) {
   ptx::grid_launch_dependents();
   if (threadIdx.x == 0) {
     for (int i = 0; i < 8; ++i) {
-      ptx::mbarrier_init(ptx::smem_address(&shared.full[i >> 2][i & 3]), Config::kGather ? 64 : 1);
+      ptx::mbarrier_init(ptx::smem_address(&shared.full[i >> 2][i & 3]), Config::kLoad == MlaLoad::kBoxes ? 1 : 64);
       ptx::mbarrier_init(ptx::smem_address(&shared.empty[i >> 2][i & 3]), 4);
     }
     ptx::mbarrier_init(ptx::smem_address(&shared.tail), 1);
     ptx::mbarrier_init_fence();
-  } else if (!Config::kGather && threadIdx.x == 256) {
+  } else if (Config::kLoad == MlaLoad::kBoxes && threadIdx.x == 256) {
     ptx::tma_prefetch(params.ckv_map);
     ptx::tma_prefetch(params.kpe_map);
   }
@@ -321,13 +322,15 @@ FI_DEVICE void mla_hopper(const Params& params) {
   __syncthreads();  // barriers and the item: written by the first thread, read by all
 
   if (warpgroup == 2) {
-    ptx::lower_registers<56>();
-    if constexpr (Config::kGather)
+    ptx::lower_registers<kFp8 ? 88 : 56>();
+    if constexpr (Config::kLoad == MlaLoad::kRows)
       gather_mla<Config>(params, shared, smem + kMlaQ, item, (warp - 8) >> 1);
+    else if constexpr (kFp8)
+      widen_mla<Config>(params, shared, smem + kMlaQ, item, (warp - 8) >> 1);
     else if (warp < 10)
       produce_mla(params, shared, smem + kMlaQ, item, warp - 8);
   } else {
-    ptx::raise_registers<224>();
+    ptx::raise_registers<kFp8 ? 208 : 224>();
     load_mla_queries<Config>(params, item, smem);
     if (warpgroup == 0)
       consume_mla<Config, 0>(params, shared, smem);

@@ -1,8 +1,9 @@
 // How the Hopper kernel of latent attention gets its tiles: shapes, barriers, and the producer warps.
 // Pages of a multiple of 8 tokens come by the copy engine, one box a page (or its share of the tile) and quarter. Others are
-// gathered row by row (cp.async), whose 16-byte pieces go to the same places.
+// gathered row by row (cp.async), whose 16-byte pieces go to the same places; fp8 rows are widened on their way.
 #pragma once
 #include "attention/mla_params.cuh"
+#include "attention/prefill_tiles.cuh"
 #include "ptx/gather.cuh"
 #include "ptx/pdl.cuh"
 #include "ptx/tma.cuh"
@@ -27,7 +28,7 @@ FI_DEVICE constexpr int mla_quarter(int stage, int number) { return stage == 0 ?
 
 // Barriers, who arrives, how often a phase; [stage][quarter].
 struct alignas(16) MlaHopperShared : MlaShared {
-  uint64_t full[2][4];   // the producer's expected bytes (1); kGather: the copies of each producer thread (64)
+  uint64_t full[2][4];   // the producer's expected bytes (1); rows: each thread of two warps (64)
   uint64_t empty[2][4];  // lane 0 of the warps that read the quarter as values (4)
   uint64_t tail;         // expected bytes of a tile that reaches past the request's last key (1)
   float m[2][kMlaRows], d[2][kMlaRows];  // maxima after the last tile of each stage; denominators of each warpgroup
@@ -105,6 +106,9 @@ FI_DEVICE void produce_mla(const Params& params, MlaHopperShared& shared, uint8_
   }
 }
 
+// How latent rows come: boxes of the copy engine, rows of pages of any size, or rows of fp8.
+enum class MlaLoad { kBoxes, kRows, kFp8 };
+
 // With pages of any size: two warps a stage copy rows, eight threads a row's 128 bytes. Rows past the request's last key become
 // zeros. The copies' arrivals at the barriers are counted by the hardware, so that no thread waits for its own.
 template <class Config, class Params>
@@ -156,6 +160,74 @@ FI_DEVICE void gather_mla(const Params& params, MlaHopperShared& shared, uint8_t
         if (token < item.kv_len) ptx::prefetch_l2(from);
       }
     }
+  }
+}
+
+// fp8 rows of pages of any size: two warps a stage hold a quarter of the tile in registers while it is still in use, then
+// widen it into its place. kTokenScales: times a factor a row and quarter. kpe takes the ratio of its scale to that of ckv.
+template <class Config, class Params>
+FI_DEVICE void widen_mla(const Params& params, MlaHopperShared& shared, uint8_t* stages, const PrefillItem& item, int stage) {
+  using T = typename Config::T;
+  using KV = typename Config::KV;
+  constexpr int kRows = kMlaKeys / 8;  // of a thread: line + 8 k
+  const int lane = lane_id(), part = threadIdx.x & 63, sub = part & 7, line = part >> 3;
+  const int last = ceil_div(item.kv_end, kMlaKeys), tiles = last - item.kv_begin / kMlaKeys;
+  const KV *const ckv = static_cast<const KV*>(params.k), *const kpe = static_cast<const KV*>(params.v);
+  int page[2], slot[2];  // of rows lane and lane + 32; the token's number in the cache
+  auto find = [&](int start) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = start + lane + 32 * i, number = params.page_size.quotient(token);
+      page[i] = token < item.kv_len ? params.kv_indices[item.kv_base + number] : 0;
+      if constexpr (Config::kTokenScales) slot[i] = page[i] * params.page_size.divisor + token - number * params.page_size.divisor;
+    }
+  };
+  auto put = [&](uint8_t* to, int chunk, uint4 in, float factor) {  // 16 values to chunks `chunk` and the next of a row
+    uint4 lo = widen<T, KV>(make_uint2(in.x, in.y)), hi = widen<T, KV>(make_uint2(in.z, in.w));
+    if (factor != 1.f) scale_mla<T>(lo, factor), scale_mla<T>(hi, factor);
+    *reinterpret_cast<uint4*>(to + (chunk ^ line) * 16) = lo;
+    *reinterpret_cast<uint4*>(to + ((chunk + 1) ^ line) * 16) = hi;
+  };
+  uint8_t* const to = stages + stage * kMlaStage + line * 128;
+  if (stage < tiles) find((last - 1 - stage) * kMlaKeys);
+#pragma unroll 1
+  for (int i = stage; i < tiles; i += 2) {
+    const int phase = (i >> 1 & 1) ^ 1, start = (last - 1 - i) * kMlaKeys;
+    auto place = [&](int k, int& entry) {  // page of row line + 8 k, and its place there
+      const int token = start + line + 8 * k;
+      entry = token - params.page_size.quotient(token) * params.page_size.divisor;
+      return int64_t(__shfl_sync(kFullMask, k < 4 ? page[0] : page[1], (line + 8 * k) & 31));
+    };
+#pragma unroll 1
+    for (int number = 0; number < 5; ++number) {  // the last is kpe: it joins the fourth quarter
+      const int quarter = mla_quarter(stage, min(number, 3));
+      uint4 in[kRows];
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+        int entry;
+        const int64_t at = place(k, entry);
+        const KV* from = ckv + at * params.k_stride_page + entry * params.k_stride_n + quarter * 128 + sub * 16;
+        if (number == 4) from = kpe + at * params.v_stride_page + entry * params.v_stride_n + (sub & 3) * 16;
+        in[k] = start + line + 8 * k < item.kv_len ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+      }
+      if (number < 4) ptx::mbarrier_wait(ptx::smem_address(&shared.empty[stage][quarter]), phase);
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+        float factor = 1.f;
+        if constexpr (Config::kTokenScales) {
+          const uint32_t at = __shfl_sync(kFullMask, k < 4 ? slot[0] : slot[1], (line + 8 * k) & 31);
+          if (number < 4 && start + line + 8 * k < item.kv_len) factor = __ldg(params.token_scales + int64_t(at) * 4 + quarter);
+        }
+        if (number < 4)
+          put(to + quarter * kMlaQuarter + k * kMlaRows8 + (sub >> 2) * 1024, (sub & 3) * 2, in[k], factor);
+        else if (sub < 4)
+          put(to + kMlaKpeAt + k * 1024, sub * 2, in[k], params.pe_ratio);
+      }
+      if (number == 3) continue;
+      ptx::fence_proxy_async();
+      ptx::mbarrier_arrive(ptx::smem_address(&shared.full[stage][quarter]));
+    }
+    if (i + 2 < tiles) find((last - 3 - i) * kMlaKeys);
   }
 }
 

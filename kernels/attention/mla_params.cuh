@@ -3,6 +3,7 @@
 // qo_idx * num_heads + head.
 #pragma once
 #include "attention/prefill_params.cuh"
+#include "common/vec.cuh"
 
 namespace fi {
 
@@ -26,6 +27,14 @@ struct alignas(16) MlaShared {
   PrefillItem item;     // unused[0]: whether the chunks of this tile run at a time
   uint32_t arrived[4];  // MlaJoin
 };
+
+// Eight values times a factor, rounded again.
+template <typename T>
+FI_DEVICE void scale_mla(uint4& x, float factor) {
+  auto& v = reinterpret_cast<Vec<T, 8>&>(x);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = from_float<T>(to_float(v[i]) * factor);
+}
 
 // A thread's two rows: maximum of the logits before their scale, and denominator.
 struct MlaTotal {
