@@ -14,7 +14,7 @@ from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
 from fi_cupy.decode_kernel import output_view, rope_turns
 from fi_cupy.device import device_info
-from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, float32
+from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, float32
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, DTypeError, PlanError, ShapeError, UnsupportedError
 from fi_cupy.kv_cache import as_fp8
@@ -47,6 +47,13 @@ class MlaPlanned(Planned):
         self.problem, self.options, self.qo_indptr, self.kv_len, self.mask = problem, options, qo_indptr, kv_len, None
         self.total_rows = int(qo_indptr[-1])
         self.indices_offset = None
+
+
+def _usable(x: View, dtype: DType, device: int) -> bool:
+    """Whether a 3-D array is what the kernels read, without the words of the checks that say why it is not."""
+    a, b, c = x.strides
+    misaligned = (x.ptr | a * dtype.itemsize | b * dtype.itemsize) & 15
+    return x.dtype is dtype and x.device == device and c == 1 and not misaligned
 
 
 class Outputs(NamedTuple):
@@ -204,11 +211,11 @@ class BatchMla(BatchPrefill):
                     f"{op}: {name} has shape {x.shape}, expected ({p.total_rows}, {p.problem.num_heads}, {dim}) = "
                     f"(qo_indptr[-1], num_heads, head_dim_{'ckv' if name == 'q_nope' else 'kpe'}) of the plan"
                 )
-            check_dtype(op, name, x, (p.problem.dtype,), "= q_data_type of the plan")
-            if x.device != self.device:
+            if not _usable(x, p.problem.dtype, self.device):
+                check_dtype(op, name, x, (p.problem.dtype,), "= q_data_type of the plan")
                 check_device(op, self._workspace, **{name: x})
-            check_inner(op, name, x)
-            check_aligned(op, name, x, 16)
+                check_inner(op, name, x)
+                check_aligned(op, name, x, 16)
             views.append(x)
         if views[0].shape[0] != views[1].shape[0]:
             raise ShapeError(f"{op}: q_pe has {views[1].shape[0]} rows, expected {views[0].shape[0]} like q_nope")
@@ -218,12 +225,13 @@ class BatchMla(BatchPrefill):
         views = []
         for (name, array), dim in zip(given.items(), p.head_dims, strict=True):
             c = as_fp8(view(array, op, name), p.problem.kv)
-            check_ndim(op, name, c, 3)
-            check_shape(op, name, c, (c.shape[0], p.page_size, dim), "= [pages, page_size, head_dim] of the plan")
-            check_dtype(op, name, c, (p.problem.kv,), "= kv_data_type of the plan")
-            check_device(op, x, **{name: c})
-            check_inner(op, name, c)
-            check_aligned(op, name, c, 16)
+            if c.shape[1:] != (p.page_size, dim) or not _usable(c, p.problem.kv, self.device):
+                check_ndim(op, name, c, 3)
+                check_shape(op, name, c, (c.shape[0], p.page_size, dim), "= [pages, page_size, head_dim] of the plan")
+                check_dtype(op, name, c, (p.problem.kv,), "= kv_data_type of the plan")
+                check_device(op, x, **{name: c})
+                check_inner(op, name, c)
+                check_aligned(op, name, c, 16)
             if p.max_index >= c.shape[0]:
                 raise ArgumentError(
                     f"{op}: {self._arguments[2]} holds page {p.max_index}, but {name} has {c.shape[0]} pages"
@@ -241,7 +249,8 @@ class BatchMla(BatchPrefill):
             given = view(out, op, "out").dtype
             kind = given if given in FP8_TYPES else kind
         o = output_view(op, "out", out, x, x.shape, kind)
-        check_aligned(op, "out", o, 16 if kind in HALF_TYPES else 4)
+        if not _usable(o, kind, x.device):
+            check_aligned(op, "out", o, 16 if kind in HALF_TYPES else 4)
         if not return_lse and lse is None:
             return Outputs(o, None)
         s = output_view(op, "lse", lse, x, x.shape[:2], float32)
