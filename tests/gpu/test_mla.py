@@ -119,6 +119,17 @@ def test_rows_without_keys(rng, backend):
     check(run(batch, backend, True), batch.reference(True), "bfloat16")
 
 
+def test_more_chunks_than_multiprocessors(rng, backend):
+    """Chunks that do not all run at a time: the last one of a tile joins it alone."""
+    batch = Batch(rng, [1] * 70, [2000] * 70, 70, 64)
+    wrapper = mla.BatchMLAPagedAttentionWrapper(workspace(), backend=backend)
+    want = batch.reference()
+    for _ in range(2):
+        check(run(batch, backend, wrapper=wrapper), want, "bfloat16")
+    work = wrapper._planned.work
+    assert work.num_split and work.num_items > device_info(0).num_sms
+
+
 @pytest.mark.parametrize("page_size", [1, 32])
 def test_thousands_of_items(rng, backend, page_size):
     """Waves of CTAs of every length, so that tiles and barriers of many phases are used."""
