@@ -386,17 +386,29 @@ _SMEM = {75: 65536, 80: 166912, 86: 101376, 90: 232448}
 
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: 16 and 64 rows on every kind of GPU, the Hopper kernel, and every option once."""
-    usual = {arch: choose_tiles(16, size, False) for arch, size in _SMEM.items()}
-    specs = [mla_spec(float16, usual[75]), mla_spec(bfloat16, usual[86]), mla_spec(bfloat16, usual[90])]
-    specs.append(mla_spec(bfloat16, choose_tiles(64, _SMEM[80], False)))
-    specs.append(mla_spec(bfloat16, choose_tiles(64, _SMEM[90], True), kv=float8_e4m3fn))
-    few = choose_tiles(16, _SMEM[90], True)
-    specs.append(mla_spec(float16, few, kv=float8_e5m2, out=float8_e4m3fn, token_scales=True))
-    specs.append(mla_spec(bfloat16, usual[90], rope=True, soft_cap=True))
-    specs += [
+    from fi_cupy.variants import define_variant
+
+    biased = define_variant(
+        name="canonical_bias",
+        score_fn=lambda score, ctx: score + ctx.bias[ctx.qo_head] * (ctx.kv_idx - ctx.qo_idx),
+        mask_fn=lambda ctx: ctx.kv_idx % 2 == 0,
+        tensors={"bias": "float32"},
+    ).lowered()
+    few = {arch: choose_tiles(16, size, False) for arch, size in _SMEM.items()}
+    fp8 = choose_tiles(16, _SMEM[90], True)
+    with_variant = Problem(128, float16, float8_e5m2, 16, variant=biased)
+    call = Call(out=float8_e4m3fn, token_scales=True)
+    specs = [
+        mla_spec(float16, few[75]),
+        mla_spec(bfloat16, few[86]),
+        mla_spec(bfloat16, few[90]),
+        mla_spec(bfloat16, choose_tiles(64, _SMEM[80], False)),
+        mla_spec(bfloat16, choose_tiles(64, _SMEM[90], True), kv=float8_e4m3fn),
+        Geometry(with_variant, fp8, "", 132).spec(call),
+        mla_spec(bfloat16, few[90], rope=True, soft_cap=True),
         hopper_spec(bfloat16),
         hopper_spec(bfloat16, gather=True),
         hopper_spec(bfloat16, kv=float8_e4m3fn),
-        hopper_spec(float16, out=float8_e4m3fn, soft_cap=True),
+        Geometry(with_variant, HOPPER_TILES, "", 132).spec(call),
     ]
     return list(dict.fromkeys(specs))
