@@ -13,6 +13,7 @@ from . import (
     jit as jit,
     logits_processor as logits_processor,
     lookup as lookup,
+    mla as mla,
     norm as norm,
     page as page,
     pod as pod,
@@ -72,6 +73,10 @@ from .gemm import (
     mm_bf16 as mm_bf16,
     mm_bf16_swiglu as mm_bf16_swiglu,
     mm_fp8 as mm_fp8,
+)
+from .mla import (
+    BatchDecodeMlaWithPagedKVCacheWrapper as BatchDecodeMlaWithPagedKVCacheWrapper,
+    BatchMLAPagedAttentionWrapper as BatchMLAPagedAttentionWrapper,
 )
 from .norm import (
     fused_add_rmsnorm as fused_add_rmsnorm,

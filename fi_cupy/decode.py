@@ -32,6 +32,7 @@ from fi_cupy.dtypes import FP8_TYPES, float32, int32
 from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.kv_cache import PagedKV, as_fp8, check_layout, check_paged_kv, paged_kv, token_strides
+from fi_cupy.mla import BatchDecodeMlaWithPagedKVCacheWrapper
 from fi_cupy.page_table import check_gpu_indices
 from fi_cupy.plan.decode import (
     ITEM_WORDS,
@@ -49,7 +50,8 @@ from fi_cupy.variants import AttentionVariant, variant_of
 from fi_cupy.workspace import PlanBuffer, copy_device
 
 __all__ = [
-    "BatchDecodeWithPagedKVCacheWrapper", "BatchDecodeWrapper", "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+    "BatchDecodeMlaWithPagedKVCacheWrapper", "BatchDecodeWithPagedKVCacheWrapper", "BatchDecodeWrapper",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
     "fast_decode_plan", "kernel_specs", "single_decode_with_kv_cache", "single_decode_with_kv_cache_with_jit_module",
 ]  # fmt: skip
 

@@ -184,6 +184,12 @@ def _read_indices(op: str, name: str, indices: View, first: int, used: int) -> t
     return host.astype(np.int32, copy=False), highest
 
 
+def read_numbers(op: str, name: str, indices: Any, first: int, used: int) -> tuple[View, Ints | None, int]:
+    """(view, page numbers, the largest of entries `first` to `used`); the host's part is (None, -1) for a GPU array."""
+    numbers = _index_view(op, name, indices)
+    return numbers, *_read_indices(op, name, numbers, first, used)
+
+
 def check_gpu_indices(op: str, name: str, table: PageTable, like: View) -> None:
     """Hold page numbers on a GPU to what the kernels read: dense int32 on the device of the work."""
     v, used = table.indices, int(table.indptr[-1])

@@ -18,7 +18,7 @@ from fi_cupy.jit.spec import ARCHS, KernelSpec
 #: The modules that hold kernels, each with ``kernel_specs()``.
 MODULES: tuple[str, ...] = (
     "norm", "lookup", "activation", "rope", "page", "quantization", "cascade", "sampling", "topk", "decode",
-    "prefill", "mixed", "customize", "gemm", "fused_moe",
+    "prefill", "mla", "mixed", "customize", "gemm", "fused_moe",
 )  # fmt: skip
 
 
@@ -52,6 +52,27 @@ MODELS: dict[str, ModelShape] = {
     "llama3-8b": ModelShape(4096, 32, 8, 128, 14336, 128256),
 }
 
+
+@dataclass(frozen=True)
+class LatentShape:
+    """What decides the kernels of a DeepSeek-architecture model's attention in bf16, on 1, 2, 4 or 8 GPUs."""
+
+    hidden: int
+    num_heads: int
+    q_rank: int
+    kv_rank: int = 512
+    nope: int = 128
+    rope: int = 64
+    value: int = 128
+    page_size: int = 64
+
+
+#: Models with latent attention: profiles of their own, too.
+LATENT_MODELS: dict[str, LatentShape] = {
+    "deepseek-v2-lite": LatentShape(2048, 16, 0),
+    "deepseek-v3": LatentShape(7168, 128, 1536),
+}
+
 #: A usual GPU of each architecture: choices that depend on the device are made for it when that device is not here.
 TYPICAL: dict[str, DeviceInfo] = {
     "75": DeviceInfo(75, "75", 40, 64 << 10, 64 << 10, 4 << 20, "T4"),
@@ -66,7 +87,7 @@ TYPICAL: dict[str, DeviceInfo] = {
 
 def names() -> tuple[str, ...]:
     """Every profile's name."""
-    return ("all", *MODELS, *MODULES)
+    return ("all", *MODELS, *LATENT_MODELS, *MODULES)
 
 
 def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
@@ -104,6 +125,37 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
     return list(dict.fromkeys(specs))
 
 
+def latent_specs(shape: LatentShape, device: DeviceInfo) -> list[KernelSpec]:
+    """The kernels of latent attention and the layers beside it that serving a model takes on `device`."""
+    from fi_cupy import lookup, mla_kernel, norm, page, prefill_kernel, rope
+    from fi_cupy.dtypes import bfloat16, int32
+    from fi_cupy.gemm.select import select_mm_kernel
+    from fi_cupy.prefill_hopper import Load
+
+    h, latent = shape.hidden, shape.kv_rank + shape.rope
+    specs: list[KernelSpec] = [
+        *(norm.norm_spec(bfloat16, bfloat16, bfloat16, n, 8) for n in sorted({h, shape.q_rank or h, shape.kv_rank})),
+        norm.norm_spec(bfloat16, bfloat16, bfloat16, h, 8, residual=True),
+        *lookup.kernel_specs(),
+        *(page.append_spec(2 * shape.kv_rank, 2 * shape.rope, 16, unroll) for unroll in (1, 4)),
+    ]
+    for heads in (shape.num_heads // ranks for ranks in (1, 2, 4, 8) if shape.num_heads % ranks == 0):
+        specs.append(rope.rope_spec(bfloat16, int32, shape.rope, 8, rope._threads((heads + 1) * shape.rope // 16)))
+        qk = heads * (shape.nope + shape.rope)
+        products = [(qk, shape.q_rank or h), (latent, h), (h, heads * shape.value)]
+        products += [(shape.q_rank, h)] * (shape.q_rank > 0)
+        for m in (1, 8, 64, 256, 4096):
+            specs += [select_mm_kernel(m, n, k, device)[0] for n, k in products]
+        decode = mla_kernel.Problem(heads, bfloat16, bfloat16, shape.page_size)
+        for tokens in (1, 2, 64):  # decoding, speculating, chunks
+            specs.append(mla_kernel.geometry(decode, tokens * heads, device).spec(mla_kernel.Call()))
+        prefill = prefill_kernel.Problem(
+            heads, heads, shape.nope + shape.rope, shape.value, bfloat16, False, False, False, False
+        )
+        specs.append(prefill_kernel.geometry(prefill, 1024, device, Load(1, 1024, 1024, 1024, True)).spec)
+    return list(dict.fromkeys(specs))
+
+
 def profile_specs(name: str, device: DeviceInfo | None = None) -> list[KernelSpec]:
     """The kernels of a profile: "all", a model, an op module's name, or several of them with commas between.
 
@@ -125,6 +177,9 @@ def profile_specs(name: str, device: DeviceInfo | None = None) -> list[KernelSpe
         elif part in MODELS:
             for each in [device] if device else TYPICAL.values():
                 specs += model_specs(MODELS[part], each)
+        elif part in LATENT_MODELS:
+            for each in [device] if device else TYPICAL.values():
+                specs += latent_specs(LATENT_MODELS[part], each)
         elif part in MODULES:
             specs += family_specs(part)
         else:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import DTypeLike
 
 from fi_cupy.reference._common import Array, compute_dtype, round_to, upcast
 from fi_cupy.reference.attention import attention
 from fi_cupy.reference.page import gather_pages
+from fi_cupy.reference.rope import rope_frequencies, rotate
 
 
 def mla_paged(
@@ -26,6 +30,11 @@ def mla_paged(
     logits_soft_cap: float = 0.0,
     ckv_scale: float = 1.0,
     kpe_scale: float = 1.0,
+    token_scales: Array | None = None,
+    rope: tuple[float, float] | None = None,
+    variant: Any = None,
+    params: Mapping[str, Any] | None = None,
+    out_scale: float = 1.0,
     out_dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array]:
     """``softmax(sm_scale * (q_nope ckv^T + q_pe kpe^T)) ckv``: all query heads share one kv head, values are `ckv`.
@@ -50,6 +59,14 @@ def mla_paged(
         As in `attention`.
     ckv_scale, kpe_scale : float
         Dequantisation multipliers of the two caches.
+    token_scales : float32 [pages, page_size, head_dim_ckv / 128], optional
+        Multipliers of 128 columns of a token's ckv each.
+    rope : (rope_scale, rope_theta), optional
+        Rotate q_pe (the last query at the last key) and kpe by position, feature 2i against 2i + 1.
+    variant, params
+        As in `attention`.
+    out_scale : float
+        Multiplies the output.
     out_dtype : default dtype of `q_nope`
 
     Returns
@@ -61,6 +78,7 @@ def mla_paged(
     """
     ct = compute_dtype(q_nope, q_pe, ckv_cache, kpe_cache)
     q = np.concatenate([upcast(q_nope, ct), upcast(q_pe, ct)], axis=-1)
+    dc, freq = q_nope.shape[-1], None if rope is None else rope_frequencies(q_pe.shape[-1], *rope)
     out = np.zeros(q_nope.shape, dtype=ct)
     lse = np.full(q_nope.shape[:2], -np.inf, dtype=ct)
     for b in range(len(qo_indptr) - 1):
@@ -69,9 +87,23 @@ def mla_paged(
         kv_len = int(kv_len_arr[b])
         ckv = upcast(gather_pages(ckv_cache, pages, kv_len), ct) * float(ckv_scale)
         kpe = upcast(gather_pages(kpe_cache, pages, kv_len), ct) * float(kpe_scale)
+        if token_scales is not None:
+            factors = upcast(gather_pages(token_scales, pages, kv_len), ct)
+            ckv *= np.repeat(factors, dc // factors.shape[-1], axis=-1)
+        query = q[rows]
+        if freq is not None:
+            query = np.concatenate(
+                [query[..., :dc], _rotated(query[..., dc:], kv_len - len(query) + np.arange(len(query)), freq)], axis=-1
+            )
+            kpe = _rotated(kpe[:, None], np.arange(kv_len), freq)[:, 0]
         key = np.concatenate([ckv, kpe], axis=-1)[:, None]
         out[rows], lse[rows] = attention(
-            q[rows], key, ckv[:, None], causal=causal, sm_scale=sm_scale, window_left=window_left,
-            logits_soft_cap=logits_soft_cap, batch=b,
+            query, key, ckv[:, None], causal=causal, sm_scale=sm_scale, window_left=window_left,
+            logits_soft_cap=logits_soft_cap, batch=b, variant=variant, params=params,
         )  # fmt: skip
-    return round_to(out, q_nope.dtype if out_dtype is None else out_dtype), lse
+    return round_to(out * out_scale, q_nope.dtype if out_dtype is None else out_dtype), lse
+
+
+def _rotated(x: Array, positions: Array, freq: Array) -> Array:
+    angle = positions[:, None] * freq
+    return rotate(x, np.cos(angle), np.sin(angle), interleave=True)

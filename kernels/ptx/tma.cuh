@@ -28,6 +28,12 @@ FI_DEVICE void tma_load_5d(uint32_t smem, const TensorMap& map, uint32_t barrier
       "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "r"(u)
       : "memory");
 }
+// The box into L2 alone, for a copy that comes later.
+FI_DEVICE void tma_prefetch_5d(const TensorMap& map, int x, int y, int z, int w, int u) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(&map), "r"(x), "r"(y), "r"(z),
+               "r"(w), "r"(u)
+               : "memory");
+}
 // Shared memory written by ordinary stores of this thread becomes visible to the copy engine and the tensor cores.
 FI_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -42,7 +42,8 @@ FI_DEVICE void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegs));
 }
 
-// ss: a and b k-contiguous (q k^T). rs: b contiguous along n (p v, v as it lies in the cache). `accumulate` 0: d = a b.
+// ss: a and b k-contiguous (q k^T). rs and st: b contiguous along n (p v, v as it lies in the cache), a in registers or
+// k-contiguous in shared memory. `accumulate` 0: d = a b.
 template <typename T, int N>
 struct Wgmma;
 
@@ -79,6 +80,13 @@ struct Wgmma;
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P2 ", 0;\n"                                                     \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGS "}, %" #P0 ", %" #P1        \
                    ", p, 1, 1, 0, 0;\n}"                                                                                 \
+                   : OPERANDS                                                                                            \
+                   : "l"(a), "l"(b), "r"(accumulate));                                                                   \
+    }                                                                                                                    \
+    FI_DEVICE static void st(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {                                \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P2 ", 0;\n"                                                     \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGS "}, %" #P0 ", %" #P1        \
+                   ", p, 1, 1, 0, 1;\n}"                                                                                 \
                    : OPERANDS                                                                                            \
                    : "l"(a), "l"(b), "r"(accumulate));                                                                   \
     }                                                                                                                    \

@@ -12,7 +12,9 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import subprocess
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -58,8 +60,12 @@ _REPLACED = [
     (r'asm\("sin.*?\);', "y = sinf(x);"),
     (r'asm\("cos.*?\);', "y = cosf(x);"),
     (r'asm\("tanh.*?\);', "y = tanhf(x);"),
+    (r'asm volatile\("mov\.u32 %0, %%tid\.x.*?\);', "x = emulator::current->thread.x;"),
+    (r'asm volatile\("bar\.sync %0, 128;" ::"r"\((.*?)\) : "memory"\);', r"emulator::named_barrier(\1, 128, true);"),
     (r"(?s)using int8_t = .*?#else\n", "#else\n"),
 ]
+#: Headers whose instructions have a file of their own here.
+_OWN = sorted((HERE / "ptx").glob("*.cuh"))
 
 
 def available() -> bool:
@@ -70,8 +76,6 @@ def _text(path: Path) -> str:
     text = path.read_text()
     if path.name == "cluster.cuh":
         return _CLUSTER
-    if path.name in ("mma.cuh", "mma_fp8.cuh"):
-        return f'#include "ptx/cp_async.cuh"\n#include "{HERE / "mma.hpp"}"\n'
     for pattern, replacement in _REPLACED:
         text = re.sub(pattern, replacement, text, flags=re.S)
     return text.replace("FI_OFFSETOF(type, member) __INTADDR__(&(((type*)0)->member))",
@@ -82,11 +86,12 @@ def _text(path: Path) -> str:
 def _headers() -> Path:
     """The kernels with what g++ does not know replaced."""
     kernels = ROOT / "kernels"
-    files = [p for name in ("common", "ptx", "sampling", "gemm") for p in sorted((kernels / name).glob("*.cuh"))]
+    folders = ("common", "ptx", "sampling", "attention", "gemm")
+    files = [p for name in folders for p in sorted((kernels / name).glob("*.cuh"))]
     files += sorted(kernels.glob("*.cuh"))
     texts = {p.relative_to(kernels): _text(p) for p in files}
-    own = b"".join((HERE / name).read_bytes() for name in ("emulator.hpp", "mma.hpp"))
-    digest = hashlib.sha256("".join(texts.values()).encode() + own).hexdigest()[:16]
+    texts |= {p.relative_to(HERE): p.read_text() for p in _OWN}
+    digest = hashlib.sha256("".join(texts.values()).encode() + (HERE / "emulator.hpp").read_bytes()).hexdigest()[:16]
     folder = BUILD / digest
     texts |= {
         Path(name): f'#include "{HERE / "emulator.hpp"}"\n' for name in ("cuda_bf16.h", "cuda_fp16.h", "cuda_fp8.h")
@@ -104,6 +109,7 @@ class EmulatedKernel:
     """What `load_kernel` gives, on the CPU."""
 
     order = 1  # the seed of the fibres' order
+    together = False  # whether all CTAs run at a time; else one cluster after the other
 
     def __init__(self, spec: KernelSpec) -> None:
         self.spec = spec
@@ -139,11 +145,27 @@ extern "C" void emulator_launch(const void* p, uint32_t x, uint32_t y, uint32_t 
         if x * y * z == 0:
             return
         raw = ctypes.create_string_buffer(self.spec.params.pack(*values))
-        cluster = max(self.spec.cluster, 1)
+        cluster = x if type(self).together else max(self.spec.cluster, 1)
         assert x % cluster == 0
         bytes_ = self.spec.smem_bytes if smem is None else smem
         assert bytes_ <= self.spec.smem_bytes
         self._launch(raw, x, y, z, self.spec.threads, cluster, bytes_, type(self).order)
+
+
+def tensor_map(
+    dtype: str, address: int, extents: Sequence[int], strides_bytes: Sequence[int], box: Sequence[int]
+) -> bytes:
+    """What `jit.driver.tensor_map` gives, for emulator/ptx/tma.cuh."""
+    assert address % 16 == 0 and all(s % 16 == 0 for s in strides_bytes) and max(box) <= 256
+    size = {"uint8": 1, "float32": 4}.get(dtype, 2)
+    rank = len(extents)
+
+    def five(values: Sequence[int], fill: int) -> list[int]:
+        return [*values, *[fill] * (5 - len(values))]
+
+    return struct.pack(
+        "<QII5I5I5Q24x", address, rank, size, *five(extents, 1), *five(box, 1), *five([*strides_bytes], 0)
+    )
 
 
 class Device(np.ndarray[Any, Any]):

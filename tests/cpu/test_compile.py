@@ -18,6 +18,7 @@ from fi_cupy.jit.render import render
 from fi_cupy.jit.sources import header_closure, kernel_root
 from fi_cupy.jit.spec import ARCHS, KernelSpec, UserSource, arch_number
 from fi_cupy.profiles import (
+    LATENT_MODELS,
     MODELS,
     MODULES,
     all_specs,
@@ -75,6 +76,17 @@ def test_a_models_profile_holds_a_kernel_of_every_step(name, arch):
     headers = {spec.header.split("/")[0] for spec, _ in targets}
     assert {"norm.cuh", "lookup.cuh", "rope.cuh", "page.cuh", "gemm", "attention"} <= headers
     assert {spec.header for spec, _ in targets} >= {"attention/decode.cuh", "attention/prefill.cuh"}
+
+
+@pytest.mark.parametrize("name", sorted(LATENT_MODELS))
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_latent_models_profile_holds_both_forms_of_its_attention(name, arch):
+    targets = profile_targets(name, [arch])
+    headers = {spec.header for spec, _ in targets}
+    assert {"norm.cuh", "rope.cuh", "page.cuh"} <= headers
+    hopper = arch == "90a"
+    assert "attention/mla.cuh" in headers and ("attention/mla_hopper.cuh" in headers) == hopper
+    assert any(spec.symbol.startswith("prefill_") and "d192x128" in spec.symbol for spec, _ in targets)
 
 
 def test_every_module_has_kernels():

@@ -194,6 +194,31 @@ SIGNATURES = {
         "append_key append_value batch_indices positions paged_kv_cache kv_indices kv_indptr kv_last_page_len "
         "kv_layout='NHD'"
     ),
+    "mla.BatchMLAPagedAttentionWrapper": (
+        "float_workspace_buffer use_cuda_graph=False qo_indptr=None kv_indptr=None kv_indices=None kv_len_arr=None "
+        "backend='auto'"
+    ),
+    "mla.BatchMLAPagedAttentionWrapper.plan": (
+        "qo_indptr kv_indptr kv_indices kv_len_arr num_heads head_dim_ckv head_dim_kpe page_size causal sm_scale "
+        "q_data_type kv_data_type use_profiler=False"
+    ),
+    "mla.BatchMLAPagedAttentionWrapper.run": (
+        "q_nope q_pe ckv_cache kpe_cache out=None lse=None return_lse=False profiler_buffer=None kv_len=None "
+        "page_table=None return_lse_base_on_e=False o_scale=None * ckv_scale=None ckv_scale_arr=None kpe_scale=None"
+    ),
+    "decode.BatchDecodeMlaWithPagedKVCacheWrapper": (
+        "float_workspace_buffer use_cuda_graph=False use_tensor_cores=False paged_kv_indptr_buffer=None "
+        "paged_kv_indices_buffer=None paged_kv_last_page_len_buffer=None"
+    ),
+    "decode.BatchDecodeMlaWithPagedKVCacheWrapper.plan": (
+        "indptr indices last_page_len num_qo_heads head_dim_compressed_kv page_size sm_scale window_left=-1 "
+        "logits_soft_cap=None data_type='float16' q_data_type=None rope_scale=None rope_theta=None"
+    ),
+    "decode.BatchDecodeMlaWithPagedKVCacheWrapper.run": (
+        # FlashInfer's enable_pdl is False, "a placeholder"; here None takes it where the device has it.
+        "q_nope q_pe paged_ckv_cache paged_kpe_cache q_scale=None k_scale=None v_scale=None out=None lse=None "
+        "return_lse=False enable_pdl=None"
+    ),
     "page.append_paged_mla_kv_cache": (
         "append_ckv append_kpe batch_indices positions ckv_cache kpe_cache kv_indices kv_indptr kv_last_page_len"
     ),

@@ -41,6 +41,7 @@ struct Warp {
   uint64_t slot[2][32];
 };
 struct Cta {
+  Barrier named[16];
   Dim index;
   uint32_t rank = 0;
   int alive = 0;
@@ -173,6 +174,15 @@ __attribute__((noinline)) inline void cta_barrier() {
   if (++b.arrived == current->cta->alive) release(b);
   else wait(b, phase, "__syncthreads");
 }
+// bar.sync and bar.arrive: `threads` threads of the CTA meet, some of them without waiting.
+__attribute__((noinline)) inline void named_barrier(int number, int threads, bool waits) {
+  current->caller = __builtin_return_address(0);
+  if (number < 1 || number > 15) fail("number of a barrier");
+  Barrier& b = current->cta->named[number];
+  const uint64_t phase = b.phase;
+  if (++b.arrived == threads) release(b);
+  else if (waits) wait(b, phase, "named barrier");
+}
 inline void cluster_arrive() {
   if (current->cluster_arrived) fail("two arrivals without a wait");
   current->cluster_arrived = true;
@@ -278,9 +288,25 @@ struct alignas(8) uint2 {
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+inline int max(int a, int b) { return a > b ? a : b; }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
+inline uint32_t max(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 inline void __syncthreads() { emulator::cta_barrier(); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu) { emulator::exchange(0, mask, 1); }
@@ -310,6 +336,12 @@ inline uint32_t __ballot_sync(uint32_t mask, bool x) {
   for (int i = 0; i < 32; ++i) bits |= uint32_t(all[i] != 0) << i;
   return bits;
 }
+inline int __reduce_max_sync(uint32_t mask, int x) {
+  const uint64_t* all = emulator::exchange(emulator::to_bits(x), mask, 7);
+  int best = emulator::from_bits<int>(all[0]);
+  for (int i = 1; i < 32; ++i) best = best > emulator::from_bits<int>(all[i]) ? best : emulator::from_bits<int>(all[i]);
+  return best;
+}
 inline bool __any_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) != 0; }
 inline bool __all_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) == 0xffffffffu; }
 
@@ -321,6 +353,11 @@ template <class T>
 T atomicAdd(T* p, typename Same<T>::Type x) {
   const T old = *p;
   *p = old + x;
+  return old;
+}
+inline uint32_t atomicInc(uint32_t* p, uint32_t limit) {
+  const uint32_t old = *p;
+  *p = old >= limit ? 0 : old + 1;
   return old;
 }
 template <class T>
@@ -387,28 +424,49 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   const uint32_t bits = __float_as_uint(x);
   return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
-namespace emulator {
-// To nearest even, saturating; `mantissa` bits, `bias` of the exponent, largest finite value `max`.
-inline uint8_t to_fp8(float x, int mantissa, int bias, float max, uint8_t nan) {
-  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
-  if (x != x) return sign | nan;
-  const float a = fminf(fabsf(x), max);
-  if (a == 0.f) return sign;
-  int e = ilogbf(a) < 1 - bias ? 1 - bias : ilogbf(a);
-  int q = int(nearbyintf(ldexpf(a, mantissa - e)));
-  if (q == 2 << mantissa) ++e, q >>= 1;
-  return sign | uint8_t(q < 1 << mantissa ? q : ((e + bias) << mantissa) + (q - (1 << mantissa)));
+// fp8: kMantissa bits of mantissa, the rest exponent; e4m3 has no infinities.
+template <int kMantissa>
+float fp8_to_float(uint8_t bits) {
+  constexpr int kExponent = 7 - kMantissa, kBias = (1 << (kExponent - 1)) - 1;
+  const int e = (bits >> kMantissa) & ((1 << kExponent) - 1), m = bits & ((1 << kMantissa) - 1);
+  float x;
+  if (kMantissa == 3 && (bits & 0x7f) == 0x7f) x = NAN;
+  else if (kMantissa == 2 && e == 31) x = m ? NAN : INFINITY;
+  else x = e ? ldexpf(float((1 << kMantissa) + m), e - kBias - kMantissa) : ldexpf(float(m), 1 - kBias - kMantissa);
+  return bits & 0x80 ? -x : x;
 }
-}  // namespace emulator
-struct __nv_fp8_e4m3 {
-  __nv_fp8_e4m3() = default;
-  explicit __nv_fp8_e4m3(float x) : bits(emulator::to_fp8(x, 3, 7, 448.f, 0x7f)) {}
-  explicit operator float() const { emulator::fail("fp8"); }
+// To the nearest, to even between two, saturating.
+template <int kMantissa>
+uint8_t fp8_from_float(float x) {
+  constexpr int kLargest = kMantissa == 3 ? 0x7e : 0x7b;
+  if (x != x) return 0x7f;
+  const float size = fabsf(x);
+  int best = 0;
+  for (int i = 1; i <= kLargest; ++i) {
+    const float a = fabsf(fp8_to_float<kMantissa>(best) - size), b = fabsf(fp8_to_float<kMantissa>(i) - size);
+    if (b < a || (b == a && i % 2 == 0)) best = i;
+  }
+  return uint8_t(best | (x < 0 ? 0x80 : 0));
+}
+template <int kMantissa>
+struct Fp8 {
+  Fp8() = default;
+  explicit Fp8(float x) : bits(fp8_from_float<kMantissa>(x)) {}
+  explicit operator float() const { return fp8_to_float<kMantissa>(bits); }
   uint8_t bits;
 };
-struct __nv_fp8_e5m2 {
-  __nv_fp8_e5m2() = default;
-  explicit __nv_fp8_e5m2(float x) : bits(emulator::to_fp8(x, 2, 15, 57344.f, 0x7f)) {}
-  explicit operator float() const { emulator::fail("fp8"); }
-  uint8_t bits;
+struct __nv_fp8_e4m3 : Fp8<3> {
+  using Fp8<3>::Fp8;
 };
+struct __nv_fp8_e5m2 : Fp8<2> {
+  using Fp8<2>::Fp8;
+};
+using __nv_fp8x2_storage_t = uint16_t;
+enum __nv_fp8_interpretation_t { __NV_E4M3, __NV_E5M2 };
+struct __half2_raw {
+  uint16_t x, y;
+};
+inline __half2_raw __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t pair, __nv_fp8_interpretation_t kind) {
+  auto half = [&](uint8_t bits) { return __float2half_rn(kind == __NV_E4M3 ? fp8_to_float<3>(bits) : fp8_to_float<2>(bits)).bits; };
+  return {half(uint8_t(pair)), half(uint8_t(pair >> 8))};
+}

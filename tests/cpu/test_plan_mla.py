@@ -1,0 +1,98 @@
+"""The schedule of latent attention: every key of every row once, few enough items, and well-chosen chunks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fi_cupy.plan.mla import EXTRA_ITEMS, Costs, best_chunks, plan_mla
+
+COSTS = Costs(1.5, 1.0, 0.5)
+
+
+def covered(plan, qo, kv, tile_q, tile_kv, heads, causal):
+    """Count the visits of each (request, packed row, key): all that a row may see exactly once."""
+    for b, (rows, keys) in enumerate(zip(np.diff(qo), kv, strict=True)):
+        seen = np.zeros((rows * heads, keys), int)
+        for item in plan.items[(plan.items[:, 10] == b) & (plan.items[:, 1] > 0)]:
+            first = item[4] * tile_q
+            assert item[5] % tile_kv == 0 and item[0] == qo[b] and item[3] == keys
+            seen[first : first + tile_q, item[5] : item[6]] += 1
+        assert seen.max(initial=0) <= 1
+        own = np.arange(rows * heads)[:, None] // heads + keys - rows
+        visible = (np.arange(keys)[None] <= own) if causal else np.ones_like(seen, bool)
+        assert (seen[visible] == 1).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_every_key_once(seed, causal):
+    rng = np.random.default_rng(seed)
+    batch, heads = int(rng.integers(1, 9)), int(rng.choice([1, 5, 16, 128]))
+    qo = np.concatenate([[0], np.cumsum(rng.integers(0, 4, batch))])
+    kv = rng.integers(0, 3000, batch)
+    tile_q, tile_kv = ((16, 32), (64, 64))[seed % 2]
+    plan = plan_mla(
+        qo,
+        kv,
+        np.zeros(batch, int),
+        num_heads=heads,
+        tile_q=tile_q,
+        tile_kv=tile_kv,
+        slots=13,
+        costs=COSTS,
+        causal=causal,
+    )
+    covered(plan, qo, kv, tile_q, tile_kv, heads, causal)
+    tiles = (-(-np.diff(qo) * heads // tile_q)).sum()
+    assert len(plan.items) <= tiles + EXTRA_ITEMS * 13
+    lengths = plan.items[:, 6] - plan.items[:, 5]
+    assert (-(-lengths[:-1] // tile_kv) >= -(-lengths[1:] // tile_kv)).all()  # longest first
+
+
+def test_chunks_of_a_split_tile_have_slots_of_their_own():
+    plan = plan_mla(np.arange(4), np.array([5000, 100, 3000]), np.zeros(3, int), num_heads=64, tile_q=64, tile_kv=64,
+                    slots=40, costs=COSTS)  # fmt: skip
+    split = plan.items[plan.items[:, 12] > 1]
+    slots = split[:, 7] + split[:, 11]
+    assert plan.num_split == 2 and sorted(slots) == list(range(plan.num_slots))
+    for request in (0, 2):
+        mine = split[split[:, 10] == request]
+        assert len(mine) == mine[0, 12] and sorted(mine[:, 11]) == list(range(len(mine)))
+
+
+@pytest.mark.parametrize(
+    ("count", "tiles", "chunks"),
+    [
+        (128, 64, 1),  # 64x4096, 128 heads: one wave
+        (32, 64, 4),  # 16x4096
+        (132, 64, 1),
+        (133, 1, 1),
+        (1, 1, 1),
+    ],
+)
+def test_chunks_of_even_batches(count, tiles, chunks):
+    assert best_chunks(count, tiles, 132, COSTS) == chunks
+
+
+def test_few_items_are_split_until_joining_costs_more():
+    one = best_chunks(2, 64, 132, COSTS)
+    assert 4 <= one <= 32
+    assert best_chunks(2, 64, 132, COSTS._replace(join=0.0)) > one > best_chunks(2, 64, 132, COSTS._replace(join=5.0))
+    # 140 items on 132 multiprocessors would be two waves, the second nearly empty.
+    assert best_chunks(140, 200, 132, Costs(0.5, 0.5, 0.1)) > 1
+
+
+def test_a_disabled_split():
+    plan = plan_mla(np.arange(2), np.array([9999]), np.zeros(1, int), num_heads=16, tile_q=16, tile_kv=32, slots=132,
+                    costs=COSTS, disable_split=True)  # fmt: skip
+    assert len(plan.items) == 1 and plan.num_slots == 0
+
+
+def test_empty_batches():
+    plan = plan_mla(np.array([0]), np.zeros(0, int), np.zeros(0, int), num_heads=16, tile_q=16, tile_kv=32, slots=132,
+                    costs=COSTS)  # fmt: skip
+    assert len(plan.items) == 0
+    plan = plan_mla(np.arange(3), np.zeros(2, int), np.zeros(2, int), num_heads=16, tile_q=16, tile_kv=32, slots=132,
+                    costs=COSTS)  # fmt: skip
+    assert len(plan.items) == 2 and plan.num_slots == 0
