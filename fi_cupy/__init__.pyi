@@ -64,6 +64,7 @@ from .norm import (
     gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm,
     gemma_rmsnorm as gemma_rmsnorm,
     layernorm as layernorm,
+    layernorm_quant as layernorm_quant,
     rmsnorm as rmsnorm,
     rmsnorm_quant as rmsnorm_quant,
 )
@@ -86,8 +87,18 @@ from .profiles import (
     preload as preload,
 )
 from .quantization import (
+    SfLayout as SfLayout,
+    e2m1_and_ufp8sf_scale_to_float as e2m1_and_ufp8sf_scale_to_float,
+    fp4_quantize as fp4_quantize,
+    mxfp4_dequantize as mxfp4_dequantize,
+    mxfp4_quantize as mxfp4_quantize,
+    mxfp8_dequantize_host as mxfp8_dequantize_host,
+    mxfp8_quantize as mxfp8_quantize,
+    nvfp4_quantize as nvfp4_quantize,
     packbits as packbits,
+    per_token_group_quant_8bit as per_token_group_quant_8bit,
     segment_packbits as segment_packbits,
+    silu_and_mul_nvfp4_quantize as silu_and_mul_nvfp4_quantize,
 )
 from .rope import (
     apply_llama31_rope as apply_llama31_rope,
