@@ -30,6 +30,7 @@ from .activation import (
     gelu_and_mul as gelu_and_mul,
     gelu_tanh_and_mul as gelu_tanh_and_mul,
     silu_and_mul as silu_and_mul,
+    silu_and_mul_quant as silu_and_mul_quant,
 )
 from .attention import (
     BatchAttentionWithAttentionSinkWrapper as BatchAttentionWithAttentionSinkWrapper,
@@ -111,6 +112,9 @@ from .rope import (
     apply_rope_pos_ids_inplace as apply_rope_pos_ids_inplace,
     apply_rope_with_cos_sin_cache as apply_rope_with_cos_sin_cache,
     apply_rope_with_cos_sin_cache_inplace as apply_rope_with_cos_sin_cache_inplace,
+    mla_rope_quantize_fp8 as mla_rope_quantize_fp8,
+    rope_quantize_fp8 as rope_quantize_fp8,
+    rope_quantize_fp8_append_paged_kv_cache as rope_quantize_fp8_append_paged_kv_cache,
 )
 from .sampling import (
     chain_speculative_sampling as chain_speculative_sampling,

@@ -13,7 +13,7 @@ from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, ShapeError, UnsupportedError
 from fi_cupy.quantization import kernels
 from fi_cupy.quantization.layout import SfLayout, padded_scales, sf_layout
-from fi_cupy.reference import block_formats
+from fi_cupy.reference import activation, block_formats
 from fi_cupy.reference import quantization as reference
 
 #: Lower bounds of eps: the scale's reciprocal must be a number.
@@ -52,6 +52,8 @@ def per_token_group_quant_8bit(
     column_major_scales: bool = False,
     scale_tma_aligned: bool = False,
     scale_ue8m0: bool = False,
+    *,
+    fuse_silu_and_mul: bool = False,
 ) -> tuple[Any, Any]:
     """Cast groups of the last dimension: ``scale = max(max |group|, eps) / max(dst)``, ``q = round(x / scale)``.
 
@@ -70,6 +72,8 @@ def per_token_group_quant_8bit(
         With `column_major_scales`: the stride between groups is rounded up to 4 tokens (16 bytes, what TMA needs).
     scale_ue8m0 : bool
         Round the scales up to powers of two (still float32).
+    fuse_silu_and_mul : bool
+        `x` is [..., 2 * n], gate and up: cast ``silu(gate) * up``, computed in fp32 and not rounded before.
 
     Returns
     -------
@@ -95,14 +99,18 @@ def per_token_group_quant_8bit(
     """
     op = "per_token_group_quant_8bit"
     v, kind = float_input(op, x), byte_type(op, dst_dtype)
-    if group_size < 1 or v.shape[-1] % group_size:
-        raise ShapeError(f"{op}: x has shape {v.shape}, expected a last dimension divisible by {group_size}")
+    width = v.shape[-1] // 2 if fuse_silu_and_mul else v.shape[-1]
+    if group_size < 1 or width % group_size or (fuse_silu_and_mul and v.shape[-1] % 2):
+        raise ShapeError(
+            f"{op}: x has shape {v.shape}, expected a last dimension divisible by {group_size}"
+            f"{' twice' if fuse_silu_and_mul else ''}"
+        )
     if scale_tma_aligned and not column_major_scales:
         raise ArgumentError(f"{op}: scale_tma_aligned is True, expected column_major_scales=True with it")
     if column_major_scales:
         check_ndim(op, "x", v, 2, meaning="(column_major_scales)")
     eps = _check_eps(op, eps)
-    lead, groups = v.shape[:-1], v.shape[-1] // group_size
+    lead, groups = v.shape[:-1], width // group_size
     if column_major_scales:
         tokens = v.shape[0]
         stored = v.empty((groups, -(-tokens // 4) * 4 if scale_tma_aligned else tokens), float32)
@@ -110,9 +118,10 @@ def per_token_group_quant_8bit(
     else:
         stored = v.empty((*lead, groups), float32)
         strides = (groups, 1)
-    q = v.empty(v.shape, kind)
+    q = v.empty((*lead, width), kind)
     if v.is_cpu:
-        codes, scale = reference.per_token_group_quant_8bit(v.numpy(), group_size, eps, kind.np, scale_ue8m0=scale_ue8m0)
+        host = activation.silu_and_mul(v.numpy().astype(np.float32)) if fuse_silu_and_mul else v.numpy()
+        codes, scale = reference.per_token_group_quant_8bit(host, group_size, eps, kind.np, scale_ue8m0=scale_ue8m0)
         q.write(codes)
         if column_major_scales:
             stored.numpy()[:, :tokens] = scale.T
@@ -121,7 +130,7 @@ def per_token_group_quant_8bit(
     else:
         kernels.quantize_rows(
             op, v, q, stored, out=kind, mode="power" if scale_ue8m0 else "float", group=group_size,
-            scale_strides=strides, eps=eps,
+            scale_strides=strides, eps=eps, gated=fuse_silu_and_mul,
         )  # fmt: skip
     scales = stored.result()
     return q.result(), scales[:, :tokens].T if column_major_scales else scales

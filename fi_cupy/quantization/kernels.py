@@ -212,6 +212,7 @@ def kernel_specs() -> list[KernelSpec]:
         rows_spec(bfloat16, e4m3, "float", 128, 8, gated=True),
         rows_spec(bfloat16, e4m3, "float", 4096, 8),
         rows_spec(bfloat16, e4m3, "given", 128, 8),
+        rows_spec(bfloat16, e4m3, "given", 128, 8, gated=True),
         rows_spec(float16, int8, "float", 128, 8),
         rows_spec(bfloat16, e4m3, "e8m0", 32, 8, tile=128),
         rows_spec(bfloat16, float4_e2m1fn, "e4m3", 16, 8, tile=128),

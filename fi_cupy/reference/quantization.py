@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from fi_cupy.reference._common import E4M3, FP8_MAX, Array, compute_dtype, repeat_index, round_to, upcast
 
@@ -197,8 +197,8 @@ def per_token_group_quant_8bit(
     return q, scale
 
 
-def static_quant(x: Array, scale: float, dtype: DTypeLike = E4M3) -> Array:
-    """``round(x / scale)``, saturating, with one scale for all. Source: SGLang static_quant_fp8."""
+def static_quant(x: Array, scale: ArrayLike, dtype: DTypeLike = E4M3) -> Array:
+    """``round(x / scale)``, saturating, with a given scale. Source: SGLang static_quant_fp8."""
     ct = compute_dtype(x)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return _codes(upcast(x, ct) / ct.type(np.float32(scale)), np.dtype(dtype))
+        return _codes(upcast(x, ct) / np.asarray(scale, np.float32).astype(ct), np.dtype(dtype))
