@@ -113,7 +113,9 @@ def cast(op: str, name: str, new: View, cache: View, scale_name: str, scale: Any
             f"{op}: {name} has dtype {new.dtype.name} and its cache {cache.dtype.name}, expected with {scale_name} "
             "float16, bfloat16 or float32 and float8_e4m3fn, float8_e5m2, int8 or uint8"
         )
-    return Cast(new, cache.typed(float8_e4m3fn) if cache.dtype is uint8 else cache, _scale(op, scale_name, scale, new, heads))
+    return Cast(
+        new, cache.typed(float8_e4m3fn) if cache.dtype is uint8 else cache, _scale(op, scale_name, scale, new, heads)
+    )
 
 
 def _scale(op: str, name: str, value: Any, x: View, heads: int) -> float | View:
@@ -143,7 +145,11 @@ def launch(
 ) -> None:
     """Launch for one or two arrays with the cache's strides of page, row and head, all of the same types."""
     size = pairs[0][0].new.dtype.itemsize
-    dims, new_strides, cache_strides, pointers, common = [], [], [], [], 16
+    dims: list[int] = []
+    new_strides: list[int] = []
+    cache_strides: list[int] = []
+    pointers: list[tuple[int, int]] = []
+    common = 16
     for c, *to in pairs:
         dim = c.new.shape[-1]
         strides = (c.new.strides[0] * size, c.new.strides[1] * size if len(c.new.shape) == 3 else 0)

@@ -15,8 +15,6 @@ from fi_cupy.quantization.fp4_quantization import (
 )
 from fi_cupy.quantization.fp8_quantization import (
     dequantize_fp8,
-    mxfp8_dequantize_host,
-    mxfp8_quantize,
     per_block_cast_to_fp8,
     per_tensor_quant_fp8,
     per_token_cast_to_fp8,
@@ -26,6 +24,7 @@ from fi_cupy.quantization.fp8_quantization import (
     quantize_fp8,
 )
 from fi_cupy.quantization.layout import SfLayout
+from fi_cupy.quantization.mxfp8_quantization import mxfp8_dequantize_host, mxfp8_quantize
 
 __all__ = [
     "SfLayout",

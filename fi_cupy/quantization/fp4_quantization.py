@@ -11,7 +11,6 @@ from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, c
 from fi_cupy.dtypes import float32, uint8
 from fi_cupy.errors import ArgumentError, ShapeError, UnsupportedError
 from fi_cupy.quantization import kernels
-from fi_cupy.quantization.fp8_quantization import float_input
 from fi_cupy.quantization.kernels import float4_e2m1fn
 from fi_cupy.quantization.layout import SfLayout, padded_scales, sf_layout
 from fi_cupy.reference import activation, block_formats
@@ -114,7 +113,7 @@ def fp4_quantize(
         raise UnsupportedError(f"{op}: backend is {backend!r}, expected 'cuda'")
     if is_sf_8x4_layout and not is_sf_swizzled_layout:
         raise ArgumentError(f"{op}: is_sf_8x4_layout is True, expected is_sf_swizzled_layout=True with it")
-    v = float_input(op, input, "input")
+    v = kernels.float_input(op, input, "input")
     given = 1.0 if global_scale is None else kernels.one_number(op, "global_scale", global_scale, v)
     if is_global_scale_inversed:
         if isinstance(given, View):
@@ -179,7 +178,7 @@ def silu_and_mul_nvfp4_quantize(
     flashinfer.silu_and_mul_nvfp4_quantize.
     """
     op = "silu_and_mul_nvfp4_quantize"
-    v = float_input(op, input, "input")
+    v = kernels.float_input(op, input, "input")
     given = kernels.one_number(op, "global_scale", global_scale, v)
     return _cast(op, v, given, 16, False, sf_layout(op, sf_layout_, True), enable_pdl, gated=True)
 
@@ -239,7 +238,9 @@ def e2m1_and_ufp8sf_scale_to_float(
     check_inner(op, "e2m1_tensor", q)
     check_dtype(op, "ufp8_scale_tensor", s, (uint8,))
     check_device(op, q, ufp8_scale_tensor=s)
-    given = 1.0 if global_scale_tensor is None else kernels.one_number(op, "global_scale_tensor", global_scale_tensor, q)
+    given = (
+        1.0 if global_scale_tensor is None else kernels.one_number(op, "global_scale_tensor", global_scale_tensor, q)
+    )
     m, k = q.shape[0], 2 * q.shape[1]
     if k % sf_vec_size:
         raise ShapeError(f"{op}: e2m1_tensor has shape {q.shape}, expected rows of whole groups of {sf_vec_size}")

@@ -9,7 +9,17 @@ import numpy as np
 
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_shape
-from fi_cupy.dtypes import DType, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32, int8, uint8
+from fi_cupy.dtypes import (
+    FLOAT_TYPES,
+    DType,
+    bfloat16,
+    float8_e4m3fn,
+    float8_e5m2,
+    float16,
+    float32,
+    int8,
+    uint8,
+)
 from fi_cupy.errors import LayoutError, ShapeError
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
@@ -289,8 +299,8 @@ def quantize_rows(
         raise LayoutError(f"{op}: input starts at address ...{x.ptr % 256:#x}, expected a multiple of {2 * size} bytes")
     small = rows * group * size < 1 << 23  # one group a thread spreads a decode step over more multiprocessors
     spec = rows_spec(x.dtype, out, mode, group, vec, tile=tile, gated=gated, rows=1 if small else 4)
-    config = dict(spec.config)
-    per_cta = spec.threads // config["kLanes"] * config["kRows"]  # type: ignore[operator]
+    config: dict[str, Any] = dict(spec.config)
+    per_cta = spec.threads // config["kLanes"] * config["kRows"]
     on_device = isinstance(given, View)
     load_kernel(spec, x.device).launch(
         max(-(-rows // per_cta), once), x.stream(), x.ptr, q.ptr, 0 if scales is None else scales.ptr,
@@ -375,6 +385,16 @@ def dequantize(
         batch_stride, row_stride, *scale_strides, vectors, *fast_div(width // vec), rows, width, *block,
         padded_columns, 1.0 if on_device else given,
     )  # fmt: skip
+
+
+def float_input(op: str, x: Any, name: str = "x", least: int = 1) -> View:
+    """A floating array of at least `least` dimensions, the last one dense."""
+    v = view(x, op, name)
+    if len(v.shape) < least:
+        raise ShapeError(f"{op}: {name} is {v.ndim}-D {v.shape}, expected at least {least}-D")
+    check_dtype(op, name, v, FLOAT_TYPES)
+    check_inner(op, name, v)
+    return v
 
 
 def one_number(op: str, name: str, value: Any, x: View) -> float | View:
