@@ -71,7 +71,7 @@ def fp4_quantize(
         Usually ``448 * 6 / max |input|``; None is 1.
     sf_vec_size : 16 or 32
     sf_use_ue8m0 : bool
-        False: ``scale = e4m3(global_scale * (max |group| / 6))`` (NVFP4). True: the smallest power of two from
+        False: ``scale = e4m3(max |group| * (global_scale / 6))`` (NVFP4). True: the smallest power of two from
         ``global_scale * max |group| / 6`` on, as e8m0 (MXFP4).
     is_sf_swizzled_layout : bool
         Scales in tiles, padded with zeros; else row by row.

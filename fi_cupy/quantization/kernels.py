@@ -43,10 +43,10 @@ _ROWS = ParamsStruct(
         ("q", "ptr"),
         ("scales", "ptr"),
         ("given", "ptr"),
-        ("x_stride", "i64"),
-        ("scale_stride_token", "i64"),
-        ("scale_stride_group", "i64"),
-        ("rows", "u64"),
+        ("x_stride", "i32"),
+        ("scale_stride_token", "i32"),
+        ("scale_stride_group", "i32"),
+        ("rows", "u32"),
         *_divisor("groups"),
         ("tokens", "u32"),
         ("width", "u32"),
@@ -120,22 +120,30 @@ def _lanes(vectors: int) -> int:
     return lanes
 
 
+def _blocks(threads: int, vecs: int) -> int:
+    """CTAs a multiprocessor of those that compute a group each: 48 registers a thread while it holds up to two vectors."""
+    return 1280 // threads if vecs <= 2 and threads <= 256 else 0
+
+
 @lru_cache(maxsize=512)
 def rows_spec(
-    dtype: DType, out: DType, mode: str, group: int, vec: int, *, tile: int = 0, gated: bool = False, rows: int = 4
+    dtype: DType, out: DType, mode: str, group: int, vec: int, *, tile: int = 0, gated: bool = False, rows: int = 2
 ) -> KernelSpec:
     """The kernel that casts groups of `group` elements, `vec` an access, `rows` groups a thread.
 
-    Four groups a thread (two where each is read twice over, as gate and up) keep 64 bytes in flight; groups of more
-    than a warp are one CTA's, which has them in registers up to 32,768 elements.
+    Two groups a thread keep 32 bytes in flight, and 32 KB or more a multiprocessor; four gain nothing (H100). Groups of
+    more than a warp are one CTA's, which has them in registers up to 32,768 elements.
     """
     vectors = -(-group // vec)
     lanes = _lanes(vectors)
     vecs = 1
+    if vectors in (2, 4):  # a small group's scale and place cost as much as its elements: fewer threads compute them
+        lanes, vecs = vectors // 2, 2
     while vecs < 4 and vecs * lanes < vectors:
         vecs *= 2
     threads = _THREADS if lanes <= 32 else lanes
-    rows = min(rows, 2 if gated else 4) if lanes <= 32 else 1
+    if lanes > 32:
+        rows = 1
     name = ("silu_and_mul_" if gated else "") + f"quantize_{mode}"
     return KernelSpec(
         symbol=f"{name}_{dtype.tag}_{out.tag}{f'_s{tile}' if tile else ''}_v{vec}x{vecs}x{rows}_t{lanes}",
@@ -155,7 +163,7 @@ def rows_spec(
             ("kThreads", threads),
         ),
         threads=threads,
-        min_blocks=3 if threads == 256 and lanes <= 32 else 0,
+        min_blocks=_blocks(threads, vecs) if lanes > 32 else 0,
     )
 
 
@@ -218,7 +226,7 @@ def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: what a block-scaled fp8 layer takes in bf16, one of each other format."""
     e4m3 = float8_e4m3fn
     return [
-        *(rows_spec(bfloat16, e4m3, "float", 128, 8, rows=rows) for rows in (1, 4)),
+        *(rows_spec(bfloat16, e4m3, "float", 128, 8, rows=rows) for rows in (1, 2)),
         rows_spec(bfloat16, e4m3, "float", 128, 8, gated=True),
         rows_spec(bfloat16, e4m3, "float", 4096, 8),
         rows_spec(bfloat16, e4m3, "given", 128, 8),
@@ -228,7 +236,7 @@ def kernel_specs() -> list[KernelSpec]:
         rows_spec(bfloat16, float4_e2m1fn, "e4m3", 16, 8, tile=128),
         blocks_spec(bfloat16, e4m3, "power", 128, 128, 8),
         amax_spec(bfloat16, 8),
-        dequantize_spec(float4_e2m1fn, float32, "e4m3", 128, 8),
+        dequantize_spec(float4_e2m1fn, float32, "e4m3", 128, 4),
     ]
 
 
@@ -289,6 +297,8 @@ def quantize_rows(
     rows = padded_tokens * padded_groups
     if rows >= _MOST or tokens >= _MOST:
         raise ShapeError(f"{op}: input has {rows} groups in {tokens} rows, expected less than 2^31")
+    if max(abs(stride), *scale_strides) >= _MOST:
+        raise LayoutError(f"{op}: input has rows {stride} elements apart, expected less than 2^31")
     once = scales is not None and mode in ("given", "tensor")  # written even if there is nothing to cast
     if rows == 0 and not once:
         return
@@ -298,12 +308,12 @@ def quantize_rows(
     if BITS[out] == 4 and vec == 1:
         raise LayoutError(f"{op}: input starts at address ...{x.ptr % 256:#x}, expected a multiple of {2 * size} bytes")
     small = rows * group * size < 1 << 23  # one group a thread spreads a decode step over more multiprocessors
-    spec = rows_spec(x.dtype, out, mode, group, vec, tile=tile, gated=gated, rows=1 if small else 4)
+    spec = rows_spec(x.dtype, out, mode, group, vec, tile=tile, gated=gated, rows=1 if small else 2)
     config: dict[str, Any] = dict(spec.config)
     per_cta = spec.threads // config["kLanes"] * config["kRows"]
     on_device = isinstance(given, View)
     load_kernel(spec, x.device).launch(
-        max(-(-rows // per_cta), once), x.stream(), x.ptr, q.ptr, 0 if scales is None else scales.ptr,
+        max(-(-rows // per_cta), int(once)), x.stream(), x.ptr, q.ptr, 0 if scales is None else scales.ptr,
         given.ptr if on_device else 0,  # type: ignore[union-attr]
         stride, *scale_strides, rows, *fast_div(max(padded_groups, 1)), tokens, width, group, eps,
         1.0 if on_device else given, pdl=pdl,
@@ -370,7 +380,7 @@ def dequantize(
     bits = BITS[code]
     common = q.ptr | batch_stride | row_stride | 8
     most = (common & -common) * 8 // bits
-    vec = 8
+    vec = 16 // out.dtype.itemsize
     while vec > 1 and (width % vec or vec > most or block[1] % vec):
         vec //= 2
     vectors = batch * rows * (width // vec)

@@ -209,9 +209,7 @@ SIGNATURES = {
     "quantization.mxfp8_quantize": (
         "input is_sf_swizzled_layout=True alignment=32 enable_pdl=None backend='cuda' sf_swizzle_layout=None"
     ),
-    "quantization.mxfp8_dequantize_host": (
-        "input scale_tensor is_sf_swizzled_layout=True sf_swizzle_layout=None"
-    ),
+    "quantization.mxfp8_dequantize_host": ("input scale_tensor is_sf_swizzled_layout=True sf_swizzle_layout=None"),
     "quantization.fp4_quantize": (
         "input global_scale=None sf_vec_size=16 sf_use_ue8m0=False is_sf_swizzled_layout=True is_sf_8x4_layout=False "
         "is_global_scale_inversed=False enable_pdl=None backend='cuda'"
