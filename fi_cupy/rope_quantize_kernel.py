@@ -16,8 +16,8 @@ from fi_cupy.prefill_kernel import fast_div
 _SECTIONS = 5
 _SECTION = (
     ("x", "ptr"), ("out", "ptr"), ("x_stride_n", "i64"), ("x_stride_h", "i64"), ("out_stride_n", "i64"),
-    ("out_stride_h", "i64"), ("out_stride_row", "i64"), ("units.divisor", "u32"), ("units.magic", "u32"), ("units.shift", "u32"), ("end", "u32"), ("scale", "f32"),
-    ("paged", "u32"),
+    ("out_stride_h", "i64"), ("out_stride_row", "i64"), ("units.divisor", "u32"), ("units.magic", "u32"),
+    ("units.shift", "u32"), ("end", "u32"), ("scale", "f32"), ("paged", "u32"),
 )  # fmt: skip
 _PARAMS = ParamsStruct(
     "RopeQuantizeParams",
@@ -159,6 +159,6 @@ def launch(
     addresses = (0, 0, 0, 0) if pages is None else tuple(p.ptr for p in pages)
     config: dict[str, Any] = dict(spec.config)
     load_kernel(spec, q.device).launch(
-        -(-total // (_THREADS * config["kUnroll"])), q.stream(), *fields, pos.ptr, table.ptr,
-        table.strides[0], *addresses, *fast_div(end or 1), total, 0 if pages is None else pages[3].shape[0] - 1, page_size, pdl=pdl,
+        -(-total // (_THREADS * config["kUnroll"])), q.stream(), *fields, pos.ptr, table.ptr, table.strides[0],
+        *addresses, *fast_div(end or 1), total, 0 if pages is None else pages[3].shape[0] - 1, page_size, pdl=pdl,
     )  # fmt: skip

@@ -5,6 +5,7 @@
 // registers cannot hold are read a second time (from L2).
 // quantize_blocks: one CTA casts one tile of kTileRows x kTileColumns elements with one scale.
 // absolute_max: the largest magnitude of an array, by atomics; a second launch casts with it.
+// tile_scales: scales row by row into the tiles that quantize_rows writes.
 // Shared memory: one float a warp. Bytes moved: the elements once, their codes and scales. Architecture: any.
 #pragma once
 #include "activation.cuh"
@@ -297,6 +298,33 @@ FI_DEVICE void quantize_blocks(const QuantizeBlocksParams& params) {
   if (threadIdx.x == 0)
     scale.write(params.scales, batch * params.scale_stride_batch + block_row * params.scale_stride_row +
                                    block_column * params.scale_stride_column);
+}
+
+struct TileScalesParams {
+  const uint8_t* x;  // [batch, rows, columns]
+  uint8_t* out;      // [batch, padded rows, padded columns] in tiles
+  int64_t x_stride_batch, x_stride_row;
+  uint32_t words;       // of out, 4 bytes each
+  FastDiv row_words;    // padded columns / 4
+  FastDiv padded_rows;  // of a batch
+  uint32_t rows, columns;
+};
+
+// Config: kTile (rows of a tile), kThreads. One thread moves the four scales of a row that lie side by side in a tile.
+template <class Config>
+FI_DEVICE void tile_scales(const TileScalesParams& params) {
+  ptx::grid_launch_dependents();
+  ptx::grid_wait();
+  const uint32_t word = blockIdx.x * Config::kThreads + threadIdx.x;
+  if (word >= params.words) return;
+  const uint32_t line = params.row_words.quotient(word), column = (word - line * params.row_words.divisor) * 4;
+  const uint32_t batch = params.padded_rows.quotient(line), row = line - batch * params.padded_rows.divisor;
+  const uint8_t* x = params.x + batch * params.x_stride_batch + row * params.x_stride_row + column;
+  Vec<uint8_t, 4> four;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) four[j] = row < params.rows && column + j < params.columns ? x[j] : 0;
+  const int64_t start = int64_t(batch) * params.padded_rows.divisor * params.row_words.divisor * 4;
+  four.store(params.out + start + quant::tiled_place<Config::kTile>(row, column, params.row_words.divisor * 4));
 }
 
 struct AbsoluteMaxParams {

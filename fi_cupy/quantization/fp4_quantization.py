@@ -150,6 +150,53 @@ def mxfp4_quantize(a: Any, backend: str = "cuda", enable_pdl: bool | None = None
     return fp4_quantize(a, None, 32, True, enable_pdl=enable_pdl, backend=backend)
 
 
+def block_scale_interleave(unswizzled_sf: Any) -> Any:
+    """Scale bytes row by row into tiles of 128 rows by 4 (`SfLayout.layout_128x4`), padded with zeros.
+
+    Parameters
+    ----------
+    unswizzled_sf : array, [m, n] or [batch, m, n], uint8
+
+    Returns
+    -------
+    array
+        uint8, flat: the batches' ``round_up(m, 128) * round_up(n, 4)`` bytes one after another.
+
+    Raises
+    ------
+    ShapeError, DTypeError, LayoutError
+
+    Source
+    ------
+    flashinfer.block_scale_interleave, nvfp4_block_scale_interleave.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fi_cupy.quantization import block_scale_interleave
+    >>> block_scale_interleave(np.arange(1, 129, dtype=np.uint8)[:, None])[:16:4].tolist()
+    [1, 33, 65, 97]
+    """
+    op = "block_scale_interleave"
+    x = view(unswizzled_sf, op, "unswizzled_sf")
+    check_ndim(op, "unswizzled_sf", x, 2, 3)
+    check_dtype(op, "unswizzled_sf", x, (uint8,))
+    check_inner(op, "unswizzled_sf", x)
+    batch = x.shape[0] if x.ndim == 3 else 1
+    rows, columns = padded_scales(x.shape[-2], x.shape[-1], 128)
+    out = x.empty((batch * rows * columns,), uint8)
+    if x.is_cpu:
+        each = x.numpy().reshape(batch, *x.shape[-2:])
+        out.write(np.array([block_formats.tile_scales(b, 128) for b in each], np.uint8).reshape(-1))
+    else:
+        kernels.tile_scales(op, x, out)
+    return out.result()
+
+
+#: The name it had first.
+nvfp4_block_scale_interleave = block_scale_interleave
+
+
 def silu_and_mul_nvfp4_quantize(
     input: Any, global_scale: Any, sf_layout_: SfLayout = SfLayout.layout_128x4, enable_pdl: bool | None = None
 ) -> tuple[Any, Any]:

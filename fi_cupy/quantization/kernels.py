@@ -77,6 +77,20 @@ _AMAX = ParamsStruct(
     "AbsoluteMaxParams",
     [("x", "ptr"), ("result", "ptr"), ("x_stride", "i64"), ("vectors", "u64"), ("row_vectors", "u32")],
 )
+_TILE = ParamsStruct(
+    "TileScalesParams",
+    [
+        ("x", "ptr"),
+        ("out", "ptr"),
+        ("x_stride_batch", "i64"),
+        ("x_stride_row", "i64"),
+        ("words", "u32"),
+        *_divisor("row_words"),
+        *_divisor("padded_rows"),
+        ("rows", "u32"),
+        ("columns", "u32"),
+    ],
+)
 _DEQUANTIZE = ParamsStruct(
     "DequantizeParams",
     [
@@ -121,7 +135,7 @@ def _lanes(vectors: int) -> int:
 
 
 def _blocks(threads: int, vecs: int) -> int:
-    """CTAs a multiprocessor of those that compute a group each: 48 registers a thread while it holds up to two vectors."""
+    """CTAs of a group each on a multiprocessor: 48 registers a thread while it holds up to two vectors."""
     return 1280 // threads if vecs <= 2 and threads <= 256 else 0
 
 
@@ -222,6 +236,19 @@ def dequantize_spec(code: DType, out: DType, scale: str, tile: int, vec: int) ->
     )
 
 
+@lru_cache(maxsize=1)
+def tile_spec() -> KernelSpec:
+    """The kernel that moves scales into tiles of 128 rows."""
+    return KernelSpec(
+        symbol="tile_scales_s128",
+        header="quantize.cuh",
+        function="tile_scales",
+        params=_TILE,
+        config=(("kTile", 128), ("kThreads", _THREADS)),
+        threads=_THREADS,
+    )
+
+
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: what a block-scaled fp8 layer takes in bf16, one of each other format."""
     e4m3 = float8_e4m3fn
@@ -236,6 +263,7 @@ def kernel_specs() -> list[KernelSpec]:
         rows_spec(bfloat16, float4_e2m1fn, "e4m3", 16, 8, tile=128),
         blocks_spec(bfloat16, e4m3, "power", 128, 128, 8),
         amax_spec(bfloat16, 8),
+        tile_spec(),
         dequantize_spec(float4_e2m1fn, float32, "e4m3", 128, 4),
     ]
 
@@ -336,6 +364,20 @@ def quantize_blocks(
         batch * across[0] * across[1], x.stream(), x.ptr, q.ptr, scales.ptr, batch_stride, row_stride,
         across[0] * across[1], 1 if transposed else across[1], across[0] if transposed else 1,
         *fast_div(across[0]), *fast_div(across[1]), rows, columns, eps,
+    )  # fmt: skip
+
+
+def tile_scales(op: str, x: View, out: View) -> None:
+    """Move scale bytes [batch, rows, columns] (or two dimensions) into tiles of 128 rows by 4, padded with zeros."""
+    batch, rows, columns = (1, *x.shape) if len(x.shape) == 2 else x.shape
+    batch_stride, row_stride = (0, x.strides[0]) if len(x.shape) == 2 else x.strides[:2]
+    padded_rows, row_words = -(-rows // 128) * 128, -(-columns // 4)
+    words = batch * padded_rows * row_words
+    if words >= _MOST:
+        raise ShapeError(f"{op}: unswizzled_sf has shape {x.shape}, expected less than 2^33 bytes")
+    load_kernel(tile_spec(), x.device).launch(
+        -(-words // _THREADS), x.stream(), x.ptr, out.ptr, batch_stride, row_stride, words,
+        *fast_div(row_words or 1), *fast_div(padded_rows or 1), rows, columns,
     )  # fmt: skip
 
 

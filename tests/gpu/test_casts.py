@@ -201,6 +201,16 @@ def test_fp4(rng, size, ue8m0, dtype):
         same(back, block_formats.fp4_dequantize(q.get(), plain, 1 / given, size, ue8m0))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (130, 9), (3, 200, 8), (0, 4), (5000, 448)])
+def test_scales_move_into_tiles(rng, shape):
+    scales = rng.integers(1, 255, shape).astype(np.uint8)
+    same(quantization.block_scale_interleave(on_gpu(scales)), quantization.block_scale_interleave(scales))
+    if len(shape) == 2 and shape[0]:
+        tiled = quantization.block_scale_interleave(on_gpu(scales)).get()
+        padded = (-(-shape[0] // 128) * 128, -(-shape[1] // 4) * 4)
+        np.testing.assert_array_equal(block_formats.untile_scales(tiled.reshape(padded), 128, shape), scales)
+
+
 @pytest.mark.parametrize("scale", ["e8m0", "e4m3"])
 def test_every_scale_byte_and_every_code_dequantises(scale):
     codes = np.arange(256, dtype=np.uint8)
