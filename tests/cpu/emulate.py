@@ -86,7 +86,7 @@ def _text(path: Path) -> str:
 def _headers() -> Path:
     """The kernels with what g++ does not know replaced."""
     kernels = ROOT / "kernels"
-    folders = ("common", "ptx", "sampling", "attention", "gemm")
+    folders = ("common", "ptx", "sampling", "attention", "gemm", "quantization")
     files = [p for name in folders for p in sorted((kernels / name).glob("*.cuh"))]
     files += sorted(kernels.glob("*.cuh"))
     texts = {p.relative_to(kernels): _text(p) for p in files}

@@ -415,6 +415,21 @@ struct __nv_bfloat16 {
 struct __half2 {
   __half x, y;
 };
+inline int __float2int_rn(float x) {
+  if (x != x) return 0;
+  const double rounded = nearbyint(double(x));
+  return rounded >= 2147483647.0 ? 2147483647 : rounded <= -2147483648.0 ? int(-2147483648ll) : int(rounded);
+}
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return out;
+}
+inline void sincospif(float x, float* s, float* c) {
+  *s = float(sin(M_PI * double(x)));
+  *c = float(cos(M_PI * double(x)));
+}
 inline float __half2float(__half x) { return _cvtsh_ss(x.bits); }
 inline __half __float2half_rn(float x) { return {x != x ? uint16_t(0x7fff) : uint16_t(_cvtss_sh(x, 0))}; }
 inline float2 __half22float2(__half2 x) { return {__half2float(x.x), __half2float(x.y)}; }
@@ -439,14 +454,15 @@ float fp8_to_float(uint8_t bits) {
 template <int kMantissa>
 uint8_t fp8_from_float(float x) {
   constexpr int kLargest = kMantissa == 3 ? 0x7e : 0x7b;
-  if (x != x) return 0x7f;
+  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+  if (x != x) return sign | 0x7f;
   const float size = fabsf(x);
   int best = 0;
   for (int i = 1; i <= kLargest; ++i) {
     const float a = fabsf(fp8_to_float<kMantissa>(best) - size), b = fabsf(fp8_to_float<kMantissa>(i) - size);
     if (b < a || (b == a && i % 2 == 0)) best = i;
   }
-  return uint8_t(best | (x < 0 ? 0x80 : 0));
+  return uint8_t(best | sign);
 }
 template <int kMantissa>
 struct Fp8 {
