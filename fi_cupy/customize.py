@@ -57,7 +57,9 @@ class FlashInferLowered(Lowered):
     def fields(self) -> list[tuple[str, str]]:
         return [(f"user.{name}", kind) for name, _, kind in self.members]
 
-    def specialise(self, spec: KernelSpec, alibi: bool, soft_cap: bool, head_scales: bool = False) -> KernelSpec:
+    def specialise(
+        self, spec: KernelSpec, alibi: bool, soft_cap: bool, head_scales: bool = False, positive_scale: bool = False
+    ) -> KernelSpec:
         """As `Lowered.specialise`; a soft cap is the text's own affair."""
         if alibi:
             raise UnsupportedError(f"variant {self.name}: pos_encoding_mode 'ALIBI' belongs into the variant's text")

@@ -168,6 +168,7 @@ def plan_prefill(
     disable_split: bool = False,
     mask_offsets: Ints | None = None,
     narrow: Callable[..., tuple[Ints, Ints]] | None = None,
+    block_keys: int | None = None,
 ) -> PrefillPlan:
     """Make the work list.
 
@@ -194,6 +195,9 @@ def plan_prefill(
     narrow : callable, optional
         ``narrow(begin, end, tile_kv, qo_first, qo_last, request, qo_len, kv_len) -> (begin, end)`` drops the keys of
         each tile that a variant's mask can never show.
+    block_keys : int, optional
+        Requests with this many keys together have their items side by side (longest first among themselves), those with
+        the most keys in front, so that what runs at a time reads keys that the L2 holds. None: longest first of all.
     """
     # Every request's fields once, then a copy of the row for each of its tiles: few NumPy calls of about 1 us each.
     batch = len(kv_len)
@@ -218,9 +222,28 @@ def plan_prefill(
     if split is not None:
         items, num_slots, num_split = _split(items, *split)
         whole = (items[:, 6] - items[:, 5] + (tile_kv - 1)) // tile_kv
+    if block_keys is not None and batch > 1:
+        # Shortest last: they are what the multiprocessors end with.
+        by_keys = (-kv_len).argsort(kind="stable")
+        block = np.empty(batch, np.int64)
+        block[by_keys] = _blocks(kv_len[by_keys], block_keys)
+        whole = whole - block[items[:, 10]] * (int(np.maximum.reduce(whole, initial=0)) + 1)
     if len(items) and (whole != whole[0]).any():
         items = items.take((-whole).argsort(kind="stable"), axis=0)
     return PrefillPlan(items, num_slots, num_split)
+
+
+def _blocks(kv_len: Ints, block_keys: int) -> Ints:
+    """Number of each request's block: as many neighbours as have at most `block_keys` keys together, or one."""
+    ends = kv_len.cumsum()
+    block = np.empty(len(kv_len), np.int64)
+    first = count = 0
+    while first < len(kv_len):
+        before = int(ends[first]) - int(kv_len[first])
+        after = max(int(ends.searchsorted(before + block_keys, "right")), first + 1)
+        block[first:after] = count
+        first, count = after, count + 1
+    return block
 
 
 def _split(items: Ints, first: Ints, chunk: Ints, chunks: Ints) -> tuple[Ints, int, int]:

@@ -60,7 +60,8 @@ struct HopperSoftmax {
     rescale = __any_sync(kFullMask, rescale);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float shift = m[h] == -FI_INF ? 0.f : (base[h] - m[h]) * scale;
+      // Without a maximum all is -inf or NaN, by s or by base.
+      const float shift = (m[h] == -FI_INF ? base[h] : base[h] - m[h]) * scale;
       sum[h] = 0.f;
 #pragma unroll
       for (int n = 2 * h; n < kRegs; n += 4)
@@ -135,30 +136,15 @@ FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const
   const int lane = lane_id(), group = params.group.divisor, packed_rows = item.qo_len * group;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float d = state.d[h], m = fmaf(state.m[h], scale, offset);
     const int packed = warp_row + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
     const int head = packed - qo_idx * group, qo_head = kv_head * group + head;
-    float weight = 1.f;
-    if (params.sinks != nullptr && packed < packed_rows) {
-      // exp(sink) joins the denominator alone.
-      const float sink = params.sinks[qo_head] * math::log2e, top = fmaxf(m, sink);
-      if (top != -FI_INF) {
-        weight = math::ptx_exp2(m - top);
-        d = fmaf(d, weight, math::ptx_exp2(sink - top));
-        m = top;
-      }
-    }
-    if constexpr (Logits::kHasOutput) Logits::update(params, item, qo_head, m, d, weight);
-    const bool empty = m == -FI_INF;
-    float norm = empty ? 0.f : weight / d * output_scale(params, kv_head);
-    if constexpr (!Logits::kUseSoftmax) norm = output_scale(params, kv_head);  // such tiles are never split
-    if ((lane & 3) == 0 && packed < packed_rows && params.lse != nullptr)
-      params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] = empty ? -FI_INF : m + math::ptx_log2(d);
+    const FinishedRow row = finish_row<Logits>(params, item, kv_head, qo_idx, qo_head, fmaf(state.m[h], scale, offset),
+                                               state.d[h], packed < packed_rows);
     auto value = [&](int n, int j) {  // column 2 n + 2 * (lane & 3) + j
-      const float raw = o[n + 2 * h + j], normal = raw * norm;
+      const float raw = o[n + 2 * h + j], normal = raw * row.norm;
       if constexpr (Logits::kHasOutput)
-        return Logits::output(params, Logits::row(params, item, qo_idx, qo_head, kv_head), raw, normal, m, d, weight,
-                              2 * n + 2 * (lane & 3) + j);
+        return Logits::output(params, Logits::row(params, item, qo_idx, qo_head, kv_head), raw, normal, row.m, row.d,
+                              row.weight, 2 * n + 2 * (lane & 3) + j);
       else
         return normal;
     };
@@ -256,7 +242,7 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
       const int packed = row0 + (warp_id() & 3) * 16 + h * 8 + (lane >> 2);
       qo_idx[h] = params.group.quotient(packed), qo_head[h] = kv_head * group + packed - qo_idx[h] * group;
     }
-    rows = Transform::rows(params, qo_idx, qo_head, 2 * (lane & 3));
+    rows = Transform::rows(params, item, qo_idx, qo_head, kv_head, 2 * (lane & 3));
   }
 
   auto wait = [&](uint32_t full, const Ring<Config::kStages>& ring) { ptx::mbarrier_wait(full + ring.at * 8, ring.phase); };
@@ -308,8 +294,8 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
   auto transform = [&](float(&s)[Shape::kSRegs], int start, auto masked) {
     constexpr bool kMasked = decltype(masked)::value || Logits::kHasMask;
     if constexpr (Transform::kByTile) {
-      // Elements share a reciprocal there: what a row does not see (NaN behind a request, say) must not reach what it sees.
-      if constexpr (decltype(masked)::value) clear_unseen(s, start);
+      // What a row does not see (NaN behind a request, say) must not reach what it sees.
+      if constexpr (decltype(masked)::value && Transform::kShares) clear_unseen(s, start);
       Transform::apply(rows, s, start);
     }
     if constexpr (Transform::kByElement || kMasked) {
@@ -337,10 +323,18 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
       }
     }
   };
-  auto softmax = [&](float(&s)[Shape::kSRegs], int start) {
-    float base[2] = {0.f, 0.f};
-    if constexpr (Transform::kHasBase) base[0] = Transform::base(rows, 0, start), base[1] = Transform::base(rows, 1, start);
-    if constexpr (Logits::kUseSoftmax) state.weigh(s, scale, base);
+  struct Base {
+    float of[2] = {0.f, 0.f};
+  };
+  auto base_of = [&](int start) {
+    Base b;
+    if constexpr (Transform::kHasBase)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) b.of[h] = Transform::base(params, rows, h, start);
+    return b;
+  };
+  auto softmax = [&](float(&s)[Shape::kSRegs], const Base& base) {
+    if constexpr (Logits::kUseSoftmax) state.weigh(s, scale, base.of);
   };
 
   // Tiles are counted from the end: i is tile last - 1 - i.
@@ -356,11 +350,12 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
     multiply_qk(s);
     wait(v_full, v_ring);
     multiply_pv();
+    const Base base = base_of((last - 1 - i) * kTileKv);
     ptx::wgmma_wait<1>();
     ptx::wgmma_arrived(s);
     release(k_empty, k_ring);
     transform(s, (last - 1 - i) * kTileKv, masked);
-    softmax(s, (last - 1 - i) * kTileKv);
+    softmax(s, base);
     ptx::wgmma_wait<0>();
     ptx::wgmma_arrived(o);
     release(v_empty, v_ring);
@@ -380,7 +375,7 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
       ptx::wgmma_arrived(s);
       release(k_empty, k_ring);
       transform(s, (last - 1 - i) * kTileKv, MaskedTile{});
-      softmax(s, (last - 1 - i) * kTileKv);
+      softmax(s, base_of((last - 1 - i) * kTileKv));
       pack(s);
       if constexpr (Logits::kUseSoftmax) state.settle(o, scale);
       ++i;

@@ -219,3 +219,33 @@ def test_a_schedule_of_equal_tiles_keeps_their_order():
         np.arange(9) * 16, np.full(8, 128), np.arange(8), group=1, num_kv_heads=8, tile_q=16, tile_kv=64, slots=8
     )
     assert plan.items[:, 10].tolist() == list(range(8))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lens=st.lists(st.tuples(st.integers(0, 700), st.integers(0, 900)), min_size=1, max_size=9),
+    block=st.integers(1, 3000),
+    causal=st.booleans(),
+    slots=st.sampled_from([1, 500]),
+)
+def test_blocks_of_requests_are_side_by_side(lens, block, causal, slots):
+    """The same items as without blocks; longest first inside one; requests with the most keys in the first."""
+    qo, kv_len = np.concatenate([[0], np.cumsum([q for q, _ in lens])]), np.array([k for _, k in lens])
+    given = {
+        "group": 2, "num_kv_heads": 2, "tile_q": 192, "tile_kv": 80, "slots": slots, "causal": causal,
+    }  # fmt: skip
+    free, made = (plan_prefill(qo, kv_len, kv_len * 0, **given, block_keys=b) for b in (None, block))
+    assert sorted(free.items.tolist()) == sorted(made.items.tolist())
+    assert (free.num_slots, free.num_split) == (made.num_slots, made.num_split)
+    order = sorted(range(len(lens)), key=lambda b: -kv_len[b])
+    blocks, keys = [], block
+    for b in order:
+        if not blocks or keys + kv_len[b] > block:
+            blocks.append([])
+            keys = 0
+        blocks[-1].append(b)
+        keys += kv_len[b]
+    number = {b: i for i, members in enumerate(blocks) for b in members}
+    tiles = -(-(made.items[:, 6] - made.items[:, 5]) // 80)
+    places = [(number[b], -n) for b, n in zip(made.items[:, 10].tolist(), tiles.tolist(), strict=True)]
+    assert places == sorted(places)

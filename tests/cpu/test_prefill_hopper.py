@@ -7,7 +7,17 @@ import pytest
 from fi_cupy import prefill_hopper
 from fi_cupy.dtypes import bfloat16, float8_e4m3fn
 from fi_cupy.errors import UnsupportedError
-from fi_cupy.prefill_hopper import SHORT_TILES, TILES, Load, box_rows, heads_together, load_of, map_values, too_little
+from fi_cupy.prefill_hopper import (
+    SHORT_TILES,
+    TILES,
+    Load,
+    block_keys,
+    box_rows,
+    heads_together,
+    load_of,
+    map_values,
+    too_little,
+)
 from fi_cupy.prefill_kernel import Problem, geometry
 from fi_cupy.profiles import TYPICAL
 
@@ -126,6 +136,14 @@ def test_short_tiles_have_the_keys_and_so_the_bits_of_tall_ones():
 )
 def test_heads_that_run_together_divide_all(heads, head_bytes, together):
     assert heads_together(heads, head_bytes) == together and heads % together == 0
+
+
+def test_keys_that_run_together_fit_the_l2():
+    """Requests side by side with 8 heads of 512 bytes a token; none where the L2 holds the batch."""
+    assert block_keys(USUAL, 32, 16384) == (12 << 20) // (8 * 512) == 3072
+    assert block_keys(USUAL, 32, 512) is None and block_keys(USUAL, 1, 24576) is None
+    assert block_keys(TILES[64, 64], 3, 1 << 20) == (12 << 20) // (3 * 256)
+    assert block_keys(TILES[256, 256], 8, 1 << 20) * 8 * 1024 <= 12 << 20
 
 
 @pytest.mark.parametrize(
