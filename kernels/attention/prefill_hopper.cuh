@@ -13,6 +13,7 @@
 #pragma once
 #include "attention/prefill_hopper_load.cuh"
 #include "attention/prefill_hopper_logits.cuh"
+#include "attention/prefill_hopper_store.cuh"
 #include "attention/prefill_join.cuh"
 
 namespace fi {
@@ -93,21 +94,6 @@ struct HopperTotal {
   float m[1][2], d[1][2];
 };
 
-// 4 x 4 transposition inside a quad of lanes: lane t gives w[0..3] and gets word t of lanes 0..3.
-FI_DEVICE void transpose_quad(uint32_t (&w)[4]) {
-  const bool odd = lane_id() & 1, high = lane_id() & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(kFullMask, odd ? w[i] : w[i + 1], 1);
-    (odd ? w[i] : w[i + 1]) = got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(kFullMask, high ? w[i] : w[i + 2], 2);
-    (high ? w[i] : w[i + 2]) = got;
-  }
-}
-
 // A consumer warpgroup's share of a tile whose keys are split: 64 rows, which it joins without the other warpgroups.
 template <class Config, class Params>
 struct WarpgroupPart {
@@ -126,40 +112,6 @@ struct WarpgroupPart {
     return ((slot.item.first_slot + chunk) * int64_t(params.num_kv_heads) + slot.kv_head) * Config::kConsumers + warpgroup;
   }
 };
-
-// Normalise and write the 64 rows of a warpgroup, in 16-byte stores: 64 bytes in a row are contiguous.
-template <class Config, class Params, int kRegs>
-FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const float (&o)[kRegs], const HopperSoftmax& state,
-                            float scale, float offset, int kv_head, int warp_row) {
-  using T = typename Config::T;
-  using Logits = typename Config::Logits;
-  const int lane = lane_id(), group = params.group.divisor, packed_rows = item.qo_len * group;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int packed = warp_row + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
-    const int head = packed - qo_idx * group, qo_head = kv_head * group + head;
-    const FinishedRow row = finish_row<Logits>(params, item, kv_head, qo_idx, qo_head, fmaf(state.m[h], scale, offset),
-                                               state.d[h], packed < packed_rows);
-    auto value = [&](int n, int j) {  // column 2 n + 2 * (lane & 3) + j
-      const float raw = o[n + 2 * h + j], normal = raw * row.norm;
-      if constexpr (Logits::kHasOutput)
-        return Logits::output(params, Logits::row(params, item, qo_idx, qo_head, kv_head), raw, normal, row.m, row.d,
-                              row.weight, 2 * n + 2 * (lane & 3) + j);
-      else
-        return normal;
-    };
-    T* const out = static_cast<T*>(params.o) + (item.q_row + qo_idx) * params.o_stride_n + qo_head * params.o_stride_h;
-#pragma unroll
-    for (int n = 0; n < kRegs; n += 16) {
-      uint32_t w[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) w[i] = ptx::pack2<T>(value(n + 4 * i, 0), value(n + 4 * i, 1));
-      transpose_quad(w);
-      if (packed < packed_rows)
-        *reinterpret_cast<uint4*>(out + 2 * n + 8 * (lane & 3)) = make_uint4(w[0], w[1], w[2], w[3]);
-    }
-  }
-}
 
 // Tiles of keys for the rows [first_row, end_row) of a request.
 template <class Config, class Params>
@@ -409,8 +361,9 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
       for (int h = 0; h < 2; ++h) state.m[h] = total.m[0][h], state.d[h] = total.d[0][h];
     }
   }
-  store_hopper<Config>(params, item, o, state, scale, Transform::offset(params), shared.slots[slot.at].kv_head,
-                       item.q_tile * kTileQ + (thread_again() >> 5) * 16);
+  const float offset = Transform::offset(params);
+  const float m[2] = {fmaf(state.m[0], scale, offset), fmaf(state.m[1], scale, offset)};
+  store_hopper<Config>(params, item, o, m, state.d, shared.slots[slot.at].kv_head, q_smem, warpgroup);
 }
 
 template <class Config, class Params>
@@ -474,6 +427,7 @@ FI_DEVICE void prefill_hopper(const Params& params) {
 #pragma unroll 1
       while (more) {
         item(more);
+        ptx::fence_proxy_async();  // the output lay where the copy engine writes the Q after the next
         __syncwarp();
         if ((thread_again() & 31) == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_empty[slot.at]));
         slot.advance();

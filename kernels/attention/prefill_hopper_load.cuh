@@ -80,7 +80,7 @@ struct Ring {
 
 // Boxes of a paged tile: lane b knows where box b comes from.
 struct HopperBoxes {
-  int count, unit, group;
+  int unit, group;
 };
 
 // Tiles last - 1 down to first of an item's K or V, by one warp, through the ring of stages at `smem`.
@@ -97,12 +97,10 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
   const ptx::TensorMap& map = kIsV ? params.v_map : params.k_map;
 
   auto find = [&](int start) {
-    HopperBoxes r{0, 0, 0};
+    HopperBoxes r{0, 0};
     if constexpr (Config::kPaged) {
       const int row = lane * int(params.box_rows), token = start + row;
-      const bool valid = row < kTileKv && token < kv_len;  // a page table is not read past its last key
-      r.count = __popc(__ballot_sync(kFullMask, valid));
-      if (valid) {
+      if (row < kTileKv && token < kv_len) {  // a page table is not read past its last key
         const int page = params.page_size.quotient(token);
         r.group = (token - page * int(params.page_size.divisor)) >> 3;
         r.unit = params.kv_indices[kv_base + page] * (kIsV ? params.v_page_units : params.k_page_units) +
@@ -117,7 +115,7 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
   const int tail_rows = last * kTileKv - kv_len;
   bool tail = kIsV && tail_rows > 0 && (Config::kPaged || uint32_t(kv_base + kv_len) < params.kv_rows);
   int start = (last - 1) * kTileKv;
-  HopperBoxes ahead{0, 0, 0};
+  HopperBoxes ahead{0, 0};
   if (tiles > 0) ahead = find(start);
 #pragma unroll 1
   for (int i = 0; i < tiles; ++i) {
@@ -129,12 +127,13 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
     const uint32_t barrier = tail ? ptx::smem_address(&shared.tail) : full + stage.at * 8;
     if constexpr (Config::kPaged) {
       const int box_bytes = params.box_rows * kPanels * 128;
-      if (lane == 0) ptx::mbarrier_arrive_expect(barrier, box_bytes * boxes.count);
+      const int count = __popc(__ballot_sync(kFullMask, lane * int(params.box_rows) < min(kTileKv, kv_len - start)));
+      if (lane == 0) ptx::mbarrier_arrive_expect(barrier, box_bytes * count);
       // Shuffles of several boxes at a time, so that their latencies overlap: with one box at a time a tile of ten took
       // 1,200 cycles to hand out.
       constexpr int kTogether = 5;
 #pragma unroll 1
-      for (int first = 0; first < boxes.count; first += kTogether) {
+      for (int first = 0; first < count; first += kTogether) {
         int unit[kTogether], group[kTogether];
 #pragma unroll
         for (int b = 0; b < kTogether; ++b) {
@@ -144,7 +143,7 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
         if (ptx::elect_one())
 #pragma unroll
           for (int b = 0; b < kTogether; ++b)
-            if (first + b < boxes.count)
+            if (first + b < count)
               ptx::tma_load_5d(address + (first + b) * box_bytes, map, barrier, 0, 0, 0, group[b], unit[b]);
       }
     } else if (lane == 0) {

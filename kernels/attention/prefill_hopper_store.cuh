@@ -1,0 +1,112 @@
+// The end of a warpgroup's 64 rows in the Hopper prefill kernel: normalised, through the memory of their own Q, which is
+// dead then, to global memory. A warp writes its 16 rows with stmatrix and reads them back as whole rows, so that each
+// store instruction writes 512 contiguous bytes of one or several rows (256 of a row at head dim 128).
+#pragma once
+#include "attention/prefill_hopper_load.cuh"
+
+namespace fi {
+#ifdef FI_OLD_EPILOGUE
+// 4 x 4 transposition inside a quad of lanes: lane t gives w[0..3] and gets word t of lanes 0..3.
+FI_DEVICE void transpose_quad(uint32_t (&w)[4]) {
+  const bool odd = lane_id() & 1, high = lane_id() & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(kFullMask, odd ? w[i] : w[i + 1], 1);
+    (odd ? w[i] : w[i + 1]) = got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(kFullMask, high ? w[i] : w[i + 2], 2);
+    (high ? w[i] : w[i + 2]) = got;
+  }
+}
+
+// Normalise and write the 64 rows of a warpgroup, in 16-byte stores: 64 bytes in a row are contiguous.
+template <class Config, class Params, int kRegs>
+FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const float (&o)[kRegs], const float (&m)[2],
+                            const float (&d)[2], int kv_head, uint32_t q_smem, int warpgroup) {
+  using T = typename Config::T;
+  using Logits = typename Config::Logits;
+  const int warp_row = item.q_tile * HopperShape<Config>::kTileQ + (thread_again() >> 5) * 16;
+  const int lane = lane_id(), group = params.group.divisor, packed_rows = item.qo_len * group;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int packed = warp_row + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
+    const int head = packed - qo_idx * group, qo_head = kv_head * group + head;
+    const FinishedRow row = finish_row<Logits>(params, item, kv_head, qo_idx, qo_head, m[h],
+                                               d[h], packed < packed_rows);
+    auto value = [&](int n, int j) {  // column 2 n + 2 * (lane & 3) + j
+      const float raw = o[n + 2 * h + j], normal = raw * row.norm;
+      if constexpr (Logits::kHasOutput)
+        return Logits::output(params, Logits::row(params, item, qo_idx, qo_head, kv_head), raw, normal, row.m, row.d,
+                              row.weight, 2 * n + 2 * (lane & 3) + j);
+      else
+        return normal;
+    };
+    T* const out = static_cast<T*>(params.o) + (item.q_row + qo_idx) * params.o_stride_n + qo_head * params.o_stride_h;
+#pragma unroll
+    for (int n = 0; n < kRegs; n += 16) {
+      uint32_t w[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w[i] = ptx::pack2<T>(value(n + 4 * i, 0), value(n + 4 * i, 1));
+      transpose_quad(w);
+      if (packed < packed_rows)
+        *reinterpret_cast<uint4*>(out + 2 * n + 8 * (lane & 3)) = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+  }
+}
+
+#else
+// m: base-2 maxima of the lane's rows lane / 4 and that + 8 of its warp's 16, d: their denominators. q_smem: Q of the item.
+template <class Config, class Params, int kRegs>
+FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const float (&o)[kRegs], const float (&m)[2],
+                            const float (&d)[2], int kv_head, uint32_t q_smem, int warpgroup) {
+  using Shape = HopperShape<Config>;
+  using T = typename Config::T;
+  using Logits = typename Config::Logits;
+  static_assert(Shape::kPanelsVO <= Shape::kPanelsQK, "the output takes the place of Q");
+  const int thread = thread_again(), lane = thread & 31, group = params.group.divisor, packed_rows = item.qo_len * group;
+  const int warp_row = item.q_tile * Shape::kTileQ + (thread >> 5) * 16;
+  const uint32_t rows = q_smem + (thread >> 5) * 16 * 128;  // a panel's rows of this warp, 128 bytes each
+  uint32_t words[kRegs / 2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int packed = warp_row + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
+    const int qo_head = kv_head * group + packed - qo_idx * group;
+    const FinishedRow row =
+        finish_row<Logits>(params, item, kv_head, qo_idx, qo_head, m[h], d[h], packed < packed_rows);
+    auto value = [&](int n, int j) {  // column 2 n + 2 * (lane & 3) + j
+      const float raw = o[n + 2 * h + j], normal = raw * row.norm;
+      if constexpr (Logits::kHasOutput)
+        return Logits::output(params, Logits::row(params, item, qo_idx, qo_head, kv_head), raw, normal, row.m, row.d,
+                              row.weight, 2 * n + 2 * (lane & 3) + j);
+      else
+        return normal;
+    };
+#pragma unroll
+    for (int n = 0; n < kRegs; n += 4) words[n / 2 + h] = ptx::pack2<T>(value(n, 0), value(n, 1));
+  }
+  // Every warp of the warpgroup is done with its products: they may have read any of the 64 rows of Q.
+  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
+  const uint32_t to = rows + (lane & 15) * 128;
+  const int swizzle = (lane >> 4) ^ (lane & 7);
+#pragma unroll
+  for (int n = 0; n < kRegs; n += 8) {  // 16 columns: chunks n / 4 and n / 4 + 1 of 16 bytes
+    const uint32_t(&w)[4] = reinterpret_cast<const uint32_t(&)[4]>(words[n / 2]);
+    ptx::stmatrix_x4(to + n / 32 * Shape::kQPanel + (n / 4 % 8 ^ swizzle) * 16, w);
+  }
+  __syncwarp();
+  constexpr int kChunks = Config::kHeadDimVO / 8, kRowsAtOnce = max_of(32 / kChunks, 1);
+  T* const out = static_cast<T*>(params.o) + item.q_row * params.o_stride_n + kv_head * group * params.o_stride_h;
+#pragma unroll
+  for (int i = 0; i < 16 * kChunks / 32; ++i) {
+    const int row = i * kRowsAtOnce + lane / kChunks, chunk = lane % kChunks, packed = warp_row + row;
+    const int qo_idx = params.group.quotient(packed);
+    const uint4 x = ptx::load_shared(rows + chunk / 8 * Shape::kQPanel + row * 128 + (chunk % 8 ^ row % 8) * 16);
+    T* const p = out + qo_idx * params.o_stride_n + (packed - qo_idx * group) * params.o_stride_h + chunk * 8;
+    if (packed < packed_rows)
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+  }
+}
+#endif
+}  // namespace fi
