@@ -222,27 +222,30 @@ def plan_prefill(
     if split is not None:
         items, num_slots, num_split = _split(items, *split)
         whole = (items[:, 6] - items[:, 5] + (tile_kv - 1)) // tile_kv
+    place = -whole
     if block_keys is not None and batch > 1:
-        # Shortest last: they are what the multiprocessors end with.
-        by_keys = (-kv_len).argsort(kind="stable")
-        block = np.empty(batch, np.int64)
-        block[by_keys] = _blocks(kv_len[by_keys], block_keys)
-        whole = whole - block[items[:, 10]] * (int(np.maximum.reduce(whole, initial=0)) + 1)
-    if len(items) and (whole != whole[0]).any():
-        items = items.take((-whole).argsort(kind="stable"), axis=0)
+        longest = int(np.maximum.reduce(whole, initial=0))
+        place += _blocks(kv_len, block_keys, longest + 1)[request if split is None else items[:, 10]]
+    if len(items) and (place != place[0]).any():
+        items = items.take(place.argsort(kind="stable"), axis=0)
     return PrefillPlan(items, num_slots, num_split)
 
 
-def _blocks(kv_len: Ints, block_keys: int) -> Ints:
-    """Number of each request's block: as many neighbours as have at most `block_keys` keys together, or one."""
-    ends = kv_len.cumsum()
-    block = np.empty(len(kv_len), np.int64)
-    first = count = 0
-    while first < len(kv_len):
-        before = int(ends[first]) - int(kv_len[first])
-        after = max(int(ends.searchsorted(before + block_keys, "right")), first + 1)
-        block[first:after] = count
-        first, count = after, count + 1
+def _blocks(kv_len: Ints, block_keys: int, step: int) -> Ints:
+    """`step` times the number of each request's block, for `block_keys` of `plan_prefill`.
+
+    A block is as many requests as have `block_keys` keys together, or one. Those with the fewest keys come last: they
+    are what the multiprocessors end with.
+    """
+    order = (-kv_len).argsort(kind="stable")
+    block, at, total = np.empty(len(kv_len), np.int32), 0, 0
+    numbers = []
+    for keys in kv_len[order].tolist():
+        if total and total + keys > block_keys:
+            at, total = at + step, 0
+        total += keys
+        numbers.append(at)
+    block[order] = numbers
     return block
 
 
