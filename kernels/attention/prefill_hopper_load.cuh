@@ -83,10 +83,11 @@ struct HopperBoxes {
   int unit, group;
 };
 
-// Tiles last - 1 down to first of an item's K or V, by one warp, through the ring of stages at `smem`.
-template <class Config, bool kIsV, class Params>
+// Tiles last - 1 down to first of an item's K or V, by one warp, through the ring of stages at `smem`. `meanwhile` is called
+// once, when the first three are under way.
+template <class Config, bool kIsV, class Params, class Meanwhile>
 FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, uint32_t smem, Ring<Config::kStages>& stage,
-                          uint32_t& tail_phase, const PrefillItem& shared_item, int kv_head) {
+                          uint32_t& tail_phase, const PrefillItem& shared_item, int kv_head, const Meanwhile& meanwhile) {
   using Shape = HopperShape<Config>;
   constexpr int kTileKv = Config::kTileKv, kPanels = kIsV ? Shape::kPanelsVO : Shape::kPanelsQK;
   constexpr int kBytes = kIsV ? Shape::kVBytes : Shape::kKBytes, kRows8 = kIsV ? Shape::kVRows8 : Shape::kKRows8;
@@ -168,7 +169,9 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
     }
     stage.advance();
     start -= kTileKv;
+    if (i == min(2, tiles - 1)) meanwhile();
   }
+  if (tiles <= 0) meanwhile();
 }
 
 // Word `lane` of the item of CTA-sized piece of work number `work`, and its kv head: items are the fast index inside
@@ -182,7 +185,8 @@ FI_DEVICE int item_word(const Params& params, uint32_t work, int& kv_head) {
 }
 
 // The first producer: hands out items, loads Q and K. A grid smaller than the work claims more as it goes: the claim for the
-// next item is made before the current one is loaded, and the counter wraps to 0 with the last of its num_work claims.
+// next item is made before the current one is loaded and its words are fetched behind the first tiles, so that neither
+// latency stands between two items. The counter wraps to 0 with the last of its num_work claims.
 template <class Config, class Params>
 FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared, uint32_t smem, int word, int kv_head) {
   using Shape = HopperShape<Config>;
@@ -198,6 +202,11 @@ FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared,
   while (true) {
     uint32_t next = num_work;
     if (claims && lane == 0) next = gridDim.x + atomicInc(params.counters, num_work - 1);
+    int next_word = 0, next_head = 0;
+    auto fetch = [&] {
+      next = __shfl_sync(kFullMask, next, 0);
+      if (next < num_work) next_word = item_word(params, next, next_head);
+    };
     if (__shfl_sync(kFullMask, word, 1) != 0) {  // qo_len: padding is not handed out
       take_slot();
       HopperSlot& to = shared.slots[slot.at];
@@ -213,13 +222,14 @@ FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared,
           ptx::tma_load_5d(smem + slot.at * Shape::kQBytes, params.q_map, barrier, 0, 0, token, 0, kv_head);
         }
       }
-      load_tiles<Config, false>(params, shared, smem + Shape::kK, stage, no_tail, to.item, kv_head);
+      load_tiles<Config, false>(params, shared, smem + Shape::kK, stage, no_tail, to.item, kv_head, fetch);
       slot.advance();
       published = true;
+    } else {
+      fetch();
     }
-    next = __shfl_sync(kFullMask, next, 0);
     if (next >= num_work) break;
-    word = item_word(params, next, kv_head);
+    word = next_word, kv_head = next_head;
   }
   if (claims || !published) {
     take_slot();
@@ -242,7 +252,7 @@ FI_DEVICE void produce_v(const Params& params, HopperShared<Config>& shared, uin
     const HopperSlot& from = shared.slots[slot.at];
     if (from.item.qo_len < 0) break;
     const bool more = from.more;
-    load_tiles<Config, true>(params, shared, smem + HopperShape<Config>::kV, stage, tail_phase, from.item, from.kv_head);
+    load_tiles<Config, true>(params, shared, smem + HopperShape<Config>::kV, stage, tail_phase, from.item, from.kv_head, [] {});
     if (!more) break;
     __syncwarp();
     if (lane_id() == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_empty[slot.at]));
