@@ -7,7 +7,7 @@ Any other function is called element by element.
 
 from __future__ import annotations
 
-from fi_cupy.jit.emit import _POWERS, _Scaled, is_uniform, literal, statements
+from fi_cupy.jit.emit import _POWERS, _bare, _Body, _Scaled, is_uniform, literal
 from fi_cupy.jit.trace import FLOAT, INT, Graph, Node
 
 _HEAD = "  template <class Params>\n  FI_DEVICE static"
@@ -88,8 +88,29 @@ def _slope(graph: Graph, node: Node) -> Node:
     raise _NotLinear
 
 
+#: Elements of arrays that stay the same along a row and are kept in registers: two rows a lane have as many each.
+_MOST_KEPT = 2
+
+
+class _RowBody(_Body):
+    """A body in which some loads are members of ``v``, and the score is 0."""
+
+    def __init__(self, root: Node, kept: list[Node]) -> None:
+        self._kept = kept
+        super().__init__(root)
+
+    def expression(self, node: Node) -> str:
+        if node.op == "argument":
+            return "0.f"
+        return f"v.v{self._kept.index(node)}" if node in self._kept else super().expression(node)
+
+    def statements(self, root: Node) -> list[str]:
+        """Lines that end in ``return``."""
+        return [*self.lines, f"return {_bare(self.text[id(root)])};"]
+
+
 def _shifted(root: Node) -> list[str] | None:
-    """``slope``: what the bias gains a key."""
+    """``values``: what is loaded once a row; ``bias``: the score less its argument; ``slope``: what it gains a key."""
     graph = Graph("score shape")
     try:
         if _on_score(root) != 1.0:
@@ -98,9 +119,20 @@ def _shifted(root: Node) -> list[str] | None:
     except _NotLinear:
         return None
     flat = slope.op == "const" and slope.value == 0
+    kept = [n for n in _nodes(root) if n.op == "load" and not _depends(n, "index", "kv_idx")][:_MOST_KEPT]
+    loads = []
+    for node in kept:
+        body = _Body(node)
+        loads.append(f"{{ {' '.join(body.lines)} v.v{len(loads)} = {_bare(body.text[id(node)])}; }}")
+    given = "const Params& params, const VariantContext& ctx"
     return [
         f"  static constexpr bool kHasSlope = {'false' if flat else 'true'};",
-        *_function("float slope(const Params& params, const VariantContext& ctx)", statements(slope)),
+        "  struct Values {",
+        *(f"    {node.kind} v{i};" for i, node in enumerate(kept)),
+        "  };",
+        *_function(f"Values values({given})", ["Values v;", *loads, "return v;"]),
+        *_function(f"float bias({given}, const Values& v)", _RowBody(root, kept).statements(root)),
+        *_function(f"float slope({given}, const Values& v)", _RowBody(slope, kept).statements(slope)),
     ]
 
 

@@ -13,12 +13,14 @@ struct HopperScores : HopperByElement {};
 template <class Variant>
 struct HopperScores<Variant, ScoreShape::kPlain> : HopperPlain {};
 
-// (score + bias) / sm_scale: the bias of a lane's first key is the user's own function of 0, once a row and tile.
+// (score + bias) / sm_scale: the bias of a lane's first key is the user's own, once a row and tile, of what it loads once a
+// row.
 template <class Variant>
 struct HopperScores<Variant, ScoreShape::kShifted> : HopperPlain {
   static constexpr bool kByTile = true, kHasBase = true;
   struct Rows {
     VariantContext ctx[2];  // kv_idx: the lane's column
+    typename Variant::Values values[2];
     float slope[2], unit;
   };
   template <class Params>
@@ -29,7 +31,8 @@ struct HopperScores<Variant, ScoreShape::kShifted> : HopperPlain {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       r.ctx[h] = {item.request, qo_idx[h], column, qo_head[h], kv_head, item.qo_len, item.kv_len, 0};
-      r.slope[h] = Variant::slope(params, r.ctx[h]) * r.unit;
+      r.values[h] = Variant::values(params, r.ctx[h]);
+      r.slope[h] = Variant::slope(params, r.ctx[h], r.values[h]) * r.unit;
     }
     return r;
   }
@@ -43,7 +46,7 @@ struct HopperScores<Variant, ScoreShape::kShifted> : HopperPlain {
   FI_DEVICE static float base(const Params& params, const Rows& r, int h, int start) {
     VariantContext ctx = r.ctx[h];
     ctx.kv_idx += start;
-    return Variant::logit(params, ctx, 0.f, 1.f, 1.f, true) * r.unit;
+    return Variant::bias(params, ctx, r.values[h]) * r.unit;
   }
 };
 

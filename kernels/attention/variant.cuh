@@ -18,7 +18,7 @@ struct VariantContext {
 enum class ScoreShape {
   kAny,
   kPlain,    // no score function
-  kShifted,  // score + a bias that grows by slope(params, ctx) from a key to the next; not at all without kHasSlope
+  kShifted,  // score + bias(params, ctx, v), v = values(params, ctx) of a row; a key adds slope(params, ctx, v), if kHasSlope
   kCapped,   // base * score(scale * qk) = factor / (2^(inner * qk + shift) + 1) + offset, by cap(params, scale, base)
 };
 struct ScoreCap {

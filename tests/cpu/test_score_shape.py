@@ -85,8 +85,12 @@ def test_the_slope_is_what_a_key_adds(function):
     made, slopes = lowered(function), np.linspace(0.1, 2, 50)
     context = {"qo_idx": 7, "qo_head": 3, "kv_idx": 20, "qo_len": 30, "kv_len": 40, "slopes": slopes, "cap": 1.5}
     at = [function(0.3, SimpleNamespace(**{**context, "kv_idx": kv})) for kv in (20, 21, 90)]
+    kept = re.findall(r"v\.(v\d) = ([^;]*);", made.text)
     values = {**context, "slopes": lambda i: slopes[i], "cap_rcp": 1 / 1.5}
+    values["v"] = SimpleNamespace(**{name: calculate(text, **values) for name, text in kept})
+    values["slopes"] = None  # loaded once a row
     slope = calculate(returned(made.text, "slope"), **values)
+    assert calculate(returned(made.text, "bias"), **values) + 0.3 == pytest.approx(at[0])
     assert slope == pytest.approx(at[1] - at[0]) and 70 * slope == pytest.approx(at[2] - at[0])
     assert ("kHasSlope = true" in made.text) == (slope != 0)
 
