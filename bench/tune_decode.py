@@ -31,12 +31,12 @@ def shapes(fp8: bool, column_tiles: int, device: DeviceInfo) -> Iterator[DecodeT
     """CTA shapes that fit: warps x stages x CTAs a multiprocessor, for fp8 also with two kv heads a CTA."""
     for pair in (False, True) if fp8 else (False,):
         for warps, stages, ctas in (
-            (16, 1, 1), (16, 2, 1), (8, 2, 1), (8, 3, 1), (8, 4, 1), (8, 2, 2), (8, 3, 2), (4, 2, 2), (4, 3, 2),
-            (4, 6, 2), (4, 2, 3), (4, 3, 3),
+            (16, 1, 1), (12, 1, 1), (8, 1, 1), (8, 2, 1), (8, 3, 1), (8, 4, 1), (8, 1, 2), (8, 2, 2), (8, 3, 2),
+            (4, 1, 3), (4, 2, 2), (4, 3, 2), (4, 2, 3), (4, 2, 4), (2, 3, 4),
         ):  # fmt: skip
             size = plan.smem_bytes(warps, stages, DIM, 1 if fp8 else 2, column_tiles)
-            registers = 65536 // (ctas * warps * 32)
-            if ctas * (size + 1024) <= device.smem_per_sm and size <= device.smem_per_block and registers >= 120:
+            fits = ctas * (size + 1024) <= device.smem_per_sm and size <= device.smem_per_block
+            if fits and 65536 // (ctas * warps * 32) >= (100 if fp8 else 120):  # registers
                 yield DecodeTiles(warps, stages, ctas, size, pair)
 
 
