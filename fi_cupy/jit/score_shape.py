@@ -120,7 +120,7 @@ def _shifted(root: Node) -> list[str] | None:
         return None
     flat = slope.op == "const" and slope.value == 0
     kept = [n for n in _nodes(root) if n.op == "load" and not _depends(n, "index", "kv_idx")][:_MOST_KEPT]
-    loads = []
+    loads: list[str] = []
     for node in kept:
         body = _Body(node)
         loads.append(f"{{ {' '.join(body.lines)} v.v{len(loads)} = {_bare(body.text[id(node)])}; }}")
