@@ -1,4 +1,4 @@
-"""Times the Hopper prefill kernel's orders of work and heights of tiles beside cuDNN, interleaved: what the rules of
+"""Times the Hopper prefill kernel's orders of work and tiles of rows beside cuDNN, interleaved: what the rules of
 `fi_cupy.prefill_hopper` come from.
 
 python bench/tune_prefill.py [--only 16x1024] [--rounds 9] [--pages]
@@ -17,6 +17,7 @@ import peers
 from bench_prefill import Shape, flops, page_table
 
 from fi_cupy import prefill, prefill_batch, prefill_hopper, prefill_kernel
+from fi_cupy.plan.prefill import plan_prefill
 from fi_cupy.testing.bench import random_array
 from fi_cupy.testing.bench_gpu import GpuTimer
 
@@ -48,8 +49,14 @@ def order(megabytes: float | None, heads: int | None = None, short: bool | None 
     return patches
 
 
+def _from_row_0(*args: Any, align_end: bool, **options: Any) -> Any:
+    return plan_prefill(*args, **options)
+
+
 ORDERS: dict[str, list[Any]] = {
     "now": [],
+    "from row 0": [mock.patch.object(prefill_batch, "plan_prefill", _from_row_0)],
+    "longest first, from row 0": [*order(None), mock.patch.object(prefill_batch, "plan_prefill", _from_row_0)],
     "longest first": order(None),
     **{f"{m:g} MB": order(m) for m in (4, 8, 16, 24)},
     "12 MB, 4 heads": order(12, 4),

@@ -113,11 +113,12 @@ struct WarpgroupPart {
   }
 };
 
-// Tiles of keys for the rows [first_row, end_row) of a request.
+// Tiles of keys for the rows [first_row, end_row) of a request, of which those before row 0 do not count.
 template <class Config, class Params>
 FI_DEVICE TileRange tile_range(const Params& params, const PrefillItem& item, int first_row, int end_row, int first, int last) {
   constexpr int kTileKv = Config::kTileKv;
   const int own = item.kv_len - item.qo_len, kv_end = item.kv_end;
+  first_row = max(first_row, 0);
   if (first_row >= end_row) return {first, first, first, first};
   const int own_first = params.group.quotient(first_row) + own, own_last = params.group.quotient(end_row - 1) + own;
   TileRange r;
@@ -142,7 +143,7 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
   constexpr int kTileKv = Shape::kTileKv, kTileQ = Shape::kTileQ, kSteps = Shape::kSteps;
   const PrefillItem& item = shared.slots[slot.at].item;
   const int lane = lane_id(), group = params.group.divisor, kv_head = shared.slots[slot.at].kv_head;
-  const int row0 = item.q_tile * kTileQ + warpgroup * 64;
+  const int row0 = item_row(item, kTileQ) + warpgroup * 64;
   // REDUX leaves its result in a uniform register: the loops' counters, stages and descriptors then are uniform, too.
   const int first = __reduce_max_sync(kFullMask, item.kv_begin / kTileKv);
   const int last = __reduce_max_sync(kFullMask, ceil_div(item.kv_end, kTileKv));
@@ -159,9 +160,9 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
     constexpr int kChunks = Config::kHeadDimQK / 8;
     const T* const q = static_cast<const T*>(params.q) + item.q_row * params.q_stride_n + kv_head * group * params.q_stride_h;
     for (int i = threadIdx.x & 127; i < 64 * kChunks; i += 128) {
-      const int row = i / kChunks, chunk = i % kChunks, packed = row0 + row, qo_idx = params.group.quotient(packed);
+      const int row = i / kChunks, chunk = i % kChunks, packed = max(row0 + row, 0), qo_idx = params.group.quotient(packed);
       const uint32_t to = q_smem + chunk / 8 * Shape::kQPanel + (warpgroup * 64 + row) * 128 + (chunk % 8 ^ row % 8) * 16;
-      const bool valid = qo_idx < item.qo_len;
+      const bool valid = row0 + row >= 0 && qo_idx < item.qo_len;
       const T* from = q + qo_idx * params.q_stride_n + (packed - qo_idx * group) * params.q_stride_h + chunk * 8;
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
     }
@@ -229,7 +230,7 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
   // Zeros for the keys of a tile that the built-in masks hide.
   auto clear_unseen = [&](float(&s)[Shape::kSRegs], int start) {
     const int thread = thread_again(), column = start + 2 * (thread & 3);
-    const int warp_row = item.q_tile * kTileQ + (thread >> 5) * 16;
+    const int warp_row = item_row(item, kTileQ) + (thread >> 5) * 16;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int own = params.group.quotient(warp_row + h * 8 + ((thread & 31) >> 2)) + item.kv_len - item.qo_len;
@@ -252,7 +253,7 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
     }
     if constexpr (Transform::kByElement || kMasked) {
       const int thread = thread_again(), column = start + 2 * (thread & 3);
-      const int warp_row = item.q_tile * kTileQ + (thread >> 5) * 16;
+      const int warp_row = item_row(item, kTileQ) + (thread >> 5) * 16;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int packed = warp_row + h * 8 + ((thread & 31) >> 2), qo_idx = params.group.quotient(packed);

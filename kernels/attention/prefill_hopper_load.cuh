@@ -221,7 +221,7 @@ FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared,
         ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_full[slot.at]));
         if constexpr (Config::kQueryBoxes) {
           const uint32_t barrier = ptx::smem_address(&shared.q_full[slot.at]);
-          const int token = to.item.q_row + to.item.q_tile * Shape::kTileQ / int(params.group.divisor);
+          const int token = to.item.q_row + item_row(to.item, Shape::kTileQ) / int(params.group.divisor);
           ptx::mbarrier_arrive_expect(barrier, Shape::kQBytes);
           ptx::tma_load_5d(smem + slot.at * Shape::kQBytes, params.q_map, barrier, 0, 0, token, 0, kv_head);
         }

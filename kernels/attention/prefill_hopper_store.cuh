@@ -27,14 +27,15 @@ FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const
                             const float (&d)[2], int kv_head, uint32_t q_smem, int warpgroup) {
   using T = typename Config::T;
   using Logits = typename Config::Logits;
-  const int warp_row = item.q_tile * HopperShape<Config>::kTileQ + (thread_again() >> 5) * 16;
-  const int lane = lane_id(), group = params.group.divisor, packed_rows = item.qo_len * group;
+  const int warp_row = item_row(item, HopperShape<Config>::kTileQ) + (thread_again() >> 5) * 16;
+  const int lane = lane_id(), group = params.group.divisor;
+  const uint32_t packed_rows = item.qo_len * group;  // against unsigned rows: those before the request are beyond it
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int packed = warp_row + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
     const int head = packed - qo_idx * group, qo_head = kv_head * group + head;
     const FinishedRow row = finish_row<Logits>(params, item, kv_head, qo_idx, qo_head, m[h],
-                                               d[h], packed < packed_rows);
+                                               d[h], uint32_t(packed) < packed_rows);
     auto value = [&](int n, int j) {  // column 2 n + 2 * (lane & 3) + j
       const float raw = o[n + 2 * h + j], normal = raw * row.norm;
       if constexpr (Logits::kHasOutput)
@@ -50,7 +51,7 @@ FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const
 #pragma unroll
       for (int i = 0; i < 4; ++i) w[i] = ptx::pack2<T>(value(n + 4 * i, 0), value(n + 4 * i, 1));
       transpose_quad(w);
-      if (packed < packed_rows)
+      if (uint32_t(packed) < packed_rows)
         *reinterpret_cast<uint4*>(out + 2 * n + 8 * (lane & 3)) = make_uint4(w[0], w[1], w[2], w[3]);
     }
   }
@@ -65,8 +66,9 @@ FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const
   using T = typename Config::T;
   using Logits = typename Config::Logits;
   static_assert(Shape::kPanelsVO <= Shape::kPanelsQK, "the output takes the place of Q");
-  const int thread = thread_again(), lane = thread & 31, group = params.group.divisor, packed_rows = item.qo_len * group;
-  const int warp_row = item.q_tile * Shape::kTileQ + (thread >> 5) * 16;
+  const int thread = thread_again(), lane = thread & 31, group = params.group.divisor;
+  const uint32_t packed_rows = item.qo_len * group;  // against unsigned rows: those before the request are beyond it
+  const int warp_row = item_row(item, Shape::kTileQ) + (thread >> 5) * 16;
   const uint32_t rows = q_smem + (thread >> 5) * 16 * 128;  // a panel's rows of this warp, 128 bytes each
   uint32_t words[kRegs / 2];
 #pragma unroll
@@ -74,7 +76,7 @@ FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const
     const int packed = warp_row + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
     const int qo_head = kv_head * group + packed - qo_idx * group;
     const FinishedRow row =
-        finish_row<Logits>(params, item, kv_head, qo_idx, qo_head, m[h], d[h], packed < packed_rows);
+        finish_row<Logits>(params, item, kv_head, qo_idx, qo_head, m[h], d[h], uint32_t(packed) < packed_rows);
     auto value = [&](int n, int j) {  // column 2 n + 2 * (lane & 3) + j
       const float raw = o[n + 2 * h + j], normal = raw * row.norm;
       if constexpr (Logits::kHasOutput)
@@ -104,7 +106,7 @@ FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const
     const int qo_idx = params.group.quotient(packed);
     const uint4 x = ptx::load_shared(rows + chunk / 8 * Shape::kQPanel + row * 128 + (chunk % 8 ^ row % 8) * 16);
     T* const p = out + qo_idx * params.o_stride_n + (packed - qo_idx * group) * params.o_stride_h + chunk * 8;
-    if (packed < packed_rows)
+    if (uint32_t(packed) < packed_rows)
       asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
   }
 }
