@@ -286,7 +286,9 @@ def _visible(
     if window_left < 0:
         return np.zeros(len(end), np.int32), end
     # In 64 bits: a window may be any number.
-    begin = np.maximum(np.maximum(first, 0) // np.int64(group) + (kv_len - qo_len) - window_left, 0) // tile_kv * tile_kv
+    begin = (
+        np.maximum(np.maximum(first, 0) // np.int64(group) + (kv_len - qo_len) - window_left, 0) // tile_kv * tile_kv
+    )
     seen = begin < end
     return np.where(seen, begin, 0), np.where(seen, end, 0)
 
