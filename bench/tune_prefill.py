@@ -58,12 +58,11 @@ ORDERS: dict[str, list[Any]] = {
     "from row 0": [mock.patch.object(prefill_batch, "plan_prefill", _from_row_0)],
     "longest first, from row 0": [*order(None), mock.patch.object(prefill_batch, "plan_prefill", _from_row_0)],
     "longest first": order(None),
-    **{f"{m:g} MB": order(m) for m in (4, 8, 16, 24)},
-    "12 MB, 4 heads": order(12, 4),
-    "12 MB, 16 heads": order(12, 16),
-    "12 MB, q128": order(12, short=True),
-    "6 MB, q128": order(6, short=True),
-    "12 MB, q192": order(12, short=False),
+    **{f"{m:g} MB": order(m) for m in (4, 8, 12, 24)},
+    "4 heads": order(16, 4),
+    "16 heads": order(16, 16),
+    "q128": order(16, short=True),
+    "q192": order(16, short=False),
 }
 
 

@@ -118,7 +118,7 @@ class BatchPrefill(PlanRun):
             split_keys=p.fixed_split, disable_split=p.disable_split,
             mask_offsets=None if p.mask is None else p.mask.offsets,
             narrow=None if self._lowered is None else self._lowered.narrow({}),
-            block_keys=None if g.hopper is None else block_keys(g.hopper, g.num_kv_heads, keys),
+            block_keys=None if g.hopper is None else block_keys(g.hopper, g.num_kv_heads, batch, keys, g.slots),
             align_end=g.hopper is not None and p.options.causal,
         )  # fmt: skip
         if not self._graph:

@@ -381,15 +381,15 @@ FI_DEVICE void prefill_hopper(const Params& params) {
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(ptx::smem_address(&shared.tail), 1);
     for (int s = 0; s < Shape::kStages; ++s) {
-      ptx::mbarrier_init(ptx::smem_address(&shared.k_full[s]), Shape::kParts);
-      ptx::mbarrier_init(ptx::smem_address(&shared.v_full[s]), Shape::kParts);
+      ptx::mbarrier_init(ptx::smem_address(&shared.k_full[s]), 1);
+      ptx::mbarrier_init(ptx::smem_address(&shared.v_full[s]), 1);
       ptx::mbarrier_init(ptx::smem_address(&shared.k_empty[s]), kConsumerWarps);
       ptx::mbarrier_init(ptx::smem_address(&shared.v_empty[s]), kConsumerWarps);
     }
     for (int s = 0; s < Shape::kSlots; ++s) {
       ptx::mbarrier_init(ptx::smem_address(&shared.q_full[s]), 1);
       ptx::mbarrier_init(ptx::smem_address(&shared.slot_full[s]), 1);
-      ptx::mbarrier_init(ptx::smem_address(&shared.slot_empty[s]), Shape::kProducers - 1 + kConsumerWarps);
+      ptx::mbarrier_init(ptx::smem_address(&shared.slot_empty[s]), 1 + kConsumerWarps);
     }
     ptx::mbarrier_init_fence();
   } else if (threadIdx.x == kConsumerWarps * 32) {
@@ -407,11 +407,7 @@ FI_DEVICE void prefill_hopper(const Params& params) {
     if (warp == kConsumerWarps)
       produce_items<Config>(params, shared, base, word, kv_head);
     else if (warp == kConsumerWarps + 1)
-      produce<Config, true, 0>(params, shared, base);
-    else if (Config::kPaged && warp == kConsumerWarps + 2)
-      produce<Config, false, 1>(params, shared, base);
-    else if (Config::kPaged)
-      produce<Config, true, 1>(params, shared, base);
+      produce_v<Config>(params, shared, base);
   } else {
     ptx::raise_registers<Config::kConsumerRegs>();
     Ring<Config::kSlots> slot;

@@ -1,7 +1,6 @@
 // What the producers of the Hopper prefill kernel do: they hand out work items and keep K and V coming.
-// The first warp of the producer warpgroup claims items, publishes them in slots, and loads Q and K; the second loads V. Of
-// a paged cache the other two hand out every other box: each scheduler then has as many of them between the softmax
-// of the consumers' warps. All run ahead of the consumers as far as slots and stages are free, into the next item, so that an item's
+// Two warps of the producer warpgroup work. The first claims items, publishes them in slots, and loads Q and K; the second
+// loads V. Both run ahead of the consumers as far as slots and stages are free, into the next item, so that an item's
 // first tiles are there when its rows' turn comes.
 // Contiguous K or V: one box a tile, [panel of 64 columns][kTileKv][128 bytes]. Paged: a box is 8 rows x all panels x a
 // number of such groups, [group of 8 rows][panel][8][128 bytes]: a page (or its share of the tile) is one copy.
@@ -40,7 +39,6 @@ struct HopperShape {
   // From a panel, and from 8 rows, of a K or V tile to the next.
   static constexpr int kKvPanel = Config::kPaged ? 1024 : kTileKv * 128;
   static constexpr int kKRows8 = Config::kPaged ? kPanelsQK * 1024 : 1024, kVRows8 = Config::kPaged ? kPanelsVO * 1024 : 1024;
-  static constexpr int kParts = Config::kPaged ? 2 : 1, kProducers = 2 * kParts;  // warps of K or V, and of both
   static constexpr int kSRegs = kTileKv / 2, kORegs = Config::kHeadDimVO / 2, kSteps = kTileKv / 16;
 };
 
@@ -54,11 +52,11 @@ struct alignas(16) HopperSlot {
 // Barriers, who arrives, how often a phase:
 template <class Config>
 struct alignas(16) HopperShared {
-  uint64_t k_full[Config::kStages], v_full[Config::kStages];    // expected bytes of each of its producers (kParts)
+  uint64_t k_full[Config::kStages], v_full[Config::kStages];    // producer's expected bytes (1)
   uint64_t k_empty[Config::kStages], v_empty[Config::kStages];  // lane 0 of every consumer warp (4 * kConsumers)
   uint64_t q_full[Config::kSlots];      // producer's expected bytes (1)
   uint64_t slot_full[Config::kSlots];   // the first producer (1)
-  uint64_t slot_empty[Config::kSlots];  // other producers and lane 0 of every consumer warp (kProducers - 1 + 4 * kConsumers)
+  uint64_t slot_empty[Config::kSlots];  // the second producer and lane 0 of every consumer warp (1 + 4 * kConsumers)
   uint64_t tail;                        // expected bytes of a V tile that reaches past the request's last key (1)
   uint32_t arrived[4];                  // join_parts, a word a consumer warpgroup
   HopperSlot slots[Config::kSlots];
@@ -85,14 +83,13 @@ struct HopperBoxes {
   int unit, group;
 };
 
-// Tiles last - 1 down to first of an item's K or V, through the ring of stages at `smem`, by one warp, or by two that have
-// boxes kPart, kPart + 2, ..; both arrive for every tile, with or without boxes, so that neither gets a phase ahead. `meanwhile`
-// is called once, when the first three tiles are under way.
-template <class Config, bool kIsV, int kPart, class Params, class Meanwhile>
+// Tiles last - 1 down to first of an item's K or V, by one warp, through the ring of stages at `smem`. `meanwhile` is called
+// once, when the first three are under way.
+template <class Config, bool kIsV, class Params, class Meanwhile>
 FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, uint32_t smem, Ring<Config::kStages>& stage,
                           uint32_t& tail_phase, const PrefillItem& shared_item, int kv_head, const Meanwhile& meanwhile) {
   using Shape = HopperShape<Config>;
-  constexpr int kTileKv = Config::kTileKv, kParts = Shape::kParts, kPanels = kIsV ? Shape::kPanelsVO : Shape::kPanelsQK;
+  constexpr int kTileKv = Config::kTileKv, kPanels = kIsV ? Shape::kPanelsVO : Shape::kPanelsQK;
   constexpr int kBytes = kIsV ? Shape::kVBytes : Shape::kKBytes, kRows8 = kIsV ? Shape::kVRows8 : Shape::kKRows8;
   const int lane = lane_id(), kv_base = shared_item.kv_base, kv_len = shared_item.kv_len;
   const int last = ceil_div(shared_item.kv_end, kTileKv), tiles = last - shared_item.kv_begin / kTileKv;
@@ -100,10 +97,10 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
   const uint32_t empty = ptx::smem_address(kIsV ? shared.v_empty : shared.k_empty);
   const ptx::TensorMap& map = kIsV ? params.v_map : params.k_map;
 
-  auto find = [&](int start, int parts) {
+  auto find = [&](int start) {
     HopperBoxes r{0, 0};
     if constexpr (Config::kPaged) {
-      const int row = (lane * parts + kPart) * int(params.box_rows), token = start + row;
+      const int row = lane * int(params.box_rows), token = start + row;
       if (row < kTileKv && token < kv_len) {  // a page table is not read past its last key
         const int page = params.page_size.quotient(token);
         r.group = (token - page * int(params.page_size.divisor)) >> 3;
@@ -114,31 +111,30 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
     return r;
   };
   // Rows of V past the request's last key are the next request's, a page's unused end, or an earlier tile's: their weights
-  // are 0, but 0 * NaN is not. Only the first tile loaded can have them. All its bytes arrive at a barrier of the first
-  // warp's own, which clears the rows and then arrives.
+  // are 0, but 0 * NaN is not. Only the first tile loaded can have them. Its bytes arrive at a barrier of this warp's own,
+  // which clears the rows and then arrives.
   const int tail_rows = last * kTileKv - kv_len;
   bool tail = kIsV && tail_rows > 0 && (Config::kPaged || uint32_t(kv_base + kv_len) < params.kv_rows);
   int start = (last - 1) * kTileKv;
   HopperBoxes ahead{0, 0};
-  if (tiles > 0) ahead = find(start, tail ? 1 : kParts);
+  if (tiles > 0) ahead = find(start);
 #pragma unroll 1
   for (int i = 0; i < tiles; ++i) {
     // The next tile's pages are looked up now: their latency passes while the warp waits for a free stage.
     const HopperBoxes boxes = ahead;
-    if (i + 1 < tiles) ahead = find(start - kTileKv, kParts);
+    if (i + 1 < tiles) ahead = find(start - kTileKv);
     ptx::mbarrier_wait(empty + stage.at * 8, stage.phase ^ 1);
     const uint32_t address = smem + stage.at * kBytes;
     const uint32_t barrier = tail ? ptx::smem_address(&shared.tail) : full + stage.at * 8;
     if constexpr (Config::kPaged) {
       const int box_bytes = params.box_rows * kPanels * 128;
       const int count = __popc(__ballot_sync(kFullMask, lane * int(params.box_rows) < min(kTileKv, kv_len - start)));
-      const int parts = tail ? 1 : kParts, own = tail && kPart != 0 ? 0 : (count + parts - 1 - kPart) / parts;
-      if (lane == 0) ptx::mbarrier_arrive_expect(kPart == 0 ? barrier : full + stage.at * 8, box_bytes * own);
+      if (lane == 0) ptx::mbarrier_arrive_expect(barrier, box_bytes * count);
       // Shuffles of several boxes at a time, so that their latencies overlap: with one box at a time a tile of ten took
       // 1,200 cycles to hand out.
-      constexpr int kTogether = ceil_div(5, kParts);
+      constexpr int kTogether = 5;
 #pragma unroll 1
-      for (int first = 0; first < own; first += kTogether) {
+      for (int first = 0; first < count; first += kTogether) {
         int unit[kTogether], group[kTogether];
 #pragma unroll
         for (int b = 0; b < kTogether; ++b) {
@@ -148,14 +144,14 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
         if (ptx::elect_one())
 #pragma unroll
           for (int b = 0; b < kTogether; ++b)
-            if (first + b < own)
-              ptx::tma_load_5d(address + ((first + b) * parts + kPart) * box_bytes, map, barrier, 0, 0, 0, group[b], unit[b]);
+            if (first + b < count)
+              ptx::tma_load_5d(address + (first + b) * box_bytes, map, barrier, 0, 0, 0, group[b], unit[b]);
       }
     } else if (lane == 0) {
       ptx::mbarrier_arrive_expect(barrier, kBytes);
       ptx::tma_load_4d(address, map, barrier, 0, kv_base + start, 0, kv_head);
     }
-    if (kIsV && kPart == 0 && tail) {
+    if (kIsV && tail) {
       ptx::mbarrier_wait(barrier, tail_phase);
       tail_phase ^= 1;
       for (int chunk = lane; chunk < tail_rows * 8; chunk += 32) {
@@ -169,8 +165,8 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
       ptx::fence_proxy_async();
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(full + stage.at * 8);
+      tail = false;
     }
-    tail = false;
     stage.advance();
     start -= kTileKv;
     if (i == min(2, tiles - 1)) meanwhile();
@@ -226,7 +222,7 @@ FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared,
           ptx::tma_load_5d(smem + slot.at * Shape::kQBytes, params.q_map, barrier, 0, 0, token, 0, kv_head);
         }
       }
-      load_tiles<Config, false, 0>(params, shared, smem + Shape::kK, stage, no_tail, to.item, kv_head, fetch);
+      load_tiles<Config, false>(params, shared, smem + Shape::kK, stage, no_tail, to.item, kv_head, fetch);
       slot.advance();
       published = true;
     } else {
@@ -244,10 +240,9 @@ FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared,
   }
 }
 
-// The other producers: V, and the second part of K's boxes or V's.
-template <class Config, bool kIsV, int kPart, class Params>
-FI_DEVICE void produce(const Params& params, HopperShared<Config>& shared, uint32_t smem) {
-  using Shape = HopperShape<Config>;
+// The second producer: V.
+template <class Config, class Params>
+FI_DEVICE void produce_v(const Params& params, HopperShared<Config>& shared, uint32_t smem) {
   Ring<Config::kSlots> slot;
   Ring<Config::kStages> stage;
   uint32_t tail_phase = 0;
@@ -257,8 +252,7 @@ FI_DEVICE void produce(const Params& params, HopperShared<Config>& shared, uint3
     const HopperSlot& from = shared.slots[slot.at];
     if (from.item.qo_len < 0) break;
     const bool more = from.more;
-    load_tiles<Config, kIsV, kPart>(params, shared, smem + (kIsV ? Shape::kV : Shape::kK), stage, tail_phase, from.item,
-                                    from.kv_head, [] {});
+    load_tiles<Config, true>(params, shared, smem + HopperShape<Config>::kV, stage, tail_phase, from.item, from.kv_head, [] {});
     if (!more) break;
     __syncwarp();
     if (lane_id() == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_empty[slot.at]));

@@ -1,63 +1,11 @@
 // The end of a warpgroup's 64 rows in the Hopper prefill kernel: normalised, through the memory of their own Q, which is
-// dead then, to global memory. A warp writes its 16 rows with stmatrix and reads them back as whole rows, so that each
-// store instruction writes 512 contiguous bytes of one or several rows (256 of a row at head dim 128).
+// dead then, to global memory. A warp writes its 16 rows with stmatrix and reads them back whole, so that a store
+// instruction writes whole rows of up to 512 bytes.
 #pragma once
 #include "attention/prefill_hopper_load.cuh"
 
 namespace fi {
-#ifdef FI_OLD_EPILOGUE
-// 4 x 4 transposition inside a quad of lanes: lane t gives w[0..3] and gets word t of lanes 0..3.
-FI_DEVICE void transpose_quad(uint32_t (&w)[4]) {
-  const bool odd = lane_id() & 1, high = lane_id() & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(kFullMask, odd ? w[i] : w[i + 1], 1);
-    (odd ? w[i] : w[i + 1]) = got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(kFullMask, high ? w[i] : w[i + 2], 2);
-    (high ? w[i] : w[i + 2]) = got;
-  }
-}
 
-// Normalise and write the 64 rows of a warpgroup, in 16-byte stores: 64 bytes in a row are contiguous.
-template <class Config, class Params, int kRegs>
-FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const float (&o)[kRegs], const float (&m)[2],
-                            const float (&d)[2], int kv_head, uint32_t q_smem, int warpgroup) {
-  using T = typename Config::T;
-  using Logits = typename Config::Logits;
-  const int warp_row = item_row(item, HopperShape<Config>::kTileQ) + (thread_again() >> 5) * 16;
-  const int lane = lane_id(), group = params.group.divisor;
-  const uint32_t packed_rows = item.qo_len * group;  // against unsigned rows: those before the request are beyond it
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int packed = warp_row + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
-    const int head = packed - qo_idx * group, qo_head = kv_head * group + head;
-    const FinishedRow row = finish_row<Logits>(params, item, kv_head, qo_idx, qo_head, m[h],
-                                               d[h], uint32_t(packed) < packed_rows);
-    auto value = [&](int n, int j) {  // column 2 n + 2 * (lane & 3) + j
-      const float raw = o[n + 2 * h + j], normal = raw * row.norm;
-      if constexpr (Logits::kHasOutput)
-        return Logits::output(params, Logits::row(params, item, qo_idx, qo_head, kv_head), raw, normal, row.m, row.d,
-                              row.weight, 2 * n + 2 * (lane & 3) + j);
-      else
-        return normal;
-    };
-    T* const out = static_cast<T*>(params.o) + (item.q_row + qo_idx) * params.o_stride_n + qo_head * params.o_stride_h;
-#pragma unroll
-    for (int n = 0; n < kRegs; n += 16) {
-      uint32_t w[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) w[i] = ptx::pack2<T>(value(n + 4 * i, 0), value(n + 4 * i, 1));
-      transpose_quad(w);
-      if (uint32_t(packed) < packed_rows)
-        *reinterpret_cast<uint4*>(out + 2 * n + 8 * (lane & 3)) = make_uint4(w[0], w[1], w[2], w[3]);
-    }
-  }
-}
-
-#else
 // m: base-2 maxima of the lane's rows lane / 4 and that + 8 of its warp's 16, d: their denominators. q_smem: Q of the item.
 template <class Config, class Params, int kRegs>
 FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const float (&o)[kRegs], const float (&m)[2],
@@ -110,5 +58,5 @@ FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const
       asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
   }
 }
-#endif
+
 }  // namespace fi

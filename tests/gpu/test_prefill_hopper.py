@@ -209,7 +209,7 @@ def test_both_heights_of_tiles_give_the_same_bits(rng, monkeypatch, dim, group):
 @pytest.mark.parametrize("page_size", [0, 8])
 def test_requests_side_by_side_give_the_same_bits(rng, monkeypatch, page_size, megabytes):
     """Blocks of one request, of several, and none: the same items in another order, split ones among them."""
-    lens = [(300, 300), (7, 90), (900, 1900), (64, 64), (3, 0), (100, 900), (193, 80)] * 3
+    lens = [(300, 300), (7, 90), (900, 1900), (64, 64), (3, 0), (100, 900), (193, 80)] * 5
     qo, kv = (np.concatenate([[0], np.cumsum([x[i] for x in lens])]) for i in (0, 1))
     q = on_gpu(normal(rng, (int(qo[-1]), 8, 128)))
 
@@ -234,6 +234,10 @@ def test_requests_side_by_side_give_the_same_bits(rng, monkeypatch, page_size, m
         k, v = (on_gpu(normal(rng, (int(kv[-1]), 2, 128))) for _ in range(2))
     want = run()
     monkeypatch.setattr(prefill_hopper, "_BLOCK_BYTES", int(megabytes * (1 << 20)))
+    # 35 requests of 2 heads: more than half the CTAs.
+    assert (prefill_hopper.block_keys(prefill_hopper.TILES[128, 128], 2, 35, int(kv[-1]), 132) is None) == (
+        megabytes > 1
+    )
     got = run()
     assert want[2] == got[2] and all((a == b).all() for a, b in zip(got[:2], want[:2], strict=True))
 
