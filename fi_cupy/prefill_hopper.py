@@ -276,12 +276,12 @@ def heads_together(num_kv_heads: int, head_bytes: int) -> int:
 
 #: Half the 50 MB of an H100; an H200 has 60.
 _HALF_L2 = 25 << 20
-#: Keys and values of the requests whose items are handed out side by side: of 4 to 24 MB, 16 were the best or within 1 %.
+#: Keys and values of the requests whose items are handed out side by side: of 4 to 24 MB, 16 were best or within 2 %.
 _BLOCK_BYTES = 16 << 20
 
 
 def block_keys(tiles: HopperTiles, num_kv_heads: int, requests: int, keys: int, slots: int) -> int | None:
-    """For ``plan_prefill(block_keys=)``: keys of the requests side by side in a batch, or None for longest first of all.
+    """For ``plan_prefill(block_keys=)``: keys of the requests side by side, or None for longest first of all.
 
     Longest first puts the tiles of a request's rows as far apart as there are requests times heads together. With half
     as many of those as CTAs or fewer, several tiles of a request run at a time and read the same keys (8x2048 and
