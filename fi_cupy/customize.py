@@ -57,7 +57,9 @@ class FlashInferLowered(Lowered):
     def fields(self) -> list[tuple[str, str]]:
         return [(f"user.{name}", kind) for name, _, kind in self.members]
 
-    def specialise(self, spec: KernelSpec, alibi: bool, soft_cap: bool, head_scales: bool = False) -> KernelSpec:
+    def specialise(
+        self, spec: KernelSpec, alibi: bool, soft_cap: bool, head_scales: bool = False, positive_scale: bool = False
+    ) -> KernelSpec:
         """As `Lowered.specialise`; a soft cap is the text's own affair."""
         if alibi:
             raise UnsupportedError(f"variant {self.name}: pos_encoding_mode 'ALIBI' belongs into the variant's text")
@@ -403,8 +405,9 @@ def single_decode_with_kv_cache_with_jit_module(
 
 
 def kernel_specs() -> list[KernelSpec]:
-    """The canonical instances of variant kernels: a traced score function with a tensor, and FlashInfer's form."""
+    """The canonical instances of variant kernels: traced score functions of two shapes, and FlashInfer's form."""
     from fi_cupy.device import DeviceInfo
+    from fi_cupy.jit import ops
     from fi_cupy.prefill_kernel import Problem, geometry
     from fi_cupy.variants import define_variant
 
@@ -414,6 +417,12 @@ def kernel_specs() -> list[KernelSpec]:
         mask_mode="causal",
         score_fn=lambda score, ctx: score + ctx.bias[ctx.qo_head] * (ctx.kv_idx - ctx.qo_idx),
         tensors={"bias": "float32"},
+    )
+    cap = define_variant(
+        name="canonical_cap",
+        mask_mode="causal",
+        score_fn=lambda score, ctx: ctx.cap * ops.tanh(score / ctx.cap),
+        scalars=["cap"],
     )
     body = (
         "struct CanonicalScale : AttentionVariantBase {\n"
@@ -437,4 +446,4 @@ def kernel_specs() -> list[KernelSpec]:
         "CanonicalScale", body,
     )  # fmt: skip
     problem = Problem(32, 8, 128, 128, bfloat16, False, False, False, False)
-    return [geometry(problem._replace(variant=v.lowered()), 1024, h100).spec for v in (bias, flashinfer)]
+    return [geometry(problem._replace(variant=v.lowered()), 1024, h100).spec for v in (bias, cap, flashinfer)]

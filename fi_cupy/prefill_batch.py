@@ -18,7 +18,7 @@ from fi_cupy.kv_cache import as_fp8, row_alignment
 from fi_cupy.page_table import check_offsets
 from fi_cupy.plan.prefill import PrefillPlan, max_items, pad, plan_prefill
 from fi_cupy.plan_run import PlanRun
-from fi_cupy.prefill_hopper import load_of
+from fi_cupy.prefill_hopper import block_keys, load_of
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
 from fi_cupy.prefill_plan import (
     Ints,
@@ -100,14 +100,13 @@ class BatchPrefill(PlanRun):
 
     def _schedule(self, p: Planned, kv_base: Ints) -> tuple[PrefillPlan, int]:
         """(schedule, slots with room for counters and sums); in graph mode padded to what any later plan can need."""
-        batch, rows = len(p.kv_len), p.total_rows
+        batch, rows, keys = len(p.kv_len), p.total_rows, int(np.add.reduce(p.kv_len, dtype=np.int64))
         if self._graph_state is not None:
             p.geometry = self._graph_state[0]
         else:
             group = p.problem.num_qo_heads // p.problem.num_kv_heads
             # Who fixes the split wants bits that do not depend on the batch; so must the choice of the kernel then.
             fixed = p.disable_split or p.fixed_split is not None
-            keys = int(np.add.reduce(p.kv_len, dtype=np.int64))
             load = load_of(batch, group, rows, keys, p.options.causal, p.options.window_left)
             p.geometry = geometry(
                 p.problem, max(-(-rows * group // max(batch, 1)), 1), device_info(self.device), None if fixed else load
@@ -119,6 +118,8 @@ class BatchPrefill(PlanRun):
             split_keys=p.fixed_split, disable_split=p.disable_split,
             mask_offsets=None if p.mask is None else p.mask.offsets,
             narrow=None if self._lowered is None else self._lowered.narrow({}),
+            block_keys=None if g.hopper is None else block_keys(g.hopper, g.num_kv_heads, batch, keys, g.slots),
+            align_end=g.hopper is not None and p.options.causal,
         )  # fmt: skip
         if not self._graph:
             return schedule, schedule.num_slots

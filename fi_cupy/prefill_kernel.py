@@ -316,10 +316,10 @@ def _hopper(p: Problem, device: DeviceInfo, short: bool) -> Geometry:
             p.dtype, tiles, paged=p.paged, query_boxes=tiles.tile_q % group == 0, alibi=p.alibi, soft_cap=p.soft_cap,
             positive_scale=positive, head_scales=heads,
         )  # fmt: skip
-        return plain if p.variant is None else p.variant.specialise(plain, p.alibi, p.soft_cap, heads)
+        return plain if p.variant is None else p.variant.specialise(plain, p.alibi, p.soft_cap, heads, positive)
 
     return Geometry(
-        spec_of(), spec_of(p.variant is not None), spec_of(heads=True), tiles, "the Hopper kernel (wgmma, TMA)", group,
+        spec_of(), spec_of(False), spec_of(heads=True), tiles, "the Hopper kernel (wgmma, TMA)", group,
         p.num_kv_heads, device.num_sms, p.head_dim_vo, p.variant is None or p.variant.splittable, paged=p.paged,
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from fi_cupy.errors import CompileError
 from fi_cupy.jit.emit import RECIPROCAL, scaled_statements, statements
 from fi_cupy.jit.intervals import trim
 from fi_cupy.jit.params import ParamsStruct
+from fi_cupy.jit.score_shape import score_shape
 from fi_cupy.jit.spec import CppType, KernelSpec, UserSource
 from fi_cupy.jit.trace import BOOL, FLOAT, INT, Node, trace
 
@@ -90,6 +91,8 @@ class Lowered:
         The expression of a traced `mask_fn` (equal texts have equal expressions).
     indices : frozenset of str
         The indices that some function looks at ("kv_idx", "qo_head" ...).
+    shape : str
+        What is known about its scores, see `score_shape`.
     """
 
     name: str
@@ -101,6 +104,7 @@ class Lowered:
     use_softmax: bool
     mask: Node | None = field(default=None, compare=False)  # a traced mask_fn; `text` says the same
     indices: frozenset[str] = field(default=frozenset(), compare=False, kw_only=True)
+    shape: str = field(default="any", compare=False, kw_only=True)  # of its scores, see `score_shape`
 
     @property
     def splittable(self) -> bool:
@@ -112,6 +116,11 @@ class Lowered:
         """Why the Hopper kernel cannot run it; empty if it can."""
         stages = sorted(self.stages & {"query_fn", "key_fn"})
         return f"{stages[0]} changes what the copy engine brings" if stages else ""
+
+    @property
+    def regular(self) -> bool:
+        """Whether the Hopper kernel computes its scores as it does built-in ones, without a call an element."""
+        return self.shape != "any" and self.use_softmax and "mask_fn" not in self.stages
 
     def narrow(self, scalars: Mapping[str, float]) -> Callable[..., Any] | None:
         """For ``plan_prefill(narrow=)``: drops keys that the mask can never show, given what numbers are known."""
@@ -129,7 +138,9 @@ class Lowered:
                 fields.append((f"user.{name}{RECIPROCAL}", "f32"))
         return fields
 
-    def specialise(self, spec: KernelSpec, alibi: bool, soft_cap: bool, head_scales: bool = False) -> KernelSpec:
+    def specialise(
+        self, spec: KernelSpec, alibi: bool, soft_cap: bool, head_scales: bool = False, positive_scale: bool = False
+    ) -> KernelSpec:
         """`spec` (of the prefill kernel) with this variant between the product and the softmax.
 
         Parameters
@@ -140,8 +151,10 @@ class Lowered:
             The built-in bias comes before, the cap after the variant's score function.
         head_scales : bool
             Factors of q or k a head join sm_scale.
+        positive_scale : bool
+            For sm_scale > 0 only.
         """
-        flags = ", ".join("true" if on else "false" for on in (alibi, soft_cap, head_scales))
+        flags = ", ".join("true" if on else "false" for on in (alibi, soft_cap, head_scales, positive_scale))
         logits = CppType(f"fi::VariantLogits<fi::Variant, {flags}>")
         user = "  VariantUser user;\n" if self.tensors or self.scalars else ""
         params = f"{spec.params.name.removesuffix('Params')}VariantParams"
@@ -200,6 +213,8 @@ def lower(
         for key, stage in STAGES.items()
     ]
     lines += [f"  static constexpr bool kUseSoftmax = {'true' if use_softmax else 'false'};"]
+    shape, shape_lines = score_shape("score_fn" in functions, roots.get("score_fn"))
+    lines += shape_lines
     for key, body in bodies.items():
         info = STAGES[key]
         common = "const Params& params, const VariantContext& ctx"
@@ -227,7 +242,7 @@ def lower(
         indices.update(i for i in STAGES[stage].indices if re.search(rf"\b{i}\b", code))
     return Lowered(
         name, full, scalars, reciprocals, "\n".join(lines), frozenset(functions), use_softmax, roots.get("mask_fn"),
-        indices=frozenset(indices),
+        indices=frozenset(indices), shape=shape,
     )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ ITEM_WORDS = 8
 MIN_CHUNK_TILES = 8
 #: Ragged batches: about this many items a CTA slot. 1 to 2 differ by 1-3 %; finer costs 0.6-1 us an item and SM.
 ITEMS_PER_SLOT = 1.5
+#: Most shared memory of a multiprocessor's one CTA in a single wave.
+WAVE_BYTES = 150_000
 #: A uniform batch is split no further once its last wave leaves at most this share of the slots idle.
 GOOD_FILL = 0.8
 
@@ -95,12 +97,13 @@ def choose_tiles(
     -----
     A multiprocessor needs 64 KB in flight from 8 warps for full bandwidth and 128-192 KB for the last percent
     (measured: 16 KB 1063 us, 32 KB 785, 64 KB 722, 128 KB 717, 192 KB 714 on a floor of 697). Four warps on two CTAs
-    cover each other's merges in long runs; eight warps on one CTA halve the partials of a single wave (16x4096: 92
-    against 94 us).
+    cover each other's merges in long runs; eight warps on one CTA halve the partials of a single wave, whose slots are
+    all asked for at its start: 140 KB then are better than 210 (16x4096 95.3 against 96.1 us, 1x4096 10.2 against
+    10.3; with fp8 53.4 against 54.5 and 7.8 against 7.9).
 
     An fp8 row of up to 128 dims is at most 128 bytes, and reading such pieces limits 64x8192 to 381 us by any method.
     Two neighbouring heads a CTA make 256 of them: 365 us. Small batches lose by it (1x4096: 8.3 against 7.5 us), since
-    a pair has half as many CTAs.
+    a pair has half as many CTAs. Two CTAs of 4 warps and 2 slots take 377 us where those of 8 and 3 take 385.
     """
 
     def bytes_of(warps: int, stages: int) -> int:
@@ -118,11 +121,11 @@ def choose_tiles(
     half = min(smem_per_block, smem_per_sm // 2 - 1024)
     pair = may_pair and kv_itemsize == 1 and head_dim <= 128 and (groups > num_sms or batch_invariant)
     if pair and column_tiles == 1 and not rope:  # the registers of twice as many threads
-        stages = min(most_stages(8, half), 3)
+        stages = min(most_stages(4, half), 2)
         if stages >= 2:
-            return DecodeTiles(8, stages, 2, bytes_of(8, stages), True)
+            return DecodeTiles(4, stages, 2, bytes_of(4, stages), True)
     if groups <= num_sms and not batch_invariant:
-        stages = most_stages(8, smem_per_block)
+        stages = most_stages(8, min(smem_per_block, WAVE_BYTES))
         if stages >= 2:
             return DecodeTiles(8, stages, 1, bytes_of(8, stages))
     stages = most_stages(4, half)

@@ -135,7 +135,7 @@ class PrefillPlan:
     ----------
     items : int32 [num_items, ITEM_WORDS]
         Struct PrefillItem: q_row, qo_len, kv_base, kv_len, q_tile, kv_begin, kv_end, first_slot, mask_low, mask_high,
-        request, chunk, num_chunks, unused.
+        request, chunk, num_chunks, row_shift, unused.
     num_slots : int
         Partial results a kv head.
     num_split : int
@@ -168,6 +168,8 @@ def plan_prefill(
     disable_split: bool = False,
     mask_offsets: Ints | None = None,
     narrow: Callable[..., tuple[Ints, Ints]] | None = None,
+    block_keys: int | None = None,
+    align_end: bool = False,
 ) -> PrefillPlan:
     """Make the work list.
 
@@ -194,6 +196,12 @@ def plan_prefill(
     narrow : callable, optional
         ``narrow(begin, end, tile_kv, qo_first, qo_last, request, qo_len, kv_len) -> (begin, end)`` drops the keys of
         each tile that a variant's mask can never show.
+    block_keys : int, optional
+        Requests with this many keys together have their items side by side (longest first among themselves), those with
+        the most keys in front, so that what runs at a time reads keys that the L2 holds. None: longest first of all.
+    align_end : bool
+        A request's last tile is full, and its first one may not be: under a causal mask that one sees the fewest keys
+        (1024 rows in tiles of 192 over tiles of 80 keys: 43 of them instead of 51). The Hopper kernel reads row_shift.
     """
     # Every request's fields once, then a copy of the row for each of its tiles: few NumPy calls of about 1 us each.
     batch = len(kv_len)
@@ -205,12 +213,15 @@ def plan_prefill(
     table[:, 10], table[:, 12] = np.arange(batch), 1
     if mask_offsets is not None:
         table[:, 8:10] = mask_offsets[:batch].astype("<i8").view("<i4").reshape(-1, 2)
+    if align_end:
+        table[:, 13] = np.where(tiles > 1, tiles * tile_q - qo_len * group, 0)
     items: Ints = table.repeat(tiles, axis=0)
     q_tile, rows, keys, request = items[:, 4], items[:, 1], items[:, 3], items[:, 10]
     q_tile += np.arange(len(items), dtype=np.int32)
-    begin, end = _visible(q_tile, rows, keys, group, tile_q, tile_kv, causal, window_left)
+    first = q_tile * tile_q - items[:, 13]  # packed row
+    begin, end = _visible(first, rows, keys, group, tile_q, tile_kv, causal, window_left)
     if narrow is not None:
-        first_row, last_row = q_tile * tile_q // group, np.minimum(((q_tile + 1) * tile_q - 1) // group, rows - 1)
+        first_row, last_row = np.maximum(first, 0) // group, np.minimum((first + (tile_q - 1)) // group, rows - 1)
         begin, end = narrow(begin, end, tile_kv, first_row, last_row, request, rows, keys)
     whole, split = _chunks(begin, end, num_kv_heads, tile_q, tile_kv, slots, split_keys, disable_split)
     items[:, 5], items[:, 6] = begin, end
@@ -218,9 +229,31 @@ def plan_prefill(
     if split is not None:
         items, num_slots, num_split = _split(items, *split)
         whole = (items[:, 6] - items[:, 5] + (tile_kv - 1)) // tile_kv
-    if len(items) and (whole != whole[0]).any():
-        items = items.take((-whole).argsort(kind="stable"), axis=0)
+    place = -whole
+    if block_keys is not None and batch > 1:
+        longest = int(np.maximum.reduce(whole, initial=0))
+        place += _blocks(kv_len, block_keys, longest + 1)[request if split is None else items[:, 10]]
+    if len(items) and (place != place[0]).any():
+        items = items.take(place.argsort(kind="stable"), axis=0)
     return PrefillPlan(items, num_slots, num_split)
+
+
+def _blocks(kv_len: Ints, block_keys: int, step: int) -> Ints:
+    """`step` times the number of each request's block, for `block_keys` of `plan_prefill`.
+
+    A block is as many requests as have `block_keys` keys together, or one. Those with the fewest keys come last: they
+    are what the multiprocessors end with.
+    """
+    order = (-kv_len).argsort(kind="stable")
+    block, at, total = np.empty(len(kv_len), np.int32), 0, 0
+    numbers = []
+    for keys in kv_len[order].tolist():
+        if total and total + keys > block_keys:
+            at, total = at + step, 0
+        total += keys
+        numbers.append(at)
+    block[order] = numbers
+    return block
 
 
 def _split(items: Ints, first: Ints, chunk: Ints, chunks: Ints) -> tuple[Ints, int, int]:
@@ -240,17 +273,22 @@ def _split(items: Ints, first: Ints, chunk: Ints, chunks: Ints) -> tuple[Ints, i
 
 
 def _visible(
-    q_tile: Ints, qo_len: Ints, kv_len: Ints, group: int, tile_q: int, tile_kv: int, causal: bool, window_left: int
+    first: Ints, qo_len: Ints, kv_len: Ints, group: int, tile_q: int, tile_kv: int, causal: bool, window_left: int
 ) -> tuple[Ints, Ints]:
-    """Keys that some row of each tile sees, [begin, end), begin a multiple of `tile_kv`; (0, 0) if there are none."""
+    """Keys that some row of each tile sees, [begin, end), begin a multiple of `tile_kv`; (0, 0) if there are none.
+
+    `first` is the first packed row of each tile, which may lie before the request.
+    """
     end = kv_len
     if causal:  # up to the last row's own key
-        rows = np.minimum((q_tile * tile_q + (tile_q - 1 + group)) // group, qo_len)
+        rows = np.minimum((first + (tile_q - 1 + group)) // group, qo_len)
         end = np.maximum(rows + (kv_len - qo_len), 0)
     if window_left < 0:
         return np.zeros(len(end), np.int32), end
     # In 64 bits: a window may be any number.
-    begin = np.maximum(q_tile * np.int64(tile_q) // group + (kv_len - qo_len) - window_left, 0) // tile_kv * tile_kv
+    begin = (
+        np.maximum(np.maximum(first, 0) // np.int64(group) + (kv_len - qo_len) - window_left, 0) // tile_kv * tile_kv
+    )
     seen = begin < end
     return np.where(seen, begin, 0), np.where(seen, end, 0)
 

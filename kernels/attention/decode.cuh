@@ -73,6 +73,25 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
   int next_page = source.page_of(walker + kStages * kWalkers, tiles);
   if (params.table_ready) ptx::grid_wait();  // K, V and q may come from the kernel in front: not before this
 
+  // Queries are asked for in front of the keys, or they would arrive behind all of the ring; what is done with them comes
+  // after the copies are under way.
+  uint32_t q[kTilesN][kSteps][2];
+  const T* query[kTilesN];
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n) {
+    query[n] = static_cast<const T*>(params.q) + item.request * params.q_stride_row +
+               (first_head + 8 * n + g) * params.q_stride_head;
+    if constexpr (!Config::kRope)
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int dim = step * 16 + Frag::kQueryStride * t + Frag::kQuerySecond * r;
+          const bool there = 8 * n + g < heads && dim < Tr::kHeadDim;
+          q[n][step][r] = there ? *reinterpret_cast<const uint32_t*>(query[n] + dim) : 0u;
+        }
+  }
+
 #pragma unroll
   for (int s = 0; s < kStages; ++s) {
     const int tile = walker + s * kWalkers;
@@ -83,26 +102,21 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
     ptx::cp_async_commit();
   }
 
-  uint32_t q[kTilesN][kSteps][2];
   float slope[kTilesN][2], scale[kTilesN][2];
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
-    const int head = 8 * n + g;
-    const T* row = static_cast<const T*>(params.q) + item.request * params.q_stride_row +
-                   (first_head + head) * params.q_stride_head;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int dim = step * 16 + Frag::kQueryStride * t + Frag::kQuerySecond * r;
-        const bool there = head < heads && dim < Tr::kHeadDim;
         if constexpr (!Config::kRope) {
-          q[n][step][r] = there ? query_pair<T, M>(row + dim) : 0u;
+          q[n][step][r] = query_pair<T, M>(q[n][step][r]);
         } else if (step < kSteps / 2) {  // in fp32, rounded once
+          const int dim = step * 16 + Frag::kQueryStride * t + Frag::kQuerySecond * r;
           float lo[2] = {0.f, 0.f}, hi[2] = {0.f, 0.f};
-          if (there) {
-            Vec<T, 2>::load(row + dim).to_floats(lo);
-            Vec<T, 2>::load(row + dim + Tr::kDim / 2).to_floats(hi);
+          if (8 * n + g < heads && dim < Tr::kHeadDim) {
+            Vec<T, 2>::load(query[n] + dim).to_floats(lo);
+            Vec<T, 2>::load(query[n] + dim + Tr::kDim / 2).to_floats(hi);
             rotate(lo, hi, turns + dim, item.kv_len - 1);
           }
           q[n][step][r] = ptx::pack2<M>(lo[0], lo[1]);

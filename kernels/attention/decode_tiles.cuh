@@ -67,11 +67,11 @@ struct Fragments {
 
 // Two elements of a query row as a register of M pairs.
 template <typename T, typename M>
-FI_DEVICE uint32_t query_pair(const T* p) {
+FI_DEVICE uint32_t query_pair(uint32_t pair) {
   if constexpr (is_same_v<T, M>) {
-    return *reinterpret_cast<const uint32_t*>(p);
+    return pair;
   } else {
-    const auto v = Vec<T, 2>::load(p);
+    const auto v = Vec<T, 2>::load(reinterpret_cast<const T*>(&pair));
     return ptx::pack2<M>(to_float(v[0]), to_float(v[1]));
   }
 }

@@ -13,6 +13,7 @@
 #pragma once
 #include "attention/prefill_hopper_load.cuh"
 #include "attention/prefill_hopper_logits.cuh"
+#include "attention/prefill_hopper_store.cuh"
 #include "attention/prefill_join.cuh"
 
 namespace fi {
@@ -60,7 +61,8 @@ struct HopperSoftmax {
     rescale = __any_sync(kFullMask, rescale);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float shift = m[h] == -FI_INF ? 0.f : (base[h] - m[h]) * scale;
+      // Without a maximum all is -inf or NaN, by s or by base.
+      const float shift = (m[h] == -FI_INF ? base[h] : base[h] - m[h]) * scale;
       sum[h] = 0.f;
 #pragma unroll
       for (int n = 2 * h; n < kRegs; n += 4)
@@ -92,21 +94,6 @@ struct HopperTotal {
   float m[1][2], d[1][2];
 };
 
-// 4 x 4 transposition inside a quad of lanes: lane t gives w[0..3] and gets word t of lanes 0..3.
-FI_DEVICE void transpose_quad(uint32_t (&w)[4]) {
-  const bool odd = lane_id() & 1, high = lane_id() & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(kFullMask, odd ? w[i] : w[i + 1], 1);
-    (odd ? w[i] : w[i + 1]) = got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(kFullMask, high ? w[i] : w[i + 2], 2);
-    (high ? w[i] : w[i + 2]) = got;
-  }
-}
-
 // A consumer warpgroup's share of a tile whose keys are split: 64 rows, which it joins without the other warpgroups.
 template <class Config, class Params>
 struct WarpgroupPart {
@@ -126,60 +113,12 @@ struct WarpgroupPart {
   }
 };
 
-// Normalise and write the 64 rows of a warpgroup, in 16-byte stores: 64 bytes in a row are contiguous.
-template <class Config, class Params, int kRegs>
-FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const float (&o)[kRegs], const HopperSoftmax& state,
-                            float scale, float offset, int kv_head, int warp_row) {
-  using T = typename Config::T;
-  using Logits = typename Config::Logits;
-  const int lane = lane_id(), group = params.group.divisor, packed_rows = item.qo_len * group;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float d = state.d[h], m = fmaf(state.m[h], scale, offset);
-    const int packed = warp_row + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
-    const int head = packed - qo_idx * group, qo_head = kv_head * group + head;
-    float weight = 1.f;
-    if (params.sinks != nullptr && packed < packed_rows) {
-      // exp(sink) joins the denominator alone.
-      const float sink = params.sinks[qo_head] * math::log2e, top = fmaxf(m, sink);
-      if (top != -FI_INF) {
-        weight = math::ptx_exp2(m - top);
-        d = fmaf(d, weight, math::ptx_exp2(sink - top));
-        m = top;
-      }
-    }
-    if constexpr (Logits::kHasOutput) Logits::update(params, item, qo_head, m, d, weight);
-    const bool empty = m == -FI_INF;
-    float norm = empty ? 0.f : weight / d * output_scale(params, kv_head);
-    if constexpr (!Logits::kUseSoftmax) norm = output_scale(params, kv_head);  // such tiles are never split
-    if ((lane & 3) == 0 && packed < packed_rows && params.lse != nullptr)
-      params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] = empty ? -FI_INF : m + math::ptx_log2(d);
-    auto value = [&](int n, int j) {  // column 2 n + 2 * (lane & 3) + j
-      const float raw = o[n + 2 * h + j], normal = raw * norm;
-      if constexpr (Logits::kHasOutput)
-        return Logits::output(params, Logits::row(params, item, qo_idx, qo_head, kv_head), raw, normal, m, d, weight,
-                              2 * n + 2 * (lane & 3) + j);
-      else
-        return normal;
-    };
-    T* const out = static_cast<T*>(params.o) + (item.q_row + qo_idx) * params.o_stride_n + qo_head * params.o_stride_h;
-#pragma unroll
-    for (int n = 0; n < kRegs; n += 16) {
-      uint32_t w[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) w[i] = ptx::pack2<T>(value(n + 4 * i, 0), value(n + 4 * i, 1));
-      transpose_quad(w);
-      if (packed < packed_rows)
-        *reinterpret_cast<uint4*>(out + 2 * n + 8 * (lane & 3)) = make_uint4(w[0], w[1], w[2], w[3]);
-    }
-  }
-}
-
-// Tiles of keys for the rows [first_row, end_row) of a request.
+// Tiles of keys for the rows [first_row, end_row) of a request, of which those before row 0 do not count.
 template <class Config, class Params>
 FI_DEVICE TileRange tile_range(const Params& params, const PrefillItem& item, int first_row, int end_row, int first, int last) {
   constexpr int kTileKv = Config::kTileKv;
   const int own = item.kv_len - item.qo_len, kv_end = item.kv_end;
+  first_row = max(first_row, 0);
   if (first_row >= end_row) return {first, first, first, first};
   const int own_first = params.group.quotient(first_row) + own, own_last = params.group.quotient(end_row - 1) + own;
   TileRange r;
@@ -204,7 +143,7 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
   constexpr int kTileKv = Shape::kTileKv, kTileQ = Shape::kTileQ, kSteps = Shape::kSteps;
   const PrefillItem& item = shared.slots[slot.at].item;
   const int lane = lane_id(), group = params.group.divisor, kv_head = shared.slots[slot.at].kv_head;
-  const int row0 = item.q_tile * kTileQ + warpgroup * 64;
+  const int row0 = item_row(item, kTileQ) + warpgroup * 64;
   // REDUX leaves its result in a uniform register: the loops' counters, stages and descriptors then are uniform, too.
   const int first = __reduce_max_sync(kFullMask, item.kv_begin / kTileKv);
   const int last = __reduce_max_sync(kFullMask, ceil_div(item.kv_end, kTileKv));
@@ -221,9 +160,9 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
     constexpr int kChunks = Config::kHeadDimQK / 8;
     const T* const q = static_cast<const T*>(params.q) + item.q_row * params.q_stride_n + kv_head * group * params.q_stride_h;
     for (int i = threadIdx.x & 127; i < 64 * kChunks; i += 128) {
-      const int row = i / kChunks, chunk = i % kChunks, packed = row0 + row, qo_idx = params.group.quotient(packed);
+      const int row = i / kChunks, chunk = i % kChunks, packed = max(row0 + row, 0), qo_idx = params.group.quotient(packed);
       const uint32_t to = q_smem + chunk / 8 * Shape::kQPanel + (warpgroup * 64 + row) * 128 + (chunk % 8 ^ row % 8) * 16;
-      const bool valid = qo_idx < item.qo_len;
+      const bool valid = row0 + row >= 0 && qo_idx < item.qo_len;
       const T* from = q + qo_idx * params.q_stride_n + (packed - qo_idx * group) * params.q_stride_h + chunk * 8;
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
     }
@@ -256,7 +195,7 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
       const int packed = row0 + (warp_id() & 3) * 16 + h * 8 + (lane >> 2);
       qo_idx[h] = params.group.quotient(packed), qo_head[h] = kv_head * group + packed - qo_idx[h] * group;
     }
-    rows = Transform::rows(params, qo_idx, qo_head, 2 * (lane & 3));
+    rows = Transform::rows(params, item, qo_idx, qo_head, kv_head, 2 * (lane & 3));
   }
 
   auto wait = [&](uint32_t full, const Ring<Config::kStages>& ring) { ptx::mbarrier_wait(full + ring.at * 8, ring.phase); };
@@ -291,7 +230,7 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
   // Zeros for the keys of a tile that the built-in masks hide.
   auto clear_unseen = [&](float(&s)[Shape::kSRegs], int start) {
     const int thread = thread_again(), column = start + 2 * (thread & 3);
-    const int warp_row = item.q_tile * kTileQ + (thread >> 5) * 16;
+    const int warp_row = item_row(item, kTileQ) + (thread >> 5) * 16;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int own = params.group.quotient(warp_row + h * 8 + ((thread & 31) >> 2)) + item.kv_len - item.qo_len;
@@ -308,13 +247,13 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
   auto transform = [&](float(&s)[Shape::kSRegs], int start, auto masked) {
     constexpr bool kMasked = decltype(masked)::value || Logits::kHasMask;
     if constexpr (Transform::kByTile) {
-      // Elements share a reciprocal there: what a row does not see (NaN behind a request, say) must not reach what it sees.
-      if constexpr (decltype(masked)::value) clear_unseen(s, start);
+      // What a row does not see (NaN behind a request, say) must not reach what it sees.
+      if constexpr (decltype(masked)::value && Transform::kShares) clear_unseen(s, start);
       Transform::apply(rows, s, start);
     }
     if constexpr (Transform::kByElement || kMasked) {
       const int thread = thread_again(), column = start + 2 * (thread & 3);
-      const int warp_row = item.q_tile * kTileQ + (thread >> 5) * 16;
+      const int warp_row = item_row(item, kTileQ) + (thread >> 5) * 16;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int packed = warp_row + h * 8 + ((thread & 31) >> 2), qo_idx = params.group.quotient(packed);
@@ -337,10 +276,18 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
       }
     }
   };
-  auto softmax = [&](float(&s)[Shape::kSRegs], int start) {
-    float base[2] = {0.f, 0.f};
-    if constexpr (Transform::kHasBase) base[0] = Transform::base(rows, 0, start), base[1] = Transform::base(rows, 1, start);
-    if constexpr (Logits::kUseSoftmax) state.weigh(s, scale, base);
+  struct Base {
+    float of[2] = {0.f, 0.f};
+  };
+  auto base_of = [&](int start) {
+    Base b;
+    if constexpr (Transform::kHasBase)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) b.of[h] = Transform::base(params, rows, h, start);
+    return b;
+  };
+  auto softmax = [&](float(&s)[Shape::kSRegs], const Base& base) {
+    if constexpr (Logits::kUseSoftmax) state.weigh(s, scale, base.of);
   };
 
   // Tiles are counted from the end: i is tile last - 1 - i.
@@ -356,11 +303,12 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
     multiply_qk(s);
     wait(v_full, v_ring);
     multiply_pv();
+    const Base base = base_of((last - 1 - i) * kTileKv);
     ptx::wgmma_wait<1>();
     ptx::wgmma_arrived(s);
     release(k_empty, k_ring);
     transform(s, (last - 1 - i) * kTileKv, masked);
-    softmax(s, (last - 1 - i) * kTileKv);
+    softmax(s, base);
     ptx::wgmma_wait<0>();
     ptx::wgmma_arrived(o);
     release(v_empty, v_ring);
@@ -380,7 +328,7 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
       ptx::wgmma_arrived(s);
       release(k_empty, k_ring);
       transform(s, (last - 1 - i) * kTileKv, MaskedTile{});
-      softmax(s, (last - 1 - i) * kTileKv);
+      softmax(s, base_of((last - 1 - i) * kTileKv));
       pack(s);
       if constexpr (Logits::kUseSoftmax) state.settle(o, scale);
       ++i;
@@ -414,8 +362,9 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
       for (int h = 0; h < 2; ++h) state.m[h] = total.m[0][h], state.d[h] = total.d[0][h];
     }
   }
-  store_hopper<Config>(params, item, o, state, scale, Transform::offset(params), shared.slots[slot.at].kv_head,
-                       item.q_tile * kTileQ + (thread_again() >> 5) * 16);
+  const float offset = Transform::offset(params);
+  const float m[2] = {fmaf(state.m[0], scale, offset), fmaf(state.m[1], scale, offset)};
+  store_hopper<Config>(params, item, o, m, state.d, shared.slots[slot.at].kv_head, q_smem, warpgroup);
 }
 
 template <class Config, class Params>
@@ -479,6 +428,7 @@ FI_DEVICE void prefill_hopper(const Params& params) {
 #pragma unroll 1
       while (more) {
         item(more);
+        ptx::fence_proxy_async();  // the output lay where the copy engine writes the Q after the next
         __syncwarp();
         if ((thread_again() & 31) == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_empty[slot.at]));
         slot.advance();

@@ -80,13 +80,14 @@ struct Ring {
 
 // Boxes of a paged tile: lane b knows where box b comes from.
 struct HopperBoxes {
-  int count, unit, group;
+  int unit, group;
 };
 
-// Tiles last - 1 down to first of an item's K or V, by one warp, through the ring of stages at `smem`.
-template <class Config, bool kIsV, class Params>
+// Tiles last - 1 down to first of an item's K or V, by one warp, through the ring of stages at `smem`. `meanwhile` is called
+// once, when the first three are under way.
+template <class Config, bool kIsV, class Params, class Meanwhile>
 FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, uint32_t smem, Ring<Config::kStages>& stage,
-                          uint32_t& tail_phase, const PrefillItem& shared_item, int kv_head) {
+                          uint32_t& tail_phase, const PrefillItem& shared_item, int kv_head, const Meanwhile& meanwhile) {
   using Shape = HopperShape<Config>;
   constexpr int kTileKv = Config::kTileKv, kPanels = kIsV ? Shape::kPanelsVO : Shape::kPanelsQK;
   constexpr int kBytes = kIsV ? Shape::kVBytes : Shape::kKBytes, kRows8 = kIsV ? Shape::kVRows8 : Shape::kKRows8;
@@ -97,12 +98,10 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
   const ptx::TensorMap& map = kIsV ? params.v_map : params.k_map;
 
   auto find = [&](int start) {
-    HopperBoxes r{0, 0, 0};
+    HopperBoxes r{0, 0};
     if constexpr (Config::kPaged) {
       const int row = lane * int(params.box_rows), token = start + row;
-      const bool valid = row < kTileKv && token < kv_len;  // a page table is not read past its last key
-      r.count = __popc(__ballot_sync(kFullMask, valid));
-      if (valid) {
+      if (row < kTileKv && token < kv_len) {  // a page table is not read past its last key
         const int page = params.page_size.quotient(token);
         r.group = (token - page * int(params.page_size.divisor)) >> 3;
         r.unit = params.kv_indices[kv_base + page] * (kIsV ? params.v_page_units : params.k_page_units) +
@@ -117,7 +116,7 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
   const int tail_rows = last * kTileKv - kv_len;
   bool tail = kIsV && tail_rows > 0 && (Config::kPaged || uint32_t(kv_base + kv_len) < params.kv_rows);
   int start = (last - 1) * kTileKv;
-  HopperBoxes ahead{0, 0, 0};
+  HopperBoxes ahead{0, 0};
   if (tiles > 0) ahead = find(start);
 #pragma unroll 1
   for (int i = 0; i < tiles; ++i) {
@@ -129,11 +128,24 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
     const uint32_t barrier = tail ? ptx::smem_address(&shared.tail) : full + stage.at * 8;
     if constexpr (Config::kPaged) {
       const int box_bytes = params.box_rows * kPanels * 128;
-      if (lane == 0) ptx::mbarrier_arrive_expect(barrier, box_bytes * boxes.count);
+      const int count = __popc(__ballot_sync(kFullMask, lane * int(params.box_rows) < min(kTileKv, kv_len - start)));
+      if (lane == 0) ptx::mbarrier_arrive_expect(barrier, box_bytes * count);
+      // Shuffles of several boxes at a time, so that their latencies overlap: with one box at a time a tile of ten took
+      // 1,200 cycles to hand out.
+      constexpr int kTogether = 5;
 #pragma unroll 1
-      for (int b = 0; b < boxes.count; ++b) {
-        const int unit = __shfl_sync(kFullMask, boxes.unit, b), group = __shfl_sync(kFullMask, boxes.group, b);
-        if (lane == 0) ptx::tma_load_5d(address + b * box_bytes, map, barrier, 0, 0, 0, group, unit);
+      for (int first = 0; first < count; first += kTogether) {
+        int unit[kTogether], group[kTogether];
+#pragma unroll
+        for (int b = 0; b < kTogether; ++b) {
+          unit[b] = __shfl_sync(kFullMask, boxes.unit, first + b);
+          group[b] = __shfl_sync(kFullMask, boxes.group, first + b);
+        }
+        if (ptx::elect_one())
+#pragma unroll
+          for (int b = 0; b < kTogether; ++b)
+            if (first + b < count)
+              ptx::tma_load_5d(address + (first + b) * box_bytes, map, barrier, 0, 0, 0, group[b], unit[b]);
       }
     } else if (lane == 0) {
       ptx::mbarrier_arrive_expect(barrier, kBytes);
@@ -157,7 +169,9 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
     }
     stage.advance();
     start -= kTileKv;
+    if (i == min(2, tiles - 1)) meanwhile();
   }
+  if (tiles <= 0) meanwhile();
 }
 
 // Word `lane` of the item of CTA-sized piece of work number `work`, and its kv head: items are the fast index inside
@@ -171,7 +185,8 @@ FI_DEVICE int item_word(const Params& params, uint32_t work, int& kv_head) {
 }
 
 // The first producer: hands out items, loads Q and K. A grid smaller than the work claims more as it goes: the claim for the
-// next item is made before the current one is loaded, and the counter wraps to 0 with the last of its num_work claims.
+// next item is made before the current one is loaded and its words are fetched behind the first tiles, so that neither
+// latency stands between two items. The counter wraps to 0 with the last of its num_work claims.
 template <class Config, class Params>
 FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared, uint32_t smem, int word, int kv_head) {
   using Shape = HopperShape<Config>;
@@ -187,6 +202,11 @@ FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared,
   while (true) {
     uint32_t next = num_work;
     if (claims && lane == 0) next = gridDim.x + atomicInc(params.counters, num_work - 1);
+    int next_word = 0, next_head = 0;
+    auto fetch = [&] {
+      next = __shfl_sync(kFullMask, next, 0);
+      if (next < num_work) next_word = item_word(params, next, next_head);
+    };
     if (__shfl_sync(kFullMask, word, 1) != 0) {  // qo_len: padding is not handed out
       take_slot();
       HopperSlot& to = shared.slots[slot.at];
@@ -197,18 +217,19 @@ FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared,
         ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_full[slot.at]));
         if constexpr (Config::kQueryBoxes) {
           const uint32_t barrier = ptx::smem_address(&shared.q_full[slot.at]);
-          const int token = to.item.q_row + to.item.q_tile * Shape::kTileQ / int(params.group.divisor);
+          const int token = to.item.q_row + item_row(to.item, Shape::kTileQ) / int(params.group.divisor);
           ptx::mbarrier_arrive_expect(barrier, Shape::kQBytes);
           ptx::tma_load_5d(smem + slot.at * Shape::kQBytes, params.q_map, barrier, 0, 0, token, 0, kv_head);
         }
       }
-      load_tiles<Config, false>(params, shared, smem + Shape::kK, stage, no_tail, to.item, kv_head);
+      load_tiles<Config, false>(params, shared, smem + Shape::kK, stage, no_tail, to.item, kv_head, fetch);
       slot.advance();
       published = true;
+    } else {
+      fetch();
     }
-    next = __shfl_sync(kFullMask, next, 0);
     if (next >= num_work) break;
-    word = item_word(params, next, kv_head);
+    word = next_word, kv_head = next_head;
   }
   if (claims || !published) {
     take_slot();
@@ -231,7 +252,7 @@ FI_DEVICE void produce_v(const Params& params, HopperShared<Config>& shared, uin
     const HopperSlot& from = shared.slots[slot.at];
     if (from.item.qo_len < 0) break;
     const bool more = from.more;
-    load_tiles<Config, true>(params, shared, smem + HopperShape<Config>::kV, stage, tail_phase, from.item, from.kv_head);
+    load_tiles<Config, true>(params, shared, smem + HopperShape<Config>::kV, stage, tail_phase, from.item, from.kv_head, [] {});
     if (!more) break;
     __syncwarp();
     if (lane_id() == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_empty[slot.at]));

@@ -8,30 +8,65 @@
 
 namespace fi {
 
-// Any logits type: plain ones need nothing, others are applied element by element, and give base-2 logits.
-template <class Logits>
-struct HopperLogits {
-  static constexpr bool kByElement = !Logits::kLinear, kByTile = false, kHasBase = false;
+// What is asked of a logits type's HopperLogits: kByElement (Logits::apply for each element), or kByTile (apply for a tile;
+// rows() once an item), or neither; kHasBase: base() joins a row's logits in a tile; kShares: elements of a row share a
+// calculation, so that what is unseen must be cleared first.
+struct HopperPlain {
+  static constexpr bool kByElement = false, kByTile = false, kHasBase = false, kShares = false;
   struct Rows {};
   template <class Params>
   FI_DEVICE static float scale(const Params& params) {
-    return Logits::kLinear ? params.sm_scale_log2 : 1.f;
+    return params.sm_scale_log2;
   }
   template <class Params>
   FI_DEVICE static float offset(const Params&) {
     return 0.f;
   }
   template <class Params>
-  FI_DEVICE static Rows rows(const Params&, const int (&)[2], const int (&)[2], int) {
+  FI_DEVICE static Rows rows(const Params&, const PrefillItem&, const int (&)[2], const int (&)[2], int, int) {
     return {};
   }
 };
+struct HopperByElement : HopperPlain {
+  static constexpr bool kByElement = true;
+  template <class Params>
+  FI_DEVICE static float scale(const Params&) {
+    return 1.f;
+  }
+};
+template <bool kLinear>
+struct HopperUsual : HopperByElement {};
+template <>
+struct HopperUsual<true> : HopperPlain {};
+template <class Logits>
+struct HopperLogits : HopperUsual<Logits::kLinear> {};
+
+// s = sign / (2^exponent(h, key, s) + 1), key counted from the lane's first. One reciprocal serves four elements:
+// 1 / a = (b c d) / (a b c d). The power is kept below 2^30 for that (tanh is 1 - 2^-29 there).
+template <int kRegs, class Exponent>
+FI_DEVICE void cap_elements(float (&s)[kRegs], float sign, const Exponent& exponent) {
+  static_assert(kRegs % 8 == 0);
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int n = 0; n < kRegs; n += 8) {
+      float d[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = n + (i >> 1) * 4;
+        d[i] = math::ptx_exp2(math::min_nan(exponent(h, 2 * key + (i & 1), s[key + 2 * h + (i & 1)]), 30.f)) + 1.f;
+      }
+      const float ab = d[0] * d[1], cd = d[2] * d[3], all = sign * math::ptx_rcp(ab * cd);
+      const float over_ab = all * cd, over_cd = all * ab;
+      s[n + 2 * h] = over_ab * d[1], s[n + 2 * h + 1] = over_ab * d[0];
+      s[n + 2 * h + 4] = over_cd * d[3], s[n + 2 * h + 5] = over_cd * d[2];
+    }
+}
 
 // cap tanh(x / cap) = cap - 2 cap / (e^(2 x / cap) + 1): s = -1 / (e + 1), scale = 2 cap log2(e), offset = cap log2(e).
-// One reciprocal serves four elements: 1 / a = (b c d) / (a b c d). e is kept below 2^30 for that (tanh is 1 - 2^-29 there).
 template <bool kAlibi>
 struct HopperLogits<PrefillLogits<kAlibi, true, true>> {
-  static constexpr bool kByElement = false, kByTile = true, kHasBase = false;
+  static constexpr bool kByElement = false, kByTile = true, kHasBase = false, kShares = true;
   struct Rows {
     float factor;              // of q k
     float slope[2], first[2];  // ALiBi in the exponent's unit, a key's share; the lane's column less the row's query
@@ -45,7 +80,8 @@ struct HopperLogits<PrefillLogits<kAlibi, true, true>> {
     return params.soft_cap * math::log2e;
   }
   template <class Params>
-  FI_DEVICE static Rows rows(const Params& params, const int (&qo_idx)[2], const int (&qo_head)[2], int column) {
+  FI_DEVICE static Rows rows(const Params& params, const PrefillItem&, const int (&qo_idx)[2], const int (&qo_head)[2], int,
+                             int column) {
     const float unit = params.soft_cap_rcp * (2.f * math::log2e);
     Rows r;
     r.factor = params.sm_scale * unit;
@@ -59,29 +95,11 @@ struct HopperLogits<PrefillLogits<kAlibi, true, true>> {
   }
   template <int kRegs>
   FI_DEVICE static void apply(const Rows& r, float (&s)[kRegs], int start) {
-    static_assert(kRegs % 8 == 0);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float base = kAlibi ? r.slope[h] * (float(start) + r.first[h]) : 0.f;
-#pragma unroll
-      for (int n = 0; n < kRegs; n += 8) {
-        float d[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int key = n + (i >> 1) * 4;
-          float x = s[key + 2 * h + (i & 1)];
-          if constexpr (kAlibi)
-            x = fmaf(x, r.factor, fmaf(r.slope[h], float(2 * key + (i & 1)), base));
-          else
-            x *= r.factor;
-          d[i] = math::ptx_exp2(math::min_nan(x, 30.f)) + 1.f;
-        }
-        const float ab = d[0] * d[1], cd = d[2] * d[3], all = -math::ptx_rcp(ab * cd);
-        const float over_ab = all * cd, over_cd = all * ab;
-        s[n + 2 * h] = over_ab * d[1], s[n + 2 * h + 1] = over_ab * d[0];
-        s[n + 2 * h + 4] = over_cd * d[3], s[n + 2 * h + 5] = over_cd * d[2];
-      }
-    }
+    const float base[2] = {kAlibi ? r.slope[0] * (float(start) + r.first[0]) : 0.f,
+                           kAlibi ? r.slope[1] * (float(start) + r.first[1]) : 0.f};
+    cap_elements(s, -1.f, [&](int h, int key, float x) {
+      return kAlibi ? fmaf(x, r.factor, fmaf(r.slope[h], float(key), base[h])) : x * r.factor;
+    });
   }
 };
 
@@ -90,7 +108,7 @@ struct HopperLogits<PrefillLogits<kAlibi, true, true>> {
 // between the key and the query loses digits to their positions.
 template <>
 struct HopperLogits<PrefillLogits<true, false, true>> {
-  static constexpr bool kByElement = false, kByTile = true, kHasBase = true;
+  static constexpr bool kByElement = false, kByTile = true, kHasBase = true, kShares = false;
   struct Rows {
     float slope[2], first[2];  // of a key; the lane's column less the row's query
   };
@@ -103,7 +121,8 @@ struct HopperLogits<PrefillLogits<true, false, true>> {
     return 0.f;
   }
   template <class Params>
-  FI_DEVICE static Rows rows(const Params& params, const int (&qo_idx)[2], const int (&qo_head)[2], int column) {
+  FI_DEVICE static Rows rows(const Params& params, const PrefillItem&, const int (&qo_idx)[2], const int (&qo_head)[2], int,
+                             int column) {
     Rows r;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -117,7 +136,10 @@ struct HopperLogits<PrefillLogits<true, false, true>> {
 #pragma unroll
     for (int n = 0; n < kRegs; ++n) s[n] = fmaf(r.slope[n >> 1 & 1], float(n / 4 * 8 + n % 2), s[n]);
   }
-  FI_DEVICE static float base(const Rows& r, int h, int start) { return r.slope[h] * (float(start) + r.first[h]); }
+  template <class Params>
+  FI_DEVICE static float base(const Params&, const Rows& r, int h, int start) {
+    return r.slope[h] * (float(start) + r.first[h]);
+  }
 };
 
 }  // namespace fi

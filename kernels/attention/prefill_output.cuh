@@ -14,6 +14,38 @@ template <class Config>
 constexpr int kWarpQBytes =
     16 * Config::kRowTiles * max_of(TileLayout<Config::kHeadDimQK>::kRowBytes, TileLayout<Config::kHeadDimVO>::kRowBytes);
 
+// What a row's sums become: base-2 maximum and denominator with the sink, the factor from the old maximum to the new, and
+// what the sums are multiplied by.
+struct FinishedRow {
+  float m, d, weight, norm;
+};
+
+// The end of a row whose base-2 maximum is m and denominator d, both the same in its four lanes, one of which writes the
+// log-sum-exp. `there`: it is a row of the request.
+template <class Logits, class Params>
+FI_DEVICE FinishedRow finish_row(const Params& params, const PrefillItem& item, int kv_head, int qo_idx, int qo_head, float m,
+                                 float d, bool there) {
+  FinishedRow row{m, d, 1.f, 0.f};
+  if (params.sinks != nullptr && there) {
+    // exp(sink) joins the denominator alone.
+    const float sink = params.sinks[qo_head] * math::log2e, top = fmaxf(row.m, sink);
+    if (top != -FI_INF) {
+      row.weight = math::ptx_exp2(row.m - top);
+      row.d = fmaf(row.d, row.weight, math::ptx_exp2(sink - top));
+      row.m = top;
+    }
+  }
+  if constexpr (Logits::kHasOutput) Logits::update(params, item, qo_head, row.m, row.d, row.weight);
+  const bool empty = row.m == -FI_INF;
+  const float factor = output_scale(params, kv_head);
+  row.norm = empty ? 0.f : row.weight * math::ptx_rcp(row.d) * factor;
+  if constexpr (!Logits::kUseSoftmax) row.norm = factor;  // such tiles are never split
+  if ((threadIdx.x & 3) == 0 && there && params.lse != nullptr)
+    params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] =
+        empty ? -FI_INF : row.m + math::ptx_log2(row.d);
+  return row;
+}
+
 // Normalise the accumulators and write them through this warp's own rows of shared memory (Q is dead) with 16-byte
 // stores. state.d is the whole row's in each of its lanes.
 template <class Config, class Params, int kRowTiles, int kDimTiles>
@@ -32,37 +64,20 @@ FI_DEVICE void store_output(const Params& params, const PrefillItem& shared_item
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float d = state.d[i][h], m = state.m[i][h] * scale;
+      const float d = state.d[i][h], m = state.m[i][h] * scale;
       const int packed = warp_row + i * 16 + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
       const int qo_head = kv_head * group + packed - qo_idx * group;
-      float weight = 1.f;
-      if (params.sinks != nullptr && packed < packed_rows) {
-        // exp(sink) joins the denominator alone.
-        const float sink = params.sinks[qo_head] * math::log2e, top = fmaxf(m, sink);
-        if (top != -FI_INF) {
-          weight = math::ptx_exp2(m - top);
-          d = fmaf(d, weight, math::ptx_exp2(sink - top));
-          m = top;
-        }
-      }
-      if constexpr (Logits::kHasOutput) Logits::update(params, item, qo_head, m, d, weight);
-      const bool empty = m == -FI_INF;
-      const float factor = output_scale(params, kv_head);
-      float norm = empty ? 0.f : weight * math::ptx_rcp(d) * factor;
-      if constexpr (!Logits::kUseSoftmax) norm = factor;  // such tiles are never split
-      if ((lane & 3) == 0 && packed < packed_rows && params.lse != nullptr)
-        params.lse[int64_t(item.q_row + qo_idx) * params.num_qo_heads + qo_head] =
-            empty ? -FI_INF : m + math::ptx_log2(d);
+      const FinishedRow row = finish_row<Logits>(params, item, kv_head, qo_idx, qo_head, m, d, packed < packed_rows);
 #pragma unroll
       for (int n = 0; n < kDimTiles; ++n) {
         float& x = o[i][n][2 * h];
         float& y = o[i][n][2 * h + 1];
         if constexpr (Logits::kHasOutput) {
-          const auto row = Logits::row(params, item, qo_idx, qo_head, kv_head);
-          x = Logits::output(params, row, x, x * norm, m, d, weight, n * 8 + 2 * (lane & 3));
-          y = Logits::output(params, row, y, y * norm, m, d, weight, n * 8 + 2 * (lane & 3) + 1);
+          const auto of = Logits::row(params, item, qo_idx, qo_head, kv_head);
+          x = Logits::output(params, of, x, x * row.norm, row.m, row.d, row.weight, n * 8 + 2 * (lane & 3));
+          y = Logits::output(params, of, y, y * row.norm, row.m, row.d, row.weight, n * 8 + 2 * (lane & 3) + 1);
         } else {
-          x *= norm, y *= norm;
+          x *= row.norm, y *= row.norm;
         }
       }
     }

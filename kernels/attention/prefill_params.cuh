@@ -19,8 +19,12 @@ struct alignas(16) PrefillItem {
   int32_t mask_low, mask_high;  // byte offset of the request's custom mask
   int32_t request;              // the request's number, for variants
   int32_t chunk, num_chunks;    // this range's number among the tile's; num_chunks 1: no split
-  int32_t unused[3];
+  int32_t row_shift;            // the Hopper kernel's tiles begin so many packed rows earlier, the first before row 0
+  int32_t unused[2];
 };
+
+// The Hopper kernel's first packed row of an item, which may be negative: such rows are nobody's.
+FI_DEVICE int item_row(const PrefillItem& item, int tile_q) { return item.q_tile * tile_q - item.row_shift; }
 
 struct PrefillParams {
   const void* q;

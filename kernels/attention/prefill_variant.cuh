@@ -8,7 +8,8 @@
 
 namespace fi {
 
-template <class Variant, bool kAlibi, bool kSoftCap, bool kHeadScales = false>
+// kPositiveScale: sm_scale > 0 is known, which the Hopper kernel uses.
+template <class Variant, bool kAlibi, bool kSoftCap, bool kHeadScales = false, bool kPositiveScale = false>
 struct VariantLogits {
   static constexpr bool kLinear = false;
   static constexpr bool kHasMask = Variant::kHasMask, kHasQuery = Variant::kHasQuery, kHasKey = Variant::kHasKey;

@@ -3,6 +3,7 @@
 // static function for each that is true: (params, ctx, value); for scores logit(params, ctx, qk, scale, base, unit), which
 // is base * score(scale * qk) with the factors that all elements share multiplied first. Its arrays and scalars are the
 // members of params.user.
+// kScoreShape says more about scores (fi_cupy/jit/score_shape.py), for kernels that then need not call logit an element.
 #pragma once
 #include "attention/logits.cuh"
 #include "common/vec.cuh"
@@ -12,6 +13,16 @@ namespace fi {
 struct VariantContext {
   int batch, qo_idx, kv_idx, qo_head, kv_head, qo_len, kv_len;
   int dim_idx;  // of query, key and output functions
+};
+
+enum class ScoreShape {
+  kAny,
+  kPlain,    // no score function
+  kShifted,  // score + bias(params, ctx, v), v = values(params, ctx) of a row; a key adds slope(params, ctx, v), if kHasSlope
+  kCapped,   // base * score(scale * qk) = factor / (2^(inner * qk + shift) + 1) + offset, by cap(params, scale, base)
+};
+struct ScoreCap {
+  float inner, shift, factor, offset;  // the same for all elements of a launch
 };
 
 template <typename T>

@@ -11,6 +11,12 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
+// True in one lane of a converged warp. The compiler knows that it is one, and starts a copy there without a loop over lanes.
+FI_DEVICE bool elect_one() {
+  uint32_t chosen;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(chosen));
+  return chosen != 0;
+}
 FI_DEVICE void tma_prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

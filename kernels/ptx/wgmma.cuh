@@ -25,6 +25,19 @@ FI_DEVICE void wgmma_arrived(float (&d)[kRegs]) {
   for (int i = 0; i < kRegs; ++i) asm volatile("" : "+f"(d[i]));
 }
 
+// Accumulators on their way to shared memory: word i of the warp, elements packed in pairs as the accumulator holds them, is
+// an 8 x 8 block, whose row r goes to the 16 bytes at the address that lane 8 i + r gives.
+FI_DEVICE void stmatrix_x4(uint32_t address, const uint32_t (&w)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(w[0]), "r"(w[1]), "r"(w[2]),
+               "r"(w[3])
+               : "memory");
+}
+FI_DEVICE uint4 load_shared(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
+  return x;
+}
+
 // Matrix descriptor for the 128-byte swizzle. stride: bytes from 8 rows to the next 8. panel: bytes from 64 columns to the
 // next 64 for an operand whose contiguous dimension is not k (V); ignored for the others. A step of 16 along k adds
 // 32 bytes inside a panel for k-contiguous operands, 16 rows for the others; the field counts 16-byte units.

@@ -21,6 +21,7 @@ LAYERS = {
     "jit.env": SPECIFICATION, "jit.params": SPECIFICATION, "jit.spec": SPECIFICATION, "jit.sources": SPECIFICATION,
     "jit.render": SPECIFICATION, "jit.trace": SPECIFICATION, "jit.ops": SPECIFICATION, "jit.emit": SPECIFICATION,
     "jit.lower": SPECIFICATION, "jit.intervals": SPECIFICATION, "jit.attention": SPECIFICATION,
+    "jit.score_shape": SPECIFICATION,
     "jit": EXECUTION, "device": EXECUTION,
     "arrays": ARRAYS, "imported": ARRAYS, "checks": ARRAYS, "workspace": ARRAYS, "kv_cache": ARRAYS,
     "random_state": ARRAYS,

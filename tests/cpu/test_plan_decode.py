@@ -187,7 +187,7 @@ def test_fp8_takes_pairs_of_heads_in_batches_that_fill_the_device(dim, rope, gro
 
 
 def test_who_never_takes_pairs():
-    assert choose_tiles(10**4, 128, 1, 1, may_pair=True, **HOPPER)[:3] == (8, 3, 2)
+    assert choose_tiles(10**4, 128, 1, 1, may_pair=True, **HOPPER)[:3] == (4, 2, 2)
     assert not choose_tiles(10**4, 128, 2, 1, may_pair=True, **HOPPER).head_pair  # rows of 256 bytes
     assert not choose_tiles(10**4, 256, 1, 1, may_pair=True, **HOPPER).head_pair
     assert not choose_tiles(10**4, 128, 1, 1, **HOPPER).head_pair

@@ -16,18 +16,21 @@ from fi_cupy.prefill_kernel import _GPUS, Problem, fast_div, geometry, prefill_s
 from fi_cupy.reference.masks import positional_mask
 
 
-def seen_by(items, num_slots, num_split, group, tile_q, batch, tile_kv):
+def seen_by(items, num_slots, num_split, group, tile_q, batch, tile_kv, align_end=False):
     """(request, row, key) counts of the work list as the kernel walks it, and checks of its fields."""
     counts, slots, split = {}, [], {}
-    for q_row, qo_len, base, kv_len, q_tile, begin, end, first, _, _, _, chunk, chunks, *rest in items.tolist():
-        assert rest == [0, 0, 0]
+    for q_row, qo_len, base, kv_len, q_tile, begin, end, first, _, _, _, chunk, chunks, shift, *rest in items.tolist():
+        assert rest == [0, 0]
         if qo_len == 0:
             continue
         b = batch.index((q_row, base))
         grid = counts.setdefault(b, np.zeros((qo_len * group, kv_len), int))
         assert begin % tile_kv == 0 or begin >= end
         assert 0 <= begin and end <= kv_len
-        grid[q_tile * tile_q : (q_tile + 1) * tile_q, begin:end] += 1
+        tiles = -(-qo_len * group // tile_q)
+        assert shift == (tiles * tile_q - qo_len * group if align_end and tiles > 1 else 0) < tile_q
+        row = q_tile * tile_q - shift
+        grid[max(row, 0) : row + tile_q, begin:end] += 1
         if chunks == 1:
             assert (first, chunk) == (0, 0)
         else:
@@ -53,9 +56,10 @@ def seen_by(items, num_slots, num_split, group, tile_q, batch, tile_kv):
     window=st.integers(-1, 400),
     split=st.one_of(st.none(), st.integers(1, 500)),
     disable=st.booleans(),
+    align_end=st.booleans(),
 )
 def test_every_visible_pair_is_computed_once(
-    lens, group, kv_heads, tile_q, tile_kv, slots, causal, window, split, disable
+    lens, group, kv_heads, tile_q, tile_kv, slots, causal, window, split, disable, align_end
 ):
     qo = np.concatenate([[0], np.cumsum([q for q, _ in lens])])
     kv = np.concatenate([[0], np.cumsum([k for _, k in lens])])
@@ -63,10 +67,10 @@ def test_every_visible_pair_is_computed_once(
     kv_len, base = np.diff(kv), kv[:-1] + 1000 * np.arange(len(lens))
     plan = plan_prefill(
         qo, kv_len, base, group=group, num_kv_heads=kv_heads, tile_q=tile_q, tile_kv=tile_kv, slots=slots,
-        causal=causal, window_left=window, split_keys=split, disable_split=disable,
+        causal=causal, window_left=window, split_keys=split, disable_split=disable, align_end=align_end,
     )  # fmt: skip
     batch = list(zip(qo[:-1].tolist(), base.tolist(), strict=True))
-    counts = seen_by(plan.items, plan.num_slots, plan.num_split, group, tile_q, batch, tile_kv)
+    counts = seen_by(plan.items, plan.num_slots, plan.num_split, group, tile_q, batch, tile_kv, align_end)
     assert set(counts) == {b for b, (q, _) in enumerate(lens) if q > 0}
     for b, grid in counts.items():
         q, k = lens[b]
@@ -219,3 +223,42 @@ def test_a_schedule_of_equal_tiles_keeps_their_order():
         np.arange(9) * 16, np.full(8, 128), np.arange(8), group=1, num_kv_heads=8, tile_q=16, tile_kv=64, slots=8
     )
     assert plan.items[:, 10].tolist() == list(range(8))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lens=st.lists(st.tuples(st.integers(0, 700), st.integers(0, 900)), min_size=1, max_size=9),
+    block=st.integers(1, 3000),
+    causal=st.booleans(),
+    slots=st.sampled_from([1, 500]),
+)
+def test_blocks_of_requests_are_side_by_side(lens, block, causal, slots):
+    """The same items as without blocks; longest first inside one; requests with the most keys in the first."""
+    qo, kv_len = np.concatenate([[0], np.cumsum([q for q, _ in lens])]), np.array([k for _, k in lens])
+    given = {
+        "group": 2, "num_kv_heads": 2, "tile_q": 192, "tile_kv": 80, "slots": slots, "causal": causal,
+    }  # fmt: skip
+    free, made = (plan_prefill(qo, kv_len, kv_len * 0, **given, block_keys=b) for b in (None, block))
+    assert sorted(free.items.tolist()) == sorted(made.items.tolist())
+    assert (free.num_slots, free.num_split) == (made.num_slots, made.num_split)
+    order = sorted(range(len(lens)), key=lambda b: -kv_len[b])
+    blocks, keys = [], block
+    for b in order:
+        if not blocks or keys + kv_len[b] > block:
+            blocks.append([])
+            keys = 0
+        blocks[-1].append(b)
+        keys += kv_len[b]
+    number = {b: i for i, members in enumerate(blocks) for b in members}
+    tiles = -(-(made.items[:, 6] - made.items[:, 5]) // 80)
+    places = [(number[b], -n) for b, n in zip(made.items[:, 10].tolist(), tiles.tolist(), strict=True)]
+    assert places == sorted(places)
+
+
+def test_a_full_last_tile_leaves_fewer_keys_to_the_others():
+    given = {"group": 1, "num_kv_heads": 1, "tile_q": 192, "tile_kv": 80, "slots": 1, "causal": True}
+    tiles = []
+    for align_end in (False, True):
+        items = plan_prefill(np.array([0, 1024]), np.array([1024]), np.array([0]), **given, align_end=align_end).items
+        tiles.append(sorted((-(-(items[:, 6] - items[:, 5]) // 80)).tolist()))
+    assert tiles == [[3, 5, 8, 10, 12, 13], [1, 4, 6, 8, 11, 13]]

@@ -7,7 +7,17 @@ import pytest
 from fi_cupy import prefill_hopper
 from fi_cupy.dtypes import bfloat16, float8_e4m3fn
 from fi_cupy.errors import UnsupportedError
-from fi_cupy.prefill_hopper import SHORT_TILES, TILES, Load, box_rows, heads_together, load_of, map_values, too_little
+from fi_cupy.prefill_hopper import (
+    SHORT_TILES,
+    TILES,
+    Load,
+    block_keys,
+    box_rows,
+    heads_together,
+    load_of,
+    map_values,
+    too_little,
+)
 from fi_cupy.prefill_kernel import Problem, geometry
 from fi_cupy.profiles import TYPICAL
 
@@ -126,6 +136,20 @@ def test_short_tiles_have_the_keys_and_so_the_bits_of_tall_ones():
 )
 def test_heads_that_run_together_divide_all(heads, head_bytes, together):
     assert heads_together(heads, head_bytes) == together and heads % together == 0
+
+
+def test_keys_that_run_together_fit_the_l2():
+    """Requests side by side with 8 heads of 512 bytes a token; none where the L2 holds the batch."""
+    assert block_keys(USUAL, 32, 16, 16384, 132) == (16 << 20) // (8 * 512) == 4096
+    assert block_keys(USUAL, 32, 16, 1024, 132) is None and block_keys(USUAL, 1, 200, 32768, 132) is None
+    assert block_keys(TILES[64, 64], 3, 100, 1 << 20, 132) == (16 << 20) // (3 * 256)
+    assert block_keys(TILES[256, 256], 8, 100, 1 << 20, 132) * 8 * 1024 <= 16 << 20
+
+
+def test_few_long_requests_go_longest_first_of_all():
+    """Up to half as many requests times heads together as CTAs: several tiles of each run at a time."""
+    assert block_keys(USUAL, 32, 8, 16384, 132) is None and block_keys(USUAL, 32, 4, 16384, 132) is None
+    assert block_keys(USUAL, 32, 9, 16384, 132) == 4096 and block_keys(USUAL, 32, 8, 16384, 100) == 4096
 
 
 @pytest.mark.parametrize(

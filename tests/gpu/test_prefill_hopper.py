@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fi_cupy import attention, errors, prefill, prefill_kernel
+from fi_cupy import attention, errors, prefill, prefill_hopper, prefill_kernel
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import bfloat16
 from fi_cupy.dtypes import dtype as to_dtype
@@ -203,6 +203,43 @@ def test_both_heights_of_tiles_give_the_same_bits(rng, monkeypatch, dim, group):
         results.append((out.view("u2"), lse.view("u4")))
     prefill_kernel.geometry.cache_clear()
     assert heights == [192, 128] and all((a == b).all() for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("megabytes", [0, 0.5, 1000])
+@pytest.mark.parametrize("page_size", [0, 8])
+def test_requests_side_by_side_give_the_same_bits(rng, monkeypatch, page_size, megabytes):
+    """Blocks of one request, of several, and none: the same items in another order, split ones among them."""
+    lens = [(300, 300), (7, 90), (900, 1900), (64, 64), (3, 0), (100, 900), (193, 80)] * 5
+    qo, kv = (np.concatenate([[0], np.cumsum([x[i] for x in lens])]) for i in (0, 1))
+    q = on_gpu(normal(rng, (int(qo[-1]), 8, 128)))
+
+    def run():
+        out, lse = poisoned(q.shape, "bfloat16"), poisoned(q.shape[:2], "float32")
+        if page_size:
+            wrapper = Paged(workspace(), backend="fa3")
+            wrapper.plan(qo, *table, 8, 2, 128, page_size, causal=True, q_data_type="bfloat16")
+            wrapper.run(q, cache, out=out, lse=lse)
+        else:
+            wrapper = Ragged(workspace(), backend="fa3")
+            wrapper.plan(qo, kv, 8, 2, 128, causal=True, q_data_type="bfloat16")
+            wrapper.run(q, k, v, out=out, lse=lse)
+        return out.view("u2"), lse.view("u4"), wrapper._planned.work.num_split
+
+    if page_size:
+        pages = [-(-n // page_size) for _, n in lens]
+        indptr = np.concatenate([[0], np.cumsum(pages)])
+        table = indptr, rng.permutation(indptr[-1]), np.array([(n - 1) % page_size + 1 for _, n in lens])
+        cache = on_gpu(normal(rng, (int(indptr[-1]), 2, page_size, 2, 128)))
+    else:
+        k, v = (on_gpu(normal(rng, (int(kv[-1]), 2, 128))) for _ in range(2))
+    want = run()
+    monkeypatch.setattr(prefill_hopper, "_BLOCK_BYTES", int(megabytes * (1 << 20)))
+    # 35 requests of 2 heads: more than half the CTAs.
+    assert (prefill_hopper.block_keys(prefill_hopper.TILES[128, 128], 2, 35, int(kv[-1]), 132) is None) == (
+        megabytes > 1
+    )
+    got = run()
+    assert want[2] == got[2] and all((a == b).all() for a, b in zip(got[:2], want[:2], strict=True))
 
 
 @pytest.mark.parametrize("options", [{}, {"logits_soft_cap": 10.0}, {"pos_encoding_mode": "ALIBI"}])
