@@ -116,11 +116,11 @@ NARROW = LaunchShape(256, 1, 1)
 _WIDE_PAIR = LaunchShape(512, 2, 1)
 
 
-def _shared_bytes(segments: int, selects: bool, listed: int) -> int:
-    """sizeof(fi::sampling::RowShared<segments, selects, listed>)."""
-    size = 8 * segments + 8 * 32 + 24 * (256 if selects else 1) + 16
-    size = -(-size // 16) * 16 + 4 * (4096 if selects else 4)
-    size += 4 * segments + 4 * (8 * segments if selects else 1) + 8 * (listed if selects else 1) + 56
+def _shared_bytes(segments: int, tops: bool, listed: int) -> int:
+    """sizeof(fi::sampling::RowShared<segments, tops, listed>)."""
+    size = 8 * segments + 8 * 32 + 24 * (256 if listed else 1) + 40
+    size = -(-size // 16) * 16 + 4 * (4096 if listed else 4)
+    size += 4 * segments + 4 * (8 * segments if tops else 4) + 8 * max(listed, 1) + 44
     return -(-size // 16) * 16
 
 
@@ -133,14 +133,14 @@ def room(vocab: int) -> int:
     return 256 if vocab <= 1 << 18 else 512
 
 
-def row_shared(room: int, selects: bool, shape: LaunchShape, top_k: bool = False) -> tuple[int, int]:
-    """(kList, bytes): four CTAs of 256 threads share a multiprocessor of sm_90, and the portable kernels have the 64 KB
-    of sm_75. Top-k lists more, since what it returns is sorted there.
+def row_shared(room: int, kind: str, shape: LaunchShape) -> tuple[int, int]:
+    """(kList, bytes) by filter: four CTAs of 256 threads share a multiprocessor of sm_90, and the portable kernels have
+    the 64 KB of sm_75. "sorted", of top-k, lists more, since what it returns is sorted there.
     """
-    listed = 0 if not selects else 2816 if room == 256 else 2048
-    if top_k and (room == 256 or shape.cluster > 1):
+    listed = 0 if kind in ("none", "top_p", "min_p") else 2816 if room == 256 else 2048
+    if kind == "sorted" and (room == 256 or shape.cluster > 1):
         listed = 4096 if shape.cluster > 1 else 3072
-    return listed, _shared_bytes(room, selects, listed)
+    return listed, _shared_bytes(room, kind != "none", listed)
 
 
 @lru_cache(maxsize=256)
@@ -265,7 +265,7 @@ def sample_spec(
     `scaled`: by a temperature.
     """
     domain = "Logits" if logits else "Probs"
-    listed, size = row_shared(room, kind not in ("none", "top_p"), shape)
+    listed, size = row_shared(room, kind, shape)
     return row_spec(
         f"sample_{'scaled_' if scaled else ''}{domain.lower()}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
         "sampling.cuh",
@@ -288,7 +288,7 @@ def filter_spec(
     dtype: DType, logits: bool, room: int = 256, shape: LaunchShape = PORTABLE, kind: str = "top_k_top_p"
 ) -> KernelSpec:
     """Rows after the filter `kind`: probabilities renormalised, or logits masked."""
-    listed, size = row_shared(room, True, shape)
+    listed, size = row_shared(room, kind, shape)
     return row_spec(
         f"{'mask_logits' if logits else 'renorm_probs'}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
         "sampling.cuh",
@@ -322,7 +322,7 @@ def softmax_spec(dtype: DType, room: int = 256, shape: LaunchShape = PORTABLE) -
         ),
         threads=shape.threads,
         min_blocks=shape.min_blocks,
-        smem_bytes=8 * room + (MOST_HELD if shape.hold else 0),
+        smem_bytes=8 * room + 16 + (MOST_HELD if shape.hold else 0),
         min_arch=shape.min_arch,
         max_arch=shape.max_arch,
         cluster=shape.cluster if shape.cluster > 1 else 0,

@@ -53,17 +53,23 @@ FI_DEVICE void write_index(void* p, bool wide, int64_t i, int64_t value) {
   }
 }
 // One a row, float64 or float32; without an array, the value.
-FI_DEVICE double read_real(const void* p, bool wide, int64_t i, float value) {
+FI_DEVICE float read_real(const void* p, bool wide, int64_t i, float value) {
   if (p == nullptr) return value;
-  return wide ? static_cast<const double*>(p)[i] : double(static_cast<const float*>(p)[i]);
+  return wide ? float(static_cast<const double*>(p)[i]) : static_cast<const float*>(p)[i];
+}
+// One over it, if it is an array: rounded once.
+FI_DEVICE float read_inverse(const void* p, bool wide, int64_t i, float inverse) {
+  if (p == nullptr) return inverse;
+  const double t = wide ? static_cast<const double*>(p)[i] : double(static_cast<const float*>(p)[i]);
+  return t == 0. ? 0.f : float(1. / t);
 }
 template <class Filter>
 FI_DEVICE FilterArgs filter_args(const SamplingParams& params, uint32_t row) {
   const uint32_t flags = params.flags;
   int64_t k = params.top_k ? read_index(params.top_k, flags & kTopK64, row) : params.top_k_value;
   k = max_of<int64_t>(1, min_of<int64_t>(k, params.vocab));
-  FilterArgs args = {uint32_t(k), float(read_real(params.p, flags & kP64, row, params.p_value)), (flags & kJoint) != 0};
-  if constexpr (Filter::kTop && Filter::kMin) args.min_p = float(read_real(params.min_p, flags & kMinP64, row, params.min_p_value));
+  FilterArgs args = {uint32_t(k), read_real(params.p, flags & kP64, row, params.p_value), (flags & kJoint) != 0};
+  if constexpr (Filter::kTop && Filter::kMin) args.min_p = read_real(params.min_p, flags & kMinP64, row, params.min_p_value);
   return args;
 }
 
@@ -75,8 +81,8 @@ struct NoFilter {
 struct TopP {  // alone: by rejection
   static constexpr bool kFilters = false, kTop = false, kMass = false, kMin = false;
 };
-struct MinP {
-  static constexpr bool kFilters = true, kTop = false, kMass = false, kMin = true;
+struct MinP {  // alone: by the largest value
+  static constexpr bool kFilters = false, kTop = false, kMass = false, kMin = false;
 };
 struct TopK {
   static constexpr bool kFilters = true, kTop = true, kMass = false, kMin = false;
@@ -88,14 +94,13 @@ struct AllFilters {
   static constexpr bool kFilters = true, kTop = true, kMass = true, kMin = true;
 };
 
-// What the cluster's first CTA found out about a row. The other CTAs come back with `first` false, having arrived at a
-// cluster barrier that they have not waited at.
+// What the cluster's first CTA found out about a row; the other CTAs come back with `first` false.
 struct Judged {
   bool first;
   bool nan, valid;
   bool whole;   // nothing is filtered: the sums are the first pass's
-  bool blocks;  // the blocks' largest keys are known
   Verdict verdict;
+  uint64_t random;  // of warp 0, and without a filter of all threads
 };
 
 // Every CTA learns the row's largest key and mass from the first one, which has the sums.
@@ -110,24 +115,28 @@ FI_DEVICE void tell_total(const typename State::Row& row, typename State::Shared
       there.told_total = total;
     }
   }
-  Shape::arrive();
-  Shape::wait();  // everyone has been told
+  Shape::meet();  // everyone has been told
 }
 
-// Read a row by the whole cluster, and in its first CTA find what the filter keeps. `held`: where this CTA's segments
-// stay on chip.
-template <class Filter, class Shape, int exact_bits, class Domain, class Row, class Shared, class Held>
-FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& shared, uint64_t random, const Held& held) {
+// Read a row by the whole cluster, and in its first CTA find what the filter keeps. `held`: what becomes of the segments
+// while they are read; fresh(): the random bits of a draw (kDraws).
+template <class Filter, class Shape, int exact_bits, class Domain, bool kDraws, class Row, class Shared, class Held, class Fresh>
+FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& shared, const Held& held, Fresh&& fresh) {
   using State = RowState<Domain, Shape::kThreads, Row, Shared>;
   const bool top_k = Filter::kTop && args.has_top_k(row.vocab), top_p = Filter::kMass && args.has_top_p();
   const bool banded = top_p && !top_k;
   const bool whole = !Filter::kFilters || (Filter::kTop && !top_k && !top_p && !args.has_min_p());
   const bool joint = Domain::kOwnRef && top_p && args.joint;  // top-p compares with the whole row's mass
-  Judged judged = {Shape::rank() == 0, false, true, whole, Filter::kFilters && (Domain::kOwnRef || !banded), {}};
-  Shared& to = Shape::at(shared, 0);
+  const bool sums = whole || joint || banded;
+  Judged judged = {Shape::rank() == 0, false, true, whole, {}, 0};
   Started<Shape> started;
-  if (Domain::kOwnRef || !banded)
-    summarise<Domain, Filter::kFilters, Shape>(row, to, whole || joint || banded, started, held);
+  const bool summarised = Domain::kOwnRef || !banded;
+  if (summarised) summarise<Domain, Filter::kFilters, Held::kKeeps, Shape>(row, shared, sums, started, held);
+  if (judged.first && kDraws && (!Filter::kFilters || warp_id() == 0)) {
+    judged.random = fresh();
+    asm volatile("" : "+l"(judged.random));  // now, while the other CTAs are awaited
+  }
+  if (judged.first && summarised) Shape::receive(&shared.box[0], 0, summary_bytes<Filter::kFilters>(row, sums));
   Band band = {0.f, 0.f};
   uint64_t total = 0;
   if constexpr (Filter::kMass) {
@@ -135,8 +144,6 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
       auto ref = Domain::ref(1.f);
       float relative = 1.f;  // probabilities are taken to sum to 1 until they have been added up
       if constexpr (Domain::kOwnRef) {
-        Shape::arrive();
-        Shape::wait();  // the first CTA has all sums
         tell_total<Shape, State>(row, shared);
         total = shared.told_total;
         ref = Domain::ref(value_of(shared.told_key));
@@ -147,14 +154,11 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
       if (judged.valid) {
         band = estimate<Domain, Shape>(row, ref, (1.f - args.p) * relative, shared);
         read_with_band<Domain, Shape, Shared>(row, ref, band, !Domain::kOwnRef && !args.joint, started, held);
-        started.done = true;
+        Shape::meet();  // the first CTA has everything
       }
     }
   }
-  Shape::arrive();
-  if (!judged.first) return judged;
-  Shape::wait();  // this CTA has everything
-  if (!judged.valid) return judged;
+  if (!judged.first || !judged.valid) return judged;
   const State state(row, shared);
   judged.nan = state.nan();
   judged.valid = state.valid();
@@ -164,25 +168,19 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
   } else if constexpr (Filter::kFilters) {
     Rest rest;
     FilterArgs left = args;
-    if constexpr (Filter::kTop && Filter::kMin) {
+    if constexpr (Filter::kMin) {
       if (args.has_min_p()) left.least = Domain::min_p_key(args.min_p, state.top);
     }
     if (banded) {
       if constexpr (Filter::kMass) rest = rest_of_band(state, left, band, total, Shape::kStep);
     } else {
       if (joint) total = state.total();
-      uint32_t low = 0;
+      uint32_t low = left.least;
       bool bounded = true;
-      if constexpr (Filter::kTop) {
-        if (!Filter::kMin || top_k) bounded = lower_bound(state, args.top_k, low);
-        else low = left.least;
-      } else {
-        if (args.p > 0.f) low = Domain::min_p_key(args.p, state.top);
-        left = {row.vocab, 1.f, false};
-      }
-      const uint32_t listed = bounded ? gather<State>(row, low) : kWholeRow;
-      if (listed <= Shape::kThreads) {
-        judged.verdict = settle<State>(row, state.top_key, listed, left, total, random);
+      if (!Filter::kMin || top_k) bounded = lower_bound(state, args.top_k, low);
+      const uint32_t listed = bounded ? gather<State, true>(row, low, state.top_key) : kWholeRow;
+      if (listed <= kPairs && few<Shape::kThreads>(listed)) {
+        judged.verdict = settle<State, kDraws>(row, state.top_key, listed, left, total, judged.random);
         return judged;
       }
       rest = {listed <= Shared::kList ? listed : kWholeRow, low, state.top_key, 0};
@@ -196,8 +194,8 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
 
 }  // namespace sampling
 
-// Config: T, Domain (sampling::Logits or Probs), Filter (sampling::NoFilter, TopP, MinP, TopKTopP or AllFilters), kScaled (by
-// temperature), kThreads, kCluster, kSegments, kList (RowShared), kSharedBytes (its size)
+// Config: T, Domain (sampling::Logits or Probs), Filter (sampling::NoFilter, TopP, MinP, TopK, TopKTopP or AllFilters),
+// kScaled (by temperature), kThreads, kCluster, kSegments, kList (RowShared), kSharedBytes (its size)
 template <class Config>
 FI_DEVICE void sample(const SamplingParams& params) {
   using namespace sampling;
@@ -207,13 +205,13 @@ FI_DEVICE void sample(const SamplingParams& params) {
   using Source = SourceRow<T, Config::kScaled>;
   using Row = typename Source::Row;
   using Shape = sampling::Shape<Config::kThreads, Config::kCluster>;
-  using Shared = RowShared<Config::kSegments, Filter::kFilters, Config::kList>;
+  using Shared = RowShared<Config::kSegments, !is_same_v<Filter, NoFilter>, Config::kList>;
   static_assert(sizeof(Shared) == Config::kSharedBytes);
   extern __shared__ __align__(1024) uint8_t smem[];
   Shared& shared = *reinterpret_cast<Shared*>(smem);
 
   set_counters(shared);
-  Shape::start();
+  Shape::template start<Filter::kMass && !Domain::kOwnRef>();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
@@ -224,24 +222,25 @@ FI_DEVICE void sample(const SamplingParams& params) {
   if (0 <= index && index < params.rows) {
     const PlainRow<T> plain{static_cast<const T*>(params.input) + index * params.stride, params.vocab,
                             (flags & kAlignedInput) != 0};
-    float inverse = params.inverse_value;
-    if (Config::kScaled && params.temperature) {
-      const double t = read_real(params.temperature, flags & kTemperature64, output_row, 0.f);
-      inverse = t == 0. ? 0.f : float(1. / t);
-    }
+    const float inverse =
+        Config::kScaled ? read_inverse(params.temperature, flags & kTemperature64, output_row, params.inverse_value) : 1.f;
     const Row row = Source::make(plain, inverse);
-    const Stream stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, output_row);
     const FilterArgs args = filter_args<Filter>(params, output_row);
-    if constexpr (is_same_v<Filter, TopP>) {
-      const Outcome drawn = draw_top_p<Domain, Shape>(row, args, shared, stream);
+    // Random bits are made where they are needed: in front of the first loads they would delay them.
+    auto fresh = [&](uint32_t draw) {
+      return Stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, output_row).bits64(draw);
+    };
+    if constexpr (is_same_v<Filter, TopP> || is_same_v<Filter, MinP>) {
+      Outcome drawn;
+      if constexpr (is_same_v<Filter, TopP>) drawn = draw_top_p<Domain, Shape>(row, args, shared, fresh);
+      else drawn = draw_min_p<Domain, Shape>(row, args, shared, fresh);
       if (!drawn.first) return;
       nan = drawn.nan;
       valid = drawn.valid;
       token = drawn.token;
     } else {
-      const uint64_t random = stream.bits64(0);
-      const Judged judged = judge_row<Filter, Shape, Config::kScaled ? 0 : kExactBits<T>, Domain>(
-          row, args, shared, random, NotHeld{});
+      const Judged judged = judge_row<Filter, Shape, Config::kScaled ? 0 : kExactBits<T>, Domain, true>(
+          row, args, shared, NotHeld{}, [&] { return fresh(0); });
       if (!judged.first) return;
       nan = judged.nan;
       valid = judged.valid;
@@ -249,10 +248,10 @@ FI_DEVICE void sample(const SamplingParams& params) {
         const RowState<Domain, Config::kThreads, Row, Shared> state(row, shared);
         if (judged.verdict.drawn) {
           token = judged.verdict.token;
-        } else if (judged.whole) {
-          token = draw<true>(state, 0, random).token;
         } else {
-          token = draw<false>(state, judged.verdict.threshold, random).token;
+          const uint64_t random = Filter::kFilters ? fresh(0) : judged.random;
+          token = judged.whole ? draw<true>(state, 0, random).token
+                               : draw<false>(state, judged.verdict.threshold, random).token;
         }
       }
     }
@@ -285,7 +284,7 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   Shared& shared = *reinterpret_cast<Shared*>(smem);
 
   set_counters(shared);
-  Shape::start();
+  Shape::template start<Filter::kMass && !Domain::kOwnRef>();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
@@ -297,8 +296,9 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   const bool vectors = (params.flags & kAlignedOutput) != 0;
   const FilterArgs args = filter_args<Filter>(params, uint32_t(row_number));
   const bool fills = args.has_top_k(vocab);
-  const Filled<T> filled{fills ? output : nullptr, shared.block_top, from_float<T>(kMask ? -FI_INF : 0.f), vocab, vectors};
-  const Judged judged = judge_row<Filter, Shape, kExactBits<T>, Domain>(row, args, shared, 0, filled);
+  const Filled<T> filled{fills ? output : nullptr, from_float<T>(kMask ? -FI_INF : 0.f), vocab, vectors};
+  const Judged judged = judge_row<Filter, Shape, kExactBits<T>, Domain, false>(
+      row, args, shared, filled, [] { return uint64_t(0); });
   if (judged.first) {
     uint32_t threshold = 0xffffffffu;  // nothing is kept of an invalid row
     float sum = 1.f;
@@ -309,21 +309,19 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
         sum = Domain::probability(judged.verdict.drawn ? judged.verdict.total : state.kept(), state.ref);
       }
     }
-    if (threadIdx.x < Shape::kCluster) {
-      Shared& there = Shape::at(shared, threadIdx.x);
-      there.told_key = threshold;
-      there.told_sum = sum;
-    }
+    const uint64_t told = uint64_t(__float_as_uint(sum)) << 32 | threshold;
+    if (threadIdx.x == 0) shared.told = told;
+    else if (threadIdx.x < Shape::kCluster) Shape::post(&shared.told, told, &shared.box[1], threadIdx.x);
+    __syncthreads();  // this CTA knows, too
   } else {
-    Shape::wait();  // what judge_row left over
+    Shape::receive(&shared.box[1], 0, 8);
   }
-  Shape::arrive();
-  Shape::wait();  // everyone has been told
-  const uint32_t threshold = shared.told_key;
+  const uint32_t threshold = uint32_t(shared.told);
+  const float told_sum = __uint_as_float(uint32_t(shared.told >> 32));
   const float least = value_of(threshold);  // NaN for an invalid row: nothing reaches it
   // Rows of an extreme scale are divided at another one.
-  const float scale = shared.told_sum < 1e-30f ? 0x1p100f : shared.told_sum > 1e30f ? 0x1p-100f : 1.f;
-  const float sum = shared.told_sum * scale, reciprocal = math::ptx_rcp(sum);
+  const float scale = told_sum < 1e-30f ? 0x1p100f : told_sum > 1e30f ? 0x1p-100f : 1.f;
+  const float sum = told_sum * scale, reciprocal = math::ptx_rcp(sum);
   constexpr int kStep = Shape::kStep;
   const int first = Shape::first(), left = int(row.segments()) - 1 - first;
 #pragma unroll 1

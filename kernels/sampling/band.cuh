@@ -150,7 +150,8 @@ __device__ __noinline__ void read_with_band(Row row, typename Domain::Ref ref, B
     row.load(s, 0, Row::kAll, v);
     started.wait();
     held.put(s, v);
-    const uint32_t top = block_tops<false, Row>(v, nullptr);
+    uint4 keys;
+    const uint32_t top = segment_top<false, Row>(v, keys);
     uint64_t sum = 0;
     uint32_t marks = 0;
     each_value<Row>(v, [&](float x, int b, int j) {
