@@ -129,8 +129,8 @@ __device__ __noinline__ uint32_t gather(typename State::Row row, uint32_t low, u
   using Domain = typename State::Domain;
   constexpr int kPer = Row::kPer, kWarps = State::kThreads / 32, kList = State::Shared::kList;
   constexpr int kFlight = 16 / kPer;   // loads of a thread that are on their way together
-  constexpr int kBits = 64 / kFlight;  // of a count of a block's elements, packed
-  static_assert(Row::kBlock < 1 << kBits && State::Shared::kSelects);
+  constexpr int kBits = 16;            // of a count of a block's elements, packed
+  static_assert(kFlight * kBits <= 64 && State::Shared::kSelects);
   extern __shared__ __align__(1024) uint8_t smem[];
   auto& shared = *reinterpret_cast<typename State::Shared*>(smem);
   uint32_t* const counts = reinterpret_cast<uint32_t*>(shared.warp_sum);
