@@ -20,7 +20,7 @@ from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.dtypes import DType, bfloat16, float16, float32
 from fi_cupy.jit.build import build_many
 from fi_cupy.jit.spec import KernelSpec
-from fi_cupy.sampling_kernels import LaunchShape, filter_spec, room, sample_spec, softmax_spec, speculative_spec
+from fi_cupy.sampling_kernels import LaunchShape, filter_spec, renorm_spec, room, sample_spec, softmax_spec, speculative_spec
 from fi_cupy.testing.bench import launch_count, set_count
 from fi_cupy.testing.bench_gpu import GpuTimer
 
@@ -39,7 +39,7 @@ OPS: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("top_k", "top_k", "l", lambda x: topk.top_k(x, 50)),
     ("topk_mask", "fill", "l", lambda x: sampling.top_k_mask_logits(x, 50)),
     ("topk_renorm", "fill", "p", lambda x: sampling.top_k_renorm_probs(x, 50)),
-    ("topp_renorm", "keep", "p", lambda x: sampling.top_p_renorm_probs(x, 0.9)),
+    ("topp_renorm", "renorm", "p", lambda x: sampling.top_p_renorm_probs(x, 0.9)),
     ("softmax", "softmax", "l", lambda x: sampling.softmax(x)),
 ]  # fmt: skip
 
@@ -50,7 +50,7 @@ def shapes(kind: str, vocab: int) -> Iterator[LaunchShape]:
     """
     segments = -(-vocab // 1024)
     for cluster, threads in product((1, 2, 4, 8, 16), (256, 512, 1024)):
-        holds = kind == "softmax"
+        holds = kind in ("softmax", "renorm")
         if holds and (threads > 256 or -(-segments // cluster) * 4 > 128):  # does not fit
             continue
         if cluster * threads // 32 > 256 or cluster * threads // 32 >= 2 * max(segments, 32):
@@ -62,8 +62,10 @@ def spec_of(kind: str, source: str, name: str, dtype: DType, vocab: int, shape: 
     logits, segments = source == "l", room(vocab)
     if kind == "softmax":
         return softmax_spec(dtype, segments, shape)
-    if kind in ("fill", "keep"):
-        return filter_spec(dtype, logits, segments, shape, "top_k" if kind == "fill" else "top_k_top_p")
+    if kind == "renorm":
+        return renorm_spec(dtype, segments, shape)
+    if kind == "fill":
+        return filter_spec(dtype, logits, segments, shape, "top_k")
     if kind == "top_k":
         return topk.top_k_spec(dtype, segments, shape)
     filters = {"draw": "none", "reject": "top_p"}.get(kind)
@@ -91,7 +93,7 @@ def chosen_specs(device: DeviceInfo) -> Iterator[KernelSpec]:
                 yield sample_spec(dtype, False, kind, room(vocab), shape("select"))
             for scaled in (False, True):
                 yield sample_spec(dtype, True, "all", room(vocab), shape("select"), scaled)
-            yield filter_spec(dtype, False, room(vocab), shape("keep"), "top_k_top_p")
+            yield renorm_spec(dtype, room(vocab), shape("renorm"))
             yield softmax_spec(dtype, room(vocab), shape("softmax"))
             yield topk.top_k_spec(dtype, room(vocab), shape("top_k"))
             yield speculative_spec(dtype, room(vocab), shape("speculative"))

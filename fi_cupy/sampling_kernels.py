@@ -147,13 +147,13 @@ def row_shared(room: int, kind: str, shape: LaunchShape) -> tuple[int, int]:
 def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
     """The shape of a launch, by its kind: "draw" (nothing is filtered), "reject" (top-p alone), "select" (a token of
     what a filter keeps), "top_k", "fill" (rows of which few elements are kept), "keep" (rows of which many are),
-    "softmax" or "speculative". bench/tune_sampling.py times them all.
+    "renorm" (after top-p alone), "softmax" or "speculative". bench/tune_sampling.py times them all.
     """
     segments, arch = _segments(vocab), device.code_number
     if arch < 90:
         if kind in ("draw", "reject"):
             return LaunchShape(min_blocks=2)
-        return NARROW if kind in ("fill", "keep", "top_k", "speculative") and segments <= 256 else PORTABLE
+        return NARROW if kind in ("fill", "keep", "renorm", "top_k", "speculative") and segments <= 256 else PORTABLE
     largest = 16 if arch < 110 else 8
 
     def clusters(limit: int, own: int) -> int:
@@ -173,9 +173,11 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
     if arch > 110:  # more registers for the same code
         return LaunchShape(256, clusters(8, 8), 1) if room(vocab) == 256 else PORTABLE
     few = rows * 2 <= device.num_sms
+    if kind == "renorm" and room(vocab) > 256:  # 24 segments of a CTA in shared memory
+        return LaunchShape(256, largest, 1, True) if largest == 16 else LaunchShape(512, largest, 1)
     if room(vocab) > 256:
         return LaunchShape(512, shared(16) if kind in ("reject", "keep", "softmax") else clusters(8, 16), 1)
-    if kind == "softmax":
+    if kind in ("softmax", "renorm"):
         return LaunchShape(256, shared(16) if not few else max(shared(16), clusters(16, 8)), 4, True)
     if kind in ("reject", "keep") and not few:
         return LaunchShape(256, shared(16), 4)
@@ -302,6 +304,34 @@ def filter_spec(
         listed=listed,
         shared=size,
         spills=spills(kind, shape),
+    )
+
+
+@lru_cache(maxsize=64)
+def renorm_spec(dtype: DType, room: int = 256, shape: LaunchShape = NARROW) -> KernelSpec:
+    """Probabilities after top-p alone, renormalised."""
+    steps = shape.cluster * shape.threads // 32
+    size = 24 * steps + 8 * shape.cluster + 296 + 8 * 2048 // shape.cluster + 4 * 4096  # sizeof(RenormShared)
+    size = -(-size // 16) * 16
+    return KernelSpec(
+        symbol=f"renorm_top_p_{dtype.tag}_s{room}_{shape.tag}",
+        header="sampling/renorm.cuh",
+        function="renorm_top_p",
+        params=_PARAMS,
+        config=(
+            ("T", dtype),
+            ("kThreads", shape.threads),
+            ("kCluster", shape.cluster),
+            ("kSegments", room),
+            ("kHold", shape.hold),
+            ("kSharedBytes", size),
+        ),
+        threads=shape.threads,
+        min_blocks=shape.min_blocks,
+        smem_bytes=size + (MOST_HELD if shape.hold else 0),
+        min_arch=shape.min_arch,
+        max_arch=shape.max_arch,
+        cluster=shape.cluster if shape.cluster > 1 else 0,
     )
 
 

@@ -11,58 +11,12 @@
 #include "ptx/pdl.cuh"
 #include "sampling/band.cuh"
 #include "sampling/draw.cuh"
+#include "sampling/parameters.cuh"
 
 namespace fi {
 
-struct SamplingParams {
-  const void* input;
-  void* output;         // tokens, or rows (contiguous)
-  uint8_t* valid;       // or null; a row is invalid if it has NaN or nothing to draw from, or its index is out of range
-  uint8_t* nan;         // or null; 1 where the row has NaN
-  const void* indices;  // row of input for every output row, or null
-  const void* top_k;    // parameters by output row, or null for the value
-  const void* p;
-  const uint64_t* seed;
-  const uint64_t* offset;
-  uint64_t seed_value, offset_value;
-  int64_t stride;       // of input rows, elements
-  uint32_t rows;        // of input
-  uint32_t vocab;
-  int32_t top_k_value;
-  float p_value;
-  uint32_t flags;
-  float min_p_value;        // of pipelines: min-p beside top-k and top-p
-  const void* min_p;
-  const void* temperature;  // of pipelines on logits, or null for the value
-  float inverse_value;      // 1 / temperature; 0 for temperature 0
-};
-
 namespace sampling {
 
-template <typename T>
-constexpr int kExactBits = is_same_v<T, float> ? 0 : (is_same_v<T, __half> ? 13 : 16);  // key bits that never differ
-
-FI_DEVICE int64_t read_index(const void* p, bool wide, int64_t i) {
-  return wide ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
-}
-FI_DEVICE void write_index(void* p, bool wide, int64_t i, int64_t value) {
-  if (wide) {
-    static_cast<int64_t*>(p)[i] = value;
-  } else {
-    static_cast<int32_t*>(p)[i] = int32_t(value);
-  }
-}
-// One a row, float64 or float32; without an array, the value.
-FI_DEVICE float read_real(const void* p, bool wide, int64_t i, float value) {
-  if (p == nullptr) return value;
-  return wide ? float(static_cast<const double*>(p)[i]) : static_cast<const float*>(p)[i];
-}
-// One over it, if it is an array: rounded once.
-FI_DEVICE float read_inverse(const void* p, bool wide, int64_t i, float inverse) {
-  if (p == nullptr) return inverse;
-  const double t = wide ? static_cast<const double*>(p)[i] : double(static_cast<const float*>(p)[i]);
-  return t == 0. ? 0.f : float(1. / t);
-}
 template <class Filter>
 FI_DEVICE FilterArgs filter_args(const SamplingParams& params, uint32_t row) {
   const uint32_t flags = params.flags;
@@ -319,9 +273,7 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   const uint32_t threshold = uint32_t(shared.told);
   const float told_sum = __uint_as_float(uint32_t(shared.told >> 32));
   const float least = value_of(threshold);  // NaN for an invalid row: nothing reaches it
-  // Rows of an extreme scale are divided at another one.
-  const float scale = told_sum < 1e-30f ? 0x1p100f : told_sum > 1e30f ? 0x1p-100f : 1.f;
-  const float sum = told_sum * scale, reciprocal = math::ptx_rcp(sum);
+  const Quotient quotient(told_sum);
   constexpr int kStep = Shape::kStep;
   const int first = Shape::first(), left = int(row.segments()) - 1 - first;
 #pragma unroll 1
@@ -347,8 +299,7 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
         if constexpr (kMask) {
           y[j] = keep ? y[j] : -FI_INF;
         } else {
-          const float x = fmaxf(y[j], 0.f) * scale, q = x * reciprocal;
-          y[j] = keep ? __fmaf_rn(__fmaf_rn(-q, sum, x), reciprocal, q) : 0.f;  // the remainder corrects the quotient
+          y[j] = keep ? quotient(y[j]) : 0.f;
         }
       }
       const uint32_t at = s * kSegment + b * Row::kBlock + lane_id() * kPer;

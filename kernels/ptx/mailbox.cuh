@@ -68,5 +68,19 @@ FI_DEVICE void post(uint4* at, uint4 value, uint64_t* box, uint32_t rank) {
       : "memory");
 #endif
 }
+// Added to what is there: the sum of many is complete when all have been counted.
+FI_DEVICE void post_add(uint64_t* at, uint64_t value, uint64_t* box, uint32_t rank) {
+#if FI_ARCH >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, counter;\n"
+      "mapa.shared::cluster.u32 there, %0, %3;\n"
+      "mapa.shared::cluster.u32 counter, %2, %3;\n"
+      "red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u64 [there], %1, [counter];\n"
+      "}" ::"r"(smem_address(at)),
+      "l"(value), "r"(smem_address(box)), "r"(rank)
+      : "memory");
+#endif
+}
 
 }  // namespace fi::ptx

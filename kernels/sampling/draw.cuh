@@ -2,7 +2,6 @@
 // rejection, and min-p's among what a threshold keeps that the row's largest value gives.
 #pragma once
 #include "sampling/candidates.cuh"
-#include "sampling/stream.cuh"
 
 namespace fi::sampling {
 

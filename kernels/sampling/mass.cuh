@@ -106,6 +106,20 @@ struct Probabilities {
   FI_DEVICE static float relative(float x, Ref) { return x; }
   FI_DEVICE static float value_at(float relative, Ref) { return relative; }
 };
+// Probabilities divided by their sum: correctly rounded but for a few, and at another scale if the row's is extreme.
+struct Quotient {
+  float scale, sum, reciprocal;
+  FI_DEVICE explicit Quotient(float whole) {
+    scale = whole < 1e-30f ? 0x1p100f : whole > 1e30f ? 0x1p-100f : 1.f;
+    sum = whole * scale;
+    reciprocal = math::ptx_rcp(sum);
+  }
+  FI_DEVICE float operator()(float p) const {
+    const float x = fmaxf(p, 0.f) * scale, q = x * reciprocal;
+    return __fmaf_rn(__fmaf_rn(-q, sum, x), reciprocal, q);  // the remainder corrects the quotient
+  }
+};
+
 using Probs = Probabilities<-20>;     // a normalised row of 2^19 tokens is above
 using Residuals = Probabilities<-8>;  // differences of probabilities: small sums keep a fine unit
 

@@ -55,6 +55,14 @@ struct Shape {
       *at = value;
     }
   }
+  // The same, added to what is there.
+  FI_DEVICE static void add(uint64_t* at, uint64_t value, uint64_t* box, uint32_t rank) {
+    if constexpr (kCluster > 1) {
+      ptx::post_add(at, value, box, rank);
+    } else {
+      *at += value;
+    }
+  }
   // Every thread waits for this CTA's mail of a phase, `bytes` in all. No barrier among the threads, except of one CTA.
   FI_DEVICE static void receive(uint64_t* box, uint32_t phase, uint32_t bytes) {
     if constexpr (kCluster > 1) {

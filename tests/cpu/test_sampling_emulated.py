@@ -41,7 +41,7 @@ def shape(request):
     cluster, threads, _ = SHAPES[request.param]
 
     def chosen(kind, rows, vocab, device):
-        holds = cluster > 1 and kind == "softmax"
+        holds = cluster > 1 and kind in ("softmax", "renorm")
         return LaunchShape(threads, max(cluster, 8) if holds else cluster, 1, holds)
 
     with emulate.emulated(emulate.HOPPER, sampling_launch, speculative, topk), contextlib.ExitStack() as stack:

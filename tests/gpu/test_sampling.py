@@ -110,7 +110,7 @@ def test_every_launch_shape_gives_the_same(rng, dtype, size, monkeypatch):
             continue
 
         def chosen(kind, rows, vocab, device, shape=shape):
-            holds = shape.cluster > 1 and kind == "softmax"
+            holds = shape.cluster > 1 and kind in ("softmax", "renorm")
             return shape._replace(cluster=max(shape.cluster, 8), hold=True) if holds else shape
 
         monkeypatch.setattr(sampling_launch, "launch_shape", chosen)

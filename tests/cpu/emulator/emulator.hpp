@@ -194,6 +194,7 @@ struct Mail {
   Cta* cta;
   uint8_t *at, *box;
   int size;
+  bool adds;
   uint8_t value[16];
 };
 inline std::vector<Mail> mail;
@@ -210,7 +211,8 @@ inline void deliver(size_t i) {
   mail[i] = mail.back();
   mail.pop_back();
   if (m.cta->alive == 0) fail("mail for a CTA that has ended");
-  memcpy(m.at, m.value, m.size);
+  if (m.adds) *reinterpret_cast<uint64_t*>(m.at) += *reinterpret_cast<const uint64_t*>(m.value);
+  else memcpy(m.at, m.value, m.size);
   mailbox_count(*reinterpret_cast<Box*>(m.box), -m.size);
 }
 inline void mailbox_expect(uint64_t* box, uint32_t bytes) {
@@ -229,11 +231,11 @@ inline void mailbox_wait(uint64_t* box, uint32_t parity) {
   }
 }
 template <class T>
-void post(T* at, T value, uint64_t* box, uint32_t rank) {
+void post(T* at, T value, uint64_t* box, uint32_t rank, bool adds) {
   Cta& cta = cluster->ctas[rank];
   if (!cta.started) fail("mail for a CTA that has not started");
   Mail m = {&cta, reinterpret_cast<uint8_t*>(cluster_map(at, rank)), reinterpret_cast<uint8_t*>(cluster_map(box, rank)),
-            int(sizeof(T)), {}};
+            int(sizeof(T)), adds, {}};
   memcpy(m.value, &value, sizeof(T));
   mail.push_back(m);
 }
