@@ -39,5 +39,5 @@ def test_launch_shapes_fit(arch):
         assert shape.cluster * shape.threads // 32 <= 256 and shape.cluster & shape.cluster - 1 == 0
         size = kernels.launched_bytes(spec, vocab, float32, shape)
         assert 0 < size <= min(memory, spec.smem_bytes), (kind, rows, vocab, shape, size)
-        if arch == 90 and kind != "softmax":
+        if arch == 90 and not shape.hold:  # what is held depends on the vocabulary
             assert max(shape.min_blocks, 1) * (size + 1024) <= 228 << 10, (kind, rows, vocab, shape, size)
