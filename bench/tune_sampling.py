@@ -20,7 +20,15 @@ from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.dtypes import DType, bfloat16, float16, float32
 from fi_cupy.jit.build import build_many
 from fi_cupy.jit.spec import KernelSpec
-from fi_cupy.sampling_kernels import LaunchShape, filter_spec, renorm_spec, room, sample_spec, softmax_spec, speculative_spec
+from fi_cupy.sampling_kernels import (
+    LaunchShape,
+    filter_spec,
+    renorm_spec,
+    room,
+    sample_spec,
+    softmax_spec,
+    speculative_spec,
+)
 from fi_cupy.testing.bench import launch_count, set_count
 from fi_cupy.testing.bench_gpu import GpuTimer
 

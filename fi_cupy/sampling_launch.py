@@ -299,9 +299,7 @@ def filtered_rows(op: str, name: str, array: Any, top_k: Any, top_p: Any, min_p:
     flags |= m_wide | (_JOINT if joint else 0) | (ALIGNED_IN if aligned_rows(x) else 0)
     flags |= _ALIGNED_OUT if aligned_rows(o) else 0
     alone = p is not None and k is None and m is None and not logits
-    shape = launch_shape(
-        "renorm" if alone else "fill" if k is not None else "keep", rows, vocab, device_info(x.device)
-    )
+    shape = launch_shape("renorm" if alone else "fill" if k is not None else "keep", rows, vocab, device_info(x.device))
     kind = "all" if m is not None else "top_k" if p is None else "top_k_top_p"
     spec = renorm_spec(x.dtype, room(vocab), shape) if alone else filter_spec(x.dtype, logits, room(vocab), shape, kind)
     load_kernel(spec, x.device).launch(
