@@ -43,7 +43,7 @@ OPS: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("topp logits", "reject", "l", lambda x: sampling.top_k_top_p_sampling_from_logits(x, 1 << 30, 0.9, **AT)),
     ("topk probs", "select", "p", lambda x: sampling.top_k_sampling_from_probs(x, 50, **AT)),
     ("topp probs", "reject", "p", lambda x: sampling.top_p_sampling_from_probs(x, 0.9, **AT)),
-    ("minp probs", "select", "p", lambda x: sampling.min_p_sampling_from_probs(x, 0.05, **AT)),
+    ("minp probs", "min_p", "p", lambda x: sampling.min_p_sampling_from_probs(x, 0.05, **AT)),
     ("top_k", "top_k", "l", lambda x: topk.top_k(x, 50)),
     ("topk_mask", "fill", "l", lambda x: sampling.top_k_mask_logits(x, 50)),
     ("topk_renorm", "fill", "p", lambda x: sampling.top_k_renorm_probs(x, 50)),
@@ -76,9 +76,9 @@ def spec_of(kind: str, source: str, name: str, dtype: DType, vocab: int, shape: 
         return filter_spec(dtype, logits, segments, shape, "top_k")
     if kind == "top_k":
         return topk.top_k_spec(dtype, segments, shape)
-    filters = {"draw": "none", "reject": "top_p"}.get(kind)
+    filters = {"draw": "none", "reject": "top_p", "min_p": "min_p"}.get(kind)
     if filters is None:
-        filters = "min_p" if "minp" in name else "top_k" if name == "topk probs" else "top_k_top_p"
+        filters = "top_k" if name == "topk probs" else "top_k_top_p"
     return sample_spec(dtype, logits, filters, segments, shape)
 
 
@@ -97,8 +97,8 @@ def chosen_specs(device: DeviceInfo) -> Iterator[KernelSpec]:
                 yield sample_spec(dtype, logits, "top_p", room(vocab), shape("reject"))
                 yield sample_spec(dtype, logits, "top_k_top_p", room(vocab), shape("select"))
                 yield filter_spec(dtype, logits, room(vocab), shape("fill"), "top_k")
-            for kind in ("min_p", "top_k"):
-                yield sample_spec(dtype, False, kind, room(vocab), shape("select"))
+            yield sample_spec(dtype, False, "min_p", room(vocab), shape("min_p"))
+            yield sample_spec(dtype, False, "top_k", room(vocab), shape("select"))
             for scaled in (False, True):
                 yield sample_spec(dtype, True, "all", room(vocab), shape("select"), scaled)
             yield renorm_spec(dtype, room(vocab), shape("renorm"))

@@ -85,7 +85,9 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
         *(activation.activation_spec("silu", bfloat16, 8, unroll) for unroll in (1, 2)),
         rope.rope_spec(bfloat16, int32, d, 8, rope._threads((qo + kv) * d // 16)),
         *(page.append_spec(2 * d, 2 * d, 16, unroll) for unroll in (1, 4)),
-        *sampling.kernel_specs()[:9],
+        *sampling.kernel_specs()[
+            :6
+        ],  # softmax and draws from float32 logits, without a filter and with top-k and top-p
     ]
     products = [((qo + 2 * kv) * d, h), (h, qo * d), (2 * shape.intermediate, h), (h, shape.intermediate)]
     for m in (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -145,13 +146,13 @@ def row_shared(room: int, kind: str, shape: LaunchShape) -> tuple[int, int]:
 
 @lru_cache(maxsize=256)
 def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
-    """The shape of a launch, by its kind: "draw" (nothing is filtered), "reject" (top-p alone), "select" (a token of
-    what a filter keeps), "top_k", "fill" (rows of which few elements are kept), "keep" (rows of which many are),
+    """The shape of a launch, by its kind: "draw" (nothing is filtered), "reject" (top-p alone), "min_p" (alone),
+    "select" (a token of what other filters keep), "top_k", "fill" (rows of which few elements are kept), "keep" (rows of which many are),
     "renorm" (after top-p alone), "softmax" or "speculative". bench/tune_sampling.py times them all.
     """
     segments, arch = _segments(vocab), device.code_number
     if arch < 90:
-        if kind in ("draw", "reject"):
+        if kind in ("draw", "reject", "min_p"):
             return LaunchShape(min_blocks=2)
         return NARROW if kind in ("fill", "keep", "renorm", "top_k", "speculative") and segments <= 256 else PORTABLE
     largest = 16 if arch < 110 else 8
@@ -186,7 +187,7 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
     if kind == "speculative":  # two rows are read at once: 128 registers a thread
         cluster = clusters(8, 8)
         return _WIDE_PAIR if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 2)
-    if kind in ("draw", "reject"):  # little to do behind the pass over the row
+    if kind in ("draw", "reject", "min_p"):  # little to do behind the pass over the row
         cluster = clusters(16, 8)
         return LaunchShape(512, 2, 2) if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 4)
     # One CTA decides, the faster the more threads it has; with many rows, others read meanwhile.
@@ -375,27 +376,32 @@ def speculative_spec(dtype: DType, room: int = 256, shape: LaunchShape = NARROW)
     )
 
 
+#: The canonical instances: what is first run, by the kind of launch. Those before the empty line also for 16-bit logits.
+_FIRST: tuple[tuple[str, Callable[[DType, LaunchShape], KernelSpec]], ...] = (
+    ("softmax", lambda dtype, shape: softmax_spec(dtype, 256, shape)),
+    ("draw", lambda dtype, shape: sample_spec(dtype, True, "none", 256, shape)),
+    ("select", lambda dtype, shape: sample_spec(dtype, True, "top_k_top_p", 256, shape)),
+    ("fill", lambda dtype, shape: filter_spec(dtype, True, 256, shape, "top_k")),
+
+    ("draw", lambda dtype, shape: sample_spec(dtype, False, "none", 256, shape)),
+    ("reject", lambda dtype, shape: sample_spec(dtype, False, "top_p", 256, shape)),
+    ("min_p", lambda dtype, shape: sample_spec(dtype, False, "min_p", 256, shape)),
+    ("select", lambda dtype, shape: sample_spec(dtype, False, "top_k", 256, shape)),
+    ("fill", lambda dtype, shape: filter_spec(dtype, False, 256, shape, "top_k")),
+    ("renorm", lambda dtype, shape: renorm_spec(dtype, 256, shape)),
+    ("speculative", lambda dtype, shape: speculative_spec(dtype, 256, shape)),
+    ("select", lambda dtype, shape: sample_spec(dtype, True, "all", 256, shape, True)),
+)  # fmt: skip
+
+
 def kernel_specs() -> list[KernelSpec]:
-    """The canonical instances: a CTA a row for every architecture, and a cluster a row from sm_90 on."""
-    specs = []
-    for dtype in (float32, bfloat16, float16):
-        draws, selects, fills, keeps = [LaunchShape()], [PORTABLE], [NARROW], [NARROW]
-        if dtype is not float16:
-            draws += [LaunchShape(256, 8, 4)]
-            selects += [LaunchShape(1024, 2, 1)]
-            fills += [LaunchShape(1024, 2, 1)]
-            keeps += [LaunchShape(256, 8, 4)]
-            specs += [
-                softmax_spec(dtype, 256, LaunchShape(256, 8, 4, True)),
-                filter_spec(dtype, False, 256, NARROW, "all"),
-            ]
-            specs += [sample_spec(dtype, logits, "all", 256, selects[0], logits) for logits in (True, False)]
-            specs += [sample_spec(dtype, True, "none", 256, draws[-1], True), speculative_spec(dtype, 256, _WIDE_PAIR)]
-        for logits in (True, False):
-            specs += [sample_spec(dtype, logits, kind, 256, shape) for kind in ("none", "top_p") for shape in draws]
-            specs += [sample_spec(dtype, logits, "top_k_top_p", 256, shape) for shape in selects]
-            specs += [filter_spec(dtype, logits, 256, shape, "top_k") for shape in fills]
-        specs += [sample_spec(dtype, False, kind, 256, selects[-1]) for kind in ("min_p", "top_k")]
-        specs += [filter_spec(dtype, False, 256, shape, "top_k_top_p") for shape in keeps]
-        specs += [softmax_spec(dtype), speculative_spec(dtype)]
-    return specs
+    """The canonical instances: a CTA a row for every architecture, and what 64 rows of 128,256 tokens take on an H100."""
+    alone = DeviceInfo(80, "80", 108, 163 << 10, 164 << 10, 40 << 20, "sm_80")
+    hopper = DeviceInfo(90, "90a", 132, 227 << 10, 228 << 10, 50 << 20, "sm_90")
+    made = [
+        make(dtype, launch_shape(kind, 64, 128256, device))
+        for dtype, count in ((float32, len(_FIRST)), (bfloat16, 4), (float16, 3))
+        for kind, make in _FIRST[:count]
+        for device in ((alone, hopper) if dtype is not float16 else (alone,))
+    ]
+    return [*made, filter_spec(float32, False, 256, NARROW, "all"), sample_spec(float32, False, "all", 256, PORTABLE)]

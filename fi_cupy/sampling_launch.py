@@ -244,7 +244,10 @@ def draw_tokens(
         t_ptr, t_value, t_wide = _real(t, 1.0, _TEMPERATURE64)
         flags |= m_wide | t_wide | random.flags | (INDICES64 if out.dtype is int64 else 0) | (_JOINT if joint else 0)
         shape = launch_shape(
-            {"none": "draw", "top_p": "reject"}.get(kind, "select"), rows, x.shape[1], device_info(x.device)
+            {"none": "draw", "top_p": "reject", "min_p": "min_p"}.get(kind, "select"),
+            rows,
+            x.shape[1],
+            device_info(x.device),
         )
         spec = sample_spec(x.dtype, logits, kind, room(x.shape[1]), shape, scaled)
         load_kernel(spec, x.device).launch(

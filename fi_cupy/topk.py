@@ -97,13 +97,8 @@ def sort_spec(dtype: DType) -> KernelSpec:
 
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances."""
-    specs = []
-    for dtype in (float32, bfloat16, float16):
-        specs.append(top_k_spec(dtype))
-        if dtype is not float16:
-            specs.append(top_k_spec(dtype, 256, LaunchShape(1024, 2, 1)))
-        specs.append(sort_spec(dtype))
-    return specs
+    alone = [top_k_spec(dtype) for dtype in (float32, bfloat16, float16)]
+    return [*alone, top_k_spec(float32, 256, LaunchShape(1024, 2, 1)), sort_spec(float32)]
 
 
 def _count(op: str, k: Any, most: int | None = None) -> int:

@@ -22,6 +22,7 @@ def test_launch_shapes_fit(arch):
     made = {
         "draw": lambda *a: kernels.sample_spec(float32, True, "none", *a),
         "reject": lambda *a: kernels.sample_spec(float32, True, "top_p", *a),
+        "min_p": lambda *a: kernels.sample_spec(float32, False, "min_p", *a),
         "select": lambda *a: kernels.sample_spec(float32, True, "top_k_top_p", *a),
         "fill": lambda *a: kernels.filter_spec(float32, True, *a, "top_k"),
         "keep": lambda *a: kernels.filter_spec(float32, False, *a, "top_k_top_p"),
