@@ -24,31 +24,35 @@ FI_DEVICE Drawn draw(const State& state, uint32_t threshold, uint64_t random) {
   uint64_t rest = 0, weight = kWeightOne;
   uint64_t mass[Row::kPer], sum = 0, inclusive = 0;
   if (works) {
-    // Each of these warps finds the segment: a lane has some that follow each other.
-    const uint32_t segments = state.row.segments(), each = ceil_div(segments, 32u), first = lane_id() * each;
+    // Each of these warps finds the segment: a lane has some that follow each other, mostly four.
+    const uint32_t segments = state.row.segments(), each = max_of(ceil_div(segments, 32u), 4u), first = lane_id() * each;
     auto of = [&](uint32_t s) {
       if constexpr (kWhole) return state.part(s);
       else return s < segments ? shared.sum[s] : uint64_t(0);
     };
-    uint64_t own = 0;
-#pragma unroll 4
-    for (uint32_t i = 0; i < each; ++i) own += of(first + i);
-    uint64_t end = warp_scan(own);
-    const uint64_t total = __shfl_sync(kFullMask, end, 31), target = __umul64hi(random, total);
-    const bool here = end - own <= target && target < end;
-    if (here) {
-      end -= own;
-#pragma unroll 1
-      for (uint32_t i = 0;; ++i) {
-        const uint64_t next = of(first + i);
-        if (target < end + next) {
-          segment = first + i;
-          rest = target - end;
-          break;
-        }
-        end += next;
+    uint64_t part[4], own = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) own += part[i] = of(first + i);
+    for (uint32_t i = 4; i < each; ++i) own += of(first + i);
+    const uint64_t end = warp_scan(own), total = __shfl_sync(kFullMask, end, 31), target = __umul64hi(random, total);
+    uint64_t start = end - own;
+    const bool here = start <= target && target < end;
+    segment = first;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      if (segment == first + i && start + part[i] <= target) {
+        start += part[i];
+        ++segment;
       }
     }
+    if (here && each > 4 && start + part[3] <= target && segment == first + 3) {
+      for (start += part[3], ++segment;; ++segment) {
+        const uint64_t next = of(segment);
+        if (target < start + next) break;
+        start += next;
+      }
+    }
+    rest = target - start;
     const int source = __ffs(__ballot_sync(kFullMask, here)) - 1;
     segment = __shfl_sync(kFullMask, segment, source);
     rest = __shfl_sync(kFullMask, rest, source);
@@ -94,28 +98,48 @@ struct Outcome {
 };
 
 // Another pass over the row: every segment's mass of what has at least the key `least`, to the first CTA. Only blocks
-// that have such elements are read again.
+// that have such elements are read again, several at a time whatever segments they are of.
 template <class Domain, class Shape, class Row, class Shared>
 FI_DEVICE void add_from(const Row& row, typename Domain::Ref ref, uint32_t least, Shared& shared, uint64_t* box) {
+  constexpr int kBlocks = Row::kBlocks, kPer = Row::kPer;
+  constexpr int kTogether = 32 / kBlocks;  // segments whose blocks a warp looks at together, a lane a block
+  constexpr int kFlight = 16 / kPer;       // loads of a thread that are on their way together
   const uint32_t segments = row.segments();
   const float bound = value_of(least);
   __syncwarp();  // the warp's block tops are written
 #pragma unroll 1
-  for (uint32_t s = Shape::first(); s < segments; s += Shape::kStep) {
-    uint32_t blocks = 0;
+  for (uint32_t first = Shape::first(); first < segments; first += kTogether * Shape::kStep) {
+    const uint32_t own = first + lane_id() / kBlocks * Shape::kStep;
+    uint32_t taken = __ballot_sync(kFullMask, own < segments && shared.block_top[own * kBlocks + lane_id() % kBlocks] >= least);
+    if (lane_id() % kBlocks == 0 && own < segments && !(taken >> lane_id() & ((1u << kBlocks) - 1)))
+      Shape::post(&shared.sum[own], uint64_t(0), box, 0);
+    uint64_t sum = 0;  // of this lane, of the segment whose blocks are being added up
+#pragma unroll 1
+    while (taken) {
+      float v[kFlight][kPer];
+      uint32_t next[kFlight];
 #pragma unroll
-    for (int b = 0; b < Row::kBlocks; ++b) blocks |= uint32_t(shared.block_top[s * Row::kBlocks + b] >= least) << b;
-    uint64_t sum = 0;
-    if (blocks) {
-      typename Row::Block v[Row::kBlocks];
-      row.load(s, 0, blocks, v);
-      each_value<Row>(v, [&](float x, int, int) {
-        const uint64_t mass = Domain::mass(x, ref);
-        if (x >= bound) sum += mass;
-      });
-      sum = ptx::warp_sum_u64(sum);
+      for (int f = 0; f < kFlight; ++f) {
+        next[f] = taken ? __ffs(taken) - 1 : 32;
+        taken &= taken - 1;
+        const uint32_t block = (first + next[f] / kBlocks * Shape::kStep) * kBlocks + next[f] % kBlocks;
+        if (next[f] < 32) row.load_at(block * Row::kBlock + lane_id() * kPer, v[f]);
+      }
+#pragma unroll
+      for (int f = 0; f < kFlight; ++f) {
+        if (next[f] == 32) break;
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) {
+          const uint64_t mass = Domain::mass(v[f][j], ref);
+          if (v[f][j] >= bound) sum += mass;
+        }
+        const uint32_t following = f + 1 < kFlight ? next[f + 1] : taken ? __ffs(taken) - 1 : 32;
+        if (following / kBlocks == next[f] / kBlocks) continue;
+        sum = ptx::warp_sum_u64(sum);  // the segment's last block
+        if (lane_id() == 0) Shape::post(&shared.sum[first + next[f] / kBlocks * Shape::kStep], sum, box, 0);
+        sum = 0;
+      }
     }
-    if (lane_id() == 0) Shape::post(&shared.sum[s], sum, box, 0);
   }
 }
 

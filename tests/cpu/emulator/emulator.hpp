@@ -385,6 +385,7 @@ T atomicMin(T* p, typename Same<T>::Type x) {
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
+inline int __ffsll(uint64_t x) { return __builtin_ffsll((long long)(x)); }
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)a * b >> 64); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 inline float __int_as_float(int x) { return emulator::from_bits<float>(uint32_t(x)); }
