@@ -180,18 +180,22 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
         return LaunchShape(512, shared(16) if kind in ("reject", "keep", "softmax") else clusters(8, 16), 1)
     if kind in ("softmax", "renorm"):
         return LaunchShape(256, shared(16) if not few else max(shared(16), clusters(16, 8)), 4, True)
-    if kind in ("reject", "keep") and not few:
+    if kind == "keep":  # clusters of 8 would leave some of few rows to a second wave
+        return LaunchShape(512, clusters(8, 16), 2) if few else LaunchShape(256, shared(16), 4)
+    if kind == "reject" and not few:
         return LaunchShape(256, shared(16), 4)
-    if kind == "keep":  # clusters of 8 would leave some rows to a second wave
-        return LaunchShape(512, clusters(8, 16), 2)
     if kind == "speculative":  # two rows are read at once: 128 registers a thread
         cluster = clusters(8, 8)
         return _WIDE_PAIR if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 2)
+    if kind == "min_p" and not few:
+        return LaunchShape(512, 2 if segments > 64 else 1, 2)
     if kind in ("draw", "reject", "min_p"):  # little to do behind the pass over the row
         cluster = clusters(16, 8)
         return LaunchShape(512, 2, 2) if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 4)
     # One CTA decides, the faster the more threads it has; with many rows, others read meanwhile.
-    return LaunchShape(1024, clusters(8, 16), 1) if few else LaunchShape(512, 2 if segments > 64 else 1, 2)
+    if kind == "fill" and few and clusters(16, 8) == 2:
+        return LaunchShape(1024, 2, 1)
+    return LaunchShape(512, clusters(16, 8), 1) if few else LaunchShape(512, 1, 2)
 
 
 def launched_bytes(spec: KernelSpec, vocab: int, dtype: DType, shape: LaunchShape) -> int:
@@ -333,6 +337,7 @@ def renorm_spec(dtype: DType, room: int = 256, shape: LaunchShape = NARROW) -> K
         min_arch=shape.min_arch,
         max_arch=shape.max_arch,
         cluster=shape.cluster if shape.cluster > 1 else 0,
+        spills=spills("renorm", shape),
     )
 
 
