@@ -2,14 +2,13 @@
 // cumulative distribution in index order with one Philox number; and the same filters as renormalisation and as mask.
 // A cluster of kCluster CTAs (1 below sm_90) of kThreads reads one row; grid = output rows * kCluster. Its first CTA
 // collects what the others found, in its shared memory, and decides; where rows are written, all of them write.
-// The row is read once; then only blocks that reach a proven lower bound are (candidates.cuh), or what lies near the
-// threshold was listed on the way (band.cuh). All decisions are integer (mass.cuh): tokens and kept sets are the same
-// for every launch shape and architecture.
+// The row is read once; then only blocks that reach a proven lower bound (candidates.cuh), a pivot or a threshold
+// (draw.cuh). All decisions are integer (mass.cuh): tokens and kept sets are the same for every launch shape and
+// architecture.
 // Shared memory (dynamic): RowShared, and the row's segments if they are held. Bytes moved: rows * vocab * sizeof(T),
 // and as much for rows written. Architecture: any; clusters need sm_90.
 #pragma once
 #include "ptx/pdl.cuh"
-#include "sampling/band.cuh"
 #include "sampling/draw.cuh"
 #include "sampling/parameters.cuh"
 
@@ -32,7 +31,7 @@ FI_DEVICE FilterArgs filter_args(const SamplingParams& params, uint32_t row) {
 struct NoFilter {
   static constexpr bool kFilters = false, kTop = false, kMass = false, kMin = false;
 };
-struct TopP {  // alone: by rejection
+struct TopP {  // alone: by rejection, as the filters with kMass do if a row's top-k and min-p keep all
   static constexpr bool kFilters = false, kTop = false, kMass = false, kMin = false;
 };
 struct MinP {  // alone: by the largest value
@@ -57,62 +56,25 @@ struct Judged {
   uint64_t random;  // of warp 0, and without a filter of all threads
 };
 
-// Every CTA learns the row's largest key and mass from the first one, which has the sums.
-template <class Shape, class State>
-FI_DEVICE void tell_total(const typename State::Row& row, typename State::Shared& shared) {
-  if (Shape::rank() == 0) {
-    const State state(row, shared);
-    const uint64_t total = state.total();
-    if (threadIdx.x < Shape::kCluster) {
-      auto& there = Shape::at(shared, threadIdx.x);
-      there.told_key = state.top_key;
-      there.told_total = total;
-    }
-  }
-  Shape::meet();  // everyone has been told
-}
-
 // Read a row by the whole cluster, and in its first CTA find what the filter keeps. `held`: what becomes of the segments
 // while they are read; fresh(): the random bits of a draw (kDraws).
 template <class Filter, class Shape, int exact_bits, class Domain, bool kDraws, class Row, class Shared, class Held, class Fresh>
 FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& shared, const Held& held, Fresh&& fresh) {
   using State = RowState<Domain, Shape::kThreads, Row, Shared>;
   const bool top_k = Filter::kTop && args.has_top_k(row.vocab), top_p = Filter::kMass && args.has_top_p();
-  const bool banded = top_p && !top_k;
-  const bool whole = !Filter::kFilters || (Filter::kTop && !top_k && !top_p && !args.has_min_p());
+  const bool whole = !Filter::kFilters || (!top_k && !top_p && !args.has_min_p());
+  const bool alone = top_p && !top_k;  // no bound is known for it: the row is searched
   const bool joint = Domain::kOwnRef && top_p && args.joint;  // top-p compares with the whole row's mass
-  const bool sums = whole || joint || banded;
-  Judged judged = {Shape::rank() == 0, false, true, whole, {}, 0};
+  const bool sums = whole || alone || joint;
+  Judged judged = {Shape::rank() == 0, false, false, whole, {}, 0};
   Started<Shape> started;
-  const bool summarised = Domain::kOwnRef || !banded;
-  if (summarised) summarise<Domain, Filter::kFilters, Held::kKeeps, Shape>(row, shared, sums, started, held);
-  if (judged.first && kDraws && (!Filter::kFilters || warp_id() == 0)) {
+  summarise<Domain, Filter::kFilters, Held::kKeeps, Shape>(row, shared, sums, started, held);
+  if (!judged.first) return judged;
+  if (kDraws && (!Filter::kFilters || warp_id() == 0)) {
     judged.random = fresh();
     asm volatile("" : "+l"(judged.random));  // now, while the other CTAs are awaited
   }
-  if (judged.first && summarised) Shape::receive(&shared.box[0], 0, summary_bytes<Filter::kFilters>(row, sums));
-  Band band = {0.f, 0.f};
-  uint64_t total = 0;
-  if constexpr (Filter::kMass) {
-    if (banded) {
-      auto ref = Domain::ref(1.f);
-      float relative = 1.f;  // probabilities are taken to sum to 1 until they have been added up
-      if constexpr (Domain::kOwnRef) {
-        tell_total<Shape, State>(row, shared);
-        total = shared.told_total;
-        ref = Domain::ref(value_of(shared.told_key));
-        relative = float(total) * (1.f / float(uint64_t(1) << kMassBits));
-        judged.nan = shared.told_key > kInfKey;
-        judged.valid = !judged.nan && Domain::valid(ref.top);
-      }
-      if (judged.valid) {
-        band = estimate<Domain, Shape>(row, ref, (1.f - args.p) * relative, shared);
-        read_with_band<Domain, Shape, Shared>(row, ref, band, !Domain::kOwnRef && !args.joint, started, held);
-        Shape::meet();  // the first CTA has everything
-      }
-    }
-  }
-  if (!judged.first || !judged.valid) return judged;
+  Shape::receive(&shared.box[0], 0, summary_bytes<Filter::kFilters>(row, sums));
   const State state(row, shared);
   judged.nan = state.nan();
   judged.valid = state.valid();
@@ -120,27 +82,27 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
   if (whole) {
     state.correct_unit();
   } else if constexpr (Filter::kFilters) {
-    Rest rest;
     FilterArgs left = args;
     if constexpr (Filter::kMin) {
       if (args.has_min_p()) left.least = Domain::min_p_key(args.min_p, state.top);
     }
-    if (banded) {
-      if constexpr (Filter::kMass) rest = rest_of_band(state, left, band, total, Shape::kStep);
-    } else {
-      if (joint) total = state.total();
-      uint32_t low = left.least;
-      bool bounded = true;
-      if (!Filter::kMin || top_k) bounded = lower_bound(state, args.top_k, low);
-      const uint32_t listed = bounded ? gather<State, true>(row, low, state.top_key) : kWholeRow;
+    uint32_t low = left.least, listed = kWholeRow;
+    uint64_t total = 0;
+    if (alone) {
+      low = 0;
+      state.correct_unit();
+    }
+    if (alone || joint) total = state.total();
+    if (!alone && (!top_k || lower_bound(state, args.top_k, low))) {
+      listed = gather<State, true>(row, low, state.top_key);
       if (listed <= kPairs && few<Shape::kThreads>(listed)) {
         judged.verdict = settle<State, kDraws>(row, state.top_key, listed, left, total, judged.random);
         return judged;
       }
-      rest = {listed <= Shared::kList ? listed : kWholeRow, low, state.top_key, 0};
-      if (threadIdx.x < row.segments()) shared.sum[threadIdx.x] = 0;
-      __syncthreads();  // sums are clear
     }
+    if (threadIdx.x < row.segments()) shared.sum[threadIdx.x] = 0;
+    __syncthreads();  // sums are clear
+    const Rest rest = {listed <= Shared::kList ? listed : kWholeRow, low, state.top_key};
     judged.verdict.threshold = search<exact_bits, State>(row, state.top_key, left, rest, total);
   }
   return judged;
@@ -165,7 +127,7 @@ FI_DEVICE void sample(const SamplingParams& params) {
   Shared& shared = *reinterpret_cast<Shared*>(smem);
 
   set_counters(shared);
-  Shape::template start<Filter::kMass && !Domain::kOwnRef>();
+  Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
@@ -184,15 +146,21 @@ FI_DEVICE void sample(const SamplingParams& params) {
     auto fresh = [&](uint32_t draw) {
       return Stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, output_row).bits64(draw);
     };
-    if constexpr (is_same_v<Filter, TopP> || is_same_v<Filter, MinP>) {
-      Outcome drawn;
-      if constexpr (is_same_v<Filter, TopP>) drawn = draw_top_p<Domain, Shape>(row, args, shared, fresh);
-      else drawn = draw_min_p<Domain, Shape>(row, args, shared, fresh);
+    Outcome drawn = {false, false, false, 0};
+    bool done = false;
+    if constexpr (is_same_v<Filter, MinP>) {
+      drawn = draw_min_p<Domain, Shape>(row, args, shared, fresh);
+      done = true;
+    } else if constexpr (is_same_v<Filter, TopP> || Filter::kMass) {
+      done = is_same_v<Filter, TopP> || (args.has_top_p() && !args.has_top_k(params.vocab) && !args.has_min_p());
+      if (done) drawn = draw_top_p<Domain, Shape>(row, args, shared, fresh);
+    }
+    if (done) {
       if (!drawn.first) return;
       nan = drawn.nan;
       valid = drawn.valid;
       token = drawn.token;
-    } else {
+    } else if constexpr (!is_same_v<Filter, TopP> && !is_same_v<Filter, MinP>) {
       const Judged judged = judge_row<Filter, Shape, Config::kScaled ? 0 : kExactBits<T>, Domain, true>(
           row, args, shared, NotHeld{}, [&] { return fresh(0); });
       if (!judged.first) return;
@@ -238,7 +206,7 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   Shared& shared = *reinterpret_cast<Shared*>(smem);
 
   set_counters(shared);
-  Shape::template start<Filter::kMass && !Domain::kOwnRef>();
+  Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 

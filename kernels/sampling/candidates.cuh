@@ -14,7 +14,6 @@ struct Verdict {
 };
 
 // Comparing everything with everything is worth it for so many items.
-constexpr uint32_t kPairs = 256;
 template <int kThreads>
 FI_DEVICE bool few(uint32_t n) {
   return n <= kPairs && n * n <= 64 * kThreads;
@@ -175,7 +174,7 @@ __device__ __noinline__ uint32_t gather(typename State::Row row, uint32_t low, u
         __syncwarp();
         const auto ref = Domain::ref(value_of(top_key));
         for (uint32_t i = base + lane_id(); i < min_of(base + count, kPairs); i += 32)
-          shared.warp_total[i] = Domain::mass(value_of(shared.key[i]), ref);
+          shared.mass[i] = Domain::mass(value_of(shared.key[i]), ref);
       }
     }
   }
@@ -192,8 +191,8 @@ __device__ __noinline__ Verdict settle(typename State::Row row, uint32_t top_key
   constexpr int kThreads = State::kThreads;
   extern __shared__ __align__(1024) uint8_t smem[];
   auto& shared = *reinterpret_cast<typename State::Shared*>(smem);
-  const uint64_t* const mass = shared.warp_total;
-  uint64_t* const kept_mass = shared.warp_inside;
+  const uint64_t* const mass = shared.mass;
+  uint64_t* const kept_mass = shared.kept_mass;
   uint32_t* const kept_key = shared.bins;
   uint32_t* const kept_index = shared.bins + kPairs;
   const int split = split_for<kThreads>(n);

@@ -108,11 +108,10 @@ struct FilterArgs {
 };
 
 // What a filter still has to look at: the first `listed` elements of the list, or (kWholeRow) the row. Keys below `low`
-// are surely rejected, keys above `high` surely kept, and their mass is `above`; of the list, the segments' sums have it.
+// are surely rejected, and there are none above `high`.
 constexpr uint32_t kWholeRow = 0xffffffffu;
 struct Rest {
   uint32_t listed, low, high;
-  uint64_t above;
 };
 
 // Top-k, then top-p: the threshold; the segments' sums become those of what it keeps. `total`: the row's mass, if the
@@ -154,7 +153,6 @@ __device__ __noinline__ uint32_t search(typename State::Row row, uint32_t top_ke
         const float light = __ull2float_rz(certain - target) * (0.999f / float(state.row.vocab));
         if (light > 1.f) threshold = max_of(threshold, min_of(key_of(Domain::value_below(light, state.ref)), rest.high));
       }
-      target -= rest.above;
     }
     threshold = select<kThreads>(
         visit, [&](float x) { return stage == 0 ? uint64_t(1) : Domain::mass(x, state.ref); }, threshold, rest.high,

@@ -9,42 +9,24 @@
 namespace fi::sampling {
 
 constexpr int kBins = 2048, kBinBits = 11;  // of the histograms in select.cuh
+constexpr uint32_t kPairs = 256;  // so many candidates at most are compared with each other (candidates.cuh)
 
 // How a row is shared out: segment s belongs to CTA s % kCluster, and there to warp s / kCluster % kWarps.
 template <int kThreads_, int kCluster_>
 struct Shape {
   static constexpr int kThreads = kThreads_, kCluster = kCluster_, kWarps = kThreads / 32;
   static constexpr uint32_t kStep = kCluster * kWarps;
-  static_assert(kStep <= 256, "RowShared has room for so many warps");
 
   FI_DEVICE static uint32_t rank() { return kCluster == 1 ? 0 : ptx::cluster_rank(); }
   FI_DEVICE static uint32_t first() { return rank() + kCluster * warp_id(); }
   FI_DEVICE static uint32_t row() { return blockIdx.x / kCluster; }
-  // "This CTA has started, and its mailboxes are open" (with kCounters: and its counters set): its shared memory may be
-  // written when the others have waited.
-  template <bool kCounters = false>
+  // "This CTA has started, and its mailboxes are open": they may be posted to when the others have waited.
   FI_DEVICE static void start() {
     if constexpr (kCluster == 1) {
       __syncthreads();
-    } else if constexpr (kCounters) {
-      ptx::cluster_arrive();
     } else {
       ptx::cluster_arrive_relaxed();
     }
-  }
-  // All CTAs' writes are seen by all behind this: for what posts cannot do (atomics).
-  FI_DEVICE static void meet() {
-    if constexpr (kCluster > 1) {
-      ptx::cluster_arrive();
-      ptx::cluster_wait();
-    } else {
-      __syncthreads();
-    }
-  }
-  template <typename U>
-  FI_DEVICE static U& at(U& here, uint32_t rank) {
-    if constexpr (kCluster > 1) return *ptx::cluster_map(&here, rank);
-    return here;
   }
   // Store `value` where CTA `rank` has `at`, which counts it in its mailbox `box`.
   template <typename V>
@@ -93,18 +75,15 @@ struct RowShared {
   static constexpr bool kSelects = kList > 0;
   uint64_t sum[kSegments];   // mass of each segment
   uint64_t warp_sum[32];
-  // A warp of the cluster: mass of all it read, and of what lies in the band; the smallest and largest key there
-  // (band.cuh). Or the masses of a short list, and of what is kept of it (candidates.cuh).
-  uint64_t warp_total[kSelects ? 256 : 1], warp_inside[kSelects ? 256 : 1];
-  uint2 warp_range[kSelects ? 256 : 1];
-  uint64_t above, told_total;
+  uint64_t mass[kSelects ? kPairs : 1], kept_mass[kSelects ? kPairs : 1];  // of a short list, and of what is kept of it
+  uint64_t above;
   uint64_t told;    // two words from the first CTA
   uint64_t box[2];  // mailboxes: of what all CTAs send, and of what the first one sends
   alignas(16) uint32_t bins[kSelects ? 2 * kBins : 4];  // two halves of 64-bit weights; also other short-lived arrays
   uint32_t top[kSegments];   // largest key of each segment
   alignas(16) uint32_t block_top[kTops ? kSegments * 8 : 4];  // and of each block
   uint32_t key[kSelects ? kList : 1], index[kSelects ? kList : 1];
-  uint32_t count, bin, threshold, token, bound, inside, low[2], high[2], told_key;
+  uint32_t count, bin, threshold, token, bound, inside;
 };
 
 // Before the cluster's start.
@@ -113,8 +92,8 @@ FI_DEVICE void set_counters(Shared& shared) {
   if (threadIdx.x == 0) {
     ptx::mailbox_open(&shared.box[0]);
     ptx::mailbox_open(&shared.box[1]);
-    shared.count = shared.inside = shared.low[0] = shared.low[1] = 0;
-    shared.high[0] = shared.high[1] = shared.bound = 0xffffffffu;
+    shared.count = shared.inside = 0;
+    shared.bound = 0xffffffffu;
   }
 }
 
