@@ -152,7 +152,7 @@ FI_DEVICE void sample(const SamplingParams& params) {
       drawn = draw_min_p<Domain, Shape>(row, args, shared, fresh);
       done = true;
     } else if constexpr (is_same_v<Filter, TopP> || Filter::kMass) {
-      done = is_same_v<Filter, TopP> || (args.has_top_p() && !args.has_top_k(params.vocab) && !args.has_min_p());
+      done = is_same_v<Filter, TopP> || !(args.has_top_k(params.vocab) || args.has_min_p());
       if (done) drawn = draw_top_p<Domain, Shape>(row, args, shared, fresh);
     }
     if (done) {
@@ -167,13 +167,16 @@ FI_DEVICE void sample(const SamplingParams& params) {
       nan = judged.nan;
       valid = judged.valid;
       if (valid) {
-        const RowState<Domain, Config::kThreads, Row, Shared> state(row, shared);
-        if (judged.verdict.drawn) {
+        using State = RowState<Domain, Config::kThreads, Row, Shared>;
+        const State state(row, shared);
+        if constexpr (!Filter::kFilters) {
+          token = draw<true>(state, 0, judged.random).token;
+        } else if (judged.verdict.drawn) {
           token = judged.verdict.token;
+        } else if (Filter::kMass || !judged.whole) {
+          token = draw_apart<false, State>(row, state.top_key, judged.verdict.threshold, fresh(0)).token;
         } else {
-          const uint64_t random = Filter::kFilters ? fresh(0) : judged.random;
-          token = judged.whole ? draw<true>(state, 0, random).token
-                               : draw<false>(state, judged.verdict.threshold, random).token;
+          token = draw_apart<true, State>(row, state.top_key, 0, fresh(0)).token;
         }
       }
     }

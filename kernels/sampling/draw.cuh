@@ -91,6 +91,14 @@ FI_DEVICE Drawn draw(const State& state, uint32_t threshold, uint64_t random) {
   return {shared.token, shared.threshold, shared.above};
 }
 
+// The same, not inlined, as `search`. The State's shared memory is the dynamic one.
+template <bool kWhole, class State>
+__device__ __noinline__ Drawn draw_apart(typename State::Row row, uint32_t top_key, uint32_t threshold, uint64_t random) {
+  extern __shared__ __align__(1024) uint8_t smem[];
+  const State state(row, *reinterpret_cast<typename State::Shared*>(smem), top_key);
+  return draw<kWhole, true>(state, threshold, random);
+}
+
 struct Outcome {
   bool first;  // this is the cluster's first CTA; the others know no more
   bool nan, valid;
@@ -169,7 +177,7 @@ FI_DEVICE Outcome draw_top_p(const Row& row, const FilterArgs& args, Shared& sha
         out.valid = state.valid();
         if (out.valid) {
           state.correct_unit();
-          const Drawn drawn = draw<true, true>(state, 0, fresh(0));
+          const Drawn drawn = draw_apart<true, State>(row, top_key, 0, fresh(0));
           out.token = drawn.token;
           target = args.has_top_p() ? args.template target<Domain>(drawn.total, state.ref) : ~uint64_t(0);
           pivot = drawn.key == top_key || target > drawn.total ? kAccepted : drawn.key;
@@ -179,7 +187,7 @@ FI_DEVICE Outcome draw_top_p(const Row& row, const FilterArgs& args, Shared& sha
         if (above < target) {
           pivot = kAccepted;
         } else {
-          const Drawn drawn = draw<false, true>(state, pivot + 1, fresh(round));
+          const Drawn drawn = draw_apart<false, State>(row, top_key, pivot + 1, fresh(round));
           out.token = drawn.token;
           pivot = drawn.key == top_key ? kAccepted : drawn.key;
         }
