@@ -316,7 +316,7 @@ def filter_spec(
 def renorm_spec(dtype: DType, room: int = 256, shape: LaunchShape = NARROW) -> KernelSpec:
     """Probabilities after top-p alone, renormalised."""
     steps = shape.cluster * shape.threads // 32
-    size = 24 * steps + 8 * shape.cluster + 296 + 8 * 2048 // shape.cluster + 4 * 4096  # sizeof(RenormShared)
+    size = 24 * steps + 8 * shape.cluster + 288 + 8 * 2048 // shape.cluster + 4 * 4096  # sizeof(RenormShared)
     size = -(-size // 16) * 16
     return KernelSpec(
         symbol=f"renorm_top_p_{dtype.tag}_s{room}_{shape.tag}",

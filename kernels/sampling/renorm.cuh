@@ -2,8 +2,8 @@
 // A cluster of kCluster CTAs (1 below sm_90) of kThreads computes one row; grid = rows * kCluster. The row stays on chip
 // (kHold: a warp's last segment in its registers, the others in shared memory; without, all but the last are read again).
 // The threshold is found by all CTAs together: every one adds its masses to a histogram, the histograms are added up where
-// each CTA has a share of the bins, and the bin that the target falls into is divided again, until it holds one value. At
-// most three rounds, whatever the row looks like.
+// each CTA has a share of the bins, and the bin that the target falls into is divided again, until it holds one value:
+// three rounds, whatever the row looks like.
 // Shared memory (dynamic): RenormShared, and the held segments as T. Bytes moved: rows * vocab * 2 * sizeof(T), without
 // kHold another sizeof(T). Architecture: any; clusters need sm_90.
 #pragma once
@@ -19,7 +19,7 @@ template <class Shape>
 struct alignas(16) RenormShared {
   uint64_t part_sum[2][Shape::kStep];  // a warp of the cluster: the mass of what it read, and the largest key
   uint64_t share_sum[Shape::kCluster];
-  uint64_t found[3];  // the bin, the mass above it and its own
+  uint64_t found[2];  // the bin, and the mass from the top to its end
   uint64_t warp_sum[32];
   uint64_t box[2];
   uint64_t own[kBins / Shape::kCluster];  // of this CTA's share of the bins, the cluster's sums
@@ -151,33 +151,55 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
   const uint64_t target = args.has_top_p() ? args.target<Domain>(total, ref) : ~uint64_t(0);
   uint32_t threshold = valid ? key_of(-FI_INF) : 0xffffffffu;  // nothing is kept of an invalid row
   if (valid && target <= total) {
-    uint32_t low = key_of(0.f) + 1, high = top;
+    uint32_t lowest = key_of(0.f) + 1;
     // All tokens lighter than (total - target) / vocab together cannot fill the gap, so they are all rejected.
     const float light = __ull2float_rz(total - target) * (0.999f / float(vocab));
-    if (light > 1.f) low = max_of(low, min_of(key_of(Domain::value_below(light, ref)), high));
-    uint64_t above = 0;
+    if (light > 1.f) lowest = max_of(lowest, min_of(key_of(Domain::value_below(light, ref)), top));
+    // The first round is rough: masses of 31 bits, so that additions are single instructions. The next ones are exact, and
+    // have what lies above their range in bin 0; if the rough round was wrong, they start again with the whole range.
+    const int down = max_of(33 - __clzll(total), 0);
+    const float rough_unit = ref.second * __int_as_float((127 - down) << 23);
+    uint32_t low = lowest, high = top;
+    bool rough = true;
 #pragma unroll 1
-    for (int shift = 32; shift > kExactBits<T>;) {
-      const int bits = low < high ? 32 - __clz(high - low) : 0;
-      shift = bits > kBinBits ? bits - kBinBits : 0;
-      const uint32_t count = ((high - low) >> shift) + 1, share = ceil_div(count, uint32_t(kCluster));
+    for (;;) {
+      const int bits = low < high ? 32 - __clz(high - low) : 0, most = rough ? kBinBits : kBinBits - 1;
+      const int shift = bits > most ? bits - most : 0;
+      const uint32_t count = ((high - low) >> shift) + (rough ? 1 : 2), share = ceil_div(count, uint32_t(kCluster));
       for (int i = threadIdx.x; i < 2 * kBins; i += kThreads) shared.bins[i] = 0;
       __syncthreads();  // bins are clear
       // Bins count down from the largest key. A run of equal bins is added at once: ties would queue up at one bin.
+      const float bound = value_of(low);            // positive: so are all that reach it, and their bits are keys
+      const int top_bits = int(high & 0x7fffffffu);
       uint32_t latest = 0;
-      uint64_t run = 0;
-      visit([&](float x) {
-        const uint32_t key = key_of(x);
-        if (key < low || key > high) return;
-        const uint32_t bin = (high - key) >> shift;
-        if (bin != latest) {
-          if (run) add_weight(shared.bins, latest, run);
-          latest = bin;
-          run = 0;
-        }
-        run += Domain::mass(x, ref);
-      });
-      if (run) add_weight(shared.bins, latest, run);
+      if (rough) {
+        uint32_t run = 0;
+        visit([&](float x) {
+          if (x < bound) return;
+          const uint32_t bin = uint32_t(top_bits - __float_as_int(x)) >> shift;
+          if (bin != latest) {
+            if (run) atomicAdd(&shared.bins[latest], run);
+            latest = bin;
+            run = 0;
+          }
+          run += uint32_t(int(x * ref.first * rough_unit));
+        });
+        if (run) atomicAdd(&shared.bins[latest], run);
+      } else {
+        uint64_t run = 0;
+        visit([&](float x) {
+          if (x < bound) return;
+          const int below = top_bits - __float_as_int(x);
+          const uint32_t bin = below < 0 ? 0 : 1 + (uint32_t(below) >> shift);
+          if (bin != latest) {
+            if (run) add_weight(shared.bins, latest, run);
+            latest = bin;
+            run = 0;
+          }
+          run += Domain::mass(x, ref);
+        });
+        if (run) add_weight(shared.bins, latest, run);
+      }
       __syncthreads();  // bins are complete
       for (uint32_t i = threadIdx.x; i < share * kCluster; i += kThreads) {
         const uint64_t weight = i < count ? uint64_t(shared.bins[kBins + i]) << 32 | shared.bins[i] : 0;
@@ -192,27 +214,47 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
         if (bin < share) shared.own[bin] = 0;
         mine += own[i];
       }
-      uint64_t before = block_scan<kThreads>(mine, shared.warp_sum, of_share) - mine + above;
+      uint64_t before = block_scan<kThreads>(mine, shared.warp_sum, of_share) - mine, all = 0;
       if (threadIdx.x < kCluster) Shape::post(&shared.share_sum[Shape::rank()], of_share, exchange.box(), threadIdx.x);
       exchange.receive(8 * kCluster);
-      for (uint32_t r = 0; r < Shape::rank(); ++r) before += shared.share_sum[r];
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        if (before < target && target <= before + own[i]) {  // one bin of one thread
-          const uint32_t bin = Shape::rank() * share + threadIdx.x * kOwn + i;
-          for (uint32_t r = 0; r < kCluster; ++r) {
-            Shape::post(&shared.found[0], uint64_t(bin), exchange.box(), r);
-            Shape::post(&shared.found[1], before, exchange.box(), r);
-            Shape::post(&shared.found[2], own[i], exchange.box(), r);
-          }
-        }
-        before += own[i];
+      for (uint32_t r = 0; r < kCluster; ++r) {
+        const uint64_t other = shared.share_sum[r];
+        before += r < Shape::rank() ? other : 0;
+        all += other;
       }
-      exchange.receive(24);
-      above = shared.found[1];
-      total = above + shared.found[2];
-      high -= uint32_t(shared.found[0]) << shift;
-      low = max_of(low, high - min_of(high, (1u << shift) - 1));
+      const uint64_t goal = rough ? max_of<uint64_t>(target >> down, 1) : target;
+      uint32_t found = 0;
+      if (goal <= all) {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          if (before < goal && goal <= before + own[i]) {  // one bin of one thread
+            const uint32_t bin = Shape::rank() * share + threadIdx.x * kOwn + i;
+#pragma unroll 1
+            for (uint32_t r = 0; r < kCluster; ++r) {
+              Shape::post(&shared.found[0], uint64_t(bin), exchange.box(), r);
+              Shape::post(&shared.found[1], before + own[i], exchange.box(), r);
+            }
+          }
+          before += own[i];
+        }
+        exchange.receive(16);
+        found = uint32_t(shared.found[0]);
+      }
+      if (rough && goal <= all) {  // the bin and its neighbours
+        const uint32_t from = max_of(found, 1u) - 1, to = found + 2;
+        low = high - low >> shift < to ? low : high - (to << shift) + 1;
+        high -= from << shift;
+      } else if (!rough && goal <= all && found > 0) {
+        total = shared.found[1];
+        high -= (found - 1) << shift;
+        low = max_of(low, high - min_of(high, (1u << shift) - 1));
+        if (shift <= kExactBits<T>) break;
+      } else {  // the whole range: a range that was not narrowed holds the threshold
+        low = lowest;
+        high = top;
+      }
+      rough = false;
     }
     threshold = low;
   }
