@@ -147,8 +147,8 @@ def row_shared(room: int, kind: str, shape: LaunchShape) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
     """The shape of a launch, by its kind: "draw" (nothing is filtered), "reject" (top-p alone), "min_p" (alone),
-    "select" (a token of what other filters keep), "top_k", "fill" (rows of which few elements are kept), "keep" (rows of which many are),
-    "renorm" (after top-p alone), "softmax" or "speculative". bench/tune_sampling.py times them all.
+    "select" (a token of what other filters keep), "top_k", "fill" (rows of which few elements are kept), "keep" (rows of
+    which many are), "renorm" (after top-p alone), "softmax" or "speculative". bench/tune_sampling.py times them all.
     """
     segments, arch = _segments(vocab), device.code_number
     if arch < 90:
@@ -381,7 +381,7 @@ def speculative_spec(dtype: DType, room: int = 256, shape: LaunchShape = NARROW)
     )
 
 
-#: The canonical instances: what is first run, by the kind of launch. Those before the empty line also for 16-bit logits.
+#: The canonical instances: what is first run, by the kind of launch. The first four also for 16-bit logits.
 _FIRST: tuple[tuple[str, Callable[[DType, LaunchShape], KernelSpec]], ...] = (
     ("softmax", lambda dtype, shape: softmax_spec(dtype, 256, shape)),
     ("draw", lambda dtype, shape: sample_spec(dtype, True, "none", 256, shape)),
@@ -400,7 +400,7 @@ _FIRST: tuple[tuple[str, Callable[[DType, LaunchShape], KernelSpec]], ...] = (
 
 
 def kernel_specs() -> list[KernelSpec]:
-    """The canonical instances: a CTA a row for every architecture, and what 64 rows of 128,256 tokens take on an H100."""
+    """The canonical instances: a CTA a row for all architectures, and what 64 rows of 128,256 tokens take on an H100."""
     alone = DeviceInfo(80, "80", 108, 163 << 10, 164 << 10, 40 << 20, "sm_80")
     hopper = DeviceInfo(90, "90a", 132, 227 << 10, 228 << 10, 50 << 20, "sm_90")
     made = [
