@@ -147,8 +147,8 @@ def row_shared(room: int, kind: str, shape: LaunchShape) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
     """The shape of a launch, by its kind: "draw" (nothing is filtered), "reject" (top-p alone), "min_p" (alone),
-    "select" (a token of what other filters keep), "top_k", "fill" (rows of which few elements are kept), "keep" (rows of
-    which many are), "renorm" (after top-p alone), "softmax" or "speculative". bench/tune_sampling.py times them all.
+    "select" (a token of what other filters keep), "top_k", "fill" (rows of which few elements are kept), "keep" (rows
+    of which many are), "renorm" (after top-p alone), "softmax" or "speculative". bench/tune_sampling.py times them all.
     """
     segments, arch = _segments(vocab), device.code_number
     if arch < 90:
@@ -400,7 +400,7 @@ _FIRST: tuple[tuple[str, Callable[[DType, LaunchShape], KernelSpec]], ...] = (
 
 
 def kernel_specs() -> list[KernelSpec]:
-    """The canonical instances: a CTA a row for all architectures, and what 64 rows of 128,256 tokens take on an H100."""
+    """The canonical instances: a CTA a row for every architecture, and what 64 rows of 128,256 tokens take on sm_90."""
     alone = DeviceInfo(80, "80", 108, 163 << 10, 164 << 10, 40 << 20, "sm_80")
     hopper = DeviceInfo(90, "90a", 132, 227 << 10, 228 << 10, 50 << 20, "sm_90")
     made = [
