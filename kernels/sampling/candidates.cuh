@@ -201,6 +201,7 @@ __device__ __noinline__ Verdict settle(typename State::Row row, uint32_t top_key
   const uint32_t key = there ? shared.key[mine] : 0, index = there ? shared.index[mine] : 0;
   uint32_t ranks = 0;  // larger ones; equal ones; and those of a smaller index, each in 10 bits
   uint64_t above = 0;
+  const uint64_t factor = args.has_top_p() ? share_factor(args.p) : 0;  // double precision is slow: not behind the barrier
 #pragma unroll 4
   for (uint32_t i = part; i < n; i += 1 << split) {
     const uint32_t other = shared.key[i];
@@ -218,7 +219,7 @@ __device__ __noinline__ Verdict settle(typename State::Row row, uint32_t top_key
       __syncthreads();  // the mass of what top-k keeps is known
       total = shared.above;
     }
-    kept = kept && above < args.target<Domain>(total, Domain::ref(value_of(top_key)));
+    kept = kept && above < args.target<Domain>(total, Domain::ref(value_of(top_key)), factor);
   }
   kept = kept && key >= args.least;
   if (there && part == 0) {
@@ -232,7 +233,8 @@ __device__ __noinline__ Verdict settle(typename State::Row row, uint32_t top_key
   const uint32_t each = ceil_div(n, 32u), first = lane_id() * each, end = min_of(first + each, n);
   uint64_t sum = 0;
   uint32_t lowest = 0xffffffffu;
-  for (uint32_t i = first; i < end; ++i) {
+#pragma unroll 1
+  for (uint32_t i = first; i < end; ++i) {  // mostly two
     sum += kept_mass[i];
     lowest = min_of(lowest, kept_key[i]);
   }
@@ -244,6 +246,7 @@ __device__ __noinline__ Verdict settle(typename State::Row row, uint32_t top_key
     uint32_t token = 0;
     if (until - sum <= target && target < until) {  // one lane
       until -= sum;
+#pragma unroll 1
       for (uint32_t i = first; i < end; ++i) {
         until += kept_mass[i];
         if (target >= until) continue;

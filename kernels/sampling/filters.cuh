@@ -98,12 +98,17 @@ struct FilterArgs {
   FI_DEVICE bool has_top_k(uint32_t vocab) const { return top_k < vocab; }
   FI_DEVICE bool has_top_p() const { return p < 1.f; }
   FI_DEVICE bool has_min_p() const { return min_p > 0.f; }
-  // The mass that top-p has to reach. `total`: of the row if joint (probabilities do without), else of top-k's tokens.
+  // The mass that top-p has to reach. `total`: of the row if joint (probabilities do without), else of top-k's tokens;
+  // `factor`: share_factor(p).
+  template <class Domain>
+  FI_DEVICE uint64_t target(uint64_t total, typename Domain::Ref ref, uint64_t factor) const {
+    uint64_t mass = 1;  // the likeliest tokens are always kept
+    if (p > 0.f) mass = max_of(mass, joint ? Domain::absolute(p, factor, total, ref) : share(factor, total));
+    return mass;
+  }
   template <class Domain>
   FI_DEVICE uint64_t target(uint64_t total, typename Domain::Ref ref) const {
-    uint64_t mass = 1;  // the likeliest tokens are always kept
-    if (p > 0.f) mass = max_of(mass, joint ? Domain::absolute(p, total, ref) : share(p, total));
-    return mass;
+    return target<Domain>(total, ref, share_factor(p));
   }
 };
 
