@@ -53,8 +53,8 @@ OPS: list[tuple[str, str, str, Callable[[Any], Any]]] = [
 
 
 def shapes(kind: str, vocab: int) -> Iterator[LaunchShape]:
-    """Every shape that a kind of launch may have. Shapes that never paid are left out: 128 registers a thread, softmax
-    with 512 or more threads.
+    """Every shape that a kind of launch may have. Shapes that never paid are left out: softmax with 512 or
+    more threads.
     """
     segments = -(-vocab // 1024)
     for cluster, threads in product((1, 2, 4, 8, 16), (256, 512, 1024)):
@@ -63,7 +63,8 @@ def shapes(kind: str, vocab: int) -> Iterator[LaunchShape]:
             continue
         if cluster * threads // 32 > 256 or cluster * threads // 32 >= 2 * max(segments, 32):
             continue
-        yield LaunchShape(threads, cluster, 1024 // threads, holds)
+        for blocks in dict.fromkeys((max(512 // threads, 1), 1024 // threads)):
+            yield LaunchShape(threads, cluster, blocks, holds)
 
 
 def spec_of(kind: str, source: str, name: str, dtype: DType, vocab: int, shape: LaunchShape) -> KernelSpec:
