@@ -178,8 +178,11 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
         return LaunchShape(256, largest, 1, True) if largest == 16 else LaunchShape(512, largest, 1)
     if room(vocab) > 256:
         return LaunchShape(512, shared(16) if kind in ("reject", "keep", "softmax") else clusters(8, 16), 1)
-    if kind in ("softmax", "renorm"):
-        return LaunchShape(256, shared(16) if not few else max(shared(16), clusters(16, 8)), 4, True)
+    if kind == "softmax":
+        return LaunchShape(256, max(shared(16), clusters(16, 8)), 4, True)
+    if kind == "renorm":  # 80 registers a thread: the search between reading and writing takes them
+        cluster = max(shared(16), clusters(16, 8))
+        return LaunchShape(256, cluster, 2 if cluster == 16 else 3, True)
     if kind == "keep":  # clusters of 8 would leave some of few rows to a second wave
         return LaunchShape(512, clusters(8, 16), 2) if few else LaunchShape(256, shared(16), 4)
     if kind == "reject" and not few:
@@ -189,6 +192,8 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
         return _WIDE_PAIR if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 2)
     if kind == "min_p" and not few:
         return LaunchShape(512, 2 if segments > 64 else 1, 2)
+    if kind == "reject" and clusters(16, 8) == 2 and segments > 64:  # a round's pass over the row, by twice the warps
+        return LaunchShape(512, 4, 2)
     if kind in ("draw", "reject", "min_p"):  # little to do behind the pass over the row
         cluster = clusters(16, 8)
         return LaunchShape(512, 2, 2) if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 4)

@@ -153,7 +153,7 @@ FI_DEVICE void sample(const SamplingParams& params) {
       done = true;
     } else if constexpr (is_same_v<Filter, TopP> || Filter::kMass) {
       done = is_same_v<Filter, TopP> || !(args.has_top_k(params.vocab) || args.has_min_p());
-      if (done) drawn = draw_top_p<Domain, Shape>(row, args, shared, fresh);
+      if (done) drawn = draw_top_p<Filter::kMass, Domain, Shape>(row, args, shared, fresh);
     }
     if (done) {
       if (!drawn.first) return;

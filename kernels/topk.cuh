@@ -113,14 +113,14 @@ struct TopKOutput {
 template <int kThreads, class Shared, class Put>
 FI_DEVICE void rank_list(Shared& shared, uint32_t n, uint32_t k, uint32_t flip, Put&& put) {
   if (few<kThreads>(n)) {
-    const int split = split_for<kThreads>(n);
-    const uint32_t mine = threadIdx.x >> split, part = threadIdx.x & ((1 << split) - 1);
+    const int split = threads_for_each<kThreads>(n);
+    const uint32_t mine = threadIdx.x / split;
     const uint32_t key = mine < n ? shared.key[mine] : 0, tag = mine < n ? shared.index[mine] ^ flip : 0;
     uint32_t before = 0;
 #pragma unroll 4
-    for (uint32_t i = part; i < n; i += 1 << split) before += ahead(shared.key[i], shared.index[i] ^ flip, key, tag);
+    for (uint32_t i = threadIdx.x % split; i < n; i += split) before += ahead(shared.key[i], shared.index[i] ^ flip, key, tag);
     before = split_sum(before, split);
-    if (mine < n && part == 0 && before < k) put(before, tag ^ flip);
+    if (mine < n && threadIdx.x % split == 0 && before < k) put(before, tag ^ flip);
   } else {
     sort_network<kThreads>(n, [&](uint32_t a, uint32_t b) {
       const uint32_t key_a = shared.key[a], key_b = shared.key[b], index_a = shared.index[a], index_b = shared.index[b];

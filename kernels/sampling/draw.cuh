@@ -99,6 +99,13 @@ __device__ __noinline__ Drawn draw_apart(typename State::Row row, uint32_t top_k
   return draw<kWhole, true>(state, threshold, random);
 }
 
+// With the token's key; kApart: not inlined.
+template <bool kApart, bool kWhole, class State>
+FI_DEVICE Drawn draw_as(const State& state, uint32_t threshold, uint64_t random) {
+  if constexpr (kApart) return draw_apart<kWhole, State>(state.row, state.top_key, threshold, random);
+  else return draw<kWhole, true>(state, threshold, random);
+}
+
 struct Outcome {
   bool first;  // this is the cluster's first CTA; the others know no more
   bool nan, valid;
@@ -106,7 +113,32 @@ struct Outcome {
 };
 
 // Another pass over the row: every segment's mass of what has at least the key `least`, to the first CTA. Only blocks
-// that have such elements are read again, several at a time whatever segments they are of.
+// that have such elements are read again: a segment's together, where they are many.
+template <class Domain, class Shape, class Row, class Shared>
+FI_DEVICE void add_many_from(const Row& row, typename Domain::Ref ref, uint32_t least, Shared& shared, uint64_t* box) {
+  const uint32_t segments = row.segments();
+  const float bound = value_of(least);
+  __syncwarp();  // the warp's block tops are written
+#pragma unroll 1
+  for (uint32_t s = Shape::first(); s < segments; s += Shape::kStep) {
+    uint32_t blocks = 0;
+#pragma unroll
+    for (int b = 0; b < Row::kBlocks; ++b) blocks |= uint32_t(shared.block_top[s * Row::kBlocks + b] >= least) << b;
+    uint64_t sum = 0;
+    if (blocks) {
+      typename Row::Block v[Row::kBlocks];
+      row.load(s, 0, blocks, v);
+      each_value<Row>(v, [&](float x, int, int) {
+        const uint64_t mass = Domain::mass(x, ref);
+        if (x >= bound) sum += mass;
+      });
+      sum = ptx::warp_sum_u64(sum);
+    }
+    if (lane_id() == 0) Shape::post(&shared.sum[s], sum, box, 0);
+  }
+}
+
+// The same where they are few: several at a time, whatever segments they are of.
 template <class Domain, class Shape, class Row, class Shared>
 FI_DEVICE void add_from(const Row& row, typename Domain::Ref ref, uint32_t least, Shared& shared, uint64_t* box) {
   constexpr int kBlocks = Row::kBlocks, kPer = Row::kPer;
@@ -158,7 +190,7 @@ FI_DEVICE void add_from(const Row& row, typename Domain::Ref ref, uint32_t least
 // again.
 constexpr uint32_t kAccepted = 0xffffffffu;
 
-template <class Domain, class Shape, class Row, class Shared, class Fresh>
+template <bool kApart, class Domain, class Shape, class Row, class Shared, class Fresh>
 FI_DEVICE Outcome draw_top_p(const Row& row, const FilterArgs& args, Shared& shared, Fresh&& fresh) {
   using State = RowState<Domain, Shape::kThreads, Row, Shared>;
   Outcome out = {Shape::rank() == 0, false, true, 0};
@@ -177,7 +209,7 @@ FI_DEVICE Outcome draw_top_p(const Row& row, const FilterArgs& args, Shared& sha
         out.valid = state.valid();
         if (out.valid) {
           state.correct_unit();
-          const Drawn drawn = draw_apart<true, State>(row, top_key, 0, fresh(0));
+          const Drawn drawn = draw_as<kApart, true>(state, 0, fresh(0));
           out.token = drawn.token;
           target = args.has_top_p() ? args.template target<Domain>(drawn.total, state.ref) : ~uint64_t(0);
           pivot = drawn.key == top_key || target > drawn.total ? kAccepted : drawn.key;
@@ -187,7 +219,7 @@ FI_DEVICE Outcome draw_top_p(const Row& row, const FilterArgs& args, Shared& sha
         if (above < target) {
           pivot = kAccepted;
         } else {
-          const Drawn drawn = draw_apart<false, State>(row, top_key, pivot + 1, fresh(round));
+          const Drawn drawn = draw_as<kApart, false>(state, pivot + 1, fresh(round));
           out.token = drawn.token;
           pivot = drawn.key == top_key ? kAccepted : drawn.key;
         }
@@ -201,7 +233,7 @@ FI_DEVICE Outcome draw_top_p(const Row& row, const FilterArgs& args, Shared& sha
     }
     if (pivot == kAccepted) return out;
     __syncthreads();  // every thread knows the pivot: the next message may come
-    add_from<Domain, Shape>(row, Domain::ref(value_of(top_key)), pivot + 1, shared, &shared.box[0]);
+    add_many_from<Domain, Shape>(row, Domain::ref(value_of(top_key)), pivot + 1, shared, &shared.box[0]);
   }
 }
 
