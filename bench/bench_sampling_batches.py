@@ -13,8 +13,8 @@ from fi_cupy.testing.bench import BenchCase
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 #: The curves of the chart, by the beginnings of their cases' names.
 CURVES = (
-    "softmax", "sampling_from_logits", "top_p 0.9 from probs", "top_k_top_p 50 0.9 from logits", "top_k_renorm 50",
-    "top_p_renorm 0.9",
+    "softmax", "sampling_from_logits", "top_p 0.9 from probs", "min_p 0.05 from probs",
+    "top_k_top_p 50 0.9 from logits", "top_k_renorm 50", "top_p_renorm 0.9", "top_k 50",
 )  # fmt: skip
 
 

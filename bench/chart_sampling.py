@@ -41,7 +41,7 @@ def main(source: str, target: str) -> None:
     import matplotlib.pyplot as plt
 
     found = points(json.loads(Path(source).read_text()))
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(16, 7), sharex=True, layout="constrained")
     for axis, curve in zip(axes.flat, CURVES, strict=True):
         for who, values in found[curve].items():
             values.sort()

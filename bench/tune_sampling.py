@@ -20,7 +20,15 @@ from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.dtypes import DType, bfloat16, float16, float32
 from fi_cupy.jit.build import build_many
 from fi_cupy.jit.spec import KernelSpec
-from fi_cupy.sampling_kernels import LaunchShape, filter_spec, room, sample_spec, softmax_spec, speculative_spec
+from fi_cupy.sampling_kernels import (
+    LaunchShape,
+    filter_spec,
+    renorm_spec,
+    room,
+    sample_spec,
+    softmax_spec,
+    speculative_spec,
+)
 from fi_cupy.testing.bench import launch_count, set_count
 from fi_cupy.testing.bench_gpu import GpuTimer
 
@@ -35,40 +43,43 @@ OPS: list[tuple[str, str, str, Callable[[Any], Any]]] = [
     ("topp logits", "reject", "l", lambda x: sampling.top_k_top_p_sampling_from_logits(x, 1 << 30, 0.9, **AT)),
     ("topk probs", "select", "p", lambda x: sampling.top_k_sampling_from_probs(x, 50, **AT)),
     ("topp probs", "reject", "p", lambda x: sampling.top_p_sampling_from_probs(x, 0.9, **AT)),
-    ("minp probs", "select", "p", lambda x: sampling.min_p_sampling_from_probs(x, 0.05, **AT)),
+    ("minp probs", "min_p", "p", lambda x: sampling.min_p_sampling_from_probs(x, 0.05, **AT)),
     ("top_k", "top_k", "l", lambda x: topk.top_k(x, 50)),
     ("topk_mask", "fill", "l", lambda x: sampling.top_k_mask_logits(x, 50)),
     ("topk_renorm", "fill", "p", lambda x: sampling.top_k_renorm_probs(x, 50)),
-    ("topp_renorm", "keep", "p", lambda x: sampling.top_p_renorm_probs(x, 0.9)),
+    ("topp_renorm", "renorm", "p", lambda x: sampling.top_p_renorm_probs(x, 0.9)),
     ("softmax", "softmax", "l", lambda x: sampling.softmax(x)),
 ]  # fmt: skip
 
 
 def shapes(kind: str, vocab: int) -> Iterator[LaunchShape]:
-    """Every shape that a kind of launch may have. Shapes that never paid are left out: 128 registers a thread, softmax
-    with 512 or more threads.
+    """Every shape that a kind of launch may have. Shapes that never paid are left out: softmax with 512 or
+    more threads.
     """
     segments = -(-vocab // 1024)
     for cluster, threads in product((1, 2, 4, 8, 16), (256, 512, 1024)):
-        holds = kind == "softmax"
+        holds = kind in ("softmax", "renorm")
         if holds and (threads > 256 or -(-segments // cluster) * 4 > 128):  # does not fit
             continue
         if cluster * threads // 32 > 256 or cluster * threads // 32 >= 2 * max(segments, 32):
             continue
-        yield LaunchShape(threads, cluster, 1024 // threads, holds)
+        for blocks in dict.fromkeys((max(512 // threads, 1), 1024 // threads)):
+            yield LaunchShape(threads, cluster, blocks, holds)
 
 
 def spec_of(kind: str, source: str, name: str, dtype: DType, vocab: int, shape: LaunchShape) -> KernelSpec:
     logits, segments = source == "l", room(vocab)
     if kind == "softmax":
         return softmax_spec(dtype, segments, shape)
-    if kind in ("fill", "keep"):
-        return filter_spec(dtype, logits, segments, shape, "top_k" if kind == "fill" else "top_k_top_p")
+    if kind == "renorm":
+        return renorm_spec(dtype, segments, shape)
+    if kind == "fill":
+        return filter_spec(dtype, logits, segments, shape, "top_k")
     if kind == "top_k":
         return topk.top_k_spec(dtype, segments, shape)
-    filters = {"draw": "none", "reject": "top_p"}.get(kind)
+    filters = {"draw": "none", "reject": "top_p", "min_p": "min_p"}.get(kind)
     if filters is None:
-        filters = "min_p" if "minp" in name else "top_k" if name == "topk probs" else "top_k_top_p"
+        filters = "top_k" if name == "topk probs" else "top_k_top_p"
     return sample_spec(dtype, logits, filters, segments, shape)
 
 
@@ -87,11 +98,11 @@ def chosen_specs(device: DeviceInfo) -> Iterator[KernelSpec]:
                 yield sample_spec(dtype, logits, "top_p", room(vocab), shape("reject"))
                 yield sample_spec(dtype, logits, "top_k_top_p", room(vocab), shape("select"))
                 yield filter_spec(dtype, logits, room(vocab), shape("fill"), "top_k")
-            for kind in ("min_p", "top_k"):
-                yield sample_spec(dtype, False, kind, room(vocab), shape("select"))
+            yield sample_spec(dtype, False, "min_p", room(vocab), shape("min_p"))
+            yield sample_spec(dtype, False, "top_k", room(vocab), shape("select"))
             for scaled in (False, True):
                 yield sample_spec(dtype, True, "all", room(vocab), shape("select"), scaled)
-            yield filter_spec(dtype, False, room(vocab), shape("keep"), "top_k_top_p")
+            yield renorm_spec(dtype, room(vocab), shape("renorm"))
             yield softmax_spec(dtype, room(vocab), shape("softmax"))
             yield topk.top_k_spec(dtype, room(vocab), shape("top_k"))
             yield speculative_spec(dtype, room(vocab), shape("speculative"))

@@ -105,7 +105,9 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
         *lookup.kernel_specs(),
         rope.rope_spec(bfloat16, int32, d, 8, rope._threads((qo + kv) * d // 16)),
         *(page.append_spec(2 * d, 2 * d, 16, unroll) for unroll in (1, 4)),
-        *sampling.kernel_specs()[:9],
+        *sampling.kernel_specs()[
+            :6
+        ],  # softmax and draws from float32 logits, without a filter and with top-k and top-p
     ]
     products = [((qo + 2 * kv) * d, h), (h, qo * d), (h, shape.intermediate)]
     for m in (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096):

@@ -5,11 +5,11 @@ Rules that hold for every function here:
 * A filter keeps tokens by *value*, ties included. ``top_k >= vocab`` and ``top_p >= 1`` keep all. In device arrays a
   top_k below 1 counts as 1, and a top_p of 0 or less keeps the likeliest tokens.
 * One uniform number a row, Philox4x32-10 of (seed, offset, output row), and inversion of the cumulative distribution in
-  index order, in integer arithmetic: the token depends on nothing else. Top-p alone (without top_k, or with an int that
-  keeps all) draws by rejection: from the whole row, and if top-p does not keep that token, from the likelier ones with
-  the next number, until it keeps one. The same seed gives the same tokens on every
-  GPU and on CPU arrays. With one seed *a row*, the row's number stays out of it, so that a request's token does not
-  depend on its place in the batch.
+  index order, in integer arithmetic: the token depends on nothing else. Rows of which only top-p keeps not all draw by
+  rejection: from the whole row, and if top-p does not keep that token, from the likelier ones with the next number,
+  until it keeps one (searching the threshold for one number would take twice as long). The same seed gives the same
+  tokens on every GPU and on CPU arrays. With one seed *a row*, the row's number stays out of it, so that a request's
+  token does not depend on its place in the batch.
 * ``seed`` and ``offset`` are ints, or 1-D int64 or uint64 arrays of 1 or `rows` elements on the device of the input: a
   CUDA graph that reads them from the device draws anew at every replay that finds other values there.
 * Output row i reads input row ``indices[i]``, and every parameter at i. The tokens have the dtype of `indices` (int32).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -116,11 +117,11 @@ NARROW = LaunchShape(256, 1, 1)
 _WIDE_PAIR = LaunchShape(512, 2, 1)
 
 
-def _shared_bytes(segments: int, selects: bool, listed: int) -> int:
-    """sizeof(fi::sampling::RowShared<segments, selects, listed>)."""
-    size = 8 * segments + 8 * 32 + 24 * (256 if selects else 1) + 16
-    size = -(-size // 16) * 16 + 4 * (4096 if selects else 4)
-    size += 4 * segments + 4 * (8 * segments if selects else 1) + 8 * (listed if selects else 1) + 56
+def _shared_bytes(segments: int, tops: bool, listed: int) -> int:
+    """sizeof(fi::sampling::RowShared<segments, tops, listed>)."""
+    size = 8 * segments + 8 * 32 + 16 * (256 if listed else 1) + 32
+    size = -(-size // 16) * 16 + 4 * (4096 if listed else 4)
+    size += 4 * segments + 4 * (8 * segments if tops else 4) + 8 * max(listed, 1) + 24
     return -(-size // 16) * 16
 
 
@@ -133,27 +134,27 @@ def room(vocab: int) -> int:
     return 256 if vocab <= 1 << 18 else 512
 
 
-def row_shared(room: int, selects: bool, shape: LaunchShape, top_k: bool = False) -> tuple[int, int]:
-    """(kList, bytes): four CTAs of 256 threads share a multiprocessor of sm_90, and the portable kernels have the 64 KB
-    of sm_75. Top-k lists more, since what it returns is sorted there.
+def row_shared(room: int, kind: str, shape: LaunchShape) -> tuple[int, int]:
+    """(kList, bytes) by filter: four CTAs of 256 threads share a multiprocessor of sm_90, and the portable kernels have
+    the 64 KB of sm_75. "sorted", of top-k, lists more, since what it returns is sorted there.
     """
-    listed = 0 if not selects else 2816 if room == 256 else 2048
-    if top_k and (room == 256 or shape.cluster > 1):
+    listed = 0 if kind in ("none", "top_p", "min_p") else 2816 if room == 256 else 2048
+    if kind == "sorted" and (room == 256 or shape.cluster > 1):
         listed = 4096 if shape.cluster > 1 else 3072
-    return listed, _shared_bytes(room, selects, listed)
+    return listed, _shared_bytes(room, kind != "none", listed)
 
 
 @lru_cache(maxsize=256)
 def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
-    """The shape of a launch, by its kind: "draw" (nothing is filtered), "reject" (top-p alone), "select" (a token of
-    what a filter keeps), "top_k", "fill" (rows of which few elements are kept), "keep" (rows of which many are),
-    "softmax" or "speculative". bench/tune_sampling.py times them all.
+    """The shape of a launch, by its kind: "draw" (nothing is filtered), "reject" (top-p alone), "min_p" (alone),
+    "select" (a token of what other filters keep), "top_k", "fill" (rows of which few elements are kept), "keep" (rows
+    of which many are), "renorm" (after top-p alone), "softmax" or "speculative". bench/tune_sampling.py times them all.
     """
     segments, arch = _segments(vocab), device.code_number
     if arch < 90:
-        if kind in ("draw", "reject"):
+        if kind in ("draw", "reject", "min_p"):
             return LaunchShape(min_blocks=2)
-        return NARROW if kind in ("fill", "keep", "top_k", "speculative") and segments <= 256 else PORTABLE
+        return NARROW if kind in ("fill", "keep", "renorm", "top_k", "speculative") and segments <= 256 else PORTABLE
     largest = 16 if arch < 110 else 8
 
     def clusters(limit: int, own: int) -> int:
@@ -173,22 +174,33 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
     if arch > 110:  # more registers for the same code
         return LaunchShape(256, clusters(8, 8), 1) if room(vocab) == 256 else PORTABLE
     few = rows * 2 <= device.num_sms
+    if kind == "renorm" and room(vocab) > 256:  # 24 segments of a CTA in shared memory
+        return LaunchShape(256, largest, 1, True) if largest == 16 else LaunchShape(512, largest, 1)
     if room(vocab) > 256:
         return LaunchShape(512, shared(16) if kind in ("reject", "keep", "softmax") else clusters(8, 16), 1)
     if kind == "softmax":
-        return LaunchShape(256, shared(16) if not few else max(shared(16), clusters(16, 8)), 4, True)
-    if kind in ("reject", "keep") and not few:
+        return LaunchShape(256, max(shared(16), clusters(16, 8)), 4, True)
+    if kind == "renorm":  # 80 registers a thread: the search between reading and writing takes them
+        cluster = max(shared(16), clusters(16, 8))
+        return LaunchShape(256, cluster, 2 if cluster == 16 else 3, True)
+    if kind == "keep":  # clusters of 8 would leave some of few rows to a second wave
+        return LaunchShape(512, clusters(8, 16), 2) if few else LaunchShape(256, shared(16), 4)
+    if kind == "reject" and not few:
         return LaunchShape(256, shared(16), 4)
-    if kind == "keep":  # clusters of 8 would leave some rows to a second wave
-        return LaunchShape(512, clusters(8, 16), 2)
     if kind == "speculative":  # two rows are read at once: 128 registers a thread
         cluster = clusters(8, 8)
         return _WIDE_PAIR if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 2)
-    if kind in ("draw", "reject"):  # little to do behind the pass over the row
+    if kind == "min_p" and not few:
+        return LaunchShape(512, 2 if segments > 64 else 1, 2)
+    if kind == "reject" and clusters(16, 8) == 2 and segments > 64:  # a round's pass over the row, by twice the warps
+        return LaunchShape(512, 4, 2)
+    if kind in ("draw", "reject", "min_p"):  # little to do behind the pass over the row
         cluster = clusters(16, 8)
         return LaunchShape(512, 2, 2) if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 4)
     # One CTA decides, the faster the more threads it has; with many rows, others read meanwhile.
-    return LaunchShape(1024, clusters(8, 16), 1) if few else LaunchShape(512, 2 if segments > 64 else 1, 2)
+    if kind == "fill" and few and clusters(16, 8) == 2:
+        return LaunchShape(1024, 2, 1)
+    return LaunchShape(512, clusters(16, 8), 1) if few else LaunchShape(512, 1, 2)
 
 
 def launched_bytes(spec: KernelSpec, vocab: int, dtype: DType, shape: LaunchShape) -> int:
@@ -265,7 +277,7 @@ def sample_spec(
     `scaled`: by a temperature.
     """
     domain = "Logits" if logits else "Probs"
-    listed, size = row_shared(room, kind not in ("none", "top_p"), shape)
+    listed, size = row_shared(room, kind, shape)
     return row_spec(
         f"sample_{'scaled_' if scaled else ''}{domain.lower()}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
         "sampling.cuh",
@@ -288,7 +300,7 @@ def filter_spec(
     dtype: DType, logits: bool, room: int = 256, shape: LaunchShape = PORTABLE, kind: str = "top_k_top_p"
 ) -> KernelSpec:
     """Rows after the filter `kind`: probabilities renormalised, or logits masked."""
-    listed, size = row_shared(room, True, shape)
+    listed, size = row_shared(room, kind, shape)
     return row_spec(
         f"{'mask_logits' if logits else 'renorm_probs'}_{kind}_{dtype.tag}_s{room}_{shape.tag}",
         "sampling.cuh",
@@ -302,6 +314,35 @@ def filter_spec(
         listed=listed,
         shared=size,
         spills=spills(kind, shape),
+    )
+
+
+@lru_cache(maxsize=64)
+def renorm_spec(dtype: DType, room: int = 256, shape: LaunchShape = NARROW) -> KernelSpec:
+    """Probabilities after top-p alone, renormalised."""
+    steps = shape.cluster * shape.threads // 32
+    size = 24 * steps + 8 * shape.cluster + 288 + 8 * 2048 // shape.cluster + 4 * 4096  # sizeof(RenormShared)
+    size = -(-size // 16) * 16
+    return KernelSpec(
+        symbol=f"renorm_top_p_{dtype.tag}_s{room}_{shape.tag}",
+        header="sampling/renorm.cuh",
+        function="renorm_top_p",
+        params=_PARAMS,
+        config=(
+            ("T", dtype),
+            ("kThreads", shape.threads),
+            ("kCluster", shape.cluster),
+            ("kSegments", room),
+            ("kHold", shape.hold),
+            ("kSharedBytes", size),
+        ),
+        threads=shape.threads,
+        min_blocks=shape.min_blocks,
+        smem_bytes=size + (MOST_HELD if shape.hold else 0),
+        min_arch=shape.min_arch,
+        max_arch=shape.max_arch,
+        cluster=shape.cluster if shape.cluster > 1 else 0,
+        spills=spills("renorm", shape),
     )
 
 
@@ -322,7 +363,7 @@ def softmax_spec(dtype: DType, room: int = 256, shape: LaunchShape = PORTABLE) -
         ),
         threads=shape.threads,
         min_blocks=shape.min_blocks,
-        smem_bytes=8 * room + (MOST_HELD if shape.hold else 0),
+        smem_bytes=8 * room + 16 + (MOST_HELD if shape.hold else 0),
         min_arch=shape.min_arch,
         max_arch=shape.max_arch,
         cluster=shape.cluster if shape.cluster > 1 else 0,
@@ -345,27 +386,31 @@ def speculative_spec(dtype: DType, room: int = 256, shape: LaunchShape = NARROW)
     )
 
 
+#: The canonical instances: what is first run, by the kind of launch. The first ones also for 16-bit logits.
+_FIRST: tuple[tuple[str, Callable[[DType, LaunchShape], KernelSpec]], ...] = (
+    ("softmax", lambda dtype, shape: softmax_spec(dtype, 256, shape)),
+    ("draw", lambda dtype, shape: sample_spec(dtype, True, "none", 256, shape)),
+    ("select", lambda dtype, shape: sample_spec(dtype, True, "top_k_top_p", 256, shape)),
+    ("fill", lambda dtype, shape: filter_spec(dtype, True, 256, shape, "top_k")),
+
+    ("draw", lambda dtype, shape: sample_spec(dtype, False, "none", 256, shape)),
+    ("reject", lambda dtype, shape: sample_spec(dtype, False, "top_p", 256, shape)),
+    ("min_p", lambda dtype, shape: sample_spec(dtype, False, "min_p", 256, shape)),
+    ("select", lambda dtype, shape: sample_spec(dtype, False, "top_k", 256, shape)),
+    ("fill", lambda dtype, shape: filter_spec(dtype, False, 256, shape, "top_k")),
+    ("renorm", lambda dtype, shape: renorm_spec(dtype, 256, shape)),
+    ("speculative", lambda dtype, shape: speculative_spec(dtype, 256, shape)),
+    ("select", lambda dtype, shape: sample_spec(dtype, True, "all", 256, shape, True)),
+)  # fmt: skip
+
+
 def kernel_specs() -> list[KernelSpec]:
-    """The canonical instances: a CTA a row for every architecture, and a cluster a row from sm_90 on."""
-    specs = []
-    for dtype in (float32, bfloat16, float16):
-        draws, selects, fills, keeps = [LaunchShape()], [PORTABLE], [NARROW], [NARROW]
-        if dtype is not float16:
-            draws += [LaunchShape(256, 8, 4)]
-            selects += [LaunchShape(1024, 2, 1)]
-            fills += [LaunchShape(1024, 2, 1)]
-            keeps += [LaunchShape(256, 8, 4)]
-            specs += [
-                softmax_spec(dtype, 256, LaunchShape(256, 8, 4, True)),
-                filter_spec(dtype, False, 256, NARROW, "all"),
-            ]
-            specs += [sample_spec(dtype, logits, "all", 256, selects[0], logits) for logits in (True, False)]
-            specs += [sample_spec(dtype, True, "none", 256, draws[-1], True), speculative_spec(dtype, 256, _WIDE_PAIR)]
-        for logits in (True, False):
-            specs += [sample_spec(dtype, logits, kind, 256, shape) for kind in ("none", "top_p") for shape in draws]
-            specs += [sample_spec(dtype, logits, "top_k_top_p", 256, shape) for shape in selects]
-            specs += [filter_spec(dtype, logits, 256, shape, "top_k") for shape in fills]
-        specs += [sample_spec(dtype, False, kind, 256, selects[-1]) for kind in ("min_p", "top_k")]
-        specs += [filter_spec(dtype, False, 256, shape, "top_k_top_p") for shape in keeps]
-        specs += [softmax_spec(dtype), speculative_spec(dtype)]
-    return specs
+    """The canonical instances: a CTA a row for every architecture, and what 64 rows of 128,256 tokens take on sm_90."""
+    alone = DeviceInfo(80, "80", 108, 163 << 10, 164 << 10, 40 << 20, "sm_80")
+    hopper = DeviceInfo(90, "90a", 132, 227 << 10, 228 << 10, 50 << 20, "sm_90")
+    return [
+        make(dtype, launch_shape(kind, 64, 128256, device))
+        for dtype, count in ((float32, len(_FIRST)), (bfloat16, 3), (float16, 2))
+        for kind, make in _FIRST[:count]
+        for device in ((alone, hopper) if dtype is not float16 else (alone,))
+    ]

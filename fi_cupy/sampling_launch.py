@@ -33,6 +33,7 @@ from fi_cupy.sampling_kernels import (
     filter_spec,
     launch_shape,
     launched_bytes,
+    renorm_spec,
     room,
     sample_spec,
     softmax_spec,
@@ -243,7 +244,10 @@ def draw_tokens(
         t_ptr, t_value, t_wide = _real(t, 1.0, _TEMPERATURE64)
         flags |= m_wide | t_wide | random.flags | (INDICES64 if out.dtype is int64 else 0) | (_JOINT if joint else 0)
         shape = launch_shape(
-            {"none": "draw", "top_p": "reject"}.get(kind, "select"), rows, x.shape[1], device_info(x.device)
+            {"none": "draw", "top_p": "reject", "min_p": "min_p"}.get(kind, "select"),
+            rows,
+            x.shape[1],
+            device_info(x.device),
         )
         spec = sample_spec(x.dtype, logits, kind, room(x.shape[1]), shape, scaled)
         load_kernel(spec, x.device).launch(
@@ -297,13 +301,14 @@ def filtered_rows(op: str, name: str, array: Any, top_k: Any, top_p: Any, min_p:
     m_ptr, m_value, m_wide = _real(m, 0.0, _MIN_P64)
     flags |= m_wide | (_JOINT if joint else 0) | (ALIGNED_IN if aligned_rows(x) else 0)
     flags |= _ALIGNED_OUT if aligned_rows(o) else 0
+    alone = p is not None and k is None and m is None and not logits
+    shape = launch_shape("renorm" if alone else "fill" if k is not None else "keep", rows, vocab, device_info(x.device))
     kind = "all" if m is not None else "top_k" if p is None else "top_k_top_p"
-    shape = launch_shape("fill" if k is not None else "keep", rows, vocab, device_info(x.device))
-    spec = filter_spec(x.dtype, logits, room(vocab), shape, kind)
+    spec = renorm_spec(x.dtype, room(vocab), shape) if alone else filter_spec(x.dtype, logits, room(vocab), shape, kind)
     load_kernel(spec, x.device).launch(
         rows * shape.cluster, x.stream(),
         x.ptr, o.ptr, 0, 0, 0, k_ptr, p_ptr, 0, 0, 0, 0, x.strides[0], rows, vocab, k_value, p_value, flags,
-        m_value, m_ptr, 0, 1.0,
+        m_value, m_ptr, 0, 1.0, smem=launched_bytes(spec, vocab, x.dtype, shape),
     )  # fmt: skip
     return o.result()
 

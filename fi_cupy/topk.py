@@ -66,7 +66,7 @@ class TopKTieBreak(IntEnum):
 @lru_cache(maxsize=64)
 def top_k_spec(dtype: DType, segments: int = 256, shape: LaunchShape = NARROW) -> KernelSpec:
     """Top-k of rows of up to 1024 * `segments` elements."""
-    listed, size = row_shared(segments, True, shape, True)
+    listed, size = row_shared(segments, "sorted", shape)
     return row_spec(
         f"top_k_{dtype.tag}_s{segments}_{shape.tag}",
         "topk.cuh",
@@ -97,13 +97,8 @@ def sort_spec(dtype: DType) -> KernelSpec:
 
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances."""
-    specs = []
-    for dtype in (float32, bfloat16, float16):
-        specs.append(top_k_spec(dtype))
-        if dtype is not float16:
-            specs.append(top_k_spec(dtype, 256, LaunchShape(1024, 2, 1)))
-        specs.append(sort_spec(dtype))
-    return specs
+    alone = [top_k_spec(dtype) for dtype in (float32, bfloat16, float16)]
+    return [*alone, top_k_spec(float32, 256, LaunchShape(1024, 2, 1)), sort_spec(float32)]
 
 
 def _count(op: str, k: Any, most: int | None = None) -> int:
@@ -133,7 +128,7 @@ def _launch(x: View, k: int, flags: int, page_size: int = 1, table_stride: int =
         rows * shape.cluster, x.stream(),
         x.ptr, *(pointers.get(name, 0) for name in names), x.strides[0], table_stride, width, k, page_size, flags,
     )  # fmt: skip
-    return row_shared(room(width), True, shape, True)[0]
+    return row_shared(room(width), "sorted", shape)[0]
 
 
 def top_k(

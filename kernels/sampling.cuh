@@ -2,68 +2,27 @@
 // cumulative distribution in index order with one Philox number; and the same filters as renormalisation and as mask.
 // A cluster of kCluster CTAs (1 below sm_90) of kThreads reads one row; grid = output rows * kCluster. Its first CTA
 // collects what the others found, in its shared memory, and decides; where rows are written, all of them write.
-// The row is read once; then only blocks that reach a proven lower bound are (candidates.cuh), or what lies near the
-// threshold was listed on the way (band.cuh). All decisions are integer (mass.cuh): tokens and kept sets are the same
-// for every launch shape and architecture.
+// The row is read once; then only blocks that reach a proven lower bound (candidates.cuh), a pivot or a threshold
+// (draw.cuh). All decisions are integer (mass.cuh): tokens and kept sets are the same for every launch shape and
+// architecture.
 // Shared memory (dynamic): RowShared, and the row's segments if they are held. Bytes moved: rows * vocab * sizeof(T),
 // and as much for rows written. Architecture: any; clusters need sm_90.
 #pragma once
 #include "ptx/pdl.cuh"
-#include "sampling/band.cuh"
 #include "sampling/draw.cuh"
+#include "sampling/parameters.cuh"
 
 namespace fi {
 
-struct SamplingParams {
-  const void* input;
-  void* output;         // tokens, or rows (contiguous)
-  uint8_t* valid;       // or null; a row is invalid if it has NaN or nothing to draw from, or its index is out of range
-  uint8_t* nan;         // or null; 1 where the row has NaN
-  const void* indices;  // row of input for every output row, or null
-  const void* top_k;    // parameters by output row, or null for the value
-  const void* p;
-  const uint64_t* seed;
-  const uint64_t* offset;
-  uint64_t seed_value, offset_value;
-  int64_t stride;       // of input rows, elements
-  uint32_t rows;        // of input
-  uint32_t vocab;
-  int32_t top_k_value;
-  float p_value;
-  uint32_t flags;
-  float min_p_value;        // of pipelines: min-p beside top-k and top-p
-  const void* min_p;
-  const void* temperature;  // of pipelines on logits, or null for the value
-  float inverse_value;      // 1 / temperature; 0 for temperature 0
-};
-
 namespace sampling {
 
-template <typename T>
-constexpr int kExactBits = is_same_v<T, float> ? 0 : (is_same_v<T, __half> ? 13 : 16);  // key bits that never differ
-
-FI_DEVICE int64_t read_index(const void* p, bool wide, int64_t i) {
-  return wide ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
-}
-FI_DEVICE void write_index(void* p, bool wide, int64_t i, int64_t value) {
-  if (wide) {
-    static_cast<int64_t*>(p)[i] = value;
-  } else {
-    static_cast<int32_t*>(p)[i] = int32_t(value);
-  }
-}
-// One a row, float64 or float32; without an array, the value.
-FI_DEVICE double read_real(const void* p, bool wide, int64_t i, float value) {
-  if (p == nullptr) return value;
-  return wide ? static_cast<const double*>(p)[i] : double(static_cast<const float*>(p)[i]);
-}
 template <class Filter>
 FI_DEVICE FilterArgs filter_args(const SamplingParams& params, uint32_t row) {
   const uint32_t flags = params.flags;
   int64_t k = params.top_k ? read_index(params.top_k, flags & kTopK64, row) : params.top_k_value;
   k = max_of<int64_t>(1, min_of<int64_t>(k, params.vocab));
-  FilterArgs args = {uint32_t(k), float(read_real(params.p, flags & kP64, row, params.p_value)), (flags & kJoint) != 0};
-  if constexpr (Filter::kTop && Filter::kMin) args.min_p = float(read_real(params.min_p, flags & kMinP64, row, params.min_p_value));
+  FilterArgs args = {uint32_t(k), read_real(params.p, flags & kP64, row, params.p_value), (flags & kJoint) != 0};
+  if constexpr (Filter::kTop && Filter::kMin) args.min_p = read_real(params.min_p, flags & kMinP64, row, params.min_p_value);
   return args;
 }
 
@@ -72,11 +31,11 @@ FI_DEVICE FilterArgs filter_args(const SamplingParams& params, uint32_t row) {
 struct NoFilter {
   static constexpr bool kFilters = false, kTop = false, kMass = false, kMin = false;
 };
-struct TopP {  // alone: by rejection
+struct TopP {  // alone: by rejection, as the filters with kMass do if a row's top-k and min-p keep all
   static constexpr bool kFilters = false, kTop = false, kMass = false, kMin = false;
 };
-struct MinP {
-  static constexpr bool kFilters = true, kTop = false, kMass = false, kMin = true;
+struct MinP {  // alone: by the largest value
+  static constexpr bool kFilters = false, kTop = false, kMass = false, kMin = false;
 };
 struct TopK {
   static constexpr bool kFilters = true, kTop = true, kMass = false, kMin = false;
@@ -88,73 +47,34 @@ struct AllFilters {
   static constexpr bool kFilters = true, kTop = true, kMass = true, kMin = true;
 };
 
-// What the cluster's first CTA found out about a row. The other CTAs come back with `first` false, having arrived at a
-// cluster barrier that they have not waited at.
+// What the cluster's first CTA found out about a row; the other CTAs come back with `first` false.
 struct Judged {
   bool first;
   bool nan, valid;
   bool whole;   // nothing is filtered: the sums are the first pass's
-  bool blocks;  // the blocks' largest keys are known
   Verdict verdict;
+  uint64_t random;  // of warp 0, and without a filter of all threads
 };
 
-// Every CTA learns the row's largest key and mass from the first one, which has the sums.
-template <class Shape, class State>
-FI_DEVICE void tell_total(const typename State::Row& row, typename State::Shared& shared) {
-  if (Shape::rank() == 0) {
-    const State state(row, shared);
-    const uint64_t total = state.total();
-    if (threadIdx.x < Shape::kCluster) {
-      auto& there = Shape::at(shared, threadIdx.x);
-      there.told_key = state.top_key;
-      there.told_total = total;
-    }
-  }
-  Shape::arrive();
-  Shape::wait();  // everyone has been told
-}
-
-// Read a row by the whole cluster, and in its first CTA find what the filter keeps. `held`: where this CTA's segments
-// stay on chip.
-template <class Filter, class Shape, int exact_bits, class Domain, class Row, class Shared, class Held>
-FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& shared, uint64_t random, const Held& held) {
+// Read a row by the whole cluster, and in its first CTA find what the filter keeps. `held`: what becomes of the segments
+// while they are read; fresh(): the random bits of a draw (kDraws).
+template <class Filter, class Shape, int exact_bits, class Domain, bool kDraws, class Row, class Shared, class Held, class Fresh>
+FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& shared, const Held& held, Fresh&& fresh) {
   using State = RowState<Domain, Shape::kThreads, Row, Shared>;
   const bool top_k = Filter::kTop && args.has_top_k(row.vocab), top_p = Filter::kMass && args.has_top_p();
-  const bool banded = top_p && !top_k;
-  const bool whole = !Filter::kFilters || (Filter::kTop && !top_k && !top_p && !args.has_min_p());
+  const bool whole = !Filter::kFilters || (!top_k && !top_p && !args.has_min_p());
+  const bool alone = top_p && !top_k;  // no bound is known for it: the row is searched
   const bool joint = Domain::kOwnRef && top_p && args.joint;  // top-p compares with the whole row's mass
-  Judged judged = {Shape::rank() == 0, false, true, whole, Filter::kFilters && (Domain::kOwnRef || !banded), {}};
-  Shared& to = Shape::at(shared, 0);
+  const bool sums = whole || alone || joint;
+  Judged judged = {Shape::rank() == 0, false, false, whole, {}, 0};
   Started<Shape> started;
-  if (Domain::kOwnRef || !banded)
-    summarise<Domain, Filter::kFilters, Shape>(row, to, whole || joint || banded, started, held);
-  Band band = {0.f, 0.f};
-  uint64_t total = 0;
-  if constexpr (Filter::kMass) {
-    if (banded) {
-      auto ref = Domain::ref(1.f);
-      float relative = 1.f;  // probabilities are taken to sum to 1 until they have been added up
-      if constexpr (Domain::kOwnRef) {
-        Shape::arrive();
-        Shape::wait();  // the first CTA has all sums
-        tell_total<Shape, State>(row, shared);
-        total = shared.told_total;
-        ref = Domain::ref(value_of(shared.told_key));
-        relative = float(total) * (1.f / float(uint64_t(1) << kMassBits));
-        judged.nan = shared.told_key > kInfKey;
-        judged.valid = !judged.nan && Domain::valid(ref.top);
-      }
-      if (judged.valid) {
-        band = estimate<Domain, Shape>(row, ref, (1.f - args.p) * relative, shared);
-        read_with_band<Domain, Shape, Shared>(row, ref, band, !Domain::kOwnRef && !args.joint, started, held);
-        started.done = true;
-      }
-    }
-  }
-  Shape::arrive();
+  summarise<Domain, Filter::kFilters, Held::kKeeps, Shape>(row, shared, sums, started, held);
   if (!judged.first) return judged;
-  Shape::wait();  // this CTA has everything
-  if (!judged.valid) return judged;
+  if (kDraws && (!Filter::kFilters || warp_id() == 0)) {
+    judged.random = fresh();
+    asm volatile("" : "+l"(judged.random));  // now, while the other CTAs are awaited
+  }
+  Shape::receive(&shared.box[0], 0, summary_bytes<Filter::kFilters>(row, sums));
   const State state(row, shared);
   judged.nan = state.nan();
   judged.valid = state.valid();
@@ -162,33 +82,27 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
   if (whole) {
     state.correct_unit();
   } else if constexpr (Filter::kFilters) {
-    Rest rest;
     FilterArgs left = args;
-    if constexpr (Filter::kTop && Filter::kMin) {
+    if constexpr (Filter::kMin) {
       if (args.has_min_p()) left.least = Domain::min_p_key(args.min_p, state.top);
     }
-    if (banded) {
-      if constexpr (Filter::kMass) rest = rest_of_band(state, left, band, total, Shape::kStep);
-    } else {
-      if (joint) total = state.total();
-      uint32_t low = 0;
-      bool bounded = true;
-      if constexpr (Filter::kTop) {
-        if (!Filter::kMin || top_k) bounded = lower_bound(state, args.top_k, low);
-        else low = left.least;
-      } else {
-        if (args.p > 0.f) low = Domain::min_p_key(args.p, state.top);
-        left = {row.vocab, 1.f, false};
-      }
-      const uint32_t listed = bounded ? gather<State>(row, low) : kWholeRow;
-      if (listed <= Shape::kThreads) {
-        judged.verdict = settle<State>(row, state.top_key, listed, left, total, random);
+    uint32_t low = left.least, listed = kWholeRow;
+    uint64_t total = 0;
+    if (alone) {
+      low = 0;
+      state.correct_unit();
+    }
+    if (alone || joint) total = state.total();
+    if (!alone && (!top_k || lower_bound(state, args.top_k, low))) {
+      listed = gather<State, true>(row, low, state.top_key);
+      if (listed <= kPairs && few<Shape::kThreads>(listed)) {
+        judged.verdict = settle<State, kDraws>(row, state.top_key, listed, left, total, judged.random);
         return judged;
       }
-      rest = {listed <= Shared::kList ? listed : kWholeRow, low, state.top_key, 0};
-      if (threadIdx.x < row.segments()) shared.sum[threadIdx.x] = 0;
-      __syncthreads();  // sums are clear
     }
+    if (threadIdx.x < row.segments()) shared.sum[threadIdx.x] = 0;
+    __syncthreads();  // sums are clear
+    const Rest rest = {listed <= Shared::kList ? listed : kWholeRow, low, state.top_key};
     judged.verdict.threshold = search<exact_bits, State>(row, state.top_key, left, rest, total);
   }
   return judged;
@@ -196,8 +110,8 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
 
 }  // namespace sampling
 
-// Config: T, Domain (sampling::Logits or Probs), Filter (sampling::NoFilter, TopP, MinP, TopKTopP or AllFilters), kScaled (by
-// temperature), kThreads, kCluster, kSegments, kList (RowShared), kSharedBytes (its size)
+// Config: T, Domain (sampling::Logits or Probs), Filter (sampling::NoFilter, TopP, MinP, TopK, TopKTopP or AllFilters),
+// kScaled (by temperature), kThreads, kCluster, kSegments, kList (RowShared), kSharedBytes (its size)
 template <class Config>
 FI_DEVICE void sample(const SamplingParams& params) {
   using namespace sampling;
@@ -207,7 +121,7 @@ FI_DEVICE void sample(const SamplingParams& params) {
   using Source = SourceRow<T, Config::kScaled>;
   using Row = typename Source::Row;
   using Shape = sampling::Shape<Config::kThreads, Config::kCluster>;
-  using Shared = RowShared<Config::kSegments, Filter::kFilters, Config::kList>;
+  using Shared = RowShared<Config::kSegments, !is_same_v<Filter, NoFilter>, Config::kList>;
   static_assert(sizeof(Shared) == Config::kSharedBytes);
   extern __shared__ __align__(1024) uint8_t smem[];
   Shared& shared = *reinterpret_cast<Shared*>(smem);
@@ -224,35 +138,45 @@ FI_DEVICE void sample(const SamplingParams& params) {
   if (0 <= index && index < params.rows) {
     const PlainRow<T> plain{static_cast<const T*>(params.input) + index * params.stride, params.vocab,
                             (flags & kAlignedInput) != 0};
-    float inverse = params.inverse_value;
-    if (Config::kScaled && params.temperature) {
-      const double t = read_real(params.temperature, flags & kTemperature64, output_row, 0.f);
-      inverse = t == 0. ? 0.f : float(1. / t);
-    }
+    const float inverse =
+        Config::kScaled ? read_inverse(params.temperature, flags & kTemperature64, output_row, params.inverse_value) : 1.f;
     const Row row = Source::make(plain, inverse);
-    const Stream stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, output_row);
     const FilterArgs args = filter_args<Filter>(params, output_row);
-    if constexpr (is_same_v<Filter, TopP>) {
-      const Outcome drawn = draw_top_p<Domain, Shape>(row, args, shared, stream);
+    // Random bits are made where they are needed: in front of the first loads they would delay them.
+    auto fresh = [&](uint32_t draw) {
+      return Stream(params.seed, params.offset, params.seed_value, params.offset_value, flags, output_row).bits64(draw);
+    };
+    Outcome drawn = {false, false, false, 0};
+    bool done = false;
+    if constexpr (is_same_v<Filter, MinP>) {
+      drawn = draw_min_p<Domain, Shape>(row, args, shared, fresh);
+      done = true;
+    } else if constexpr (is_same_v<Filter, TopP> || Filter::kMass) {
+      done = is_same_v<Filter, TopP> || !(args.has_top_k(params.vocab) || args.has_min_p());
+      if (done) drawn = draw_top_p<Filter::kMass, Domain, Shape>(row, args, shared, fresh);
+    }
+    if (done) {
       if (!drawn.first) return;
       nan = drawn.nan;
       valid = drawn.valid;
       token = drawn.token;
-    } else {
-      const uint64_t random = stream.bits64(0);
-      const Judged judged = judge_row<Filter, Shape, Config::kScaled ? 0 : kExactBits<T>, Domain>(
-          row, args, shared, random, NotHeld{});
+    } else if constexpr (!is_same_v<Filter, TopP> && !is_same_v<Filter, MinP>) {
+      const Judged judged = judge_row<Filter, Shape, Config::kScaled ? 0 : kExactBits<T>, Domain, true>(
+          row, args, shared, NotHeld{}, [&] { return fresh(0); });
       if (!judged.first) return;
       nan = judged.nan;
       valid = judged.valid;
       if (valid) {
-        const RowState<Domain, Config::kThreads, Row, Shared> state(row, shared);
-        if (judged.verdict.drawn) {
+        using State = RowState<Domain, Config::kThreads, Row, Shared>;
+        const State state(row, shared);
+        if constexpr (!Filter::kFilters) {
+          token = draw<true>(state, 0, judged.random).token;
+        } else if (judged.verdict.drawn) {
           token = judged.verdict.token;
-        } else if (judged.whole) {
-          token = draw<true>(state, 0, random).token;
+        } else if (Filter::kMass || !judged.whole) {
+          token = draw_apart<false, State>(row, state.top_key, judged.verdict.threshold, fresh(0)).token;
         } else {
-          token = draw<false>(state, judged.verdict.threshold, random).token;
+          token = draw_apart<true, State>(row, state.top_key, 0, fresh(0)).token;
         }
       }
     }
@@ -297,8 +221,9 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   const bool vectors = (params.flags & kAlignedOutput) != 0;
   const FilterArgs args = filter_args<Filter>(params, uint32_t(row_number));
   const bool fills = args.has_top_k(vocab);
-  const Filled<T> filled{fills ? output : nullptr, shared.block_top, from_float<T>(kMask ? -FI_INF : 0.f), vocab, vectors};
-  const Judged judged = judge_row<Filter, Shape, kExactBits<T>, Domain>(row, args, shared, 0, filled);
+  const Filled<T> filled{fills ? output : nullptr, from_float<T>(kMask ? -FI_INF : 0.f), vocab, vectors};
+  const Judged judged = judge_row<Filter, Shape, kExactBits<T>, Domain, false>(
+      row, args, shared, filled, [] { return uint64_t(0); });
   if (judged.first) {
     uint32_t threshold = 0xffffffffu;  // nothing is kept of an invalid row
     float sum = 1.f;
@@ -309,21 +234,17 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
         sum = Domain::probability(judged.verdict.drawn ? judged.verdict.total : state.kept(), state.ref);
       }
     }
-    if (threadIdx.x < Shape::kCluster) {
-      Shared& there = Shape::at(shared, threadIdx.x);
-      there.told_key = threshold;
-      there.told_sum = sum;
-    }
+    const uint64_t told = uint64_t(__float_as_uint(sum)) << 32 | threshold;
+    if (threadIdx.x == 0) shared.told = told;
+    else if (threadIdx.x < Shape::kCluster) Shape::post(&shared.told, told, &shared.box[1], threadIdx.x);
+    __syncthreads();  // this CTA knows, too
   } else {
-    Shape::wait();  // what judge_row left over
+    Shape::receive(&shared.box[1], 0, 8);
   }
-  Shape::arrive();
-  Shape::wait();  // everyone has been told
-  const uint32_t threshold = shared.told_key;
+  const uint32_t threshold = uint32_t(shared.told);
+  const float told_sum = __uint_as_float(uint32_t(shared.told >> 32));
   const float least = value_of(threshold);  // NaN for an invalid row: nothing reaches it
-  // Rows of an extreme scale are divided at another one.
-  const float scale = shared.told_sum < 1e-30f ? 0x1p100f : shared.told_sum > 1e30f ? 0x1p-100f : 1.f;
-  const float sum = shared.told_sum * scale, reciprocal = math::ptx_rcp(sum);
+  const Quotient quotient(told_sum);
   constexpr int kStep = Shape::kStep;
   const int first = Shape::first(), left = int(row.segments()) - 1 - first;
 #pragma unroll 1
@@ -349,8 +270,7 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
         if constexpr (kMask) {
           y[j] = keep ? y[j] : -FI_INF;
         } else {
-          const float x = fmaxf(y[j], 0.f) * scale, q = x * reciprocal;
-          y[j] = keep ? __fmaf_rn(__fmaf_rn(-q, sum, x), reciprocal, q) : 0.f;  // the remainder corrects the quotient
+          y[j] = keep ? quotient(y[j]) : 0.f;
         }
       }
       const uint32_t at = s * kSegment + b * Row::kBlock + lane_id() * kPer;

@@ -38,42 +38,9 @@ struct TopKParams {
 
 namespace sampling {
 
-// A row whose NaNs are all alike: the largest key.
-template <typename T>
-struct RankedRow {
-  using Plain = PlainRow<T>;
-  static constexpr int kPer = Plain::kPer, kBlock = Plain::kBlock, kBlocks = Plain::kBlocks;
-  static constexpr uint32_t kAll = Plain::kAll;
-  struct Block {
-    typename Plain::Block plain;
-    FI_DEVICE void to_floats(float (&out)[kPer]) const {
-      plain.to_floats(out);
-      canonical(out);
-    }
-  };
-
-  Plain plain;
-  uint32_t vocab;
-
-  FI_DEVICE RankedRow(const T* data, uint32_t length, bool aligned) : plain{data, length, aligned}, vocab(length) {}
-  FI_DEVICE uint32_t segments() const { return plain.segments(); }
-  template <int kCount>
-  FI_DEVICE void load(uint32_t segment, int block, uint32_t blocks, Block (&v)[kCount]) const {
-    typename Plain::Block p[kCount];
-    plain.load(segment, block, blocks, p);
-#pragma unroll
-    for (int b = 0; b < kCount; ++b) v[b].plain = p[b];
-  }
-  FI_DEVICE void load_at(uint32_t first, float (&v)[kPer]) const {
-    plain.load_at(first, v);
-    canonical(v);
-  }
-
- private:
-  FI_DEVICE static void canonical(float (&v)[kPer]) {
-#pragma unroll
-    for (int j = 0; j < kPer; ++j) v[j] = ptx::max_nan(v[j], v[j]);
-  }
+// All NaNs are alike: the largest key.
+struct Canonical {
+  FI_DEVICE float operator()(float x) const { return ptx::max_nan(x, x); }
 };
 
 // Order of results: by key, then by `tag`, both from the largest down. The tag is the index or, for small ties first,
@@ -145,7 +112,7 @@ struct TopKOutput {
 // The list's n elements in order; `put(place, index)` for the first k. Tags are made of indices here.
 template <int kThreads, class Shared, class Put>
 FI_DEVICE void rank_list(Shared& shared, uint32_t n, uint32_t k, uint32_t flip, Put&& put) {
-  if (n <= kThreads) {
+  if (few<kThreads>(n)) {
     const int split = threads_for_each<kThreads>(n);
     const uint32_t mine = threadIdx.x / split;
     const uint32_t key = mine < n ? shared.key[mine] : 0, tag = mine < n ? shared.index[mine] ^ flip : 0;
@@ -250,7 +217,7 @@ template <class Config>
 FI_DEVICE void top_k(const TopKParams& params) {
   using namespace sampling;
   using T = typename Config::T;
-  using Row = RankedRow<T>;
+  using Row = MappedRow<T, Canonical>;  // what ranks
   using Shape = sampling::Shape<Config::kThreads, Config::kCluster>;
   using Shared = RowShared<Config::kSegments, true, Config::kList>;
   using State = RowState<Logits, Config::kThreads, Row, Shared>;
@@ -270,13 +237,11 @@ FI_DEVICE void top_k(const TopKParams& params) {
   if (params.lengths) length = uint32_t(max_of(params.lengths[row_number], 0));
   length = min_of(length, vocab - start);
   const T* data = static_cast<const T*>(params.input) + row_number * params.stride + start;
-  const Row row(data, length, reinterpret_cast<uint64_t>(data) % 16 == 0);
-  Shared& to = Shape::at(shared, 0);
+  const Row row({data, length, reinterpret_cast<uint64_t>(data) % 16 == 0}, Canonical{});
   Started<Shape> started;
-  summarise<Logits, true, Shape>(row, to, false, started, NotHeld{});
-  Shape::arrive();
+  summarise<Logits, true, false, Shape>(row, shared, false, started, NotHeld{});
   if (Shape::rank() != 0) return;
-  Shape::wait();  // this CTA has everything
+  Shape::receive(&shared.box[0], 0, summary_bytes<true>(row, false));
 
   const TopKOutput<T> output(params, data, row_number);
   if (length <= k && !(params.flags & kTopKSorted)) {  // all
@@ -291,7 +256,7 @@ FI_DEVICE void top_k(const TopKParams& params) {
   const uint32_t flip = large ? 0 : 0xffffffffu;
   uint32_t low = 0, listed = kWholeRow;
   const bool bounded = length <= Shared::kList || lower_bound(state, k, low);
-  if (bounded) listed = gather<State>(row, low);
+  if (bounded) listed = gather<State, false>(row, low, state.top_key);
   if (listed <= Shared::kList) {
     rank_list<Config::kThreads>(shared, listed, k, flip, [&](uint32_t place, uint32_t index) { output.write(place, index); });
   } else if (k <= Shared::kList && (params.flags & kTopKSorted)) {

@@ -221,10 +221,11 @@ class Filter:
     min_p: Array | None = None
     joint: bool = False
 
-    @property
-    def rejects(self) -> bool:
-        """Top-p alone: draws by rejection."""
-        return self.top_p is not None and self.top_k is None and self.min_p is None
+    def rejects(self, i: int, vocab: int) -> bool:
+        """Whether output row `i` is drawn by rejection: top-p keeps not all, and the others do."""
+        if self.top_p is None or (self.top_k is not None and self.top_k[i] < vocab):
+            return False
+        return not (self.min_p is not None and self.min_p[i] > 0)
 
     def threshold(self, row: Array, domain: Domain, i: int) -> Any:
         """The smallest kept value of a valid float32 row, for output row `i`; None if its parameters keep all."""
@@ -346,7 +347,7 @@ def sample(
         nan[i] = np.isnan(row).any()
         valid[i] = not nan[i] and domain.valid(row.max())
         if valid[i]:
-            if keep.rejects:
+            if keep.rejects(i, row.size):
                 tokens[i] = draw_top_p(row, domain, keep, i, partial(bits64, s, o, r))
             else:
                 tokens[i] = draw_token(row, domain, keep.threshold(row, domain, i), bits64(s, o, r, 0))

@@ -15,6 +15,47 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = "bfloa
     return (rng.standard_normal(shape, dtype=np.float32) * scale).astype(to_dtype(dtype).np)
 
 
+#: Kinds of rows that filters and draws may trip over.
+ROW_KINDS = ("normal", "flat", "coarse", "spike", "holes")
+
+
+def odd_rows(
+    rng: np.random.Generator,
+    rows: int,
+    vocab: int,
+    dtype: Any,
+    logits: bool = True,
+    kinds: tuple[str, ...] = ROW_KINDS,
+) -> Any:
+    """Rows of logits of several kinds in turn, or their probabilities.
+
+    "normal" (deviation 3), "flat", "coarse" (few distinct values), "spike" (one token has nearly all), "holes" (half at
+    -inf), "nan" (one, of more than 100 elements), "nans" (one of a hundred), "zeros" (of both signs, the rest -inf).
+    """
+    from fi_cupy.reference.sampling_filters import softmax
+
+    x = normal(rng, (rows, vocab), "float32", 3.0)
+    for i in range(rows):
+        kind = kinds[i % len(kinds)]
+        if kind == "flat":
+            x[i] = 1.5
+        elif kind == "coarse":
+            x[i] = np.round(x[i])
+        elif kind == "spike":
+            x[i, rng.integers(vocab)] += 25
+        elif kind == "holes":
+            x[i, rng.random(vocab) < 0.5] = -np.inf
+            x[i, rng.integers(vocab)] = 0.5
+        elif kind == "nan" and vocab > 100:
+            x[i, rng.integers(vocab)] = np.nan
+        elif kind == "nans":
+            x[i, rng.random(vocab) < 0.01] = np.nan
+        elif kind == "zeros":
+            x[i] = -np.inf
+            x[i, :2] = [-0.0, 0.0][:vocab]
+    return (x if logits else softmax(x)).astype(to_dtype(dtype).np)
+
+
 def on_gpu(array: np.ndarray[Any, Any]) -> Any:
     """A CuPy copy; fp8 becomes bytes, which is how it travels through CuPy."""
     import cupy

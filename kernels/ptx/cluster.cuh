@@ -34,6 +34,12 @@ FI_DEVICE void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }
+// The same without any order of memory: "this CTA has started", and what mailbox_open did.
+FI_DEVICE void cluster_arrive_relaxed() {
+#if FI_ARCH >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
 FI_DEVICE void cluster_wait() {
 #if FI_ARCH >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -98,21 +98,25 @@ struct FilterArgs {
   FI_DEVICE bool has_top_k(uint32_t vocab) const { return top_k < vocab; }
   FI_DEVICE bool has_top_p() const { return p < 1.f; }
   FI_DEVICE bool has_min_p() const { return min_p > 0.f; }
-  // The mass that top-p has to reach. `total`: of the row if joint (probabilities do without), else of top-k's tokens.
+  // The mass that top-p has to reach. `total`: of the row if joint (probabilities do without), else of top-k's tokens;
+  // `factor`: share_factor(p).
+  template <class Domain>
+  FI_DEVICE uint64_t target(uint64_t total, typename Domain::Ref ref, uint64_t factor) const {
+    uint64_t mass = 1;  // the likeliest tokens are always kept
+    if (p > 0.f) mass = max_of(mass, joint ? Domain::absolute(p, factor, total, ref) : share(factor, total));
+    return mass;
+  }
   template <class Domain>
   FI_DEVICE uint64_t target(uint64_t total, typename Domain::Ref ref) const {
-    uint64_t mass = 1;  // the likeliest tokens are always kept
-    if (p > 0.f) mass = max_of(mass, joint ? Domain::absolute(p, total, ref) : share(p, total));
-    return mass;
+    return target<Domain>(total, ref, share_factor(p));
   }
 };
 
 // What a filter still has to look at: the first `listed` elements of the list, or (kWholeRow) the row. Keys below `low`
-// are surely rejected, keys above `high` surely kept, and their mass is `above`; of the list, the segments' sums have it.
+// are surely rejected, and there are none above `high`.
 constexpr uint32_t kWholeRow = 0xffffffffu;
 struct Rest {
   uint32_t listed, low, high;
-  uint64_t above;
 };
 
 // Top-k, then top-p: the threshold; the segments' sums become those of what it keeps. `total`: the row's mass, if the
@@ -154,7 +158,6 @@ __device__ __noinline__ uint32_t search(typename State::Row row, uint32_t top_ke
         const float light = __ull2float_rz(certain - target) * (0.999f / float(state.row.vocab));
         if (light > 1.f) threshold = max_of(threshold, min_of(key_of(Domain::value_below(light, state.ref)), rest.high));
       }
-      target -= rest.above;
     }
     threshold = select<kThreads>(
         visit, [&](float x) { return stage == 0 ? uint64_t(1) : Domain::mass(x, state.ref); }, threshold, rest.high,

@@ -35,9 +35,9 @@ FI_DEVICE uint64_t exp_fixed(float d, int bits) {
   return __float2ull_rz(__uint_as_float(__float_as_uint(p) + (__float_as_uint(z) << 23) + (uint32_t(bits) << 23)));
 }
 
-// ceil(p * total), 0 < p < 1: exact, as p * 2^64 is an integer for every p >= 2^-40.
-FI_DEVICE uint64_t share(float p, uint64_t total) {
-  const uint64_t factor = __double2ull_rz(double(p) * 18446744073709551616.0);
+// ceil(p * total), 0 < p < 1, by p * 2^64: exact, as that is an integer for every p >= 2^-40.
+FI_DEVICE uint64_t share_factor(float p) { return __double2ull_rz(double(p) * 18446744073709551616.0); }
+FI_DEVICE uint64_t share(uint64_t factor, uint64_t total) {
   return __umul64hi(factor, total) + (factor * total != 0);
 }
 
@@ -57,7 +57,7 @@ struct Logits {
   FI_DEVICE static uint64_t mass(float x, Ref r) { return exp_fixed(__fsub_rn(x, r.top), kMassBits); }
   FI_DEVICE static uint64_t weight(Ref part, Ref whole) { return exp_fixed(__fsub_rn(part.top, whole.top), 63); }
   // The mass that top-p compares with: p of everything.
-  FI_DEVICE static uint64_t absolute(float p, uint64_t total, Ref) { return share(p, total); }
+  FI_DEVICE static uint64_t absolute(float, uint64_t factor, uint64_t total, Ref) { return share(factor, total); }
   // The key that min-p's tokens reach: of probability min_p relative to the largest value.
   FI_DEVICE static uint32_t min_p_key(float min_p, float top) {
     return key_of(fminf(__fadd_rn(top, float(log(double(min_p)))), top));
@@ -66,9 +66,6 @@ struct Logits {
   FI_DEVICE static float value_below(float mass, Ref r) {
     return __fadd_rd(r.top, (math::ptx_log2(mass) - (kMassBits + 1)) * math::loge2);
   }
-  // For estimates only: probability relative to the reference, and back.
-  FI_DEVICE static float relative(float x, Ref r) { return math::ptx_exp2((x - r.top) * math::log2e); }
-  FI_DEVICE static float value_at(float relative, Ref r) { return r.top + math::ptx_log2(relative) * math::loge2; }
 };
 
 // Inputs are probabilities (need not sum to 1); negative ones count as 0. The unit is 2^-43 if the row's largest value
@@ -94,7 +91,7 @@ struct Probabilities {
   // In the unit 2^-43.
   FI_DEVICE static uint64_t mass(float x) { return __float2ull_rz(__fmul_rn(fmaxf(x, 0.f), 8796093022208.f)); }
   // ceil(p * 2^(kMassBits - exponent)), saturating: top-p is a bound on the sum of probabilities as they stand.
-  FI_DEVICE static uint64_t absolute(float p, uint64_t, Ref r) {
+  FI_DEVICE static uint64_t absolute(float p, uint64_t, uint64_t, Ref r) {
     return __double2ull_ru(double(p) * __longlong_as_double(int64_t(kMassBits - r.exponent + 1023) << 52));
   }
   FI_DEVICE static uint32_t min_p_key(float min_p, float top) { return key_of(fminf(__fmul_rn(min_p, top), top)); }
@@ -103,9 +100,21 @@ struct Probabilities {
   FI_DEVICE static float probability(uint64_t mass, Ref r) {
     return float(double(mass) * __longlong_as_double(int64_t(r.exponent - kMassBits + 1023) << 52));
   }
-  FI_DEVICE static float relative(float x, Ref) { return x; }
-  FI_DEVICE static float value_at(float relative, Ref) { return relative; }
 };
+// Probabilities divided by their sum: correctly rounded but for a few, and at another scale if the row's is extreme.
+struct Quotient {
+  float scale, sum, reciprocal;
+  FI_DEVICE explicit Quotient(float whole) {
+    scale = whole < 1e-30f ? 0x1p100f : whole > 1e30f ? 0x1p-100f : 1.f;
+    sum = whole * scale;
+    reciprocal = math::ptx_rcp(sum);
+  }
+  FI_DEVICE float operator()(float p) const {
+    const float x = fmaxf(p, 0.f) * scale, q = x * reciprocal;
+    return __fmaf_rn(__fmaf_rn(-q, sum, x), reciprocal, q);  // the remainder corrects the quotient
+  }
+};
+
 using Probs = Probabilities<-20>;     // a normalised row of 2^19 tokens is above
 using Residuals = Probabilities<-8>;  // differences of probabilities: small sums keep a fine unit
 

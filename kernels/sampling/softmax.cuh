@@ -4,7 +4,7 @@
 // elements (one warp) gives its maximum and its sum relative to it; every CTA gets them all and every warp combines them
 // in the same fixed order, so the bits do not depend on the launch shape. With kHold a warp's last segment stays in its
 // registers and its others in shared memory; without, the row is read again, last segment first.
-// Shared memory (dynamic): 8 bytes a segment, and the held segments as T. Bytes moved: rows * vocab * (sizeof(T) + 4), and
+// Shared memory (dynamic): 8 bytes a segment and 16, and the held segments as T. Bytes moved: rows * vocab * (sizeof(T) + 4), and
 // without kHold sizeof(T) more. Architecture: any; clusters need sm_90.
 #pragma once
 #include "common/reduce.cuh"
@@ -41,12 +41,14 @@ FI_DEVICE void softmax(const SoftmaxParams& params) {
   using Shape = sampling::Shape<Config::kThreads, Config::kCluster>;
   constexpr int kPer = Row::kPer, kStep = Shape::kStep;
   extern __shared__ __align__(1024) uint8_t smem[];
-  struct Shared {
-    float2 part[Config::kSegments];  // maximum, sum
+  struct alignas(16) Shared {
+    uint64_t part[Config::kSegments];  // of every segment the sum (upper half) and the maximum
+    uint64_t box;
   };
   Shared& shared = *reinterpret_cast<Shared*>(smem);
   const Held<T, Shape, Config::kHold> held{reinterpret_cast<T*>(smem + sizeof(Shared))};
 
+  if (threadIdx.x == 0) ptx::mailbox_open(&shared.box);
   Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
@@ -90,18 +92,18 @@ FI_DEVICE void softmax(const SoftmaxParams& params) {
     const float reference = top == -FI_INF ? 0.f : top;
     each_value<Row>(v, [&](float x, int, int) { sum += exp_full(scaled(x) - reference); });
     sum = warp_reduce<Sum>(sum);
-    if (lane_id() < Shape::kCluster) Shape::at(shared, lane_id()).part[s] = {top, sum};
+    if (lane_id() < Shape::kCluster)
+      Shape::post(&shared.part[s], uint64_t(__float_as_uint(sum)) << 32 | __float_as_uint(top), &shared.box, lane_id());
   }
   started.wait();
-  Shape::arrive();
-  Shape::wait();  // every CTA has all maxima and sums
+  Shape::receive(&shared.box, 0, 8 * segments);  // every CTA has all maxima and sums
   float top = -FI_INF, sum = 0.f;
-  for (int s = lane_id(); s < segments; s += 32) top = fmaxf(top, shared.part[s].x);
+  for (int s = lane_id(); s < segments; s += 32) top = fmaxf(top, __uint_as_float(uint32_t(shared.part[s])));
   top = warp_reduce<Max>(top);
   const float reference = top == -FI_INF ? 0.f : top;
   for (int s = lane_id(); s < segments; s += 32) {
-    const float2 part = shared.part[s];
-    if (part.y != 0.f) sum += part.y * exp_full(part.x - reference);  // 0: nothing but -inf
+    const float part = __uint_as_float(uint32_t(shared.part[s] >> 32));
+    if (part != 0.f) sum += part * exp_full(__uint_as_float(uint32_t(shared.part[s])) - reference);  // 0: only -inf
   }
   sum = warp_reduce<Sum>(sum);
   const float scale = sum == 0.f ? 1.f : 1.f / sum;

@@ -36,6 +36,7 @@ FI_DEVICE void chain_speculative(const SpeculativeParams& params) {
   extern __shared__ __align__(1024) uint8_t smem[];
   Shared& shared = *reinterpret_cast<Shared*>(smem);
 
+  set_counters(shared);
   Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
@@ -71,18 +72,21 @@ FI_DEVICE void chain_speculative(const SpeculativeParams& params) {
   uint32_t top = 0;
   Started<Shape> started;
 #pragma unroll 1
-  for (bool again = true; again;) {
-    summarise<Residuals, false, Shape>(source, Shape::at(shared, 0), true, started, NotHeld{});
-    Shape::arrive();
-    Shape::wait();  // the first CTA has the summary
-    if (Shape::rank() == 0) top = row_top(shared, source.segments());
-    if (Shape::rank() == 0 && threadIdx.x < Shape::kCluster) Shape::at(shared, threadIdx.x).told_key = top;
-    Shape::arrive();
-    Shape::wait();  // every CTA has been told the largest key, and the tops have been read
-    top = shared.told_key;
+  for (uint32_t phase = 0;; ++phase) {
+    summarise<Residuals, false, false, Shape>(source, shared, true, started, NotHeld{});
+    if (Shape::rank() == 0) {
+      Shape::receive(&shared.box[0], phase, summary_bytes<false>(source, true));
+      top = row_top(shared, source.segments());
+      if (0 < threadIdx.x && threadIdx.x < Shape::kCluster)
+        Shape::post(&shared.told, uint64_t(top), &shared.box[1], threadIdx.x);
+    } else {
+      Shape::receive(&shared.box[1], phase, 8);
+      top = uint32_t(shared.told);
+    }
     // The target may nowhere exceed the draft (equal rows that rounding rejected): then the target itself.
-    again = source.draft.data && top <= key_of(0.f);
-    if (again) source.draft.data = nullptr;
+    if (source.draft.data == nullptr || top > key_of(0.f)) break;
+    source.draft.data = nullptr;
+    __syncthreads();  // every thread knows that: the next message may come
   }
   if (Shape::rank() != 0) return;
   const RowState<Residuals, kThreads, ResidualRow<T>, Shared> state(source, shared, top);

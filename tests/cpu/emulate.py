@@ -41,7 +41,21 @@ FI_DEVICE uint32_t cluster_rank() { return emulator::current->cta->rank; }
 template <typename T>
 FI_DEVICE T* cluster_map(T* p, uint32_t rank) { return emulator::cluster_map(p, rank); }
 FI_DEVICE void cluster_arrive() { emulator::cluster_arrive(); }
+FI_DEVICE void cluster_arrive_relaxed() { emulator::cluster_arrive(); }
 FI_DEVICE void cluster_wait() { emulator::cluster_wait(); }
+}
+"""
+_MAILBOX = """#pragma once
+#include "ptx/cluster.cuh"
+namespace fi::ptx {
+FI_DEVICE void mailbox_open(uint64_t* box) { *box = 0; }
+FI_DEVICE void mailbox_expect(uint64_t* box, uint32_t bytes) { emulator::mailbox_expect(box, bytes); }
+FI_DEVICE void mailbox_wait(uint64_t* box, uint32_t parity) { emulator::mailbox_wait(box, parity); }
+template <typename T>
+FI_DEVICE void post(T* at, T value, uint64_t* box, uint32_t rank) { emulator::post(at, value, box, rank, false); }
+FI_DEVICE void post_add(uint64_t* at, uint64_t x, uint64_t* box, uint32_t rank) {
+  emulator::post(at, x, box, rank, true);
+}
 }
 """
 _REPLACED = [
@@ -76,6 +90,8 @@ def _text(path: Path) -> str:
     text = path.read_text()
     if path.name == "cluster.cuh":
         return _CLUSTER
+    if path.name == "mailbox.cuh":
+        return _MAILBOX
     for pattern, replacement in _REPLACED:
         text = re.sub(pattern, replacement, text, flags=re.S)
     return text.replace("FI_OFFSETOF(type, member) __INTADDR__(&(((type*)0)->member))",

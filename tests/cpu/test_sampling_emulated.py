@@ -18,10 +18,9 @@ import pytest
 from fi_cupy import sampling, sampling_launch, speculative, topk
 from fi_cupy.reference import sampling_filters as sf
 from fi_cupy.sampling_kernels import LaunchShape
-from fi_cupy.testing.generators import normal
+from fi_cupy.testing.generators import ROW_KINDS, normal, odd_rows
 
 pytestmark = pytest.mark.skipif(not emulate.available(), reason="emulating kernels needs g++ on x86-64")
-INF = np.inf
 #: FI_CUPY_EMULATE=all: every launch shape and size; some minutes, most of them for compiling.
 EVERYTHING = os.environ.get("FI_CUPY_EMULATE") == "all"
 #: CTAs a row, their threads, and the dtype that is tried.
@@ -41,7 +40,7 @@ def shape(request):
     cluster, threads, _ = SHAPES[request.param]
 
     def chosen(kind, rows, vocab, device):
-        holds = cluster > 1 and kind == "softmax"
+        holds = cluster > 1 and kind in ("softmax", "renorm")
         return LaunchShape(threads, max(cluster, 8) if holds else cluster, 1, holds)
 
     with emulate.emulated(emulate.HOPPER, sampling_launch, speculative, topk), contextlib.ExitStack() as stack:
@@ -51,24 +50,7 @@ def shape(request):
 
 
 def rows_of(rng, rows, vocab, dtype, logits):
-    """Rows of several kinds: normal, flat, few distinct values, one spike, half at -inf (or 0), invalid."""
-    x = normal(rng, (rows, vocab), "float32", 3.0)
-    for i in range(rows):
-        kind = i % 6
-        if kind == 1:
-            x[i] = 1.5
-        elif kind == 2:
-            x[i] = np.round(x[i])
-        elif kind == 3:
-            x[i, rng.integers(vocab)] += 25
-        elif kind == 4:
-            x[i, rng.random(vocab) < 0.5] = -INF
-            x[i, rng.integers(vocab)] = 0.5
-        elif kind == 5 and vocab > 100:
-            x[i, rng.integers(vocab)] = np.nan
-    if not logits:
-        x = sf.softmax(x)
-    return x.astype(normal(rng, (1,), dtype).dtype)
+    return odd_rows(rng, rows, vocab, dtype, logits, (*ROW_KINDS, "nan"))
 
 
 def on_device(value):
@@ -118,6 +100,20 @@ def test_rows(rng, shape, vocab):
         want = function(x, parameter).astype(np.float64)
         assert ((got == 0) == (want == 0)).all()
         np.testing.assert_allclose(got, want, rtol=max(tolerance, 1e-5) if function is sampling.softmax else tolerance)
+
+
+def test_renormalised_rows_of_any_scale(rng, shape):
+    """Top-p's threshold is searched in the row's own unit; targets that nothing reaches keep all."""
+    base = rng.integers(0, 9, (4, 3000)).astype(np.float32) * rng.random((4, 3000), np.float32)
+    base[1] = base[1] > 4
+    base[3] = 0
+    for scale in (2.0**-149, 2.0**-100, 2.0**-12, 2.0**30, 2.0**90):
+        probs = (base * np.float32(scale)).astype(np.float32)
+        for p in (0.3, 0.9) if scale < 1 else (0.9,):
+            got = np.asarray(sampling.top_p_renorm_probs(on_device(probs), p * scale * 5000 if scale < 1e-4 else p))
+            want = sampling.top_p_renorm_probs(probs, p * scale * 5000 if scale < 1e-4 else p)
+            assert ((got == 0) == (want == 0)).all()
+            np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("vocab", VOCABS)

@@ -10,7 +10,7 @@ from fi_cupy.device import device_info
 from fi_cupy.reference import sampling as rs
 from fi_cupy.reference import sampling_filters as sf
 from fi_cupy.sampling_kernels import LaunchShape
-from fi_cupy.testing.generators import normal, on_gpu, to_float64
+from fi_cupy.testing.generators import normal, odd_rows, on_gpu, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
@@ -18,25 +18,6 @@ DTYPES = ["float32", "bfloat16", "float16"]
 INF = np.inf
 #: Rows, vocabulary: below a block, one element past a segment, unaligned rows, whole models.
 SHAPES = [(5, 1), (7, 3), (9, 130), (6, 1025), (4, 5003), (3, 32000), (2, 128256)]
-
-
-def rows_of(rng, rows, vocab, dtype, logits):
-    """Rows of several kinds: normal, flat, few distinct values, one spike, half at -inf (or 0)."""
-    x = normal(rng, (rows, vocab), "float32", 3.0)
-    for i in range(rows):
-        kind = i % 5
-        if kind == 1:
-            x[i] = 1.5
-        elif kind == 2:
-            x[i] = np.round(x[i])
-        elif kind == 3:
-            x[i, rng.integers(vocab)] += 25
-        elif kind == 4:
-            x[i, rng.random(vocab) < 0.5] = -INF
-            x[i, rng.integers(vocab)] = 0.5
-    if not logits:
-        x = sf.softmax(x)
-    return x.astype(normal(rng, (1,), dtype).dtype)
 
 
 def check(function, x, expected, **kwargs):
@@ -59,7 +40,7 @@ def check(function, x, expected, **kwargs):
 def test_tokens_equal_the_reference(rng, dtype, shape):
     rows, vocab = shape
     seed, offset = int(rng.integers(1 << 62)), int(rng.integers(1 << 40))
-    logits, probs = rows_of(rng, rows, vocab, dtype, True), rows_of(rng, rows, vocab, dtype, False)
+    logits, probs = odd_rows(rng, rows, vocab, dtype, True), odd_rows(rng, rows, vocab, dtype, False)
     at = {"seed": seed, "offset": offset}
     check(sampling.sampling_from_logits, logits, "logits", **at)
     check(sampling.sampling_from_probs, probs, "probs", **at)
@@ -84,7 +65,7 @@ LAUNCH_SHAPES = [
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [(5, 5003), (10, 40000), (5, 128256)])
 def test_every_launch_shape_gives_the_same(rng, dtype, size, monkeypatch):
-    logits, probs = rows_of(rng, *size, dtype, True), rows_of(rng, *size, dtype, False)
+    logits, probs = odd_rows(rng, *size, dtype, True), odd_rows(rng, *size, dtype, False)
     draws = [
         (sampling.sampling_from_logits, logits, {}),
         (sampling.sampling_from_probs, probs, {}),
@@ -110,7 +91,7 @@ def test_every_launch_shape_gives_the_same(rng, dtype, size, monkeypatch):
             continue
 
         def chosen(kind, rows, vocab, device, shape=shape):
-            holds = shape.cluster > 1 and kind == "softmax"
+            holds = shape.cluster > 1 and kind in ("softmax", "renorm")
             return shape._replace(cluster=max(shape.cluster, 8), hold=True) if holds else shape
 
         monkeypatch.setattr(sampling_launch, "launch_shape", chosen)
@@ -139,7 +120,7 @@ def test_many_rows_of_one_launch(rng):
 @pytest.mark.parametrize("logits", [True, False])
 def test_masses_are_the_reference_masses(rng, logits):
     """Many draws from one row step through the whole cumulative distribution."""
-    row = rows_of(rng, 1, 4000, "float32", logits)
+    row = odd_rows(rng, 1, 4000, "float32", logits)
     function = sampling.sampling_from_logits if logits else sampling.sampling_from_probs
     draws = 4000
     got = cupy.asnumpy(function(on_gpu(row), cupy.zeros(draws, cupy.int32), seed=11))
@@ -158,7 +139,7 @@ def test_large_vocabularies(rng, vocab):
 
 @pytest.mark.older_archs
 def test_trap_18_indices_and_streams(rng):
-    probs = rows_of(rng, 6, 700, "float32", False)
+    probs = odd_rows(rng, 6, 700, "float32", False)
     for kind in (np.int32, np.int64):
         indices = np.array([5, 0, 0, 3, 2], kind)
         ks = np.array([1, 700, 3, 1, 10], np.int32)
@@ -179,7 +160,7 @@ def test_trap_18_indices_and_streams(rng):
 
 def test_trap_19_invalid_rows(rng):
     for dtype in DTYPES:
-        probs = rows_of(rng, 6, 3000, dtype, False)
+        probs = odd_rows(rng, 6, 3000, dtype, False)
         probs[1, 2999] = np.nan
         probs[2] = 0
         probs[3, :] = np.nan
@@ -192,7 +173,7 @@ def test_trap_19_invalid_rows(rng):
         sampling.sampling_from_probs(on_gpu(probs[4:]), check_nan=True, seed=1)
         renormed = to_float64(sampling.top_k_renorm_probs(on_gpu(probs), 5))
         assert (renormed[1:4] == 0).all()
-        logits = rows_of(rng, 5, 3000, dtype, True)
+        logits = odd_rows(rng, 5, 3000, dtype, True)
         logits[0] = -INF
         logits[1, 17] = INF
         logits[2, 0] = np.nan
@@ -215,7 +196,7 @@ def test_denormal_and_huge_probabilities(rng):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_filters_of_rows(rng, dtype, shape):
     rows, vocab = shape
-    probs, logits = rows_of(rng, rows, vocab, dtype, False), rows_of(rng, rows, vocab, dtype, True)
+    probs, logits = odd_rows(rng, rows, vocab, dtype, False), odd_rows(rng, rows, vocab, dtype, True)
     ks = rng.choice([1, 3, 50, 1500, 1 << 30], rows).astype(np.int32)
     ps = rng.choice([0.1, 0.5, 0.9, 1.0], rows).astype(np.float32)
     for function, x, param in (
@@ -238,7 +219,7 @@ def test_filters_of_rows(rng, dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_softmax(rng, dtype, shape):
-    logits = rows_of(rng, *shape, dtype, True)
+    logits = odd_rows(rng, *shape, dtype, True)
     wide = logits.astype(np.float64)
     assert_close(to_float64(sampling.softmax(on_gpu(logits))), sf.softmax(wide), "float32")
     assert_close(to_float64(sampling.softmax(on_gpu(logits), 0.7)), sf.softmax(wide, np.float64(0.7)), "float32")
@@ -378,7 +359,7 @@ def test_frameworks(rng):
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("torch has no CUDA")
-    probs = rows_of(rng, 8, 900, "float32", False)
+    probs = odd_rows(rng, 8, 900, "float32", False)
     tensor = torch.from_numpy(probs).cuda()
     tokens, valid = sampling.top_p_sampling_from_probs(tensor, 0.9, seed=4, return_valid=True)
     assert tokens.dtype is torch.int32 and valid.dtype is torch.bool

@@ -8,30 +8,14 @@ import pytest
 from fi_cupy import topk
 from fi_cupy.device import device_info
 from fi_cupy.sampling_kernels import LaunchShape
-from fi_cupy.testing.generators import normal, on_gpu
+from fi_cupy.testing.generators import normal, odd_rows, on_gpu
 
 cupy = pytest.importorskip("cupy")
 DTYPES = ["float32", "bfloat16", "float16"]
-INF = np.inf
 
 
 def rows_of(rng, rows, width, dtype):
-    """Rows of several kinds: normal, flat, few distinct values, half at -inf, some NaN, zeros of both signs."""
-    x = normal(rng, (rows, width), "float32", 3.0)
-    for i in range(rows):
-        kind = i % 6
-        if kind == 1:
-            x[i] = 1.5
-        elif kind == 2:
-            x[i] = np.round(x[i])
-        elif kind == 3:
-            x[i, rng.random(width) < 0.5] = -INF
-        elif kind == 4:
-            x[i, rng.random(width) < 0.01] = np.nan
-        elif kind == 5:
-            x[i] = -INF
-            x[i, :2] = [-0.0, 0.0][:width]
-    return x.astype(normal(rng, (1,), dtype).dtype)
+    return odd_rows(rng, rows, width, dtype, kinds=("normal", "flat", "coarse", "holes", "nans", "zeros"))
 
 
 def check(x, k, tie_break):

@@ -200,6 +200,57 @@ T* cluster_map(T* p, uint32_t rank) {
   if (offset >= current->cta->bytes || rank >= cluster->ctas.size()) fail("cluster_map");
   return reinterpret_cast<T*>(cluster->ctas[rank].memory + offset);
 }
+// Mailboxes: the bytes that are missing in this phase (lower half; negative before they are expected), and the phase with
+// the expectation as its lowest bit. What is posted arrives at any time.
+struct Mail {
+  Cta* cta;
+  uint8_t *at, *box;
+  int size;
+  bool adds;
+  uint8_t value[16];
+};
+inline std::vector<Mail> mail;
+struct Box {
+  int32_t missing;
+  uint32_t state;
+};
+inline void mailbox_count(Box& box, int bytes) {
+  box.missing += bytes;
+  if ((box.state & 1) && box.missing == 0) ++box.state;
+}
+inline void deliver(size_t i) {
+  const Mail m = mail[i];
+  mail[i] = mail.back();
+  mail.pop_back();
+  if (m.cta->alive == 0) fail("mail for a CTA that has ended");
+  if (m.adds) *reinterpret_cast<uint64_t*>(m.at) += *reinterpret_cast<const uint64_t*>(m.value);
+  else memcpy(m.at, m.value, m.size);
+  mailbox_count(*reinterpret_cast<Box*>(m.box), -m.size);
+}
+inline void mailbox_expect(uint64_t* box, uint32_t bytes) {
+  Box& b = *reinterpret_cast<Box*>(box);
+  if (b.state & 1) fail("two expectations in a phase");
+  ++b.state;
+  mailbox_count(b, bytes);
+}
+inline void mailbox_wait(uint64_t* box, uint32_t parity) {
+  const Box& b = *reinterpret_cast<Box*>(box);
+  for (int i = 0; (b.state >> 1 & 1) == parity; ++i) {
+    if (i > 1000000) fail("no mail");
+    current->at = "mailbox";
+    ready.push_back(current);
+    pause();
+  }
+}
+template <class T>
+void post(T* at, T value, uint64_t* box, uint32_t rank, bool adds) {
+  Cta& cta = cluster->ctas[rank];
+  if (!cta.started) fail("mail for a CTA that has not started");
+  Mail m = {&cta, reinterpret_cast<uint8_t*>(cluster_map(at, rank)), reinterpret_cast<uint8_t*>(cluster_map(box, rank)),
+            int(sizeof(T)), adds, {}};
+  memcpy(m.value, &value, sizeof(T));
+  mail.push_back(m);
+}
 inline uint8_t* shared_memory() { return current->cta->memory; }
 inline uint8_t* fixed_memory() { return current->cta->fixed; }
 
@@ -244,12 +295,17 @@ inline void run(std::function<void()> f, Dim size_of_grid, uint32_t threads, uin
       }
     }
     while (!ready.empty()) {
+      if (!mail.empty() && random_number() % 4 == 0) {
+        current = nullptr;
+        deliver(random_number() % mail.size());
+      }
       const size_t i = random_number() % ready.size();
       current = ready[i];
       ready[i] = ready.back();
       ready.pop_back();
       emulator_switch(&scheduler, current->stack_pointer);
     }
+    if (!mail.empty()) fail("mail that nobody waited for");
     for (Fibre& f : fibres) {
       if (!f.done) {
         current = &f;
@@ -375,7 +431,9 @@ T atomicMin(T* p, typename Same<T>::Type x) {
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
+inline int __clzll(uint64_t x) { return x ? __builtin_clzll(x) : 64; }
 inline int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
+inline int __ffsll(uint64_t x) { return __builtin_ffsll((long long)(x)); }
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)a * b >> 64); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 inline float __int_as_float(int x) { return emulator::from_bits<float>(uint32_t(x)); }
