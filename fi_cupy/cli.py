@@ -30,16 +30,18 @@ def cli() -> None:
     """Kernels for LLM serving, compiled at run time: look at the machine, warm the cache, write text."""
 
 
-def _add_bench() -> None:
-    """`fi-cupy bench` lives beside the harness that it runs."""
+def _add_others() -> None:
+    """Commands that live in files of their own; `fi-cupy bench` beside the harness that it runs."""
+    from fi_cupy.cli_tune import tune_command
     from fi_cupy.testing.bench_cli import bench_command
 
-    cli.add_command(bench_command)
+    for command in (bench_command, tune_command):
+        cli.add_command(command)
 
 
 def main() -> None:
     """Run the command line; an error that fi_cupy raises on purpose is one line and exit code 1."""
-    _add_bench()
+    _add_others()
     try:
         cli(prog_name="fi-cupy")
     except FiCupyError as error:

@@ -11,7 +11,7 @@ from fi_cupy.device import device_info
 from fi_cupy.dtypes import FLOAT_TYPES, HALF_TYPES
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import DTypeError, LayoutError, ShapeError, UnsupportedError
-from fi_cupy.gemm.select import select_mm_kernel
+from fi_cupy.gemm.tuning import choose_mm_kernel
 from fi_cupy.jit.kernel import load_kernel
 
 _MAX_BATCH = 65535  # the grid's third dimension
@@ -85,8 +85,10 @@ def _output(op: str, a: View, shape: tuple[int, ...], out: Any, out_dtype: Any) 
 
 
 def _multiply(
-    op: str, a: View, b: View, bias: View | None, out: View, row_major_b: bool, pdl: bool, batched: bool
-) -> None:
+    op: str, a: View, b: View, bias: View | None, out: View, row_major_b: bool, pdl: bool, batched: bool,
+    chosen: Any = None,
+) -> None:  # fmt: skip
+    """Launch what `chosen` (a kernel and its grid) says, by default what the tuner or the heuristic chooses."""
     m, k = a.shape[-2:]
     n = b.shape[-1]
     batch = a.shape[0] if batched else 1
@@ -94,8 +96,8 @@ def _multiply(
         return
     if batch > _MAX_BATCH:
         raise UnsupportedError(f"{op}: a has shape {a.shape}, expected a batch of at most {_MAX_BATCH}; split it")
-    spec, grid = select_mm_kernel(
-        m, n, k, device_info(a.device), a.dtype, out.dtype, row_major_b=row_major_b, batch=batch
+    spec, grid = chosen or choose_mm_kernel(
+        op, (m, n, k, device_info(a.device), a.dtype, out.dtype, row_major_b, batch, pdl)
     )
     load_kernel(spec, a.device).launch(
         grid, a.stream(),
@@ -133,12 +135,14 @@ def mm_bf16(
     out_dtype : dtype, optional
         bfloat16, float16 or float32; by default that of `out`, else of `a`.
     backend : str
-        "auto": the kernel follows from the shape and the device (`fi_cupy.gemm.select`).
+        "auto": the kernel follows from the shape and the device (`fi_cupy.gemm.select`), or from what the tuner has
+        measured (`fi_cupy.autotuner`).
 
     Returns
     -------
     array
-        ``[m, n]``. Bit-identical from run to run; the order of summation depends on m, n, k and the device.
+        ``[m, n]``. Bit-identical from run to run; the order of summation depends on m, n, k, the device
+        and what the tuner knows (`fi_cupy.autotuner`).
 
     Raises
     ------

@@ -29,6 +29,7 @@ SCHEMA = 1
 _META = "kernel.json"
 _SOURCE = "kernel.cu"
 _TEMPORARY = ".tmp-"
+_NO_ARCHS = ("locks", "tuned")  # folders under the root that hold no kernels
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class KernelCache:
     def entries(self) -> Iterator[tuple[Path, CachedKernel | None]]:
         """Every entry folder with what it holds; None where it does not hold together."""
         try:
-            arch_dirs = sorted(d for d in self.root.iterdir() if d.is_dir() and d.name != "locks")
+            arch_dirs = sorted(d for d in self.root.iterdir() if d.is_dir() and d.name not in _NO_ARCHS)
         except OSError:
             return
         for arch_dir in arch_dirs:

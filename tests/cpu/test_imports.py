@@ -24,7 +24,8 @@ LAYERS = {
     "jit": EXECUTION, "device": EXECUTION,
     "arrays": ARRAYS, "imported": ARRAYS, "checks": ARRAYS, "workspace": ARRAYS, "kv_cache": ARRAYS,
     "random_state": ARRAYS,
-    "interop": FRONT, "models": FRONT, "testing": FRONT, "cli": FRONT, "info": FRONT, "profiles": FRONT,
+    "interop": FRONT, "models": FRONT, "testing": FRONT, "cli": FRONT, "cli_tune": FRONT, "tune": FRONT,
+    "info": FRONT, "profiles": FRONT,
     "__main__": FRONT, "": FRONT,
 }  # fmt: skip
 
