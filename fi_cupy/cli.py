@@ -32,11 +32,13 @@ def cli() -> None:
 
 def _add_others() -> None:
     """Commands that live in files of their own; `fi-cupy bench` beside the harness that it runs."""
+    from fi_cupy import cli_flashinfer
     from fi_cupy.cli_tune import tune_command
     from fi_cupy.testing.bench_cli import bench_command
 
     for command in (bench_command, tune_command):
         cli.add_command(command)
+    cli_flashinfer.add_to(cli)
 
 
 def main() -> None:
@@ -300,23 +302,26 @@ def cache_prune(older_than: float | None) -> None:
 @cache.command("pack")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--arch", help="Only these targets.")
-def cache_pack(file: Path, arch: str | None) -> None:
+@click.option("--tuned/--no-tuned", default=True, show_default=True, help="Put in the choices of `fi-cupy tune`.")
+def cache_pack(file: Path, arch: str | None, tuned: bool) -> None:
     """Write the entries into one FILE, for a container image or another machine."""
+    from fi_cupy.artifacts import pack
     from fi_cupy.profiles import parse_archs
 
-    count = _cache().pack(file, set(parse_archs(arch)) if arch else None)
-    click.echo(f"{count} kernels packed into {file} ({_size(file.stat().st_size)})")
+    made = pack(file, parse_archs(arch) if arch else None, tuned)
+    choices = " and the tuned choices" if made.tuned else ""
+    click.echo(f"{len(made.kernels)} kernels{choices} packed into {file} ({_size(file.stat().st_size)})")
 
 
 @cache.command("unpack")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def cache_unpack(file: Path) -> None:
-    """Take in the entries of a pack; exit code 1 if one of them was refused."""
-    store = _cache()
-    taken, refused = store.unpack(file)
-    click.echo(f"{taken} kernels unpacked into {store.root}, {refused} refused")
-    if refused:
-        raise CacheError(f"cache unpack: {refused} entries of {file} do not hold together")
+    """Check a pack and take it in; a broken one is refused as a whole, with exit code 1."""
+    from fi_cupy.artifacts import unpack
+
+    made = unpack(file)
+    choices = " and the tuned choices" if made.tuned else ""
+    click.echo(f"{len(made.kernels)} kernels{choices} unpacked into {_cache().root} (made by fi_cupy {made.fi_cupy})")
 
 
 @cache.command("clear")

@@ -22,7 +22,9 @@ def job_for(spec: KernelSpec, arch: str) -> CompileJob:
     """Everything the compiler needs for `spec` on `arch`."""
     source = render(spec)
     options = [*target_options(arch), *_OPTIONS]
-    if env.LINEINFO.flag():
+    if env.DEBUG.flag():
+        options.append("-G")  # holds line information, too
+    elif env.LINEINFO.flag():
         options.append("-lineinfo")
     options += shlex.split(env.EXTRA_FLAGS.get() or "")
     return CompileJob(spec.symbol, source, tuple(header_closure(source.encode()).items()), arch, tuple(options))
