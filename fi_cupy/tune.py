@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fi_cupy import autotuner
+from fi_cupy.decode_tuning import choose_geometry, decode_problem
 from fi_cupy.device import DeviceInfo, device_info, require_gpu
 from fi_cupy.dtypes import DType, bfloat16, float32
 from fi_cupy.errors import ArgumentError
@@ -17,6 +18,7 @@ from fi_cupy.profiles import MODELS, ModelShape
 from fi_cupy.tuning.file import Entry
 
 MAX_ROWS = 4096
+MAX_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,15 @@ def model_products(shape: ModelShape) -> list[tuple[int, int, DType]]:
     ]  # fmt: skip
 
 
+def heads(shape: ModelShape) -> tuple[int, int, int]:
+    """(num_qo_heads, num_kv_heads, head_dim)."""
+    return shape.num_qo_heads, shape.num_kv_heads, shape.head_dim
+
+
 def model_problems(shape: ModelShape, device: DeviceInfo, rows: int, pdl: bool) -> Iterator[MmProblem]:
     """The products of a model's pass over `rows` tokens; logits are wanted for a decode batch only."""
     for n, k, out in model_products(shape):
-        m = min(rows, 256) if out is float32 else rows
+        m = min(rows, MAX_BATCH) if out is float32 else rows
         for dependent in (False, True) if pdl else (False,):
             yield MmProblem(m, n, k, device, bfloat16, out, pdl=dependent)
 
@@ -58,7 +65,7 @@ def tune_profile(
     rows: int = MAX_ROWS,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[TunedRow]:
-    """Measure every product of a model for 1 to `rows` rows on the current GPU, and write the choices.
+    """Measure a model's products for 1 to `rows` rows, and its batch decode, on the current GPU; write the choices.
 
     Parameters
     ----------
@@ -106,6 +113,9 @@ def tune_profile(
             for p in model_problems(MODELS[name], device, rows, has_driver_binding() and device.has_pdl):
                 progress(f"{name}: product n {p.n}, k {p.k}, up to {p.m} rows{', dependent launch' * p.pdl}")
                 choose_mm_kernel("mm_bf16", tuple(p))
+            shape, batch = MODELS[name], min(rows, MAX_BATCH)
+            progress(f"{name}: decode, up to {batch} requests")
+            choose_geometry(decode_problem(batch, *heads(shape), bfloat16, bfloat16, shape.page_size), device)
     tuner.save_configs(target)
     return table(tuner, device)
 

@@ -12,14 +12,17 @@ import pytest
 
 from fi_cupy import autotuner as at
 from fi_cupy.arrays import view
+from fi_cupy.decode import BatchDecodeWithPagedKVCacheWrapper
+from fi_cupy.decode_kernel import geometries
+from fi_cupy.decode_tuning import DECODE, decode_problem
 from fi_cupy.device import device_info
-from fi_cupy.dtypes import bfloat16, float16
+from fi_cupy.dtypes import bfloat16, dtype, float16
 from fi_cupy.gemm import bmm_bf16, mm_bf16
 from fi_cupy.gemm.dense import _multiply
 from fi_cupy.gemm.tuning import MmProblem, choose_mm_kernel, mm_candidates
 from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
-from fi_cupy.tuning import choice
+from fi_cupy.tuning import choice, file
 
 cupy = pytest.importorskip("cupy")
 
@@ -35,24 +38,24 @@ def tuner(monkeypatch, tmp_path):
     choice.forget()
 
 
-@pytest.mark.parametrize("dtype", [bfloat16, float16], ids=lambda d: d.name)
+@pytest.mark.parametrize("kind", [bfloat16, float16], ids=lambda d: d.name)
 @pytest.mark.parametrize("row_major", [False, True])
 @pytest.mark.parametrize(
     "mnk", [(1, 264, 2056), (3, 136, 576), (16, 72, 1544), (50, 264, 328), (200, 136, 72)], ids=str
 )
-def test_every_candidate_is_right(rng, mnk, row_major, dtype):
+def test_every_candidate_is_right(rng, mnk, row_major, kind):
     m, n, k = mnk
-    a, w = normal(rng, (m, k), dtype), normal(rng, (n, k), dtype)
+    a, w = normal(rng, (m, k), kind), normal(rng, (n, k), kind)
     expected = a.astype(np.float64) @ w.astype(np.float64).T
-    problem = MmProblem(m, n, k, device_info(0), dtype, dtype, row_major)
+    problem = MmProblem(m, n, k, device_info(0), kind, kind, row_major)
     x = view(on_gpu(a))
     b = view(on_gpu(np.ascontiguousarray(w.T)) if row_major else on_gpu(w).T)
     candidates = mm_candidates(problem)
     assert len(candidates) >= 4
     for candidate in candidates:
-        out = poisoned((m, n), dtype.name)
+        out = poisoned((m, n), kind.name)
         _multiply("mm_bf16", x, b, None, view(out), row_major, False, False, chosen=candidate.launch(problem))
-        assert_close(to_float64(out), expected, dtype.name, candidate.spec.symbol)
+        assert_close(to_float64(out), expected, kind.name, candidate.spec.symbol)
 
 
 def test_tuning_steers_the_product(rng, tuner, tmp_path):
@@ -169,3 +172,44 @@ def test_a_runner_of_torchs(tuner):
         assert tuner.choose_one("chunks", [runner], config, inputs) == (runner, 1)
     assert tuner.rank_tactics("chunks", [runner], config, inputs, 2) == [1, 64]
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("kv", ["bfloat16", "float8_e4m3fn"])
+def test_decode_candidates_are_right_and_steer(rng, tuner, kv):
+    """Every kernel that the tuner may choose gives the default's output; a choice is what a plan launches."""
+    batch, heads, kv_heads, dim, page = 6, 32, 8, 128, 16
+    lens = np.array([1, 16, 100, 300, 513, 777])
+    indptr = np.concatenate([[0], np.cumsum(-(-lens // page))]).astype(np.int32)
+    indices = rng.permutation(indptr[-1]).astype(np.int32)
+    plan = (indptr, indices, ((lens - 1) % page + 1).astype(np.int32), heads, kv_heads, dim, page)
+    cache = on_gpu(normal(rng, (int(indptr[-1]), 2, page, kv_heads, dim), kv))
+    q = on_gpu(normal(rng, (batch, heads, dim)))
+
+    def run() -> tuple[np.ndarray, str]:
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(cupy.empty((32 << 20,), cupy.uint8))
+        wrapper.plan(*plan, q_data_type="bfloat16", kv_data_type=kv)
+        out = poisoned((batch, heads, dim), "bfloat16")
+        wrapper.run(q, cache, out=out)
+        return to_float64(out), wrapper._planned.geometry.spec.symbol
+
+    expected, default = run()
+    device = device_info(0)
+    problem = decode_problem(batch, heads, kv_heads, dim, bfloat16, dtype(kv))
+    candidates = geometries(problem, device)
+    assert next(iter(candidates)) == default
+    assert len(candidates) >= 5
+    key = str(("batch_decode", DECODE.config.nearest_shapes(tuple(s.shape for s in DECODE.inputs((problem, device)))),
+               DECODE.runner((problem, device)).get_cache_key_extras(())))  # fmt: skip
+    for symbol in candidates:
+        tuner._tables = {file.environment(device): {key: file.Entry("DecodeRunner", symbol, 1.0, 1.0)}}
+        choice.forget()
+        found, launched = run()
+        assert launched == symbol
+        assert_close(found, expected, "bfloat16", symbol)
+    tuner.clear_cache()
+    with at.autotune(tuning_buckets=[8], round_up=True):
+        found, launched = run()
+    assert_close(found, expected, "bfloat16", launched)
+    (entry,) = tuner.choices().values()
+    assert launched == entry.tactic
+    assert 1 < entry.us <= 1.011 * entry.fallback_us
