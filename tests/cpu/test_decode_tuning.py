@@ -43,7 +43,8 @@ def test_candidates_fit_the_device(device, kv, heads):
         p = decode_problem(batch, *heads, bfloat16, kv)
         found = geometries(p, device)
         assert next(iter(found.values())) == geometry(p, device)
-        assert len(found) >= (4 if device.number >= 80 else 1)
+        assert len(found) >= (5 if device is H100 and heads[2] <= 128 else 1)
+        assert device.number >= 80 or len(found) == 1
         for symbol, g in found.items():
             config = dict(g.spec.config)
             assert g.spec.symbol == symbol
