@@ -34,6 +34,7 @@ from .activation import (
     gelu_and_mul as gelu_and_mul,
     gelu_tanh_and_mul as gelu_tanh_and_mul,
     silu_and_mul as silu_and_mul,
+    silu_and_mul_quant as silu_and_mul_quant,
 )
 from .attention import (
     BatchAttentionWithAttentionSinkWrapper as BatchAttentionWithAttentionSinkWrapper,
@@ -71,6 +72,7 @@ from .norm import (
     gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm,
     gemma_rmsnorm as gemma_rmsnorm,
     layernorm as layernorm,
+    layernorm_quant as layernorm_quant,
     rmsnorm as rmsnorm,
     rmsnorm_quant as rmsnorm_quant,
 )
@@ -93,8 +95,18 @@ from .profiles import (
     preload as preload,
 )
 from .quantization import (
+    SfLayout as SfLayout,
+    e2m1_and_ufp8sf_scale_to_float as e2m1_and_ufp8sf_scale_to_float,
+    fp4_quantize as fp4_quantize,
+    mxfp4_dequantize as mxfp4_dequantize,
+    mxfp4_quantize as mxfp4_quantize,
+    mxfp8_dequantize_host as mxfp8_dequantize_host,
+    mxfp8_quantize as mxfp8_quantize,
+    nvfp4_quantize as nvfp4_quantize,
     packbits as packbits,
+    per_token_group_quant_8bit as per_token_group_quant_8bit,
     segment_packbits as segment_packbits,
+    silu_and_mul_nvfp4_quantize as silu_and_mul_nvfp4_quantize,
 )
 from .rope import (
     apply_llama31_rope as apply_llama31_rope,
@@ -107,6 +119,9 @@ from .rope import (
     apply_rope_pos_ids_inplace as apply_rope_pos_ids_inplace,
     apply_rope_with_cos_sin_cache as apply_rope_with_cos_sin_cache,
     apply_rope_with_cos_sin_cache_inplace as apply_rope_with_cos_sin_cache_inplace,
+    mla_rope_quantize_fp8 as mla_rope_quantize_fp8,
+    rope_quantize_fp8 as rope_quantize_fp8,
+    rope_quantize_fp8_append_paged_kv_cache as rope_quantize_fp8_append_paged_kv_cache,
 )
 from .sampling import (
     chain_speculative_sampling as chain_speculative_sampling,

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_shape
-from fi_cupy.dtypes import FLOAT_TYPES, DType, bfloat16, float16, float32
+from fi_cupy.dtypes import FLOAT_TYPES, FP8_TYPES, DType, bfloat16, float16, float32, int8
 from fi_cupy.errors import ShapeError
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec
+from fi_cupy.quantization import kernels as quantize
 
 _PARAMS = ParamsStruct(
     "ActivationParams",
@@ -192,3 +195,54 @@ def gelu_tanh_and_mul(input: Any, out: Any = None, enable_pdl: bool | None = Non
     Parameters, result and errors as in `silu_and_mul`. Source: flashinfer.activation.gelu_tanh_and_mul.
     """
     return _act_and_mul("gelu_tanh", reference.activation.gelu_tanh_and_mul, input, out, enable_pdl)
+
+
+def silu_and_mul_quant(out: Any, input: Any, scale: Any, enable_pdl: bool | None = None) -> None:
+    """`silu_and_mul` cast to 8 bits with one scale: ``out = clamp(silu(gate) * up / scale)``.
+
+    For a scale a group see `quantization.per_token_group_quant_8bit` with ``fuse_silu_and_mul=True``, for NVFP4
+    `quantization.silu_and_mul_nvfp4_quantize`.
+
+    Parameters
+    ----------
+    out : array, [..., hidden], float8_e4m3fn, float8_e5m2, int8, or uint8 (bytes of e4m3), dense
+        Overwritten.
+    input : array, [..., 2 * hidden], float16, bfloat16 or float32
+        The gate, then up; the leading dimensions must lie as one.
+    scale : float, or array of one float32 on the device of `input`
+        The quantisation step: the result is *divided* by it.
+    enable_pdl : bool, optional
+        As in `silu_and_mul`.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, LayoutError, ImmutableArrayError
+
+    Source
+    ------
+    vLLM: silu_and_mul_quant.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fi_cupy.activation import silu_and_mul_quant
+    >>> out = np.empty((1, 2), np.int8)
+    >>> silu_and_mul_quant(out, np.array([[1.0, -1.0, 2.0, 2.0]], np.float32), 0.25); out
+    array([[ 6, -2]], dtype=int8)
+    """
+    op = "silu_and_mul_quant"
+    x = view(input, op, "input")
+    shape = x.shape
+    if not shape or shape[-1] % 2:
+        raise ShapeError(f"{op}: input has shape {shape}, expected an even last dimension")
+    check_dtype(op, "input", x, FLOAT_TYPES)
+    check_inner(op, "input", x)
+    o = quantize.dense_out(op, "out", out, (*shape[:-1], shape[-1] // 2), (*FP8_TYPES, int8), x)
+    given = quantize.one_number(op, "scale", scale, x)
+    if x.is_cpu:
+        y = reference.activation.silu_and_mul(x.numpy().astype(np.float32))
+        o.write(reference.quantization.static_quant(y, given, o.dtype.np))  # type: ignore[arg-type]
+    else:
+        quantize.quantize_rows(
+            op, x, o, None, out=o.dtype, mode="given", group=128, given=given, gated=True, pdl=bool(enable_pdl)
+        )

@@ -9,6 +9,7 @@ from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
 from fi_cupy.dtypes import FLOAT_TYPES, FP8_TYPES, HALF_TYPES, DType, bfloat16, float8_e4m3fn, float16, float32, uint8
+from fi_cupy.errors import DTypeError
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
@@ -102,6 +103,7 @@ def kernel_specs() -> list[KernelSpec]:
         specs.append(norm_spec(dtype, dtype, float8_e4m3fn, 4096, 8))
         specs.append(norm_spec(dtype, dtype, float8_e4m3fn, 4096, 8, residual=True))
         specs.append(norm_spec(dtype, float32, dtype, 4096, 8, layer=True))
+    specs.append(norm_spec(bfloat16, float32, float8_e4m3fn, 4096, 8, layer=True))
     specs.append(norm_spec(float32, float32, float32, 4096, 4))
     return specs
 
@@ -341,7 +343,16 @@ def layernorm(input: Any, gamma: Any, beta: Any, eps: float = 1e-6) -> Any:
     >>> fi_cupy.layernorm(x, np.ones(2, np.float32), np.zeros(2, np.float32))
     array([[-1.,  1.]], dtype=float16)
     """
-    op = "layernorm"
+    x, g, b = _layer_views("layernorm", input, gamma, beta)
+    o = x.empty(x.shape)
+    if x.is_cpu:
+        o.write(reference.norm.layernorm(x.numpy(), g.numpy(), b.numpy(), eps))
+    else:
+        _launch(x, g, o, eps, False, bias=b)
+    return o.result()
+
+
+def _layer_views(op: str, input: Any, gamma: Any, beta: Any) -> tuple[View, View, View]:
     x, g, b = view(input, op, "input"), view(gamma, op, "gamma"), view(beta, op, "beta")
     check_ndim(op, "input", x, 2)
     check_dtype(op, "input", x, HALF_TYPES)
@@ -351,21 +362,15 @@ def layernorm(input: Any, gamma: Any, beta: Any, eps: float = 1e-6) -> Any:
         check_dtype(op, name, p, (float32,))
         check_inner(op, name, p)
     check_device(op, x, gamma=g, beta=b)
-    o = x.empty(x.shape)
-    if x.is_cpu:
-        o.write(reference.norm.layernorm(x.numpy(), g.numpy(), b.numpy(), eps))
-    else:
-        _launch(x, g, o, eps, False, bias=b)
-    return o.result()
+    return x, g, b
 
 
 def _fp8_out(op: str, out: Any, x: View) -> View:
     """The fp8 output: bytes (CuPy has no fp8) count as e4m3."""
     o = view(out, op, "out").writable(op, "out")
-    if o.shape == x.shape and o.dtype is x.dtype and o.device == x.device and o.strides == x.strides:
-        return o
     check_shape(op, "out", o, x.shape, "= input.shape")
-    check_dtype(op, "out", o, (*FP8_TYPES, uint8))
+    if o.dtype not in (*FP8_TYPES, uint8):  # not check_dtype, which lets float32 stand for 16 bits on the CPU
+        raise DTypeError(f"{op}: out has dtype {o.dtype.name}, expected float8_e4m3fn, float8_e5m2 or uint8")
     check_inner(op, "out", o)
     check_device(op, x, out=o)
     return o.typed(float8_e4m3fn) if o.dtype is uint8 else o
@@ -446,3 +451,40 @@ def fused_add_rmsnorm_quant(
         r.write(total)
     else:
         _launch(x, w, o, eps, enable_pdl, residual=r, scale=s)
+
+
+def layernorm_quant(out: Any, input: Any, gamma: Any, beta: Any, scale: Any, eps: float = 1e-6) -> None:
+    """Layer normalisation with fp8 output: ``out = clamp(layernorm(input) / scale)``.
+
+    Parameters
+    ----------
+    out, scale
+        As in `rmsnorm_quant`: the result is *divided* by the scale.
+    input, gamma, beta, eps
+        As in `layernorm`.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, LayoutError, ImmutableArrayError
+
+    Source
+    ------
+    flashinfer.norm.layernorm_quant.
+
+    Examples
+    --------
+    >>> import ml_dtypes, numpy as np, fi_cupy
+    >>> out = np.empty((1, 2), ml_dtypes.float8_e4m3fn)
+    >>> x, ones, zeros = np.array([[1.0, 3.0]], np.float16), np.ones(2, np.float32), np.zeros(2, np.float32)
+    >>> fi_cupy.layernorm_quant(out, x, ones, zeros, 0.5); out
+    array([[-2, 2]], dtype='float8_e4m3fn')
+    """
+    op = "layernorm_quant"
+    x, g, b = _layer_views(op, input, gamma, beta)
+    o, s = _fp8_out(op, out, x), _scale(op, scale, x)
+    if x.is_cpu:
+        o.write(
+            reference.norm.layernorm_quant(x.numpy(), g.numpy(), b.numpy(), _host_scale(s), eps, out_dtype=o.dtype.np)
+        )
+    else:
+        _launch(x, g, o, eps, False, bias=b, scale=s)

@@ -7,43 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from fi_cupy import page_quantized
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
-from fi_cupy.dtypes import FP8_TYPES, int32, uint8
-from fi_cupy.errors import ArgumentError, DTypeError, ShapeError
+from fi_cupy.dtypes import int32
+from fi_cupy.errors import ArgumentError, ShapeError
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.kv_cache import PagedKV, check_layout, paged_kv, token_strides
 from fi_cupy.reference import page as reference
 
-_APPEND = ParamsStruct(
-    "AppendParams",
-    [
-        ("a", "ptr"),
-        ("b", "ptr"),
-        ("a_cache", "ptr"),
-        ("b_cache", "ptr"),
-        ("batch_indices", "ptr"),
-        ("positions", "ptr"),
-        ("kv_indices", "ptr"),
-        ("kv_indptr", "ptr"),
-        ("a_stride_n", "i64"),
-        ("a_stride_h", "i64"),
-        ("b_stride_n", "i64"),
-        ("b_stride_h", "i64"),
-        ("a_page", "i64"),
-        ("a_row", "i64"),
-        ("a_head", "i64"),
-        ("b_page", "i64"),
-        ("b_row", "i64"),
-        ("b_head", "i64"),
-        ("vectors", "u64"),
-        ("heads", "u32"),
-        ("batch", "u32"),
-        ("page_size", "u32"),
-    ],
-)
+_APPEND = ParamsStruct("AppendParams", page_quantized.APPEND_FIELDS)
 _POSITIONS = ParamsStruct(
     "PositionsParams",
     [
@@ -120,7 +95,8 @@ def seq_lens_spec() -> KernelSpec:
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: head dims 64, 128 and 256 of 16-bit types, 128 of fp8, and MLA's 512 + 64."""
     rows = [(n, n) for n in (128, 256, 512)] + [(1024, 128)]
-    return [append_spec(a, b, 16, u) for a, b in rows for u in (1, 4)] + [positions_spec(), seq_lens_spec()]
+    copies = [append_spec(a, b, 16, u) for a, b in rows for u in (1, 4)]
+    return [*copies, *page_quantized.kernel_specs(), positions_spec(), seq_lens_spec()]
 
 
 def _caches(op: str, paged_kv_cache: Any, kv_layout: str) -> PagedKV:
@@ -267,15 +243,6 @@ def get_batch_indices_positions(
     )
 
 
-def _stored(op: str, name: str, new: View, cache: View) -> View:
-    """`new` as the cache's type: they must be equal, but fp8 may travel as bytes."""
-    if new.dtype is cache.dtype:
-        return new
-    if {new.dtype, cache.dtype} <= {uint8, *FP8_TYPES} and uint8 in (new.dtype, cache.dtype):
-        return new.typed(cache.dtype)
-    raise DTypeError(f"{op}: {name} has dtype {new.dtype.name}, expected {cache.dtype.name} like its cache")
-
-
 def _table(
     op: str, nnz: int, like: View, batch_indices: Any, positions: Any, kv_indices: Any, kv_indptr: Any, last: Any
 ) -> tuple[View, View, View, View]:
@@ -315,6 +282,22 @@ def _check_host_table(op: str, table: tuple[View, View, View, View], page_size: 
     pages = indices[slot]
     if pages.min() < 0 or pages.max() >= num_pages:
         raise ArgumentError(f"{op}: kv_indices go from {pages.min()} to {pages.max()}, expected 0 to {num_pages - 1}")
+
+
+def _append(
+    pairs: list[tuple[page_quantized.Cast, int, int, int]],
+    heads: int,
+    page_size: int,
+    table: tuple[View, View, View, View],
+) -> None:
+    """One launch for what is copied and one for each pair of types that are cast; strides of page, row and head."""
+    for members in page_quantized.launches([c for c, *_ in pairs]):
+        chosen = [pairs[i] for i in members]
+        if chosen[0][0].scale is not None:
+            page_quantized.launch(chosen, heads, page_size, table)
+        else:
+            places = [(c.new, c.cache, *strides) for c, *strides in chosen]
+            _launch(places[0], places[1] if len(places) == 2 else None, heads, page_size, table)
 
 
 def _launch(
@@ -357,8 +340,11 @@ def append_paged_kv_cache(
     kv_indptr: Any,
     kv_last_page_len: Any,
     kv_layout: str = "NHD",
+    *,
+    k_scale: Any = None,
+    v_scale: Any = None,
 ) -> None:
-    """Write new keys and values into the paged cache, in place.
+    """Write new keys and values into the paged cache, in place, casting them where the cache has 8 bits.
 
     Token t goes to row ``positions[t] % page_size`` of page ``kv_indices[kv_indptr[b] + positions[t] // page_size]``
     of request ``b = batch_indices[t]``; the page table already includes the new tokens.
@@ -366,7 +352,8 @@ def append_paged_kv_cache(
     Parameters
     ----------
     append_key, append_value : array, [nnz, num_kv_heads, head_dim]
-        Dtype of the cache (fp8 may come as uint8 bytes); tokens and heads may be strided.
+        Dtype of the cache (fp8 may come as uint8 bytes), or float16, bfloat16 or float32 with a scale; tokens and
+        heads may be strided.
     batch_indices, positions : array, [nnz], int32
         See `get_batch_indices_positions`. A negative batch index skips its token.
     paged_kv_cache : array or (array, array)
@@ -377,6 +364,9 @@ def append_paged_kv_cache(
     kv_last_page_len : array, [batch], int32
         The positions already say where tokens go; only its shape is checked.
     kv_layout : "NHD" or "HND"
+    k_scale, v_scale : float, or float32 array [1] or [num_kv_heads], optional
+        For a fp8 or int8 cache: what attention multiplies the cached numbers by. The cache gets
+        ``round(append_key / k_scale)``, saturating; uint8 counts as float8_e4m3fn.
 
     Raises
     ------
@@ -392,24 +382,24 @@ def append_paged_kv_cache(
     k_cache, v_cache = _caches(op, paged_kv_cache, kv_layout)
     k, v = view(append_key, op, "append_key"), view(append_value, op, "append_value")
     page_size, heads = k_cache.shape[1:3] if kv_layout == "NHD" else k_cache.shape[2:0:-1]
-    new = []
     for name, x, cache in (("append_key", k, k_cache), ("append_value", v, v_cache)):
         check_ndim(op, name, x, 3)
         check_shape(op, name, x, (k.shape[0], heads, cache.shape[3]), "= (tokens, heads, head_dim) of the cache")
         check_inner(op, name, x)
-        new.append(_stored(op, name, x, cache))
     check_device(op, k_cache, append_key=k, append_value=v)
+    casts = [
+        page_quantized.cast(op, "append_key", k, k_cache, "k_scale", k_scale, heads),
+        page_quantized.cast(op, "append_value", v, v_cache, "v_scale", v_scale, heads),
+    ]
     table = _table(op, k.shape[0], k_cache, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
     if k_cache.is_cpu:
         _check_host_table(op, table, page_size, k_cache.shape[0])
         reference.append_paged_kv_cache_(
-            new[0].numpy(), new[1].numpy(), table[0].numpy(), table[1].numpy(), k_cache.numpy(), v_cache.numpy(),
-            table[2].numpy(), table[3].numpy(), kv_layout=kv_layout,
+            casts[0].host(), casts[1].host(), table[0].numpy(), table[1].numpy(), casts[0].cache.numpy(),
+            casts[1].cache.numpy(), table[2].numpy(), table[3].numpy(), kv_layout=kv_layout,
         )  # fmt: skip
         return
-    first = (new[0], k_cache, *token_strides(k_cache, kv_layout))
-    second = (new[1], v_cache, *token_strides(v_cache, kv_layout))
-    _launch(first, second, heads, page_size, table)
+    _append([(c, *token_strides(c.cache, kv_layout)) for c in casts], heads, page_size, table)
 
 
 def append_paged_mla_kv_cache(
@@ -422,8 +412,11 @@ def append_paged_mla_kv_cache(
     kv_indices: Any,
     kv_indptr: Any,
     kv_last_page_len: Any,
+    *,
+    ckv_scale: Any = None,
+    kpe_scale: Any = None,
 ) -> None:
-    """Write compressed keys/values and rope keys into the MLA caches, in place.
+    """Write compressed keys/values and rope keys into the MLA caches, in place, casting them where those have 8 bits.
 
     Parameters
     ----------
@@ -434,6 +427,8 @@ def append_paged_mla_kv_cache(
     ckv_cache : array, [pages, page_size, 512], or None
     kpe_cache : array, [pages, page_size, 64], or None
         A cache that is None is not written. Other last dimensions work as well.
+    ckv_scale, kpe_scale : float, or float32 array [1], optional
+        As `k_scale` in `append_paged_kv_cache`: the cache gets ``round(append_ckv / ckv_scale)``.
 
     Raises
     ------
@@ -445,8 +440,12 @@ def append_paged_mla_kv_cache(
     """
     op = "append_paged_mla_kv_cache"
     pairs = []
-    for name, new, cache in (("ckv", append_ckv, ckv_cache), ("kpe", append_kpe, kpe_cache)):
+    for name, new, cache, scale in (
+        ("ckv", append_ckv, ckv_cache, ckv_scale), ("kpe", append_kpe, kpe_cache, kpe_scale)
+    ):  # fmt: skip
         if cache is None:
+            if scale is not None:
+                raise ArgumentError(f"{op}: {name}_scale is given, expected {name}_cache with it")
             continue
         if new is None:
             raise ArgumentError(f"{op}: append_{name} is None, expected an array like {name}_cache")
@@ -457,11 +456,12 @@ def append_paged_mla_kv_cache(
         check_ndim(op, f"append_{name}", x, 2)
         check_shape(op, f"append_{name}", x, (x.shape[0], c.shape[2]), f"= (tokens, {name}_cache.shape[2])")
         check_inner(op, f"append_{name}", x)
-        pairs.append((_stored(op, f"append_{name}", x, c), c))
+        check_device(op, c, **{f"append_{name}": x})
+        pairs.append(page_quantized.cast(op, f"append_{name}", x, c, f"{name}_scale", scale, 1))
     if not pairs:
         raise ArgumentError(f"{op}: ckv_cache and kpe_cache are both None, expected at least one")
-    x0, c0 = pairs[0]
-    for x, c in pairs:
+    x0, c0 = pairs[0].new, pairs[0].cache
+    for x, c, _ in pairs:
         check_device(op, c0, append=x, cache=c)
         if x.shape[0] != x0.shape[0] or c.shape[:2] != c0.shape[:2]:
             raise ShapeError(
@@ -472,10 +472,10 @@ def append_paged_mla_kv_cache(
     table = _table(op, x0.shape[0], c0, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
     if c0.is_cpu:
         _check_host_table(op, table, page_size, c0.shape[0])
-        for x, c in pairs:
+        for each in pairs:
             reference.append_paged_mla_kv_cache_(
-                x.numpy(), None, table[0].numpy(), table[1].numpy(), c.numpy(), None, table[2].numpy(), table[3].numpy()
-            )
+                each.host(), None, table[0].numpy(), table[1].numpy(), each.cache.numpy(), None, table[2].numpy(),
+                table[3].numpy(),
+            )  # fmt: skip
         return
-    places = [(x, c, c.strides[0], c.strides[1], 0) for x, c in pairs]
-    _launch(places[0], places[1] if len(places) == 2 else None, 1, page_size, table)
+    _append([(c, c.cache.strides[0], c.cache.strides[1], 0) for c in pairs], 1, page_size, table)

@@ -150,7 +150,7 @@ FI_DEVICE void norm(const NormParams& params) {
     for (int j = 0; j < kVec; ++j) {
       const float normed = (v[j] - mean) * inverse * (w[j] + params.weight_bias);
       out[j] = Config::kLayerNorm ? normed + out[j] : normed;
-      if constexpr (Config::kQuantize) out[j] = fminf(fmaxf(out[j] * quant, -Limits<O>::max), Limits<O>::max);
+      if constexpr (Config::kQuantize) out[j] *= quant;  // the conversion saturates and keeps NaN
     }
     Vec<O, kVec>::from_floats(out).store(y + i);
   };

@@ -1,15 +1,33 @@
-// Paged key/value cache: copying new tokens into their pages, and the index arithmetic around it.
+// Paged key/value cache: copying or casting new tokens into their pages, and the index arithmetic around it.
 // append_pages copies two tensors (keys and values, or compressed KV and rope keys) byte for byte into their caches. Token t of
 // request b at position p goes to row p % page_size of page kv_indices[kv_indptr[b] + p / page_size].
 // One CTA copies kThreads * kUnroll vectors of the flattened (token, tensor, head, vector) list; grid = vectors /
 // (kThreads * kUnroll). The data are loaded before the page is looked up, so the look-up's latency is hidden.
-// Shared memory: none. Bytes moved: twice the appended tokens, and 4 indices a token. Architecture: any.
+// append_quantized does the same with caches of a byte an element: it divides the elements by a scale and casts them.
+// Shared memory: none. Bytes moved: the appended tokens twice, and 4 indices a token. Architecture: any.
 #pragma once
 #include "common/segments.cuh"
 #include "common/vec.cuh"
 #include "ptx/pdl.cuh"
+#include "quantization/formats.cuh"
 
 namespace fi {
+
+// Where a token goes: false for one that goes nowhere.
+FI_DEVICE bool find_row(const int32_t* batch_indices, const int32_t* positions, const int32_t* kv_indices,
+                        const int32_t* kv_indptr, uint32_t batch, uint32_t page_size, uint32_t token, int64_t& page,
+                        uint32_t& row) {
+  const int32_t request = batch_indices[token];
+  const int32_t position = positions[token];
+  if (request < 0 || uint32_t(request) >= batch || position < 0) return false;
+  const uint32_t in_request = uint32_t(position) / page_size;
+  const int32_t begin = kv_indptr[request], end = kv_indptr[request + 1];
+  // A position past the request's pages would land in another request's page.
+  if (int64_t(begin) + in_request >= end) return false;
+  page = kv_indices[begin + in_request];
+  row = uint32_t(position) - in_request * page_size;
+  return true;
+}
 
 struct AppendParams {
   const void* a;  // [nnz, heads, kBytesA]
@@ -78,20 +96,83 @@ FI_DEVICE void append_pages(const AppendParams& params) {
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
     if (token[n] != kNone) {
-      const int32_t request = params.batch_indices[token[n]];
-      const int32_t position = params.positions[token[n]];
-      if (request < 0 || uint32_t(request) >= params.batch || position < 0) continue;
-      const uint32_t in_request = uint32_t(position) / params.page_size;
-      const int32_t begin = params.kv_indptr[request], end = params.kv_indptr[request + 1];
-      // A position past the request's pages would land in another request's page.
-      if (int64_t(begin) + in_request >= end) continue;
-      const int64_t page = params.kv_indices[begin + in_request];
-      const uint32_t row = uint32_t(position) - in_request * params.page_size;
+      int64_t page;
+      uint32_t row;
+      if (!find_row(params.batch_indices, params.positions, params.kv_indices, params.kv_indptr, params.batch,
+                    params.page_size, token[n], page, row))
+        continue;
       const Place at(rest[n], vectors_a);
       uint8_t* target = static_cast<uint8_t*>(at.is_a ? params.a_cache : params.b_cache) +
                         page * (at.is_a ? params.a_page : params.b_page) + row * (at.is_a ? params.a_row : params.b_row) +
                         at.head * (at.is_a ? params.a_head : params.b_head) + at.offset;
       data[n].store(target);
+    }
+  }
+}
+
+struct AppendQuantizedParams {
+  AppendParams to;       // strides in bytes; vectors of kVec elements
+  const float* a_scale;  // [1] or, with the head stride 1, [heads] on the device; null: a_value
+  const float* b_scale;
+  float a_value, b_value;
+  uint32_t a_scale_head, b_scale_head;
+};
+
+// Config: T (of the tokens), O (of the caches), kDimA, kDimB (elements of one head), kVec, kThreads, kUnroll
+template <class Config>
+FI_DEVICE void append_quantized(const AppendQuantizedParams& params) {
+  using T = typename Config::T;
+  using O = typename Config::O;
+  using V = Vec<T, Config::kVec>;
+  constexpr int kVec = Config::kVec, kThreads = Config::kThreads, kUnroll = Config::kUnroll;
+  constexpr uint32_t kVecsA = Config::kDimA / kVec, kVecsB = Config::kDimB / kVec, kNone = 0xffffffffu;
+  const AppendParams& to = params.to;
+
+  ptx::grid_launch_dependents();
+  ptx::grid_wait();
+
+  const uint32_t vectors_a = to.heads * kVecsA;
+  const uint32_t token_vectors = vectors_a + to.heads * kVecsB;
+  V data[kUnroll];
+  uint32_t token[kUnroll], head[kUnroll], column[kUnroll];
+  bool is_a[kUnroll];
+#pragma unroll
+  for (int n = 0; n < kUnroll; ++n) {
+    const uint64_t i = uint64_t(blockIdx.x) * (kThreads * kUnroll) + n * kThreads + threadIdx.x;
+    token[n] = kNone;
+    if (i < to.vectors) {
+      token[n] = to.vectors <= 0xffffffffu ? uint32_t(i) / token_vectors : uint32_t(i / token_vectors);
+      uint32_t rest = uint32_t(i - uint64_t(token[n]) * token_vectors);
+      is_a[n] = kVecsB == 0 || rest < vectors_a;
+      if (!is_a[n]) rest -= vectors_a;
+      head[n] = is_a[n] ? rest / kVecsA : rest / max_of(kVecsB, 1u);
+      column[n] = (rest - head[n] * (is_a[n] ? kVecsA : kVecsB)) * kVec;
+      const uint8_t* source = static_cast<const uint8_t*>(is_a[n] ? to.a : to.b) +
+                              int64_t(token[n]) * (is_a[n] ? to.a_stride_n : to.b_stride_n) +
+                              head[n] * (is_a[n] ? to.a_stride_h : to.b_stride_h) + column[n] * sizeof(T);
+      data[n] = load_streaming<V>(source);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kUnroll; ++n) {
+    if (token[n] != kNone) {
+      int64_t page;
+      uint32_t row;
+      if (!find_row(to.batch_indices, to.positions, to.kv_indices, to.kv_indptr, to.batch, to.page_size, token[n], page,
+                    row))
+        continue;
+      const float* given = is_a[n] ? params.a_scale : params.b_scale;
+      const float scale = given ? given[head[n] * (is_a[n] ? params.a_scale_head : params.b_scale_head)]
+                                : (is_a[n] ? params.a_value : params.b_value);
+      const float inverse = 1.f / scale;
+      float v[kVec];
+      data[n].to_floats(v);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) v[j] = quant::divide(v[j], scale, inverse);
+      uint8_t* target = static_cast<uint8_t*>(is_a[n] ? to.a_cache : to.b_cache) +
+                        page * (is_a[n] ? to.a_page : to.b_page) + row * (is_a[n] ? to.a_row : to.b_row) +
+                        head[n] * (is_a[n] ? to.a_head : to.b_head) + column[n];
+      quant::store<O>(v, target);
     }
   }
 }

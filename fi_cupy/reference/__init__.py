@@ -9,6 +9,7 @@ from __future__ import annotations
 from fi_cupy.reference import (
     activation,
     attention,
+    block_formats,
     cascade,
     gemm,
     lookup,
@@ -28,6 +29,7 @@ from fi_cupy.reference import (
 __all__ = [
     "activation",
     "attention",
+    "block_formats",
     "cascade",
     "gemm",
     "lookup",

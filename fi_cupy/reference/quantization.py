@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from fi_cupy.reference._common import E4M3, FP8_MAX, Array, compute_dtype, repeat_index, round_to, upcast
 
@@ -62,9 +63,24 @@ def unpack_segments(packed: Array, lengths: Array, bitorder: BitOrder = "little"
 
 
 def _ceil_power_of_two(x: Array) -> Array:
-    """Smallest power of two >= x > 0, exactly."""
+    """Smallest power of two >= x > 0, exactly; NaN stays."""
     mantissa, exponent = np.frexp(x)
-    return np.ldexp(np.ones_like(x), np.where(mantissa == 0.5, exponent - 1, exponent))
+    return np.where(np.isnan(x), x, np.ldexp(np.ones_like(x), np.where(mantissa == 0.5, exponent - 1, exponent)))
+
+
+def _group_scale(amax: Array, limit: float, power_of_two: bool) -> Array:
+    """``amax / limit``, perhaps rounded up to a power of two; there an infinite amax counts as 2^128."""
+    scale = amax / limit
+    if power_of_two:
+        scale = np.where(np.isinf(scale), 2.0 ** (128 - math.floor(math.log2(limit))), _ceil_power_of_two(scale))
+    return scale.astype(amax.dtype)
+
+
+def _codes(x: Array, dtype: np.dtype) -> Array:
+    """Round to the storage type; an integer has no NaN: 0."""
+    if dtype.kind == "i":
+        x = np.where(np.isnan(x), 0, np.clip(x, -127, 127))
+    return round_to(x, dtype)
 
 
 def _axis_blocks(shape: tuple[int, ...], tile_shape: tuple[int, ...]) -> tuple[Array, ...]:
@@ -75,6 +91,8 @@ def _axis_blocks(shape: tuple[int, ...], tile_shape: tuple[int, ...]) -> tuple[A
 def _block_amax(x: Array, tile_shape: tuple[int, ...]) -> Array:
     """Largest magnitude of every block; the last block of a dimension may be partial."""
     amax = np.abs(x)
+    if amax.size == 0:
+        return np.zeros([-(-n // t) for n, t in zip(x.shape, tile_shape, strict=True)], x.dtype)
     for axis, tile in enumerate(tile_shape):
         amax = np.maximum.reduceat(amax, np.arange(0, x.shape[axis], tile), axis=axis)
     return amax
@@ -108,10 +126,9 @@ def quantize_fp8(
     Source: flashinfer.testing.utils.quantize_fp8.
     """
     x = upcast(x, compute_dtype(x))
-    scale = np.maximum(_block_amax(x, tile_shape), 1e-4) / FP8_MAX[np.dtype(dtype)]
-    if power_of_two:
-        scale = _ceil_power_of_two(scale)
-    q = round_to(x / scale[_axis_blocks(x.shape, tile_shape)], dtype)
+    scale = _group_scale(np.maximum(_block_amax(x, tile_shape), 1e-4), FP8_MAX[np.dtype(dtype)], power_of_two)
+    with np.errstate(invalid="ignore"):
+        q = round_to(x / scale[_axis_blocks(x.shape, tile_shape)], dtype)
     return q, scale if scale_major_mode == "K" else np.ascontiguousarray(scale.swapaxes(-1, -2))
 
 
@@ -166,12 +183,11 @@ def per_token_group_quant_8bit(
     """
     dst_dtype = np.dtype(dst_dtype)
     limit = FP8_MAX.get(dst_dtype) or float(np.iinfo(dst_dtype).max)
-    groups = upcast(x, compute_dtype(x)).reshape(*x.shape[:-1], -1, group_size)
-    scale = np.maximum(np.abs(groups).max(axis=-1), eps) / limit
-    if scale_ue8m0:
-        scale = _ceil_power_of_two(scale)
-    scaled = groups / scale[..., None]
-    q = round_to(np.clip(scaled, -limit, limit), dst_dtype).reshape(x.shape)
+    groups = upcast(x, compute_dtype(x)).reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
+    amax = np.maximum(np.abs(groups).max(axis=-1, initial=0), np.asarray(eps, groups.dtype))
+    scale = _group_scale(amax, limit, scale_ue8m0)
+    with np.errstate(invalid="ignore"):
+        q = _codes(groups / scale[..., None], dst_dtype).reshape(x.shape)
     if column_major_scales:
         tokens = scale.shape[-2]
         padded = -(-tokens // 4) * 4 if scale_tma_aligned else tokens
@@ -179,3 +195,10 @@ def per_token_group_quant_8bit(
         buffer[..., :tokens] = scale.swapaxes(-1, -2)
         scale = buffer[..., :tokens].swapaxes(-1, -2)
     return q, scale
+
+
+def static_quant(x: Array, scale: ArrayLike, dtype: DTypeLike = E4M3) -> Array:
+    """``round(x / scale)``, saturating, with a given scale. Source: SGLang static_quant_fp8."""
+    ct = compute_dtype(x)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return _codes(upcast(x, ct) / np.asarray(scale, np.float32).astype(ct), np.dtype(dtype))

@@ -365,6 +365,21 @@ struct __half {
 struct __nv_bfloat16 {
   uint16_t bits;
 };
+inline int __float2int_rn(float x) {
+  if (x != x) return 0;
+  const double rounded = nearbyint(double(x));
+  return rounded >= 2147483647.0 ? 2147483647 : rounded <= -2147483648.0 ? int(-2147483648ll) : int(rounded);
+}
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return out;
+}
+inline void sincospif(float x, float* s, float* c) {
+  *s = float(sin(M_PI * double(x)));
+  *c = float(cos(M_PI * double(x)));
+}
 inline float __half2float(__half x) { return _cvtsh_ss(x.bits); }
 inline __half __float2half_rn(float x) { return {x != x ? uint16_t(0x7fff) : uint16_t(_cvtss_sh(x, 0))}; }
 inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
@@ -373,15 +388,43 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   const uint32_t bits = __float_as_uint(x);
   return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
+namespace emulator {
+// fp8 by arithmetic in double, saturating: nothing in common with the kernels' bit operations.
+template <int kMantissa, int kBias>
+struct Fp8 {
+  static double value(uint8_t code) {
+    const int exponent = code >> kMantissa & (0x7f >> kMantissa), mantissa = code & ((1 << kMantissa) - 1);
+    const double size = exponent ? ldexp(1 + double(mantissa) / (1 << kMantissa), exponent - kBias)
+                                 : ldexp(double(mantissa), 1 - kBias - kMantissa);
+    return code & 0x80 ? -size : size;
+  }
+  static uint8_t code(float x, double most, uint8_t last) {
+    const uint8_t sign = signbit(x) ? 0x80 : 0;
+    if (x != x) return sign | 0x7f;
+    const double a = fabs(double(x));
+    if (a >= most) return sign | last;
+    int exponent;
+    frexp(a, &exponent);  // a < 2^exponent
+    const double unit = ldexp(1.0, (exponent - 1 < 1 - kBias ? 1 - kBias : exponent - 1) - kMantissa);
+    const double rounded = nearbyint(a / unit) * unit;
+    for (int c = 0; c <= last; ++c)
+      if (value(uint8_t(c)) == rounded) return sign | uint8_t(c);
+    fail("fp8");
+  }
+};
+}  // namespace emulator
 struct __nv_fp8_e4m3 {
   __nv_fp8_e4m3() = default;
-  explicit __nv_fp8_e4m3(float) { emulator::fail("fp8"); }
-  explicit operator float() const { emulator::fail("fp8"); }
+  explicit __nv_fp8_e4m3(float x) : bits(emulator::Fp8<3, 7>::code(x, 448, 0x7e)) {}
+  explicit operator float() const { return (bits & 0x7f) == 0x7f ? NAN : float(emulator::Fp8<3, 7>::value(bits)); }
   uint8_t bits;
 };
 struct __nv_fp8_e5m2 {
   __nv_fp8_e5m2() = default;
-  explicit __nv_fp8_e5m2(float) { emulator::fail("fp8"); }
-  explicit operator float() const { emulator::fail("fp8"); }
+  explicit __nv_fp8_e5m2(float x) : bits(emulator::Fp8<2, 15>::code(x, 57344, 0x7b)) {}
+  explicit operator float() const {
+    if ((bits & 0x7f) >= 0x7c) return bits & 3 ? NAN : (bits & 0x80 ? -INFINITY : INFINITY);
+    return float(emulator::Fp8<2, 15>::value(bits));
+  }
   uint8_t bits;
 };

@@ -1,0 +1,519 @@
+"""Rotary position embedding fused with a cast to fp8, and with writing the keys and values into a paged cache."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from fi_cupy.arrays import View, view
+from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, INDEX_TYPES, DType, bfloat16, float8_e4m3fn, float32, int32, uint8
+from fi_cupy.dtypes import dtype as to_dtype
+from fi_cupy.errors import ArgumentError, ShapeError
+from fi_cupy.jit.kernel import load_kernel
+from fi_cupy.jit.params import ParamsStruct
+from fi_cupy.jit.spec import KernelSpec
+from fi_cupy.kv_cache import check_layout, token_strides
+from fi_cupy.reference import rope as reference
+
+_SECTIONS = 5
+_SECTION = (
+    ("x", "ptr"), ("out", "ptr"), ("x_stride_n", "i64"), ("x_stride_h", "i64"), ("out_stride_n", "i64"),
+    ("out_stride_h", "i64"), ("out_stride_row", "i64"), ("end", "u32"), ("units", "u32"), ("scale", "f32"),
+    ("paged", "u32"),
+)  # fmt: skip
+_PARAMS = ParamsStruct(
+    "RopeQuantizeParams",
+    [
+        *((f"section[{i}].{name}", kind) for i in range(_SECTIONS) for name, kind in _SECTION),
+        ("positions", "ptr"),
+        ("cos_sin", "ptr"),
+        ("cos_sin_stride", "i64"),
+        ("batch_indices", "ptr"),
+        ("cache_positions", "ptr"),
+        ("kv_indices", "ptr"),
+        ("kv_indptr", "ptr"),
+        ("units", "u64"),
+        ("token_units", "u32"),
+        ("batch", "u32"),
+        ("page_size", "u32"),
+    ],
+)
+_THREADS = 128
+
+
+@lru_cache(maxsize=128)
+def rope_quantize_spec(
+    dtype: DType, index: DType, out: DType, vec: int, *, interleave: bool = False, paged: bool = False, unroll: int = 2
+) -> KernelSpec:
+    """The kernel that rotates and casts `vec` elements an access, twice `unroll` accesses a thread."""
+    form = ("_interleave" if interleave else "") + ("_append" if paged else "")
+    return KernelSpec(
+        symbol=f"rope_quantize{form}_{dtype.tag}_{index.tag}_{out.tag}_v{vec}x{unroll}",
+        header="rope_quantize.cuh",
+        function="rope_quantize",
+        params=_PARAMS,
+        config=(
+            ("T", dtype),
+            ("I", index),
+            ("O", out),
+            ("kVec", vec),
+            ("kInterleave", interleave),
+            ("kPaged", paged),
+            ("kUnroll", unroll),
+            ("kThreads", _THREADS),
+        ),
+        threads=_THREADS,
+    )
+
+
+def kernel_specs() -> list[KernelSpec]:
+    """The canonical instances."""
+    return [
+        rope_quantize_spec(bfloat16, int32, float8_e4m3fn, 8, paged=True),
+        rope_quantize_spec(bfloat16, int32, float8_e4m3fn, 8, interleave=True),
+    ]
+
+
+class _Section(NamedTuple):
+    """One array of the fused kernel: where it comes from and where it goes.
+
+    Attributes
+    ----------
+    x : View
+        [tokens, heads, dim] or [tokens, dim].
+    out : View
+        The result, or the cache it is written into.
+    scale : float
+        What it is multiplied by.
+    to : (token or page, row, head) strides of `out` in bytes
+    offset : int
+        Bytes from the start of a cached row.
+    paged : bool
+    """
+
+    x: View
+    out: View
+    scale: float
+    to: tuple[int, int, int]
+    offset: int = 0
+    paged: bool = False
+
+    def alignment(self) -> int:
+        """Every address and extent ORed together: bytes of the input, elements of the output."""
+        size, strides = self.x.dtype.itemsize, self.x.strides[:-1]
+        both = self.x.ptr | self.x.shape[-1] // 2 * size
+        for step in strides:
+            both |= step * size
+        for step in (self.out.ptr, self.offset, *self.to):
+            both |= step * size
+        return both
+
+
+def _fp8_like(op: str, name: str, given: Any, x: View, kind: DType) -> View:
+    if given is None:
+        return x.empty(x.shape, kind)
+    o = view(given, op, name).writable(op, name)
+    check_shape(op, name, o, x.shape)
+    check_dtype(op, name, o, (kind, uint8))
+    check_inner(op, name, o)
+    check_device(op, x, **{name: o})
+    return o.typed(kind)
+
+
+def _kind(op: str, quantize_dtype: Any, given: tuple[Any, ...]) -> DType:
+    """The type named, else that of the first output, else e4m3."""
+    if quantize_dtype is None:
+        for out in given:
+            found = None if out is None else view(out, op, "out").dtype
+            if found in FP8_TYPES:
+                return found  # type: ignore[return-value]
+        return float8_e4m3fn
+    kind = to_dtype(quantize_dtype)
+    if kind not in FP8_TYPES:
+        raise ArgumentError(f"{op}: quantize_dtype is {kind.name}, expected float8_e4m3fn or float8_e5m2")
+    return kind
+
+
+def _inputs(op: str, arrays: dict[str, Any], cos_sin_cache: Any, pos_ids: Any) -> tuple[dict[str, View], View, View]:
+    """The arrays that there are (the first is q_rope), the cache of cosines, and the positions; checked."""
+    views = {name: view(x, op, name) for name, x in arrays.items() if x is not None}
+    q = views["q_rope"]
+    check_ndim(op, "q_rope", q, 3)
+    check_dtype(op, "q_rope", q, HALF_TYPES)
+    table, pos = view(cos_sin_cache, op, "cos_sin_cache"), view(pos_ids, op, "pos_ids")
+    for name, x in views.items():
+        check_ndim(op, name, x, *((3,) if name.startswith("q") else (2, 3)))
+        check_dtype(op, name, x, (q.dtype,), "like q_rope")
+        check_inner(op, name, x)
+        check_device(op, q, **{name: x})
+        if x.shape[0] != q.shape[0]:
+            raise ShapeError(f"{op}: {name} has {x.shape[0]} tokens, expected {q.shape[0]} = q_rope.shape[0]")
+        partner = views.get(name.replace("nope", "rope"))
+        if partner is not None and x.shape[:-1] != partner.shape[:-1]:
+            raise ShapeError(f"{op}: {name} has shape {x.shape}, expected {partner.shape[:-1]} before its last dimension")
+        if x.shape[-1] % 2:
+            raise ShapeError(f"{op}: {name} has shape {x.shape}, expected an even last dimension")
+    k, dim = views["k_rope"], q.shape[2]
+    if k.shape[-1] != dim:
+        raise ShapeError(f"{op}: k_rope has {k.shape[-1]} features, expected {dim} = q_rope.shape[-1]")
+    check_ndim(op, "cos_sin_cache", table, 2)
+    check_dtype(op, "cos_sin_cache", table, (float32,))
+    check_inner(op, "cos_sin_cache", table)
+    check_shape(op, "cos_sin_cache", table, (table.shape[0], dim), "= (positions, q_rope.shape[-1])")
+    check_shape(op, "pos_ids", pos, (q.shape[0],), "= q_rope.shape[:1]")
+    check_dtype(op, "pos_ids", pos, INDEX_TYPES)
+    check_inner(op, "pos_ids", pos)
+    check_device(op, q, cos_sin_cache=table, pos_ids=pos)
+    if q.is_cpu and pos.size and (pos.numpy().min() < 0 or pos.numpy().max() >= table.shape[0]):
+        raise ArgumentError(f"{op}: pos_ids leave 0 to {table.shape[0] - 1}, the rows of cos_sin_cache")
+    return views, table, pos
+
+
+def _scales(op: str, quant_scale_q: float, quant_scale_kv: float) -> tuple[float, float]:
+    for name, value in (("quant_scale_q", quant_scale_q), ("quant_scale_kv", quant_scale_kv)):
+        if not 0 < value < float("inf"):
+            raise ArgumentError(f"{op}: {name} is {value}, expected a positive number")
+    return float(quant_scale_q), float(quant_scale_kv)
+
+
+def _plain(x: View, out: View, scale: float) -> _Section:
+    head = out.strides[1] if len(out.shape) == 3 else 0
+    return _Section(x, out, scale, (out.strides[0], 0, head))
+
+
+def _launch(
+    sections: list[_Section | None],
+    table: View,
+    pos: View,
+    kind: DType,
+    interleave: bool,
+    pages: tuple[View, View, View, View] | None = None,
+    page_size: int = 1,
+    pdl: bool = False,
+) -> None:
+    """Launch over (q_rope, k_rope, q_nope, k_nope, v); those that are None have no work."""
+    q = sections[0].x  # type: ignore[union-attr]
+    size = q.dtype.itemsize
+    common = 16
+    for each in sections:
+        common |= 0 if each is None else each.alignment()
+    vec = (common & -common) // size or 1
+    # Cosines and sines are read in pieces of up to 16 bytes.
+    rows = table.ptr | (table.strides[0] | table.shape[1] // 2) * 4 | 16
+    vec = min(vec, 8 if rows & -rows == 16 else (rows & -rows) // 4)
+    fields: list[Any] = []
+    end = 0
+    for each in sections:
+        if each is None:
+            fields += (0, 0, 0, 0, 0, 0, 0, end, 1, 1.0, 0)
+            continue
+        x = each.x
+        heads, head_stride = (x.shape[1], x.strides[1]) if len(x.shape) == 3 else (1, 0)
+        units = x.shape[-1] // 2 // vec
+        end += heads * units
+        fields += (
+            x.ptr, each.out.ptr + each.offset, x.strides[0], head_stride, each.to[0], each.to[2], each.to[1],
+            end, units or 1, each.scale, int(each.paged),
+        )  # fmt: skip
+    total = q.shape[0] * end
+    unroll = 2 if total >= 1 << 17 else 1
+    spec = rope_quantize_spec(
+        q.dtype, pos.dtype, kind, vec, interleave=interleave, paged=pages is not None, unroll=unroll
+    )  # fmt: skip
+    addresses = (0, 0, 0, 0) if pages is None else tuple(p.ptr for p in pages)
+    load_kernel(spec, q.device).launch(
+        -(-total // (_THREADS * unroll)), q.stream(), *fields, pos.ptr, table.ptr, table.strides[0], *addresses,
+        total, end, 0 if pages is None else pages[3].shape[0] - 1, page_size, pdl=pdl,
+    )  # fmt: skip
+
+
+def rope_quantize_fp8(
+    q_rope: Any,
+    k_rope: Any,
+    q_nope: Any,
+    k_nope: Any,
+    cos_sin_cache: Any,
+    pos_ids: Any,
+    is_neox: bool = True,
+    quantize_dtype: Any = None,
+    quant_scale_q: float = 1.0,
+    quant_scale_kv: float = 1.0,
+    q_rope_out: Any = None,
+    k_rope_out: Any = None,
+    q_nope_out: Any = None,
+    k_nope_out: Any = None,
+    enable_pdl: bool = False,
+) -> tuple[Any, Any, Any, Any]:
+    """Rotate the rope parts of q and k and cast everything to fp8: ``clamp(x * quant_scale)``.
+
+    Parameters
+    ----------
+    q_rope : array, [nnz, num_qo_heads, rope_dim], float16 or bfloat16
+    k_rope : array, [nnz, num_kv_heads, rope_dim], or [nnz, rope_dim] (MLA), dtype of `q_rope`
+    q_nope, k_nope : array, the same shapes with any even last dimension, or None
+        What is not rotated. All strides but the innermost are free: parts may be slices of one tensor.
+    cos_sin_cache : array, [max_position, rope_dim], float32
+        First half cosines, second half sines.
+    pos_ids : array, [nnz], int32 or int64
+        Rows of the cache; values outside it are an error on the CPU and undefined on a GPU.
+    is_neox : bool
+        True pairs feature i with i + rope_dim / 2, False pairs 2i with 2i + 1.
+    quantize_dtype : dtype, optional
+        float8_e4m3fn or float8_e5m2; None is the outputs' type, or e4m3.
+    quant_scale_q, quant_scale_kv : float
+        Multiplied with q and with k before the cast.
+    q_rope_out, k_rope_out, q_nope_out, k_nope_out : array, optional
+        Written instead of new arrays; fp8, or its bytes (uint8).
+    enable_pdl : bool
+        Launch so that this kernel may start before its predecessor has ended (sm_90 and later).
+
+    Returns
+    -------
+    (q_rope_out, k_rope_out, q_nope_out, k_nope_out)
+        fp8 in the shapes of the inputs, None for what is None. Computed in fp32, rounded once to nearest even.
+
+    Raises
+    ------
+    ArgumentError, ShapeError, DTypeError, DeviceError, LayoutError, ImmutableArrayError
+
+    Source
+    ------
+    flashinfer.rope.rope_quantize_fp8.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fi_cupy.rope import rope_quantize_fp8
+    >>> q, cache = np.ones((1, 1, 2), np.float16), np.array([[0.0, 1.0]], np.float32)  # a quarter turn
+    >>> rope_quantize_fp8(q, q, None, None, cache, np.array([0]), quant_scale_q=2.0)[0]
+    array([[[-2, 2]]], dtype='float8_e4m3fn')
+    """
+    return _rope_quantize(
+        "rope_quantize_fp8", (q_rope, k_rope, q_nope, k_nope), cos_sin_cache, pos_ids, is_neox, quantize_dtype,
+        quant_scale_q, quant_scale_kv, (q_rope_out, k_rope_out, q_nope_out, k_nope_out), enable_pdl,
+    )  # fmt: skip
+
+
+def mla_rope_quantize_fp8(
+    q_rope: Any,
+    k_rope: Any,
+    q_nope: Any,
+    k_nope: Any,
+    cos_sin_cache: Any,
+    pos_ids: Any,
+    is_neox: bool = True,
+    quantize_dtype: Any = None,
+    quant_scale_q: float = 1.0,
+    quant_scale_kv: float = 1.0,
+    q_rope_out: Any = None,
+    k_rope_out: Any = None,
+    q_nope_out: Any = None,
+    k_nope_out: Any = None,
+    enable_pdl: bool = False,
+) -> tuple[Any, Any, Any, Any]:
+    """`rope_quantize_fp8` under the name it has for MLA. Source: flashinfer.rope.mla_rope_quantize_fp8."""
+    return _rope_quantize(
+        "mla_rope_quantize_fp8", (q_rope, k_rope, q_nope, k_nope), cos_sin_cache, pos_ids, is_neox, quantize_dtype,
+        quant_scale_q, quant_scale_kv, (q_rope_out, k_rope_out, q_nope_out, k_nope_out), enable_pdl,
+    )  # fmt: skip
+
+
+_NAMES = ("q_rope", "k_rope", "q_nope", "k_nope")
+
+
+def _rope_quantize(
+    op: str, arrays: tuple[Any, ...], cos_sin_cache: Any, pos_ids: Any, is_neox: bool, quantize_dtype: Any,
+    quant_scale_q: float, quant_scale_kv: float, given: tuple[Any, ...], enable_pdl: bool,
+) -> tuple[Any, Any, Any, Any]:  # fmt: skip
+    views, table, pos = _inputs(op, dict(zip(_NAMES, arrays, strict=True)), cos_sin_cache, pos_ids)
+    kind = _kind(op, quantize_dtype, given)
+    scales = _scales(op, quant_scale_q, quant_scale_kv)
+    outs: dict[str, View] = {}
+    for name, out in zip(_NAMES, given, strict=True):
+        if name in views:
+            outs[name] = _fp8_like(op, f"{name}_out", out, views[name], kind)
+        elif out is not None:
+            raise ArgumentError(f"{op}: {name}_out is given, expected {name} with it")
+    if table.is_cpu:
+        host = [views[n].numpy() if n in views else None for n in _NAMES]
+        results = reference.rope_quantize_fp8(*host, table.numpy(), pos.numpy(), is_neox, kind.np, *scales)
+        for name, values in zip(_NAMES, results, strict=True):
+            if values is not None:
+                outs[name].write(values)
+    else:
+        sections = [
+            _plain(views[n], outs[n], scales[n.startswith("k")]) if n in views else None for n in _NAMES
+        ]  # fmt: skip
+        _launch([*sections, None], table, pos, kind, not is_neox, pdl=bool(enable_pdl))
+    return tuple(
+        None if n not in outs else (outs[n].result() if out is None else out)
+        for n, out in zip(_NAMES, given, strict=True)
+    )  # type: ignore[return-value]
+
+
+def _page_index(op: str, name: str, x: Any, like: View, shape: tuple[int, ...] | None = None) -> View:
+    v = view(x, op, name)
+    check_ndim(op, name, v, 1)
+    check_dtype(op, name, v, (int32,))
+    check_inner(op, name, v)
+    check_device(op, like, **{name: v})
+    if shape is not None:
+        check_shape(op, name, v, shape, "= (tokens,)")
+    return v
+
+
+def _cache_sections(
+    op: str, views: dict[str, View], caches: tuple[View, View], scale: float, layout: str
+) -> list[_Section | None]:
+    """(k_rope, k_nope, v) with their places in the caches: GQA's (keys, values) or MLA's (ckv, kpe)."""
+    k_rope, k_nope, v = views["k_rope"], views.get("k_nope"), views.get("v")
+    first, second = caches
+    if v is None:  # MLA: no head dimension in the caches
+        ckv, kpe = ((c.strides[0], c.strides[1], 0) for c in caches)
+        return [
+            _Section(k_rope, second, scale, kpe, paged=True),
+            None if k_nope is None else _Section(k_nope, first, scale, ckv, paged=True),
+            None,
+        ]
+    places = [token_strides(c, layout) for c in caches]
+    return [
+        _Section(k_rope, first, scale, places[0], paged=True),
+        None if k_nope is None else _Section(k_nope, first, scale, places[0], offset=k_rope.shape[-1], paged=True),
+        _Section(v, second, scale, places[1], paged=True),
+    ]
+
+
+def _checked_caches(
+    op: str, views: dict[str, View], paged_kv_cache: Any, kind: DType | None, page_size: int, layout: str
+) -> tuple[View, View]:
+    if not isinstance(paged_kv_cache, (tuple, list)) or len(paged_kv_cache) != 2:
+        raise ArgumentError(f"{op}: paged_kv_cache is a {type(paged_kv_cache).__name__}, expected a pair of arrays")
+    q, k, v = views["q_rope"], views["k_rope"], views.get("v")
+    nope = views["k_nope"].shape[-1] if "k_nope" in views else 0
+    rope = k.shape[-1]
+    found = []
+    for name, given, dim in zip(
+        ("paged_kv_cache[0]", "paged_kv_cache[1]"), paged_kv_cache,
+        (nope, rope) if v is None else (rope + nope, v.shape[-1]), strict=True,
+    ):  # fmt: skip
+        c = view(given, op, name).writable(op, name)
+        check_dtype(op, name, c, (*FP8_TYPES, uint8) if kind is None else (kind, uint8))
+        check_inner(op, name, c)
+        check_device(op, q, **{name: c})
+        if v is None:
+            inner: tuple[int, ...] = (page_size, dim)
+        else:
+            heads = k.shape[1] if len(k.shape) == 3 else 1
+            inner = (page_size, heads, dim) if layout == "NHD" else (heads, page_size, dim)
+        if v is not None or dim:
+            check_shape(op, name, c, (c.shape[0], *inner), "= [pages, ...]")
+        found.append(c.typed(float8_e4m3fn if kind is None else kind) if c.dtype is uint8 else c)
+    if found[0].dtype is not found[1].dtype:
+        check_dtype(op, "paged_kv_cache[1]", found[1], (found[0].dtype,), "like paged_kv_cache[0]")
+    return found[0], found[1]
+
+
+def rope_quantize_fp8_append_paged_kv_cache(
+    q_rope: Any,
+    k_rope: Any,
+    q_nope: Any,
+    k_nope: Any,
+    v: Any,
+    cos_sin_cache: Any,
+    pos_ids: Any,
+    paged_kv_cache: tuple[Any, Any],
+    kv_indices: Any,
+    kv_indptr: Any,
+    batch_indices: Any,
+    positions: Any,
+    is_neox: bool = True,
+    quantize_dtype: Any = None,
+    quant_scale_q: float = 1.0,
+    quant_scale_kv: float = 1.0,
+    page_size: int = 16,
+    kv_layout: str = "NHD",
+    q_rope_out: Any = None,
+    q_nope_out: Any = None,
+    enable_pdl: bool = False,
+) -> tuple[Any, Any]:
+    """`rope_quantize_fp8`, with the keys (and values) written into a paged fp8 cache instead of returned; one launch.
+
+    Parameters
+    ----------
+    q_rope, k_rope, q_nope, k_nope, cos_sin_cache, pos_ids, is_neox, quant_scale_q, quant_scale_kv, enable_pdl
+        As in `rope_quantize_fp8`; quant_scale_kv multiplies v, too.
+    v : array, [nnz, num_kv_heads, head_dim], or None
+        None means MLA: `k_rope` and `k_nope` have no heads (or one).
+    paged_kv_cache : (array, array), fp8 or its bytes (uint8)
+        With v: keys ``[pages, page_size, num_kv_heads, rope_dim + nope_dim]`` (NHD; HND swaps the middle two), of
+        which the rope part comes first, and values. MLA: ``[pages, page_size, nope_dim]`` (ckv) and
+        ``[pages, page_size, rope_dim]`` (kpe).
+    kv_indices, kv_indptr, batch_indices, positions : array, int32
+        As in `append_paged_kv_cache`: positions in the cache, which need not be pos_ids.
+    quantize_dtype : dtype, optional
+        None is the cache's type (bytes count as e4m3).
+    page_size : int
+        What the caches must have.
+    kv_layout : "NHD" or "HND"
+    q_rope_out, q_nope_out : array, optional
+
+    Returns
+    -------
+    (q_rope_out, q_nope_out)
+
+    Raises
+    ------
+    ArgumentError, ShapeError, DTypeError, DeviceError, LayoutError, ImmutableArrayError
+
+    Source
+    ------
+    flashinfer.rope.rope_quantize_fp8_append_paged_kv_cache.
+    """
+    op = "rope_quantize_fp8_append_paged_kv_cache"
+    check_layout(op, kv_layout)
+    arrays = dict(zip((*_NAMES, "v"), (q_rope, k_rope, q_nope, k_nope, v), strict=True))
+    views, table, pos = _inputs(op, arrays, cos_sin_cache, pos_ids)
+    q, k = views["q_rope"], views["k_rope"]
+    if v is None and len(k.shape) == 3 and k.shape[1] != 1:
+        raise ShapeError(f"{op}: k_rope has shape {k.shape}, expected one head where v is None (MLA)")
+    if v is not None and views["v"].shape[:-1] != k.shape[:-1]:
+        raise ShapeError(f"{op}: v has shape {views['v'].shape}, expected {k.shape[:-1]} before its last dimension")
+    named = None if quantize_dtype is None else _kind(op, quantize_dtype, ())
+    caches = _checked_caches(op, views, paged_kv_cache, named, page_size, kv_layout)
+    kind, scales = caches[0].dtype, _scales(op, quant_scale_q, quant_scale_kv)
+    tokens = (q.shape[0],)
+    pages = (
+        _page_index(op, "batch_indices", batch_indices, q, tokens),
+        _page_index(op, "positions", positions, q, tokens),
+        _page_index(op, "kv_indices", kv_indices, q),
+        _page_index(op, "kv_indptr", kv_indptr, q),
+    )
+    outs = {
+        n: _fp8_like(op, f"{n}_out", out, views[n], kind)
+        for n, out in (("q_rope", q_rope_out), ("q_nope", q_nope_out))
+        if n in views
+    }
+    if q_nope is None and q_nope_out is not None:
+        raise ArgumentError(f"{op}: q_nope_out is given, expected q_nope with it")
+    if q.is_cpu:
+        host = [views[n].numpy() if n in views else None for n in (*_NAMES, "v")]
+        batch, cached, indices, indptr = (p.numpy() for p in pages)
+        results = reference.rope_quantize_fp8_append_paged_kv_cache_(
+            *host, table.numpy(), pos.numpy(), (caches[0].numpy(), caches[1].numpy()), indices, indptr, batch, cached,
+            is_neox, kind.np, *scales, kv_layout,
+        )  # fmt: skip
+        for name, values in zip(("q_rope", "q_nope"), results, strict=True):
+            if values is not None:
+                outs[name].write(values)
+    else:
+        k_rope_to, k_nope_to, v_to = _cache_sections(op, views, caches, scales[1], kv_layout)
+        q_to = [_plain(views[n], outs[n], scales[0]) if n in outs else None for n in ("q_rope", "q_nope")]
+        _launch(
+            [q_to[0], k_rope_to, q_to[1], k_nope_to, v_to], table, pos, kind, not is_neox, pages, page_size,
+            bool(enable_pdl),
+        )  # fmt: skip
+    return (
+        outs["q_rope"].result() if q_rope_out is None else q_rope_out,
+        None if q_nope is None else (outs["q_nope"].result() if q_nope_out is None else q_nope_out),
+    )
