@@ -365,6 +365,8 @@ def render(spec: str) -> None:
     "--batch", type=click.IntRange(1), default=1, show_default=True, help="Copies of the prompt to run at once."
 )
 @click.option("--backend", type=click.Choice(["auto", "cuda", "numpy"]), default="auto", show_default=True)
+@click.option("--kv-dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True, help="Of the cache.")
+@click.option("--tune", is_flag=True, help="Measure this run's kernels first, and keep the choices.")
 @click.option("--model", type=click.Path(path_type=str), help="A GGUF file. [default: SmolLM2-135M-Instruct]")
 def generate(prompt: str, **options: Any) -> None:
     """Write text with a language model whose every operation is fi_cupy's."""

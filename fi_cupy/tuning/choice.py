@@ -129,12 +129,14 @@ def _resolve(context: Context, op: TunableOp, problem: Problem) -> tuple[Any, bo
     tuner = AutoTuner.get()
     if op.name in context.skip_ops or not (context.tuning or tuner.has_choices(op.name, device)):
         return default, True
+    runners, inputs, final = [op.runner(problem)], op.inputs(problem), True
     if context.tuning and not tuner.can_measure(device):
         log.debug("%s: not measured now (a capture is under way, or another GPU is current)", op.name)
-        return default, False
-    _, tactic = tuner.choose_one(op.name, [op.runner(problem)], op.config, list(op.inputs(problem)))
+        final, _, tactic, _ = tuner.search_cache(op.name, runners, tuple(x.shape for x in inputs), op.config)
+    else:
+        _, tactic = tuner.choose_one(op.name, runners, op.config, list(inputs))
     if type(tactic) is int and tactic == -1:
-        return default, True
+        return default, final
     chosen = op.choice(problem, tactic)
     if chosen is None:
         log.warning("%s: the tuned choice %s does not take %s; the default runs instead", op.name, tactic, problem)

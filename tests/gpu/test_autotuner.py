@@ -55,7 +55,7 @@ def test_every_candidate_is_right(rng, mnk, row_major, kind):
     for candidate in candidates:
         out = poisoned((m, n), kind.name)
         _multiply("mm_bf16", x, b, None, view(out), row_major, False, False, chosen=candidate.launch(problem))
-        assert_close(to_float64(out), expected, kind.name, candidate.spec.symbol)
+        assert_close(to_float64(out), expected, kind.name, "product", candidate.spec.symbol)
 
 
 def test_tuning_steers_the_product(rng, tuner, tmp_path):
@@ -65,7 +65,7 @@ def test_tuning_steers_the_product(rng, tuner, tmp_path):
     a, w = on_gpu(a), on_gpu(w)
     path = tmp_path / "choices.json"
     with at.autotune(cache=path, tuning_buckets=[4, 16], round_up=True):
-        assert_close(to_float64(mm_bf16(a, w.T)), expected, "bfloat16", "inside")
+        assert_close(to_float64(mm_bf16(a, w.T)), expected, "bfloat16", "product", "inside")
         problem = (m, n, k, device_info(0), bfloat16, bfloat16, False, 1, False)
         spec, _ = choose_mm_kernel("mm_bf16", problem)
     choices = tuner.choices()
@@ -87,7 +87,7 @@ def test_tuning_steers_the_product(rng, tuner, tmp_path):
         assert choose_mm_kernel("mm_bf16", problem)[0].symbol == tactic
         out = poisoned((m, n), "bfloat16")
         mm_bf16(a, w.T, out=out)
-        assert_close(to_float64(out), expected, "bfloat16", tactic)
+        assert_close(to_float64(out), expected, "bfloat16", "product", tactic)
 
 
 _READER = """
@@ -118,7 +118,7 @@ def test_batched_and_other_frameworks(rng, tuner):
     with at.autotune(tuning_buckets=[40]):
         out = bmm_bf16(on_gpu(a), on_gpu(b).swapaxes(1, 2))
     expected = a.astype(np.float64) @ b.astype(np.float64).swapaxes(1, 2)
-    assert_close(to_float64(out), expected, "bfloat16", "batched")
+    assert_close(to_float64(out), expected, "bfloat16", "product", "batched")
     (key,) = tuner.choices()
     assert key.startswith("('bmm_bf16', ((3, 40, 64), (3, 72, 64), (3, -1, 72))")
     torch = pytest.importorskip("torch")
@@ -205,11 +205,11 @@ def test_decode_candidates_are_right_and_steer(rng, tuner, kv):
         choice.forget()
         found, launched = run()
         assert launched == symbol
-        assert_close(found, expected, "bfloat16", symbol)
+        assert_close(found, expected, "bfloat16", "product", symbol)
     tuner.clear_cache()
     with at.autotune(tuning_buckets=[8], round_up=True):
         found, launched = run()
-    assert_close(found, expected, "bfloat16", launched)
+    assert_close(found, expected, "bfloat16", "product", launched)
     (entry,) = tuner.choices().values()
     assert launched == entry.tactic
     assert 1 < entry.us <= 1.011 * entry.fallback_us
