@@ -9,7 +9,7 @@ from typing import Any
 from fi_cupy.arrays import view
 from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import bfloat16
-from fi_cupy.gemm import mm_bf16
+from fi_cupy.gemm import hopper, hopper_rows, mm_bf16
 from fi_cupy.gemm.select import TILES, rows_config, rows_spec, select_mm_kernel, stream_spec, tiled_config, tiled_spec
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.spec import KernelSpec
@@ -96,12 +96,24 @@ def alternatives(device: DeviceInfo, m: int, n: int, k: int) -> dict[str, tuple[
                 spec = tiled_spec(bfloat16, bfloat16, block_m, block_n, block_k, s, group, False)
                 if spec.smem_bytes <= device.smem_per_block:
                     add(spec, (_up(m, block_m) * _up(n, block_n), 1, 1))
+    if not hopper.hopper_refusal(device, bfloat16, n, k):
+        for tile in (hopper.LARGE, hopper.MIDDLE, hopper.WIDE, hopper.SMALL, hopper.TINY) if m > 16 else ():
+            tiles = _up(m, tile.block_m) * _up(n, tile.block_n)
+            spec = hopper.hopper_spec(tile, bfloat16, bfloat16, bfloat16)
+            add(spec, (min(tiles, device.num_sms), 1, 1))
+        best = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms)
+        for few in {best, *(best._replace(split=s) for s in (1, 2, 4))} if 4 < m <= 128 else ():
+            spec = hopper_rows.rows_spec(few, bfloat16, bfloat16, bfloat16)
+            add(spec, (_up(n, few.block_n) * few.split, _up(m, few.rows), 1))
     return found
 
 
 def _launcher(spec: KernelSpec, grid: Any, m: int, n: int, k: int) -> Callable[[tuple[Any, Any, Any]], None]:
     def launch(s: tuple[Any, Any, Any]) -> None:
         a, w, out = (view(x) for x in s)
+        if spec.params is hopper.PARAMS:
+            hopper.launch(spec, grid, out, a, w)
+            return
         kernel = load_kernel(spec, a.device)
         kernel.launch(grid, a.stream(), a.ptr, w.ptr, 0, out.ptr, k, k, n, 0, 0, 0, m, n, k)
 

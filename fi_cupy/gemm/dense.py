@@ -11,6 +11,7 @@ from fi_cupy.device import device_info
 from fi_cupy.dtypes import FLOAT_TYPES, HALF_TYPES
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import DTypeError, LayoutError, ShapeError, UnsupportedError
+from fi_cupy.gemm import hopper
 from fi_cupy.gemm.tuning import choose_mm_kernel
 from fi_cupy.jit.kernel import load_kernel
 
@@ -84,6 +85,15 @@ def _output(op: str, a: View, shape: tuple[int, ...], out: Any, out_dtype: Any) 
     return o
 
 
+def _transposed(b: View) -> View:
+    """b with its last two axes swapped: the matrix as it lies in memory."""
+    shape, strides = b.shape, b.strides
+    return View(
+        b._framework, b.array, b.ptr, (*shape[:-2], shape[-1], shape[-2]), (*strides[:-2], strides[-1], strides[-2]),
+        b.dtype, b.device,
+    )  # fmt: skip
+
+
 def _multiply(
     op: str, a: View, b: View, bias: View | None, out: View, row_major_b: bool, pdl: bool, batched: bool,
     chosen: Any = None,
@@ -96,9 +106,14 @@ def _multiply(
         return
     if batch > _MAX_BATCH:
         raise UnsupportedError(f"{op}: a has shape {a.shape}, expected a batch of at most {_MAX_BATCH}; split it")
+    w = b if row_major_b else _transposed(b)
+    portable = not (hopper.mappable(a) and hopper.mappable(out) and hopper.mappable(w))
     spec, grid = chosen or choose_mm_kernel(
-        op, (m, n, k, device_info(a.device), a.dtype, out.dtype, row_major_b, batch, pdl)
+        op, (m, n, k, device_info(a.device), a.dtype, out.dtype, row_major_b, batch, pdl, portable)
     )
+    if spec.params is hopper.PARAMS:
+        hopper.launch(spec, grid, out, a, w, batch=batch, bias=bias, pdl=pdl)
+        return
     load_kernel(spec, a.device).launch(
         grid, a.stream(),
         a.ptr, b.ptr, 0 if bias is None else bias.ptr, out.ptr,

@@ -6,6 +6,9 @@ Three kernels share one parameter struct (``kernels/gemm/gemm.cuh``):
 - ``gemm_stream``: few rows on the tensor cores, the weight from global memory straight to fragments;
 - ``gemm_tiled``: everything else, through shared memory.
 
+Hopper has two of its own with another struct (`fi_cupy.gemm.hopper`): ``gemm_hopper_rows`` for few rows, and
+``gemm_hopper``.
+
 The times in the comments were measured on an H100 with bf16 weights that do not fit in L2, in CUDA graphs.
 """
 
@@ -16,6 +19,7 @@ from typing import Any
 
 from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import DType, bfloat16, float16, float32
+from fi_cupy.gemm import hopper, hopper_rows
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import ConfigValue, CppType, KernelSpec
 
@@ -232,6 +236,7 @@ def select_mm_kernel(
     *,
     row_major_b: bool = False,
     batch: int = 1,
+    portable: bool = False,
 ) -> tuple[KernelSpec, Grid]:
     """The kernel and the grid for ``[batch, m, k] @ [batch, k, n]``.
 
@@ -245,11 +250,17 @@ def select_mm_kernel(
     row_major_b : bool
         b is dense along n instead of along k.
     batch : int
+    portable : bool
+        Leave out the kernels with Hopper's instructions, whose tensor maps do not describe every layout.
 
     Returns
     -------
     (KernelSpec, (x, y, z))
     """
+    if not portable and not hopper.hopper_refusal(device, dtype, n, k):
+        found = _hopper_kernel(m, n, k, device, dtype, out, row_major_b, batch)
+        if found is not None:
+            return found
     slow = _slow_bf16(dtype, device)
     if not row_major_b:
         if m <= (4 if slow else ROWS_MAX):
@@ -262,6 +273,26 @@ def select_mm_kernel(
     config_tiled = tiled_config(m, n, device, batch=batch, slow_bf16=slow)
     spec = tiled_spec(dtype, out, *config_tiled, row_major_b)
     return spec, (_up(m, config_tiled[0]) * _up(n, config_tiled[1]), 1, batch)
+
+
+#: Rows from which Hopper's kernels are ahead of `gemm_stream`.
+HOPPER_ROWS = 17
+#: Rows that ``gemm_hopper_rows`` takes in one tile; beyond, `hopper_tile` balances rows and columns.
+HOPPER_ROWS_MAX = 64
+
+
+def _hopper_kernel(
+    m: int, n: int, k: int, device: DeviceInfo, dtype: DType, out: DType, row_major_b: bool, batch: int
+) -> tuple[KernelSpec, Grid] | None:
+    if m < HOPPER_ROWS and not row_major_b:
+        return None
+    if m <= HOPPER_ROWS_MAX:
+        few = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms, batch=batch)
+        spec = hopper_rows.rows_spec(few, dtype, dtype, out, row_major_b=row_major_b)
+        return spec, hopper_rows.rows_grid(few, (m, n), batch)
+    tile = hopper.hopper_tile(m, n, 2 * k, device.num_sms, batch=batch, row_major_b=row_major_b)
+    tiles = _up(m, tile.block_m) * _up(n, tile.block_n) * batch
+    return hopper.hopper_spec(tile, dtype, dtype, out, row_major_b=row_major_b), (min(tiles, device.num_sms), 1, 1)
 
 
 def _streams(m: int, n: int, k: int, device: DeviceInfo, batch: int) -> bool:
@@ -277,6 +308,7 @@ def _streams(m: int, n: int, k: int, device: DeviceInfo, batch: int) -> bool:
 
 #: GPUs that `kernel_specs` is made for.
 H100 = DeviceInfo(90, "90a", 132, 227 << 10, 228 << 10, 50 << 20)
+_B200 = DeviceInfo(100, "100a", 148, 227 << 10, 228 << 10, 126 << 20)
 _A10 = DeviceInfo(86, "86", 72, 99 << 10, 100 << 10, 6 << 20)
 _T4 = DeviceInfo(75, "75", 40, 64 << 10, 64 << 10, 4 << 20)
 
@@ -291,7 +323,7 @@ def kernel_specs() -> list[KernelSpec]:
 
     for m in (1, 2, 16, 64, 128, 1024):
         for n, k in ((960, 576), (576, 576), (3072, 576), (576, 1536)):
-            add(m, n, k)
+            add(m, n, k, _B200)  # no Hopper instructions: the kernels of every architecture
     for m in (1, 16, 64):
         add(m, 49152, 576)
         add(m, 49152, 576, out=float32)
@@ -299,10 +331,10 @@ def kernel_specs() -> list[KernelSpec]:
         add(m, 4096, 4096)
     add(1, 14336, 4096)
     add(1, 4096, 14336)
-    add(4096, 4096, 4096, row_major_b=True)
+    add(4096, 4096, 4096, _B200, row_major_b=True)
     for m in (1, 16, 4096):
-        add(m, 4096, 4096, dtype=float16)
+        add(m, 4096, 4096, _B200, float16)
     add(4096, 4096, 4096, _A10)
     add(4096, 4096, 4096, _T4, float16)
     add(4096, 4096, 4096, _T4)
-    return list(dict.fromkeys(specs))
+    return list(dict.fromkeys(specs + hopper.kernel_specs() + hopper_rows.kernel_specs()))

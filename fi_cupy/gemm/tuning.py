@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import DType
-from fi_cupy.gemm import select
+from fi_cupy.gemm import hopper, hopper_rows, select
 from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.tuning.choice import Problem, TunableOp, choose
 from fi_cupy.tuning.types import (
@@ -44,34 +44,48 @@ class MmProblem(NamedTuple):
     row_major_b: bool = False
     batch: int = 1
     pdl: bool = False
+    portable: bool = False
 
 
 class Candidate(NamedTuple):
     """A kernel that can multiply; its grid follows from the shape, since one choice serves all rows of a bucket.
 
-    With a `block_m` of 0 only the heuristic knows the grid, for the shapes where it chooses this kernel.
+    Attributes
+    ----------
+    spec : KernelSpec
+    block_m, block_n : int
+        Rows and columns of the result that a CTA (or a cluster that shares k) computes at a time.
+    walk : {"plane", "flat", "persistent", "heuristic"}
+        How the grid covers the tiles: columns by rows by batch; all of a matrix by batch; as many CTAs as fit the
+        device; as the heuristic says, for the shapes where it takes this kernel.
+    max_rows : int
+        0: any number.
     """
 
     spec: KernelSpec
     block_m: int
     block_n: int
-    flat: bool  # one-dimensional grid
-    max_rows: int  # 0: any number
+    walk: str
+    max_rows: int = 0
 
     def launch(self, p: MmProblem) -> tuple[KernelSpec, Grid] | None:
         """The kernel and the grid for a problem, or None if it cannot take it."""
         if self.max_rows and p.m > self.max_rows:
             return None
-        if not self.block_m:
+        if self.walk == "heuristic":
             heuristic = _heuristic(p)
             return heuristic if heuristic[0] == self.spec else None
         tiles_m, tiles_n = -(-p.m // self.block_m), -(-p.n // self.block_n)
-        return self.spec, (tiles_m * tiles_n, 1, p.batch) if self.flat else (tiles_n, tiles_m, p.batch)
+        if self.walk == "persistent":
+            return self.spec, (min(tiles_m * tiles_n * p.batch, p.device.num_sms), 1, 1)
+        if self.walk == "flat":
+            return self.spec, (tiles_m * tiles_n, 1, p.batch)
+        return self.spec, (tiles_n * max(1, self.spec.cluster), tiles_m, p.batch)
 
 
 def _heuristic(p: MmProblem) -> tuple[KernelSpec, Grid]:
     return select.select_mm_kernel(
-        p.m, p.n, p.k, p.device, p.dtype, p.out, row_major_b=p.row_major_b, batch=p.batch
+        p.m, p.n, p.k, p.device, p.dtype, p.out, row_major_b=p.row_major_b, batch=p.batch, portable=p.portable
     )  # fmt: skip
 
 
@@ -87,7 +101,7 @@ def _rows(p: MmProblem) -> Iterator[Candidate]:
     for r, d, wk, wn in dict.fromkeys(shapes):
         if wk * wn <= 16:
             spec = select.rows_spec(p.dtype, p.out, held, lanes, r, d, wk, wn)
-            yield Candidate(spec, held, wn * r * (32 // lanes), False, held)
+            yield Candidate(spec, held, wn * r * (32 // lanes), "plane", held)
 
 
 def _stream(p: MmProblem) -> Iterator[Candidate]:
@@ -104,7 +118,7 @@ def _stream(p: MmProblem) -> Iterator[Candidate]:
             if depth <= -(-steps // warps_k):
                 shapes.append((m_tiles, n_tiles, wide, depth, warps_k))
     for shape in dict.fromkeys(shapes):
-        yield Candidate(select.stream_spec(p.dtype, p.out, *shape), 16 * shape[0], 8 * shape[1], False, 0)
+        yield Candidate(select.stream_spec(p.dtype, p.out, *shape), 16 * shape[0], 8 * shape[1], "plane")
 
 
 def _tiled(p: MmProblem, slow: bool) -> Iterator[Candidate]:
@@ -120,7 +134,25 @@ def _tiled(p: MmProblem, slow: bool) -> Iterator[Candidate]:
     for shape in dict.fromkeys(shapes):
         spec = select.tiled_spec(p.dtype, p.out, *shape, p.row_major_b)
         if spec.supports(p.device.arch) and spec.smem_bytes <= p.device.smem_per_block:
-            yield Candidate(spec, shape[0], shape[1], True, 0)
+            yield Candidate(spec, shape[0], shape[1], "flat")
+
+
+def _hopper(p: MmProblem) -> Iterator[Candidate]:
+    """Hopper's own kernels: few rows in clusters that share k, and tiles for one or two consumer warpgroups."""
+    blocks = -(-p.k * p.dtype.itemsize // 128)
+    if p.m <= select.HOPPER_ROWS_MAX:
+        rows = next(r for r in (8, 16, 32, 64) if p.m <= r)
+        for block_n, split, room in itertools.product((64, 128), (1, 2, 4), (hopper_rows._ALONE, hopper_rows._SHARING)):
+            tile = hopper_rows.RowsTile(rows, block_n, split, room // (128 * (rows + block_n)))
+            if split <= max(1, blocks // 4):
+                spec = hopper_rows.rows_spec(tile, p.dtype, p.dtype, p.out, row_major_b=p.row_major_b)
+                yield Candidate(spec, rows, block_n, "plane")
+    if p.m > 16:
+        for shape in (hopper.LARGE, hopper.MIDDLE, hopper.WIDE, hopper.SMALL, hopper.TINY):
+            columns = shape.block_n // shape.warps_n
+            if columns >= 32 * (1 + p.row_major_b) and (shape.block_m == 64 or p.m > 64):
+                large = hopper.hopper_spec(shape, p.dtype, p.dtype, p.out, row_major_b=p.row_major_b)
+                yield Candidate(large, shape.block_m, shape.block_n, "persistent")
 
 
 @lru_cache(maxsize=1024)
@@ -136,11 +168,13 @@ def mm_candidates(p: MmProblem) -> tuple[Candidate, ...]:
         groups.append(_stream(p))
     if p.row_major_b or slow or p.m > 8:
         groups.append(_tiled(p, slow))
+    if not p.portable and not hopper.hopper_refusal(p.device, p.dtype, p.n, p.k):
+        groups.append(_hopper(p))
     for group in groups:
         for candidate in group:
             if candidate.spec.supports(p.device.arch):
                 found.setdefault(candidate.spec.symbol, candidate)
-    first = found.pop(default[0].symbol, Candidate(default[0], 0, 0, False, 0))
+    first = found.pop(default[0].symbol, Candidate(default[0], 1, 1, "heuristic"))
     return (first, *found.values())
 
 
@@ -176,7 +210,8 @@ class MmRunner(TunableRunner):
     def get_cache_key_extras(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """Types, layout and the way of launching."""
         p = self.problem
-        return (p.dtype.name, p.out.name, "row-major b" if p.row_major_b else "column-major b", "pdl" if p.pdl else "")
+        layout = ("row-major b" if p.row_major_b else "column-major b") + (", portable" if p.portable else "")
+        return (p.dtype.name, p.out.name, layout, "pdl" if p.pdl else "")
 
     def forward(self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any) -> Any:
         """``a @ b`` into the third input."""

@@ -13,6 +13,7 @@ from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import bfloat16, float32
 from fi_cupy.gemm.select import H100, select_mm_kernel
 from fi_cupy.gemm.tuning import BUCKETS, MM, MmProblem, choose_mm_kernel, mm_candidates
+from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.tuning import file
 
 
@@ -48,16 +49,30 @@ def test_candidates_cover_the_product(device, row_major):
                 assert c.spec.smem_bytes <= device.smem_per_block
                 spec, (gx, gy, gz) = c.launch(p)
                 assert spec is c.spec
-                tiles = -(-m // c.block_m) * -(-n // c.block_n)
-                assert (gx * gy, gz) == (tiles, 1)
                 config = dict(spec.config)
+                tiles = -(-m // c.block_m) * -(-n // c.block_n)
+                if c.walk == "persistent":
+                    assert (gx, gy, gz) == (min(tiles, device.num_sms), 1, 1)
+                else:
+                    assert (gx * gy, gz) == (tiles * config.get("kSplit", 1), 1)
                 if spec.function == "gemm_rows":
                     assert m <= config["kM"]
                     assert c.block_n == config["kWarpsN"] * config["kRows"] * 32 // config["kLanes"]
                 elif spec.function == "gemm_stream":
                     assert (c.block_m, c.block_n) == (16 * config["kMTiles"], 8 * config["kNTiles"])
+                elif spec.function == "gemm_hopper_rows":
+                    assert (c.block_m, c.block_n) == (config["kRowsA"], config["kBlockN"])
                 else:
                     assert (c.block_m, c.block_n) == (config["kBlockM"], config["kBlockN"])
+
+
+@pytest.mark.skipif(not has_driver_binding(), reason="Hopper's products need cuda-bindings")
+def test_hoppers_kernels_are_candidates_where_tensor_maps_describe_the_layout():
+    for m, function in ((8, "gemm_hopper_rows"), (64, "gemm_hopper_rows"), (64, "gemm_hopper"), (4096, "gemm_hopper")):
+        p = MmProblem(m, 4096, 4096, H100, bfloat16, bfloat16)
+        assert function in {c.spec.function for c in mm_candidates(p)}
+        assert not any("hopper" in c.spec.function for c in mm_candidates(p._replace(portable=True)))
+        assert MM.default(p._replace(portable=True)) == select_mm_kernel(m, 4096, 4096, H100, portable=True)
 
 
 def _problem(m: int, n: int = 4096, k: int = 4096, device: DeviceInfo = GPU, pdl: bool = False) -> tuple:

@@ -1,0 +1,163 @@
+"""Few rows by Hopper's instructions (``kernels/gemm/hopper_rows.cuh``): limited by reading the weight once."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from fi_cupy.device import device_info
+from fi_cupy.dtypes import FP8_TYPES, DType, bfloat16, float8_e4m3fn
+from fi_cupy.gemm.hopper import BLOCKS, NONE, PARAMS, PROMOTE, VECTORS, _up, block_scales, launch, vector_scale
+from fi_cupy.jit.spec import CppValue, KernelSpec
+
+if TYPE_CHECKING:
+    from fi_cupy.arrays import View
+
+
+class RowsTile(NamedTuple):
+    """Rows of a (8 to 64) and columns of w a CTA, CTAs a cluster that share k, stages of 128 bytes of k in flight."""
+
+    rows: int
+    block_n: int
+    split: int
+    stages: int
+
+    def smem_bytes(self, scale: str) -> int:
+        """Operands, and struct HopperGemmShared."""
+        shared = 16 * self.stages + 4 * (self.stages * 64 if scale == BLOCKS else 1) + 4 * self.stages
+        return 128 * self.stages * (self.rows + self.block_n) + -(-shared // 8) * 8
+
+
+@lru_cache(maxsize=512)
+def rows_spec(
+    tile: RowsTile, a: DType, b: DType, out: DType, *, row_major_b: bool = False, gated: bool = False,
+    scale: str = NONE, promote: int = 0,
+) -> KernelSpec:  # fmt: skip
+    """The kernel for one tile, types and options, as `hopper.hopper_spec`."""
+    words = (("rows", row_major_b), ("gated", gated), (scale, scale != NONE), (f"p{promote}", promote > 0))
+    suffix = "".join(f"_{word}" for word, on in words if on)
+    types = a.tag + (b.tag if b is not a else "") + (f"_o{out.tag}" if out is not a else "")
+    return KernelSpec(
+        symbol=f"gemm_hopper_rows_{types}_{tile.rows}x{tile.block_n}_k{tile.split}s{tile.stages}{suffix}",
+        header="gemm/hopper_rows.cuh",
+        function="gemm_hopper_rows",
+        params=PARAMS,
+        config=(
+            ("TA", a), ("TB", b), ("Out", out), ("Bias", out if a in FP8_TYPES else a),
+            ("kBlockM", 64), ("kBlockN", tile.block_n), ("kRowsA", tile.rows), ("kStages", tile.stages),
+            ("kWarpsM", 1), ("kWarpsN", 1), ("kPromote", promote), ("kScale", CppValue(f"fi::HopperScale::{scale}")),
+            ("kRowMajorB", row_major_b), ("kGrouped", False), ("kGated", gated), ("kBulkStore", False),
+            ("kSplit", tile.split),
+        ),
+        threads=160 + 32 * (scale == BLOCKS),
+        min_blocks=1,
+        smem_bytes=tile.smem_bytes(scale),
+        min_arch=90,
+        max_arch=90,
+        cluster=tile.split if tile.split > 1 else 0,
+    )  # fmt: skip
+
+
+#: Shared memory of a CTA that has its multiprocessor to itself, and of one of two.
+_ALONE, _SHARING = 208 << 10, 104 << 10
+
+
+def rows_tile(m: int, n: int, k_bytes: int, sms: int, *, batch: int = 1, gated: bool = False) -> RowsTile:
+    """The tile for m rows of a: one CTA a multiprocessor with the deepest ring, or two where one leaves many idle.
+
+    Measured through a probe (bf16, H100): 4096 x 4096 at m = 16 in clusters of two, 128 CTAs, 14.4 us, of four with two
+    CTAs a multiprocessor 16.2; 14336 x 4096 at m = 64 in 112 CTAs of 128 columns 42.3, in 224 of 64 columns 43.0.
+    """
+    rows = next(r for r in (8, 16, 32, 64) if m <= r or r == 64)
+    calls = _up(m, rows) * batch
+    out_n, blocks = n * (2 if gated else 1), _up(k_bytes, 128)
+    best: tuple[float, RowsTile] | None = None
+    for block_n in (64, 128):
+        for split in (1, 2, 4):
+            if split > max(1, blocks // 4):
+                continue
+            ctas, share = _up(out_n, block_n) * calls * split, _up(blocks, split)
+            sharing = _SHARING // (128 * (rows + block_n))
+            alone = ctas <= sms and share > sharing  # a short share of k needs no deeper ring
+            # Time goes with the busiest multiprocessor's part of the weight. A cluster costs about a microsecond, in
+            # which a multiprocessor reads 20 KB; where several CTAs come to one, the ring of each is half as deep.
+            waves = _up(ctas, sms)
+            cost = waves * (block_n * share * 128 + split // 2 * 20_000) * (1 if waves == 1 else 1.05)
+            if best is None or cost < best[0]:
+                best = cost, RowsTile(rows, block_n, split, _ALONE // (128 * (rows + block_n)) if alone else sharing)
+    assert best is not None
+    return best[1]
+
+
+def rows_grid(tile: RowsTile, out: tuple[int, ...], batch: int, gated: bool = False) -> tuple[int, int, int]:
+    """CTAs for an output of shape `out`."""
+    m, n = out[-2:]
+    return _up(n, tile.block_n // (2 if gated else 1)) * tile.split, _up(m, tile.rows), batch
+
+
+def _chosen(out: View, a: View, tile: RowsTile | None, gated: bool = False) -> tuple[RowsTile, int]:
+    """(tile, batch)."""
+    batch = a.shape[0] if len(a.shape) == 3 else 1
+    if tile is None:
+        sms, (m, n) = device_info(a.device).num_sms, out.shape[-2:]
+        tile = rows_tile(m, n, a.shape[-1] * a.dtype.itemsize, sms, batch=batch, gated=gated)
+    return tile, batch
+
+
+def launch_rows_mm(
+    out: View, a: View, w: View, *, row_major_b: bool = False, bias: View | None = None, residual: View | None = None,
+    gated: bool = False, gate_second: bool = False, pdl: bool = False, tile: RowsTile | None = None,
+) -> None:  # fmt: skip
+    """`hopper.launch_hopper_mm` for few rows. With `pdl` w must be constant."""
+    if out.size == 0:
+        return
+    tile, batch = _chosen(out, a, tile, gated)
+    launch(
+        rows_spec(tile, a.dtype, w.dtype, out.dtype, row_major_b=row_major_b, gated=gated),
+        rows_grid(tile, out.shape, batch, gated), out, a, w, batch=batch, bias=bias, residual=residual,
+        gate_second=gate_second, pdl=pdl,
+    )  # fmt: skip
+
+
+def launch_rows_fp8(
+    out: View, a: View, w: View, a_scale: View, b_scale: View, *, bias: View | None = None, fast_accum: bool = False,
+    pdl: bool = False, tile: RowsTile | None = None,
+) -> None:  # fmt: skip
+    """`hopper.launch_hopper_fp8` for few rows."""
+    if out.size == 0:
+        return
+    tile, batch = _chosen(out, a, tile)
+    launch(
+        rows_spec(tile, a.dtype, w.dtype, out.dtype, scale=VECTORS, promote=0 if fast_accum else PROMOTE),
+        rows_grid(tile, out.shape, batch), out, a, w, batch=batch, bias=bias,
+        a_scale=vector_scale(a_scale), b_scale=vector_scale(b_scale), pdl=pdl,
+    )  # fmt: skip
+
+
+def launch_rows_fp8_blocks(
+    out: View, a: View, w: View, a_scale: View, b_scale: View, *, scale_major_mode: str = "MN", pdl: bool = False,
+    tile: RowsTile | None = None,
+) -> None:  # fmt: skip
+    """`hopper.launch_hopper_fp8_blocks` for few rows of one product."""
+    if out.size == 0:
+        return
+    tile, batch = _chosen(out, a, tile)
+    scale_a, scale_b = block_scales(a_scale, b_scale, scale_major_mode)
+    launch(
+        rows_spec(tile, a.dtype, w.dtype, out.dtype, scale=BLOCKS, promote=1),
+        rows_grid(tile, out.shape, batch), out, a, w, batch=batch, a_scale=scale_a, b_scale=scale_b, pdl=pdl,
+    )  # fmt: skip
+
+
+def kernel_specs() -> list[KernelSpec]:
+    """The canonical instances."""
+    bf, e4 = bfloat16, float8_e4m3fn
+    return [
+        rows_spec(RowsTile(16, 64, 2, 20), bf, bf, bf),
+        rows_spec(RowsTile(64, 64, 2, 13), bf, bf, bf),
+        rows_spec(RowsTile(64, 128, 1, 8), bf, bf, bf),
+        rows_spec(RowsTile(16, 64, 2, 20), bf, bf, bf, row_major_b=True),
+        rows_spec(RowsTile(16, 128, 1, 11), bf, bf, bf, gated=True),
+        rows_spec(RowsTile(16, 64, 2, 20), e4, e4, bf, scale=VECTORS, promote=PROMOTE),
+        rows_spec(RowsTile(16, 64, 2, 20), e4, e4, bf, scale=BLOCKS, promote=1),
+    ]

@@ -1,0 +1,188 @@
+// Hopper matrix products (gemm/hopper.cuh): from a warpgroup's sums to out.
+// Two ways: 16-byte stores of each row's owner (any Out, any row), or 64 x 64 boxes through shared memory and the copy engine.
+#pragma once
+#include "gemm/hopper_load.cuh"
+#include "ptx/mma.cuh"
+#include "common/math.cuh"
+#include "common/vec.cuh"
+
+namespace fi {
+
+// What happens to the sums of one tile: scales, bias, gate, residual. A lane asks for its pairs of neighbouring columns.
+template <class Config>
+struct HopperEpilogue {
+  using Shape = HopperGemmShape<Config>;
+  using Out = typename Config::Out;
+  using Bias = typename Config::Bias;
+  static constexpr bool kVectors = Config::kScale == HopperScale::vectors;
+  const HopperGemmParams& params;
+  const HopperGemmTile& tile;
+  const Bias* bias;
+  const Out* residual;
+  const float* b_scale;
+
+  FI_DEVICE HopperEpilogue(const HopperGemmParams& p, const HopperGemmTile& t) : params(p), tile(t) {
+    bias = p.bias ? static_cast<const Bias*>(p.bias) + t.weight * p.bias_batch : nullptr;
+    residual = p.residual ? static_cast<const Out*>(p.residual) + t.batch * p.residual_batch : nullptr;
+    b_scale = kVectors ? p.b_scale + t.weight * p.b_scale_batch : nullptr;
+  }
+  FI_DEVICE float row_scale(uint32_t row, bool valid) const {
+    return kVectors && valid ? params.a_scale[tile.batch * params.a_scale_batch + row * params.a_scale_row] : 1.f;
+  }
+  FI_DEVICE static float2 load2(const float* p) { return *reinterpret_cast<const float2*>(p); }
+  template <class T>
+  FI_DEVICE static float2 load2(const T* p) {
+    return make_float2(to_float(p[0]), to_float(p[1]));
+  }
+  FI_DEVICE float2 linear(float2 sum, uint32_t column, float scale) const {
+    if constexpr (kVectors) {
+      sum.x *= scale * b_scale[column * params.b_scale_column];
+      sum.y *= scale * b_scale[(column + 1) * params.b_scale_column];
+    }
+    if (bias) {
+      const float2 add = load2(bias + column);
+      sum.x += add.x, sum.y += add.y;
+    }
+    return sum;
+  }
+  FI_DEVICE static float silu(float x) { return x / (1.f + math::ptx_exp2(-math::log2e * x)); }
+  // Columns column, column + 1 of a row from their sums and, gated, those of the up projection. Inside the matrix only.
+  FI_DEVICE float2 finish(float2 v, float2 up, uint32_t row, uint32_t column, float scale) const {
+    if constexpr (Config::kGated) {
+      const float2 gate = linear(v, params.first_half + column, scale);
+      up = linear(up, params.second_half + column, scale);
+      v = make_float2(silu(gate.x) * up.x, silu(gate.y) * up.y);
+    } else {
+      v = linear(v, column, scale);
+    }
+    if (residual) {
+      const float2 add = load2(residual + row * params.residual_stride + column);
+      v.x += add.x, v.y += add.y;
+    }
+    return v;
+  }
+  // From a warpgroup's sums: d[i], d[i + 1] and, gated, those kWarpOutN columns further.
+  FI_DEVICE float2 pair(const float (&d)[Shape::kRegs], int i, uint32_t row, uint32_t column, float scale) const {
+    constexpr int kUp = Config::kGated ? Shape::kWarpOutN / 2 : 0;
+    return finish(make_float2(d[i], d[i + 1]), make_float2(d[i + kUp], d[i + 1 + kUp]), row, column, scale);
+  }
+};
+
+// Lane 4 g + t holds word j of its pairs; afterwards words 0..3 of chunk t: a 4 x 4 transposition inside the quad.
+FI_DEVICE uint4 gather_chunk(const uint32_t (&v)[4]) {
+  const bool odd = lane_id() & 1, high = lane_id() & 2;
+  const uint32_t r0 = __shfl_xor_sync(kFullMask, odd ? v[0] : v[1], 1);
+  const uint32_t r1 = __shfl_xor_sync(kFullMask, odd ? v[2] : v[3], 1);
+  const uint32_t a0 = odd ? r0 : v[0], a1 = odd ? v[1] : r0, a2 = odd ? r1 : v[2], a3 = odd ? v[3] : r1;
+  const uint32_t s0 = __shfl_xor_sync(kFullMask, high ? a0 : a2, 2);
+  const uint32_t s1 = __shfl_xor_sync(kFullMask, high ? a1 : a3, 2);
+  return high ? make_uint4(s0, s1, a2, a3) : make_uint4(a0, a1, s0, s1);
+}
+
+// Stores of each row's own lanes: 64 contiguous bytes (fp32: 32) a row and instruction.
+template <class Config>
+FI_DEVICE void store_rows(const HopperGemmParams& params, const HopperGemmTile& tile,
+                          const float (&d)[HopperGemmShape<Config>::kRegs], uint32_t m, uint32_t n) {
+  using Shape = HopperGemmShape<Config>;
+  using Out = typename Config::Out;
+  const HopperEpilogue<Config> epilogue(params, tile);
+  const int lane = lane_id(), t = lane & 3;
+  const uint32_t row = m + (warp_id() & 3) * 16 + (lane >> 2);
+  Out* const out = static_cast<Out*>(params.out) + tile.batch * params.out_batch + row * params.out_stride;
+  bool there[2];
+  float scale[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    there[h] = row + 8 * h < tile.m_end;
+    scale[h] = epilogue.row_scale(row + 8 * h, there[h]);
+  }
+#pragma unroll
+  for (int j = 0; j < Shape::kWarpOutN / 8; j += 4) {
+    asm volatile("" ::: "memory");  // loads for later columns would take the registers of several
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      Out* const out_row = out + 8 * h * params.out_stride;
+      uint32_t words[4];
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const uint32_t column = n + 8 * (j + q) + 2 * t;
+        float2 v = make_float2(0.f, 0.f);
+        if (there[h] && column < params.n) {
+          v = epilogue.pair(d, 4 * (j + q) + 2 * h, row + 8 * h, column, scale[h]);
+          if constexpr (sizeof(Out) == 4) *reinterpret_cast<float2*>(out_row + column) = v;
+        }
+        if constexpr (sizeof(Out) == 2) words[q] = ptx::pack2<Out>(v.x, v.y);
+      }
+      if constexpr (sizeof(Out) == 2) {
+        const uint4 chunk = gather_chunk(words);
+        const uint32_t column = n + 8 * (j + t);
+        if (there[h] && column < params.n) *reinterpret_cast<uint4*>(out_row + column) = chunk;
+      }
+    }
+  }
+}
+
+// Boxes of 64 x 64 through two buffers of the warpgroup at `buffers`. The copy engine leaves out what is outside the
+// matrix; where a segment ends inside the tile, threads store the rows that are left.
+template <class Config>
+FI_DEVICE void store_boxes(const HopperGemmParams& params, const HopperGemmTile& tile,
+                           const float (&d)[HopperGemmShape<Config>::kRegs], uint32_t m, uint32_t n, uint32_t buffers,
+                           int warpgroup) {
+  using Shape = HopperGemmShape<Config>;
+  using Out = typename Config::Out;
+  static_assert(sizeof(Out) == 2 && Shape::kWarpOutN % 64 == 0, "whole boxes of 128 bytes a row");
+  const HopperEpilogue<Config> epilogue(params, tile);
+  const int lane = lane_id(), t = lane & 3, warp = warp_id() & 3;
+  const uint32_t row = m + warp * 16 + (lane >> 2);
+  float scale[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) scale[h] = epilogue.row_scale(row + 8 * h, row + 8 * h < tile.m_end);
+  const uint32_t to = buffers + (warp * 16 + lane % 16) * 128;
+  const bool leader = (threadIdx.x & 127) == 0;
+  auto sync = [&] { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory"); };
+#pragma unroll
+  for (int box = 0; box < Shape::kWarpOutN / 64; ++box) {
+    if (n + box * 64 >= params.n) break;
+    if (leader) {
+      if (box == 0)
+        ptx::tma_store_wait_read<0>();  // the tile before may have ended with either buffer
+      else
+        ptx::tma_store_wait_read<1>();
+    }
+    sync();  // the leader has seen this buffer's last store read it
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      uint32_t words[4];
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const int chunk = box * 8 + j + q / 2, h = q % 2;
+        const uint32_t column = n + 8 * chunk + 2 * t;
+        float2 v = make_float2(0.f, 0.f);
+        if (row + 8 * h < tile.m_end && column < params.n)
+          v = epilogue.pair(d, 4 * chunk + 2 * h, row + 8 * h, column, scale[h]);
+        words[q] = ptx::pack2<Out>(v.x, v.y);
+      }
+      ptx::stmatrix_x4(to + box % 2 * 8192 + ((j + lane / 16) ^ (lane & 7)) * 16, words[0], words[1], words[2], words[3]);
+    }
+    ptx::fence_proxy_async();
+    sync();  // the box is in shared memory
+    if (Config::kGrouped && m + 64 > tile.m_end) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t in_row = warp * 16 + i * 4 + lane / 8, chunk = lane % 8, column = n + box * 64 + chunk * 8;
+        uint4 v;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(buffers + box % 2 * 8192 + in_row * 128 + (chunk ^ (in_row & 7)) * 16)
+                     : "memory");
+        if (m + in_row < tile.m_end && column < params.n)
+          *reinterpret_cast<uint4*>(static_cast<Out*>(params.out) + (m + in_row) * params.out_stride + column) = v;
+      }
+    } else if (leader) {
+      ptx::tma_store_4d(params.out_map, buffers + box % 2 * 8192, n + box * 64, m, tile.batch, 0);
+      ptx::tma_store_commit();
+    }
+  }
+}
+
+}  // namespace fi
