@@ -27,9 +27,8 @@ from typing import Any
 from fi_cupy import __version__, autotuner
 from fi_cupy.errors import PackError, UnsupportedError
 from fi_cupy.jit import env
-from fi_cupy.jit.build import cache, job_for
-from fi_cupy.jit.cache import SCHEMA, KernelCache, entry_members, job_key, read_entry, rename_into_place
-from fi_cupy.jit.compiler import nvrtc_version
+from fi_cupy.jit.build import cache, is_cached
+from fi_cupy.jit.cache import SCHEMA, KernelCache, entry_members, read_entry, rename_into_place
 from fi_cupy.profiles import default_archs, parse_archs, profile_targets
 from fi_cupy.tuning import file as choices
 
@@ -344,12 +343,8 @@ def get_artifacts_status(profile: str = "all", archs: str | None = None) -> tupl
     ArgumentError
         Unknown profile or architecture; or no GPU and none named.
     """
-    store, version = cache(), nvrtc_version()
-    found = []
-    for spec, arch in profile_targets(profile, parse_archs(archs) if archs else default_archs()):
-        there = store.get(arch, spec.symbol, job_key(job_for(spec, arch), version)) is not None
-        found.append((f"{arch}/{spec.symbol}", there))
-    return tuple(found)
+    targets = profile_targets(profile, parse_archs(archs) if archs else default_archs())
+    return tuple((f"{arch}/{spec.symbol}", is_cached(spec, arch)) for spec, arch in targets)
 
 
 def clear_cubin() -> int:

@@ -99,6 +99,7 @@ def info(as_json: bool) -> None:
         ("NVRTC", report["nvrtc"] or "none"),
         ("headers", f"{headers['version']} in {headers['path']}" if headers else "none"),
         ("cache", f"{cached['path']}: {cached['kernels']} kernels, {_size(cached['bytes'])}"),
+        ("tuned", _tuned_line(report["tuned"])),
         ("packages", ", ".join(f"{name} {version}" for name, version in report["packages"].items())),
     ]
     for name, text in rows:
@@ -113,6 +114,12 @@ def info(as_json: bool) -> None:
         click.echo(f"\nproblem: {entry['problem']}\n   mend: {entry['mend']}")
 
 
+def _tuned_line(tuned: dict[str, Any]) -> str:
+    if tuned["path"] is None:
+        return "off"
+    return f"{tuned['path']}: {tuned['choices']} choices, {tuned['used']} for this machine"
+
+
 def _gpu_line(gpu: dict[str, Any]) -> str:
     return (
         f"{gpu['name']}, compute capability {gpu['compute_capability']} (target {gpu['target']}), "
@@ -125,13 +132,14 @@ def _gpu_line(gpu: dict[str, Any]) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
 def list_(profile: str, as_json: bool) -> None:
     """List the kernels: symbol, header, architectures, and for which of them the cache holds it."""
+    from fi_cupy.jit.build import is_cached
     from fi_cupy.jit.spec import ARCHS
     from fi_cupy.profiles import profile_specs
 
     rows: list[dict[str, Any]] = []
     for spec in profile_specs(profile):
         top = f"to {spec.max_arch}" if spec.max_arch else "up"
-        cached = [arch for arch in ARCHS if spec.supports(arch) and _is_cached(spec, arch)]
+        cached = [arch for arch in ARCHS if spec.supports(arch) and is_cached(spec, arch)]
         rows.append({"symbol": spec.symbol, "header": spec.header, "archs": f"{spec.min_arch} {top}", "cached": cached})
     if as_json:
         click.echo(json.dumps(rows, indent=1))
@@ -141,14 +149,6 @@ def list_(profile: str, as_json: bool) -> None:
         table.add_row(row["symbol"], row["header"], row["archs"], " ".join(row["cached"]) or "-")
     _console().print(table)
     click.echo(f"{len(rows)} kernels")
-
-
-def _is_cached(spec: Any, arch: str) -> bool:
-    from fi_cupy.jit.build import cache, job_for
-    from fi_cupy.jit.cache import job_key
-    from fi_cupy.jit.compiler import nvrtc_version
-
-    return cache().get(arch, spec.symbol, job_key(job_for(spec, arch), nvrtc_version())) is not None
 
 
 @cli.command()

@@ -151,6 +151,9 @@ class _DecodeOp(TunableOp):
             ArraySpec((p.batch_size, p.num_qo_heads, p.head_dim), p.out),
         ]
 
+    def kernels(self, choice: Geometry) -> list[KernelSpec]:
+        return [choice.spec]
+
     def device(self, problem: Problem) -> DeviceInfo:
         info: DeviceInfo = problem[1]
         return info

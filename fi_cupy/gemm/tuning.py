@@ -262,6 +262,9 @@ class _MmOp(TunableOp):
             ArraySpec((*front, p.m, p.n), p.out),
         ]  # fmt: skip
 
+    def kernels(self, choice: tuple[KernelSpec, Grid]) -> list[KernelSpec]:
+        return [choice[0]]
+
     def device(self, problem: Problem) -> DeviceInfo:
         return MmProblem(*problem).device
 

@@ -48,6 +48,11 @@ def cache() -> KernelCache:
     return KernelCache(env.cache_dir())
 
 
+def is_cached(spec: KernelSpec, arch: str) -> bool:
+    """Whether the cache holds `spec` for `arch`."""
+    return cache().get(arch, spec.symbol, job_key(job_for(spec, arch), nvrtc_version())) is not None
+
+
 def build(spec: KernelSpec, arch: str, worker: Worker | None = None) -> CachedKernel:
     """Return the code of `spec` for `arch`, from the cache or newly compiled.
 

@@ -14,6 +14,9 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from fi_cupy.device import DeviceInfo
+from fi_cupy.jit import env
+from fi_cupy.jit.build import is_cached
+from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.tuning.types import ArraySpec, TunableRunner, TuningConfig
 
 log = logging.getLogger("fi_cupy.autotuner")
@@ -46,6 +49,10 @@ class TunableOp(ABC):
     @abstractmethod
     def inputs(self, problem: Problem) -> list[ArraySpec]:
         """The inputs to measure with; those extents vary that `config` says."""
+
+    @abstractmethod
+    def kernels(self, choice: Any) -> list[KernelSpec]:
+        """The kernels that a choice launches."""
 
     @abstractmethod
     def device(self, problem: Problem) -> DeviceInfo:
@@ -140,5 +147,8 @@ def _resolve(context: Context, op: TunableOp, problem: Problem) -> tuple[Any, bo
     chosen = op.choice(problem, tactic)
     if chosen is None:
         log.warning("%s: the tuned choice %s does not take %s; the default runs instead", op.name, tactic, problem)
+        return default, True
+    if env.NO_COMPILE.flag() and not all(is_cached(spec, device.arch) for spec in op.kernels(chosen)):
+        log.warning("%s: the tuned choice %s is not compiled, nor may it be; the default runs instead", op.name, tactic)
         return default, True
     return chosen, True

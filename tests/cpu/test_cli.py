@@ -366,6 +366,18 @@ def test_tune_says_what_is_missing(cli):
     assert "so name a file to write" in cli("tune", FI_CUPY_AUTOTUNE_DIR="off")[2]
 
 
+def test_info_shows_the_tuned_choices(cli, tmp_path):
+    from fi_cupy.tuning.file import Entry, merge_into
+
+    path = tmp_path / "cache" / "tuned" / "choices.json"
+    assert json.loads(cli("info", "--json")[1])["tuned"] == {"path": str(path), "choices": 0, "used": 0}
+    merge_into(path, {(("gpu", "another"),): {"key": Entry("R", 1, 1.0, 2.0)}})
+    assert f"{path}: 1 choices, 0 for this machine" in cli("info")[1]
+    path.write_text("{")
+    assert any("is no JSON file" in p["problem"] for p in json.loads(cli("info", "--json")[1])["problems"])
+    assert json.loads(cli("info", "--json", FI_CUPY_AUTOTUNE_DIR="off")[1])["tuned"]["path"] is None
+
+
 @needs_nvrtc
 def test_flashinfers_names(cli, tmp_path):
     assert cli("show-config")[1] == cli("info")[1]

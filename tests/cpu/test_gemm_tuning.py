@@ -14,7 +14,7 @@ from fi_cupy.dtypes import bfloat16, float32
 from fi_cupy.gemm.select import H100, select_mm_kernel
 from fi_cupy.gemm.tuning import BUCKETS, MM, MmProblem, choose_mm_kernel, mm_candidates
 from fi_cupy.jit.driver import has_driver_binding
-from fi_cupy.tuning import file
+from fi_cupy.tuning import choice, file
 
 
 @pytest.fixture
@@ -131,6 +131,17 @@ def test_no_measurement_while_capturing(mm_tuner, monkeypatch):
     with at.autotune(), monkeypatch.context() as capturing:
         capturing.setattr(at.AutoTuner, "can_measure", lambda self, device: False)
         assert choose_mm_kernel("mm_bf16", _problem(16)) == chosen
+
+
+def test_a_choice_that_may_not_be_compiled_gives_the_default(mm_tuner, monkeypatch, caplog):
+    with at.autotune():
+        chosen = choose_mm_kernel("mm_bf16", _problem(16))
+    default = select_mm_kernel(16, 4096, 4096, GPU)
+    assert chosen != default
+    monkeypatch.setenv("FI_CUPY_NO_COMPILE", "1")
+    choice.forget()
+    assert choose_mm_kernel("mm_bf16", _problem(16)) == default
+    assert "is not compiled, nor may it be" in caplog.text
 
 
 def test_a_choice_that_does_not_fit_gives_the_default(tuner, tmp_path, caplog):
