@@ -50,7 +50,8 @@ PRELOAD = Variable(("FI_CUPY_PRELOAD",), "profile to compile and load when fi_cu
 VERBOSE = Variable(("FI_CUPY_VERBOSE", "FLASHINFER_JIT_VERBOSE"), "1: print each compilation to standard error")
 LINEINFO = Variable(("FI_CUPY_LINEINFO", "FLASHINFER_JIT_LINEINFO"), "1: compile with line information for profilers")
 DEBUG = Variable(
-    ("FI_CUPY_JIT_DEBUG", "FLASHINFER_JIT_DEBUG"), "1: compile for cuda-gdb, without optimisation (-G); slow kernels"
+    ("FI_CUPY_JIT_DEBUG", "FLASHINFER_JIT_DEBUG", "FLASHINFER_DEBUG"),
+    "1: compile for cuda-gdb, without optimisation (-G); slow kernels",
 )
 EXTRA_FLAGS = Variable(
     ("FI_CUPY_EXTRA_NVRTC_FLAGS", "FLASHINFER_EXTRA_CUDAFLAGS"), "further NVRTC options, separated by spaces"
