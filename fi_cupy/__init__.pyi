@@ -96,12 +96,14 @@ from .profiles import (
 )
 from .quantization import (
     SfLayout as SfLayout,
+    block_scale_interleave as block_scale_interleave,
     e2m1_and_ufp8sf_scale_to_float as e2m1_and_ufp8sf_scale_to_float,
     fp4_quantize as fp4_quantize,
     mxfp4_dequantize as mxfp4_dequantize,
     mxfp4_quantize as mxfp4_quantize,
     mxfp8_dequantize_host as mxfp8_dequantize_host,
     mxfp8_quantize as mxfp8_quantize,
+    nvfp4_block_scale_interleave as nvfp4_block_scale_interleave,
     nvfp4_quantize as nvfp4_quantize,
     packbits as packbits,
     per_token_group_quant_8bit as per_token_group_quant_8bit,

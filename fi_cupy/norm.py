@@ -89,7 +89,7 @@ def norm_spec(
         ),
         threads=threads,
         # Left alone, ptxas aims at an occupancy that spills a few registers on some architectures.
-        min_blocks=(4 if vecs <= 2 else 3) if residual and threads == 256 else 0,
+        min_blocks=(4 if vecs <= 2 else 3) if (residual or quantize or layer) and threads == 256 else 0,
     )
 
 

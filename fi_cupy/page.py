@@ -296,7 +296,7 @@ def _append(
         if chosen[0][0].scale is not None:
             page_quantized.launch(chosen, heads, page_size, table)
         else:
-            places = [(c.new, c.cache, *strides) for c, *strides in chosen]
+            places = [(c.new, c.cache, a, b, h) for c, a, b, h in chosen]
             _launch(places[0], places[1] if len(places) == 2 else None, heads, page_size, table)
 
 

@@ -14,6 +14,7 @@ from fi_cupy.errors import ArgumentError, DTypeError, ShapeError
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
+from fi_cupy.prefill_kernel import fast_div
 from fi_cupy.reference import quantization as reference
 
 APPEND_FIELDS = [
@@ -50,16 +51,20 @@ _PARAMS = ParamsStruct(
         ("b_value", "f32"),
         ("a_scale_head", "u32"),
         ("b_scale_head", "u32"),
+        *((f"token_vectors.{name}", "u32") for name in ("divisor", "magic", "shift")),
     ],
 )
 _THREADS = 128
 
 
 @lru_cache(maxsize=256)
-def append_spec(dtype: DType, cache: DType, dim_a: int, dim_b: int, vec: int, unroll: int = 4) -> KernelSpec:
-    """The kernel that casts rows of `dim_a` and `dim_b` elements a head, `vec` an access."""
+def append_spec(dtype: DType, cache: DType, dim_a: int, dim_b: int, vec: int) -> KernelSpec:
+    """The kernel that casts rows of `dim_a` and `dim_b` elements a head, `vec` an access.
+
+    One access a thread: many threads hide the look-up of a page better than several accesses each (H100).
+    """
     return KernelSpec(
-        symbol=f"append_quantized_{dtype.tag}_{cache.tag}_{dim_a}_{dim_b}_v{vec}x{unroll}",
+        symbol=f"append_quantized_{dtype.tag}_{cache.tag}_{dim_a}_{dim_b}_v{vec}",
         header="page.cuh",
         function="append_quantized",
         params=_PARAMS,
@@ -70,7 +75,7 @@ def append_spec(dtype: DType, cache: DType, dim_a: int, dim_b: int, vec: int, un
             ("kDimB", dim_b),
             ("kVec", vec),
             ("kThreads", _THREADS),
-            ("kUnroll", unroll),
+            ("kUnroll", 1),
         ),
         threads=_THREADS,
     )
@@ -113,7 +118,9 @@ def cast(op: str, name: str, new: View, cache: View, scale_name: str, scale: Any
             f"{op}: {name} has dtype {new.dtype.name} and its cache {cache.dtype.name}, expected with {scale_name} "
             "float16, bfloat16 or float32 and float8_e4m3fn, float8_e5m2, int8 or uint8"
         )
-    return Cast(new, cache.typed(float8_e4m3fn) if cache.dtype is uint8 else cache, _scale(op, scale_name, scale, new, heads))
+    return Cast(
+        new, cache.typed(float8_e4m3fn) if cache.dtype is uint8 else cache, _scale(op, scale_name, scale, new, heads)
+    )
 
 
 def _scale(op: str, name: str, value: Any, x: View, heads: int) -> float | View:
@@ -143,7 +150,11 @@ def launch(
 ) -> None:
     """Launch for one or two arrays with the cache's strides of page, row and head, all of the same types."""
     size = pairs[0][0].new.dtype.itemsize
-    dims, new_strides, cache_strides, pointers, common = [], [], [], [], 16
+    dims: list[int] = []
+    new_strides: list[int] = []
+    cache_strides: list[int] = []
+    pointers: list[tuple[int, int]] = []
+    common = 16
     for c, *to in pairs:
         dim = c.new.shape[-1]
         strides = (c.new.strides[0] * size, c.new.strides[1] * size if len(c.new.shape) == 3 else 0)
@@ -164,13 +175,14 @@ def launch(
     batch_indices, positions, indices, indptr = table
     x = pairs[0][0].new
     vectors = x.shape[0] * heads * (sum(dims) // vec)
-    unroll = 4 if vectors >= 1 << 17 else 1
+    if vectors >= 1 << 31:
+        raise ShapeError(f"append: {x.shape} tokens, heads and elements are {vectors} vectors, expected less than 2^31")
     scales = [c.scale for c, *_ in pairs] + [1.0] * (2 - len(pairs))
     arrays = [s if isinstance(s, View) else None for s in scales]
-    load_kernel(append_spec(x.dtype, pairs[0][0].cache.dtype, *dims, vec, unroll), x.device).launch(
-        -(-vectors // (_THREADS * unroll)), x.stream(), pointers[0][0], pointers[1][0], pointers[0][1], pointers[1][1],
+    load_kernel(append_spec(x.dtype, pairs[0][0].cache.dtype, *dims, vec), x.device).launch(
+        -(-vectors // _THREADS), x.stream(), pointers[0][0], pointers[1][0], pointers[0][1], pointers[1][1],
         batch_indices.ptr, positions.ptr, indices.ptr, indptr.ptr, *new_strides, *cache_strides,
         vectors, heads, indptr.shape[0] - 1, page_size,
         *(0 if s is None else s.ptr for s in arrays), *(1.0 if isinstance(s, View) else s for s in scales),
-        *(int(s is not None and s.size > 1) for s in arrays),
+        *(int(s is not None and s.size > 1) for s in arrays), *fast_div(max(heads * (sum(dims) // vec), 1)),
     )  # fmt: skip

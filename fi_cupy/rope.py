@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fi_cupy import rope_quantize
+from fi_cupy import rope_quantize_kernel
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
 from fi_cupy.dtypes import FLOAT_TYPES, INDEX_TYPES, DType, bfloat16, float16, float32, int32, int64
@@ -19,7 +19,11 @@ from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.reference import rope as reference
 from fi_cupy.rope_quantize import (
     mla_rope_quantize_fp8 as mla_rope_quantize_fp8,
+)
+from fi_cupy.rope_quantize import (
     rope_quantize_fp8 as rope_quantize_fp8,
+)
+from fi_cupy.rope_quantize import (
     rope_quantize_fp8_append_paged_kv_cache as rope_quantize_fp8_append_paged_kv_cache,
 )
 
@@ -105,7 +109,7 @@ def kernel_specs() -> list[KernelSpec]:
             specs.append(rope_spec(dtype, int64, dim, 8, threads, cache=True, interleave=True))
     specs.append(rope_spec(float32, int32, 128, 4, 256))
     specs.append(rope_spec(bfloat16, int32, 64, 8, 96, rest=64))
-    return specs + rope_quantize.kernel_specs()
+    return specs + rope_quantize_kernel.kernel_specs()
 
 
 def _threads(units: int) -> int:

@@ -2,112 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
+from fi_cupy import rope_quantize_kernel as kernel
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
-from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, INDEX_TYPES, DType, bfloat16, float8_e4m3fn, float32, int32, uint8
+from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, INDEX_TYPES, DType, float8_e4m3fn, float32, int32, uint8
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, ShapeError
-from fi_cupy.jit.kernel import load_kernel
-from fi_cupy.jit.params import ParamsStruct
-from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.kv_cache import check_layout, token_strides
 from fi_cupy.reference import rope as reference
-
-_SECTIONS = 5
-_SECTION = (
-    ("x", "ptr"), ("out", "ptr"), ("x_stride_n", "i64"), ("x_stride_h", "i64"), ("out_stride_n", "i64"),
-    ("out_stride_h", "i64"), ("out_stride_row", "i64"), ("end", "u32"), ("units", "u32"), ("scale", "f32"),
-    ("paged", "u32"),
-)  # fmt: skip
-_PARAMS = ParamsStruct(
-    "RopeQuantizeParams",
-    [
-        *((f"section[{i}].{name}", kind) for i in range(_SECTIONS) for name, kind in _SECTION),
-        ("positions", "ptr"),
-        ("cos_sin", "ptr"),
-        ("cos_sin_stride", "i64"),
-        ("batch_indices", "ptr"),
-        ("cache_positions", "ptr"),
-        ("kv_indices", "ptr"),
-        ("kv_indptr", "ptr"),
-        ("units", "u64"),
-        ("token_units", "u32"),
-        ("batch", "u32"),
-        ("page_size", "u32"),
-    ],
-)
-_THREADS = 128
-
-
-@lru_cache(maxsize=128)
-def rope_quantize_spec(
-    dtype: DType, index: DType, out: DType, vec: int, *, interleave: bool = False, paged: bool = False, unroll: int = 2
-) -> KernelSpec:
-    """The kernel that rotates and casts `vec` elements an access, twice `unroll` accesses a thread."""
-    form = ("_interleave" if interleave else "") + ("_append" if paged else "")
-    return KernelSpec(
-        symbol=f"rope_quantize{form}_{dtype.tag}_{index.tag}_{out.tag}_v{vec}x{unroll}",
-        header="rope_quantize.cuh",
-        function="rope_quantize",
-        params=_PARAMS,
-        config=(
-            ("T", dtype),
-            ("I", index),
-            ("O", out),
-            ("kVec", vec),
-            ("kInterleave", interleave),
-            ("kPaged", paged),
-            ("kUnroll", unroll),
-            ("kThreads", _THREADS),
-        ),
-        threads=_THREADS,
-    )
-
-
-def kernel_specs() -> list[KernelSpec]:
-    """The canonical instances."""
-    return [
-        rope_quantize_spec(bfloat16, int32, float8_e4m3fn, 8, paged=True),
-        rope_quantize_spec(bfloat16, int32, float8_e4m3fn, 8, interleave=True),
-    ]
-
-
-class _Section(NamedTuple):
-    """One array of the fused kernel: where it comes from and where it goes.
-
-    Attributes
-    ----------
-    x : View
-        [tokens, heads, dim] or [tokens, dim].
-    out : View
-        The result, or the cache it is written into.
-    scale : float
-        What it is multiplied by.
-    to : (token or page, row, head) strides of `out` in bytes
-    offset : int
-        Bytes from the start of a cached row.
-    paged : bool
-    """
-
-    x: View
-    out: View
-    scale: float
-    to: tuple[int, int, int]
-    offset: int = 0
-    paged: bool = False
-
-    def alignment(self) -> int:
-        """Every address and extent ORed together: bytes of the input, elements of the output."""
-        size, strides = self.x.dtype.itemsize, self.x.strides[:-1]
-        both = self.x.ptr | self.x.shape[-1] // 2 * size
-        for step in strides:
-            both |= step * size
-        for step in (self.out.ptr, self.offset, *self.to):
-            both |= step * size
-        return both
 
 
 def _fp8_like(op: str, name: str, given: Any, x: View, kind: DType) -> View:
@@ -127,7 +31,7 @@ def _kind(op: str, quantize_dtype: Any, given: tuple[Any, ...]) -> DType:
         for out in given:
             found = None if out is None else view(out, op, "out").dtype
             if found in FP8_TYPES:
-                return found  # type: ignore[return-value]
+                return found
         return float8_e4m3fn
     kind = to_dtype(quantize_dtype)
     if kind not in FP8_TYPES:
@@ -151,7 +55,9 @@ def _inputs(op: str, arrays: dict[str, Any], cos_sin_cache: Any, pos_ids: Any) -
             raise ShapeError(f"{op}: {name} has {x.shape[0]} tokens, expected {q.shape[0]} = q_rope.shape[0]")
         partner = views.get(name.replace("nope", "rope"))
         if partner is not None and x.shape[:-1] != partner.shape[:-1]:
-            raise ShapeError(f"{op}: {name} has shape {x.shape}, expected {partner.shape[:-1]} before its last dimension")
+            raise ShapeError(
+                f"{op}: {name} has shape {x.shape}, expected {partner.shape[:-1]} before its last dimension"
+            )
         if x.shape[-1] % 2:
             raise ShapeError(f"{op}: {name} has shape {x.shape}, expected an even last dimension")
     k, dim = views["k_rope"], q.shape[2]
@@ -175,57 +81,6 @@ def _scales(op: str, quant_scale_q: float, quant_scale_kv: float) -> tuple[float
         if not 0 < value < float("inf"):
             raise ArgumentError(f"{op}: {name} is {value}, expected a positive number")
     return float(quant_scale_q), float(quant_scale_kv)
-
-
-def _plain(x: View, out: View, scale: float) -> _Section:
-    head = out.strides[1] if len(out.shape) == 3 else 0
-    return _Section(x, out, scale, (out.strides[0], 0, head))
-
-
-def _launch(
-    sections: list[_Section | None],
-    table: View,
-    pos: View,
-    kind: DType,
-    interleave: bool,
-    pages: tuple[View, View, View, View] | None = None,
-    page_size: int = 1,
-    pdl: bool = False,
-) -> None:
-    """Launch over (q_rope, k_rope, q_nope, k_nope, v); those that are None have no work."""
-    q = sections[0].x  # type: ignore[union-attr]
-    size = q.dtype.itemsize
-    common = 16
-    for each in sections:
-        common |= 0 if each is None else each.alignment()
-    vec = (common & -common) // size or 1
-    # Cosines and sines are read in pieces of up to 16 bytes.
-    rows = table.ptr | (table.strides[0] | table.shape[1] // 2) * 4 | 16
-    vec = min(vec, 8 if rows & -rows == 16 else (rows & -rows) // 4)
-    fields: list[Any] = []
-    end = 0
-    for each in sections:
-        if each is None:
-            fields += (0, 0, 0, 0, 0, 0, 0, end, 1, 1.0, 0)
-            continue
-        x = each.x
-        heads, head_stride = (x.shape[1], x.strides[1]) if len(x.shape) == 3 else (1, 0)
-        units = x.shape[-1] // 2 // vec
-        end += heads * units
-        fields += (
-            x.ptr, each.out.ptr + each.offset, x.strides[0], head_stride, each.to[0], each.to[2], each.to[1],
-            end, units or 1, each.scale, int(each.paged),
-        )  # fmt: skip
-    total = q.shape[0] * end
-    unroll = 2 if total >= 1 << 17 else 1
-    spec = rope_quantize_spec(
-        q.dtype, pos.dtype, kind, vec, interleave=interleave, paged=pages is not None, unroll=unroll
-    )  # fmt: skip
-    addresses = (0, 0, 0, 0) if pages is None else tuple(p.ptr for p in pages)
-    load_kernel(spec, q.device).launch(
-        -(-total // (_THREADS * unroll)), q.stream(), *fields, pos.ptr, table.ptr, table.strides[0], *addresses,
-        total, end, 0 if pages is None else pages[3].shape[0] - 1, page_size, pdl=pdl,
-    )  # fmt: skip
 
 
 def rope_quantize_fp8(
@@ -322,6 +177,10 @@ def mla_rope_quantize_fp8(
 _NAMES = ("q_rope", "k_rope", "q_nope", "k_nope")
 
 
+def _host(views: dict[str, View], name: str) -> Any:
+    return views[name].numpy() if name in views else None
+
+
 def _rope_quantize(
     op: str, arrays: tuple[Any, ...], cos_sin_cache: Any, pos_ids: Any, is_neox: bool, quantize_dtype: Any,
     quant_scale_q: float, quant_scale_kv: float, given: tuple[Any, ...], enable_pdl: bool,
@@ -336,16 +195,16 @@ def _rope_quantize(
         elif out is not None:
             raise ArgumentError(f"{op}: {name}_out is given, expected {name} with it")
     if table.is_cpu:
-        host = [views[n].numpy() if n in views else None for n in _NAMES]
-        results = reference.rope_quantize_fp8(*host, table.numpy(), pos.numpy(), is_neox, kind.np, *scales)
+        a, b, c, d = (_host(views, n) for n in _NAMES)
+        results = reference.rope_quantize_fp8(a, b, c, d, table.numpy(), pos.numpy(), is_neox, kind.np, *scales)
         for name, values in zip(_NAMES, results, strict=True):
             if values is not None:
                 outs[name].write(values)
     else:
         sections = [
-            _plain(views[n], outs[n], scales[n.startswith("k")]) if n in views else None for n in _NAMES
+            kernel.plain(views[n], outs[n], scales[n.startswith("k")]) if n in views else None for n in _NAMES
         ]  # fmt: skip
-        _launch([*sections, None], table, pos, kind, not is_neox, pdl=bool(enable_pdl))
+        kernel.launch([*sections, None], table, pos, kind, not is_neox, pdl=bool(enable_pdl))
     return tuple(
         None if n not in outs else (outs[n].result() if out is None else out)
         for n, out in zip(_NAMES, given, strict=True)
@@ -365,22 +224,24 @@ def _page_index(op: str, name: str, x: Any, like: View, shape: tuple[int, ...] |
 
 def _cache_sections(
     op: str, views: dict[str, View], caches: tuple[View, View], scale: float, layout: str
-) -> list[_Section | None]:
+) -> list[kernel.Section | None]:
     """(k_rope, k_nope, v) with their places in the caches: GQA's (keys, values) or MLA's (ckv, kpe)."""
     k_rope, k_nope, v = views["k_rope"], views.get("k_nope"), views.get("v")
     first, second = caches
     if v is None:  # MLA: no head dimension in the caches
         ckv, kpe = ((c.strides[0], c.strides[1], 0) for c in caches)
         return [
-            _Section(k_rope, second, scale, kpe, paged=True),
-            None if k_nope is None else _Section(k_nope, first, scale, ckv, paged=True),
+            kernel.Section(k_rope, second, scale, kpe, paged=True),
+            None if k_nope is None else kernel.Section(k_nope, first, scale, ckv, paged=True),
             None,
         ]
     places = [token_strides(c, layout) for c in caches]
     return [
-        _Section(k_rope, first, scale, places[0], paged=True),
-        None if k_nope is None else _Section(k_nope, first, scale, places[0], offset=k_rope.shape[-1], paged=True),
-        _Section(v, second, scale, places[1], paged=True),
+        kernel.Section(k_rope, first, scale, places[0], paged=True),
+        None
+        if k_nope is None
+        else kernel.Section(k_nope, first, scale, places[0], offset=k_rope.shape[-1], paged=True),
+        kernel.Section(v, second, scale, places[1], paged=True),
     ]
 
 
@@ -497,19 +358,19 @@ def rope_quantize_fp8_append_paged_kv_cache(
     if q_nope is None and q_nope_out is not None:
         raise ArgumentError(f"{op}: q_nope_out is given, expected q_nope with it")
     if q.is_cpu:
-        host = [views[n].numpy() if n in views else None for n in (*_NAMES, "v")]
+        a, b, c, d, e = (_host(views, n) for n in (*_NAMES, "v"))
         batch, cached, indices, indptr = (p.numpy() for p in pages)
         results = reference.rope_quantize_fp8_append_paged_kv_cache_(
-            *host, table.numpy(), pos.numpy(), (caches[0].numpy(), caches[1].numpy()), indices, indptr, batch, cached,
-            is_neox, kind.np, *scales, kv_layout,
+            a, b, c, d, e, table.numpy(), pos.numpy(), (caches[0].numpy(), caches[1].numpy()), indices, indptr, batch,
+            cached, is_neox, kind.np, scales[0], scales[1], kv_layout,
         )  # fmt: skip
         for name, values in zip(("q_rope", "q_nope"), results, strict=True):
             if values is not None:
                 outs[name].write(values)
     else:
         k_rope_to, k_nope_to, v_to = _cache_sections(op, views, caches, scales[1], kv_layout)
-        q_to = [_plain(views[n], outs[n], scales[0]) if n in outs else None for n in ("q_rope", "q_nope")]
-        _launch(
+        q_to = [kernel.plain(views[n], outs[n], scales[0]) if n in outs else None for n in ("q_rope", "q_nope")]
+        kernel.launch(
             [q_to[0], k_rope_to, q_to[1], k_nope_to, v_to], table, pos, kind, not is_neox, pages, page_size,
             bool(enable_pdl),
         )  # fmt: skip

@@ -85,8 +85,10 @@ FI_DEVICE void norm(const NormParams& params) {
   auto accumulate = [&](const float(&v)[kVec]) {
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {
-      squares = fmaf(v[j], v[j], squares);
-      if constexpr (Config::kLayerNorm) sum += v[j];
+      if constexpr (Config::kLayerNorm)
+        sum += v[j];
+      else
+        squares = fmaf(v[j], v[j], squares);
     }
   };
   // x (+ residual, which is written back) in fp32.
@@ -117,9 +119,10 @@ FI_DEVICE void norm(const NormParams& params) {
     read(i, v, false);
     accumulate(v);
   }
-  squares = reduce(squares, scratch[0]);
-  float mean = 0.f, variance = squares / float(params.hidden);
-  if constexpr (Config::kLayerNorm) {
+  float mean = 0.f, variance;
+  if constexpr (!Config::kLayerNorm) {
+    variance = reduce(squares, scratch[0]) / float(params.hidden);
+  } else {
     mean = reduce(sum, scratch[1]) / float(params.hidden);
     // The centred second pass over registers: E[x^2] - mean^2 would cancel for rows far from zero.
     float centred = 0.f;
@@ -135,7 +138,6 @@ FI_DEVICE void norm(const NormParams& params) {
 #pragma unroll
       for (int j = 0; j < kVec; ++j) centred = fmaf(v[j] - mean, v[j] - mean, centred);
     }
-    if constexpr (kLanes == kThreads) __syncthreads();  // scratch[0] was read by every warp
     variance = reduce(centred, scratch[0]) / float(params.hidden);
   }
   const float inverse = math::rsqrt(variance + params.eps);

@@ -6,6 +6,7 @@
 // append_quantized does the same with caches of a byte an element: it divides the elements by a scale and casts them.
 // Shared memory: none. Bytes moved: the appended tokens twice, and 4 indices a token. Architecture: any.
 #pragma once
+#include "attention/fast_div.cuh"
 #include "common/segments.cuh"
 #include "common/vec.cuh"
 #include "ptx/pdl.cuh"
@@ -116,6 +117,7 @@ struct AppendQuantizedParams {
   const float* b_scale;
   float a_value, b_value;
   uint32_t a_scale_head, b_scale_head;
+  FastDiv token_vectors;  // of all heads of both tensors; to.vectors is below 2^31
 };
 
 // Config: T (of the tokens), O (of the caches), kDimA, kDimB (elements of one head), kVec, kThreads, kUnroll
@@ -132,17 +134,16 @@ FI_DEVICE void append_quantized(const AppendQuantizedParams& params) {
   ptx::grid_wait();
 
   const uint32_t vectors_a = to.heads * kVecsA;
-  const uint32_t token_vectors = vectors_a + to.heads * kVecsB;
   V data[kUnroll];
   uint32_t token[kUnroll], head[kUnroll], column[kUnroll];
   bool is_a[kUnroll];
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
-    const uint64_t i = uint64_t(blockIdx.x) * (kThreads * kUnroll) + n * kThreads + threadIdx.x;
+    const uint32_t i = blockIdx.x * (kThreads * kUnroll) + n * kThreads + threadIdx.x;
     token[n] = kNone;
     if (i < to.vectors) {
-      token[n] = to.vectors <= 0xffffffffu ? uint32_t(i) / token_vectors : uint32_t(i / token_vectors);
-      uint32_t rest = uint32_t(i - uint64_t(token[n]) * token_vectors);
+      token[n] = params.token_vectors.quotient(i);
+      uint32_t rest = i - token[n] * params.token_vectors.divisor;
       is_a[n] = kVecsB == 0 || rest < vectors_a;
       if (!is_a[n]) rest -= vectors_a;
       head[n] = is_a[n] ? rest / kVecsA : rest / max_of(kVecsB, 1u);
@@ -166,7 +167,7 @@ FI_DEVICE void append_quantized(const AppendQuantizedParams& params) {
                                 : (is_a[n] ? params.a_value : params.b_value);
       const float inverse = 1.f / scale;
       float v[kVec];
-      data[n].to_floats(v);
+      quant::to_floats(data[n], v);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) v[j] = quant::divide(v[j], scale, inverse);
       uint8_t* target = static_cast<uint8_t*>(is_a[n] ? to.a_cache : to.b_cache) +

@@ -5,6 +5,7 @@
 // registers cannot hold are read a second time (from L2).
 // quantize_blocks: one CTA casts one tile of kTileRows x kTileColumns elements with one scale.
 // absolute_max: the largest magnitude of an array, by atomics; a second launch casts with it.
+// tile_scales: scales row by row into the tiles that quantize_rows writes.
 // Shared memory: one float a warp. Bytes moved: the elements once, their codes and scales. Architecture: any.
 #pragma once
 #include "activation.cuh"
@@ -20,9 +21,9 @@ struct QuantizeParams {
   uint8_t* q;          // [tokens, width], dense
   void* scales;        // of each group, float or byte
   const float* given;  // one number on the device (see ScaleMode), or null to use given_value
-  int64_t x_stride;    // elements between tokens
-  int64_t scale_stride_token, scale_stride_group;  // elements; kTile == 0
-  uint64_t rows;       // padded tokens * padded groups
+  int32_t x_stride;    // elements between tokens
+  int32_t scale_stride_token, scale_stride_group;  // elements; kTile == 0
+  uint32_t rows;       // padded tokens * padded groups, below 2^31
   FastDiv groups;      // of a token, padded
   uint32_t tokens;
   uint32_t width;
@@ -36,7 +37,7 @@ enum class ScaleMode {
   kFloat,       // max(amax, eps) / max(O), fp32
   kPowerOfTwo,  // the same, rounded up to a power of two, fp32
   kE8m0,        // the same as a byte, of amax * given
-  kE4m3,        // round(given * amax / max(O)), a byte; the codes are x * given / scale
+  kE4m3,        // round(amax * (given / max(O))), a byte; the codes are x * (given / scale)
   kGiven,       // given, for all; written once, if anywhere
   kTensor,      // max(given, eps) / max(O), for all; given is the array's largest magnitude; written once
 };
@@ -48,14 +49,14 @@ struct QuantizeShared {
 // A group's scale: what the codes are to be multiplied or divided by, and how it is stored.
 template <typename O, ScaleMode kMode>
 struct GroupScale {
-  float scale = 1.f, inverse = 1.f;
+  float scale = 1.f, inverse = 1.f, divisor = 1.f;
   uint32_t code = 0;
 
   FI_DEVICE GroupScale(float amax, float given, float eps) {
-    constexpr float kMax = quant::Format<O>::kMax;
+    constexpr float kMax = quant::Format<O>::kMax, kShare = 1.f / kMax;
     if constexpr (kMode == ScaleMode::kFloat || kMode == ScaleMode::kTensor) {
-      scale = quant::max_nan(kMode == ScaleMode::kTensor ? given : amax, eps) / kMax;
-      inverse = 1.f / scale;
+      scale = quant::divide(quant::max_nan(kMode == ScaleMode::kTensor ? given : amax, eps), kMax, kShare);
+      inverse = quant::reciprocal(scale);
     } else if constexpr (kMode == ScaleMode::kGiven) {
       scale = given;
       inverse = 1.f / given;
@@ -67,16 +68,18 @@ struct GroupScale {
       code = quant::e8m0_code<O>(amax * given);
       inverse = given * quant::e8m0_reciprocal(code);
     } else {
-      code = quant::Format<__nv_fp8_e4m3>::encode(given * (amax / kMax));
+      code = quant::Format<__nv_fp8_e4m3>::encode_two(amax * quant::divide(given, kMax, kShare), 0.f) & 0xff;
       const float stored = quant::Format<__nv_fp8_e4m3>::decode(code);
-      inverse = stored != 0.f ? given / stored : 0.f;
+      inverse = stored != 0.f ? quant::divide(given, stored, quant::reciprocal(stored)) : 0.f;
     }
+    divisor = scale == FI_INF ? 0.f : scale;
   }
   FI_DEVICE float apply(float x) const {
     // Powers of two have exact reciprocals; the byte scales are defined by their reciprocal.
     if constexpr (kMode == ScaleMode::kPowerOfTwo || kMode == ScaleMode::kE8m0 || kMode == ScaleMode::kE4m3)
       return x * inverse;
-    return quant::divide(x, scale, inverse);
+    if constexpr (kMode == ScaleMode::kGiven) return quant::divide(x, scale, inverse);
+    return quant::divide_finite(x, divisor, inverse);
   }
   FI_DEVICE void write(void* scales, int64_t place) const {
     if constexpr (kMode == ScaleMode::kE8m0 || kMode == ScaleMode::kE4m3)
@@ -106,6 +109,12 @@ FI_DEVICE void quantize_rows(const QuantizeParams& params) {
   const float given = params.given ? *params.given : params.given_value;
   const uint32_t first = threadIdx.x % kLanes * kVec;
 
+  // Neighbouring vectors of a thread share 32-byte sectors: the second comes from L1.
+  auto load = [](const T* p) {
+    if constexpr (kLanes == 1 && kVecs > 1) return V::load(p);
+    return load_streaming<V>(p);
+  };
+
   struct Row {
     const T* x;
     uint8_t* q;
@@ -118,23 +127,23 @@ FI_DEVICE void quantize_rows(const QuantizeParams& params) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     constexpr int kStride = kThreads / kLanes;  // groups a CTA computes side by side
-    const uint64_t index = uint64_t(blockIdx.x) * (kStride * kRows) + r * kStride + threadIdx.x / kLanes;
+    const uint32_t index = blockIdx.x * (kStride * kRows) + r * kStride + threadIdx.x / kLanes;
     Row& row = rows[r];
     row.exists = index < params.rows;
-    row.token = params.groups.quotient(uint32_t(index));
-    row.group = uint32_t(index) - row.token * params.groups.divisor;
+    row.token = params.groups.quotient(index);
+    row.group = index - row.token * params.groups.divisor;
     const uint32_t column = row.group * params.group;
     const bool inside = row.exists && row.token < params.tokens && column < params.width;
     row.length = inside ? min_of(params.group, params.width - column) : 0;
-    row.x = static_cast<const T*>(params.x) + row.token * params.x_stride + column;
-    row.q = params.q + (row.token * int64_t(params.width) + column) * quant::kBits<O> / 8;
+    row.x = static_cast<const T*>(params.x) + (int64_t(int32_t(row.token)) * params.x_stride + column);
+    row.q = params.q + (uint64_t(row.token) * params.width + column) * quant::kBits<O> / 8;
 #pragma unroll
     for (int n = 0; n < kVecs; ++n) {
       const uint32_t i = first + n * kStep;
       gate[r][n] = V{};
       if (i < row.length) {
-        gate[r][n] = load_streaming<V>(row.x + i);
-        if constexpr (Config::kGated) up[r][n] = load_streaming<V>(row.x + params.width + i);
+        gate[r][n] = load(row.x + i);
+        if constexpr (Config::kGated) up[r][n] = load(row.x + params.width + i);
       } else if constexpr (Config::kGated) {
         up[r][n] = V{};
       }
@@ -142,10 +151,10 @@ FI_DEVICE void quantize_rows(const QuantizeParams& params) {
   }
 
   auto combine = [&](const V& a, const V& b, float(&v)[kVec]) {
-    a.to_floats(v);
+    quant::to_floats(a, v);
     if constexpr (Config::kGated) {
       float u[kVec];
-      b.to_floats(u);
+      quant::to_floats(b, u);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) v[j] = Silu::apply<is_same_v<T, float>>(v[j]) * u[j];
     }
@@ -192,9 +201,17 @@ FI_DEVICE void quantize_rows(const QuantizeParams& params) {
       for (int j = 0; j < kVec; ++j) v[j] = scale.apply(v[j]);
       quant::store<O>(v, row.q + i * quant::kBits<O> / 8);
     };
+    if constexpr (kLanes == 1 && quant::kBits<O> == 4) {
+      // A thread's own group, which is whole: one store of 8 bytes.
+      float all[kVecs * kVec];
 #pragma unroll
-    for (int n = 0; n < kVecs; ++n)
-      if (first + n * kStep < row.length) write(first + n * kStep, values[n]);
+      for (int i = 0; i < kVecs * kVec; ++i) all[i] = scale.apply(values[i / kVec][i % kVec]);
+      if (row.length) quant::store<O>(all, row.q);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kVecs; ++n)
+        if (first + n * kStep < row.length) write(first + n * kStep, values[n]);
+    }
     if constexpr (kLong) {
       for (uint32_t i = first + kVecs * kStep; i < row.length; i += kStep) {
         float v[kVec];
@@ -204,7 +221,8 @@ FI_DEVICE void quantize_rows(const QuantizeParams& params) {
     }
     if constexpr (kSearch) {
       if (first == 0 && row.exists) {
-        int64_t place = row.token * params.scale_stride_token + row.group * params.scale_stride_group;
+        int64_t place = int64_t(int32_t(row.token)) * params.scale_stride_token +
+                        int64_t(int32_t(row.group)) * params.scale_stride_group;
         if constexpr (Config::kTile) place = quant::tiled_place<Config::kTile>(row.token, row.group, params.groups.divisor);
         if (Config::kTile && row.length == 0)
           static_cast<uint8_t*>(params.scales)[place] = 0;  // padding
@@ -261,7 +279,7 @@ FI_DEVICE void quantize_blocks(const QuantizeBlocksParams& params) {
 #pragma unroll
   for (int n = 0; n < kVecs; ++n) {
     float v[kVec];
-    loaded[n].to_floats(v);
+    quant::to_floats(loaded[n], v);
 #pragma unroll
     for (int j = 0; j < kVec; ++j) amax = quant::max_nan(fabsf(v[j]), amax);
   }
@@ -271,7 +289,7 @@ FI_DEVICE void quantize_blocks(const QuantizeBlocksParams& params) {
   for (int n = 0; n < kVecs; ++n) {
     if (top + n * kPass < params.rows && column < params.columns) {
       float v[kVec];
-      loaded[n].to_floats(v);
+      quant::to_floats(loaded[n], v);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) v[j] = scale.apply(v[j]);
       quant::store<O>(v, q + int64_t(top + n * kPass) * params.columns);
@@ -280,6 +298,33 @@ FI_DEVICE void quantize_blocks(const QuantizeBlocksParams& params) {
   if (threadIdx.x == 0)
     scale.write(params.scales, batch * params.scale_stride_batch + block_row * params.scale_stride_row +
                                    block_column * params.scale_stride_column);
+}
+
+struct TileScalesParams {
+  const uint8_t* x;  // [batch, rows, columns]
+  uint8_t* out;      // [batch, padded rows, padded columns] in tiles
+  int64_t x_stride_batch, x_stride_row;
+  uint32_t words;       // of out, 4 bytes each
+  FastDiv row_words;    // padded columns / 4
+  FastDiv padded_rows;  // of a batch
+  uint32_t rows, columns;
+};
+
+// Config: kTile (rows of a tile), kThreads. One thread moves the four scales of a row that lie side by side in a tile.
+template <class Config>
+FI_DEVICE void tile_scales(const TileScalesParams& params) {
+  ptx::grid_launch_dependents();
+  ptx::grid_wait();
+  const uint32_t word = blockIdx.x * Config::kThreads + threadIdx.x;
+  if (word >= params.words) return;
+  const uint32_t line = params.row_words.quotient(word), column = (word - line * params.row_words.divisor) * 4;
+  const uint32_t batch = params.padded_rows.quotient(line), row = line - batch * params.padded_rows.divisor;
+  const uint8_t* x = params.x + batch * params.x_stride_batch + row * params.x_stride_row + column;
+  Vec<uint8_t, 4> four;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) four[j] = row < params.rows && column + j < params.columns ? x[j] : 0;
+  const int64_t start = int64_t(batch) * params.padded_rows.divisor * params.row_words.divisor * 4;
+  four.store(params.out + start + quant::tiled_place<Config::kTile>(row, column, params.row_words.divisor * 4));
 }
 
 struct AbsoluteMaxParams {
@@ -316,7 +361,7 @@ FI_DEVICE void absolute_max(const AbsoluteMaxParams& params) {
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
     float v[kVec];
-    loaded[n].to_floats(v);
+    quant::to_floats(loaded[n], v);
 #pragma unroll
     for (int j = 0; j < kVec; ++j) amax = quant::max_nan(fabsf(v[j]), amax);
   }

@@ -19,8 +19,8 @@ struct RopeSection {
   int64_t x_stride_n, x_stride_h;                // elements
   int64_t out_stride_n, out_stride_h;            // bytes; in a cache out_stride_n is a page's
   int64_t out_stride_row;                        // bytes, of a token in its page
+  FastDiv units;                                 // of a head
   uint32_t end;                                  // units of a token up to and with this section's
-  uint32_t units;                                // of a head
   float scale;
   uint32_t paged;                                // goes into the cache
 };
@@ -34,8 +34,8 @@ struct RopeQuantizeParams {
   const int32_t* cache_positions;
   const int32_t* kv_indices;
   const int32_t* kv_indptr;
-  uint64_t units;  // of all tokens
-  uint32_t token_units;
+  FastDiv token_units;
+  uint32_t units;  // of all tokens, below 2^31
   uint32_t batch;
   uint32_t page_size;
 };
@@ -56,21 +56,21 @@ FI_DEVICE void rope_quantize(const RopeQuantizeParams& params) {
   uint32_t token[kUnroll], which[kUnroll], head[kUnroll], slot[kUnroll];
   // Elements from a row's start to the unit's first and second vector.
   auto first = [&](int n) { return slot[n] * (kAdjacent ? 2 : kVec); };
-  auto second = [&](int n) { return first(n) + (kAdjacent ? 1 : params.section[which[n]].units * kVec); };
+  auto second = [&](int n) { return first(n) + (kAdjacent ? 1 : params.section[which[n]].units.divisor * kVec); };
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
-    const uint64_t i = uint64_t(blockIdx.x) * (kThreads * kUnroll) + n * kThreads + threadIdx.x;
+    const uint32_t i = blockIdx.x * (kThreads * kUnroll) + n * kThreads + threadIdx.x;
     token[n] = kNone;
     if (i < params.units) {
-      token[n] = params.units <= 0xffffffffu ? uint32_t(i) / params.token_units : uint32_t(i / params.token_units);
-      uint32_t rest = uint32_t(i - uint64_t(token[n]) * params.token_units);
+      token[n] = params.token_units.quotient(i);
+      uint32_t rest = i - token[n] * params.token_units.divisor;
       which[n] = 0;
 #pragma unroll
       for (int s = 0; s < kRopeSections - 1; ++s) which[n] += rest >= params.section[s].end;
       const RopeSection& section = params.section[which[n]];
       if (which[n]) rest -= params.section[which[n] - 1].end;
-      head[n] = rest / section.units;
-      slot[n] = rest - head[n] * section.units;
+      head[n] = section.units.quotient(rest);
+      slot[n] = rest - head[n] * section.units.divisor;
       const T* x = static_cast<const T*>(section.x) + token[n] * section.x_stride_n + head[n] * section.x_stride_h;
       a[n] = load_streaming<V>(x + first(n));
       b[n] = load_streaming<V>(x + second(n));
@@ -93,10 +93,10 @@ FI_DEVICE void rope_quantize(const RopeQuantizeParams& params) {
     }
     out += head[n] * section.out_stride_h;
     float x[kVec], y[kVec];
-    a[n].to_floats(x);
-    b[n].to_floats(y);
+    quant::to_floats(a[n], x);
+    quant::to_floats(b[n], y);
     if (which[n] < 2) {
-      const uint32_t half = section.units * kVec;
+      const uint32_t half = section.units.divisor * kVec;
       const float* cosines =
           params.cos_sin + int64_t(static_cast<const typename Config::I*>(params.positions)[token[n]]) * params.cos_sin_stride;
       const float* sines = cosines + half;

@@ -6,17 +6,17 @@ from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.quantization import bits, kernels
 from fi_cupy.quantization.bits import packbits, segment_packbits
 from fi_cupy.quantization.fp4_quantization import (
+    block_scale_interleave,
     e2m1_and_ufp8sf_scale_to_float,
     fp4_quantize,
     mxfp4_dequantize,
     mxfp4_quantize,
+    nvfp4_block_scale_interleave,
     nvfp4_quantize,
     silu_and_mul_nvfp4_quantize,
 )
 from fi_cupy.quantization.fp8_quantization import (
     dequantize_fp8,
-    mxfp8_dequantize_host,
-    mxfp8_quantize,
     per_block_cast_to_fp8,
     per_tensor_quant_fp8,
     per_token_cast_to_fp8,
@@ -26,9 +26,11 @@ from fi_cupy.quantization.fp8_quantization import (
     quantize_fp8,
 )
 from fi_cupy.quantization.layout import SfLayout
+from fi_cupy.quantization.mxfp8_quantization import mxfp8_dequantize_host, mxfp8_quantize
 
 __all__ = [
     "SfLayout",
+    "block_scale_interleave",
     "dequantize_fp8",
     "e2m1_and_ufp8sf_scale_to_float",
     "fp4_quantize",
@@ -36,6 +38,7 @@ __all__ = [
     "mxfp4_quantize",
     "mxfp8_dequantize_host",
     "mxfp8_quantize",
+    "nvfp4_block_scale_interleave",
     "nvfp4_quantize",
     "packbits",
     "per_block_cast_to_fp8",

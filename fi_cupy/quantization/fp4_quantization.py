@@ -11,7 +11,6 @@ from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, c
 from fi_cupy.dtypes import float32, uint8
 from fi_cupy.errors import ArgumentError, ShapeError, UnsupportedError
 from fi_cupy.quantization import kernels
-from fi_cupy.quantization.fp8_quantization import float_input
 from fi_cupy.quantization.kernels import float4_e2m1fn
 from fi_cupy.quantization.layout import SfLayout, padded_scales, sf_layout
 from fi_cupy.reference import activation, block_formats
@@ -72,7 +71,7 @@ def fp4_quantize(
         Usually ``448 * 6 / max |input|``; None is 1.
     sf_vec_size : 16 or 32
     sf_use_ue8m0 : bool
-        False: ``scale = e4m3(global_scale * (max |group| / 6))`` (NVFP4). True: the smallest power of two from
+        False: ``scale = e4m3(max |group| * (global_scale / 6))`` (NVFP4). True: the smallest power of two from
         ``global_scale * max |group| / 6`` on, as e8m0 (MXFP4).
     is_sf_swizzled_layout : bool
         Scales in tiles, padded with zeros; else row by row.
@@ -114,7 +113,7 @@ def fp4_quantize(
         raise UnsupportedError(f"{op}: backend is {backend!r}, expected 'cuda'")
     if is_sf_8x4_layout and not is_sf_swizzled_layout:
         raise ArgumentError(f"{op}: is_sf_8x4_layout is True, expected is_sf_swizzled_layout=True with it")
-    v = float_input(op, input, "input")
+    v = kernels.float_input(op, input, "input")
     given = 1.0 if global_scale is None else kernels.one_number(op, "global_scale", global_scale, v)
     if is_global_scale_inversed:
         if isinstance(given, View):
@@ -151,6 +150,53 @@ def mxfp4_quantize(a: Any, backend: str = "cuda", enable_pdl: bool | None = None
     return fp4_quantize(a, None, 32, True, enable_pdl=enable_pdl, backend=backend)
 
 
+def block_scale_interleave(unswizzled_sf: Any) -> Any:
+    """Scale bytes row by row into tiles of 128 rows by 4 (`SfLayout.layout_128x4`), padded with zeros.
+
+    Parameters
+    ----------
+    unswizzled_sf : array, [m, n] or [batch, m, n], uint8
+
+    Returns
+    -------
+    array
+        uint8, flat: the batches' ``round_up(m, 128) * round_up(n, 4)`` bytes one after another.
+
+    Raises
+    ------
+    ShapeError, DTypeError, LayoutError
+
+    Source
+    ------
+    flashinfer.block_scale_interleave, nvfp4_block_scale_interleave.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fi_cupy.quantization import block_scale_interleave
+    >>> block_scale_interleave(np.arange(1, 129, dtype=np.uint8)[:, None])[:16:4].tolist()
+    [1, 33, 65, 97]
+    """
+    op = "block_scale_interleave"
+    x = view(unswizzled_sf, op, "unswizzled_sf")
+    check_ndim(op, "unswizzled_sf", x, 2, 3)
+    check_dtype(op, "unswizzled_sf", x, (uint8,))
+    check_inner(op, "unswizzled_sf", x)
+    batch = x.shape[0] if x.ndim == 3 else 1
+    rows, columns = padded_scales(x.shape[-2], x.shape[-1], 128)
+    out = x.empty((batch * rows * columns,), uint8)
+    if x.is_cpu:
+        each = x.numpy().reshape(batch, *x.shape[-2:])
+        out.write(np.array([block_formats.tile_scales(b, 128) for b in each], np.uint8).reshape(-1))
+    else:
+        kernels.tile_scales(op, x, out)
+    return out.result()
+
+
+#: The name it had first.
+nvfp4_block_scale_interleave = block_scale_interleave
+
+
 def silu_and_mul_nvfp4_quantize(
     input: Any, global_scale: Any, sf_layout_: SfLayout = SfLayout.layout_128x4, enable_pdl: bool | None = None
 ) -> tuple[Any, Any]:
@@ -179,7 +225,7 @@ def silu_and_mul_nvfp4_quantize(
     flashinfer.silu_and_mul_nvfp4_quantize.
     """
     op = "silu_and_mul_nvfp4_quantize"
-    v = float_input(op, input, "input")
+    v = kernels.float_input(op, input, "input")
     given = kernels.one_number(op, "global_scale", global_scale, v)
     return _cast(op, v, given, 16, False, sf_layout(op, sf_layout_, True), enable_pdl, gated=True)
 
@@ -239,7 +285,9 @@ def e2m1_and_ufp8sf_scale_to_float(
     check_inner(op, "e2m1_tensor", q)
     check_dtype(op, "ufp8_scale_tensor", s, (uint8,))
     check_device(op, q, ufp8_scale_tensor=s)
-    given = 1.0 if global_scale_tensor is None else kernels.one_number(op, "global_scale_tensor", global_scale_tensor, q)
+    given = (
+        1.0 if global_scale_tensor is None else kernels.one_number(op, "global_scale_tensor", global_scale_tensor, q)
+    )
     m, k = q.shape[0], 2 * q.shape[1]
     if k % sf_vec_size:
         raise ShapeError(f"{op}: e2m1_tensor has shape {q.shape}, expected rows of whole groups of {sf_vec_size}")

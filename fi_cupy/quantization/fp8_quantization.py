@@ -1,4 +1,4 @@
-"""Casts to 8 bits: scales for groups, tokens, blocks or a whole array, in fp32 or as powers of two, and MXFP8."""
+"""Casts to 8 bits: scales for groups, tokens, blocks or a whole array, in fp32 or as powers of two."""
 
 from __future__ import annotations
 
@@ -7,27 +7,16 @@ from typing import Any
 import numpy as np
 
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
-from fi_cupy.dtypes import FLOAT_TYPES, FP8_TYPES, DType, float8_e4m3fn, float32, int8, uint8
+from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim
+from fi_cupy.dtypes import FP8_TYPES, DType, float8_e4m3fn, float32, int8, uint8
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, ShapeError, UnsupportedError
 from fi_cupy.quantization import kernels
-from fi_cupy.quantization.layout import SfLayout, padded_scales, sf_layout
-from fi_cupy.reference import activation, block_formats
+from fi_cupy.reference import activation
 from fi_cupy.reference import quantization as reference
 
 #: Lower bounds of eps: the scale's reciprocal must be a number.
 _LEAST_EPS = 1e-30
-
-
-def float_input(op: str, x: Any, name: str = "x", least: int = 1) -> View:
-    """A floating array of at least `least` dimensions, the last one dense."""
-    v = view(x, op, name)
-    if len(v.shape) < least:
-        raise ShapeError(f"{op}: {name} is {v.ndim}-D {v.shape}, expected at least {least}-D")
-    check_dtype(op, name, v, FLOAT_TYPES)
-    check_inner(op, name, v)
-    return v
 
 
 def byte_type(op: str, dst_dtype: Any, kinds: tuple[DType, ...] = (*FP8_TYPES, int8)) -> DType:
@@ -98,7 +87,7 @@ def per_token_group_quant_8bit(
     ([[64, -127, 127, 0]], 2.0)
     """
     op = "per_token_group_quant_8bit"
-    v, kind = float_input(op, x), byte_type(op, dst_dtype)
+    v, kind = kernels.float_input(op, x), byte_type(op, dst_dtype)
     width = v.shape[-1] // 2 if fuse_silu_and_mul else v.shape[-1]
     if group_size < 1 or width % group_size or (fuse_silu_and_mul and v.shape[-1] % 2):
         raise ShapeError(
@@ -137,7 +126,7 @@ def per_token_group_quant_8bit(
 
 
 def _per_token(op: str, x: Any, kind: DType) -> tuple[Any, Any]:
-    v = float_input(op, x)
+    v = kernels.float_input(op, x)
     q, s = v.empty(v.shape, kind), v.empty((*v.shape[:-1], 1), float32)
     if v.is_cpu:
         if v.size:
@@ -220,13 +209,13 @@ def per_tensor_quant_fp8(x: Any, scale: Any = None, dtype: Any = None) -> tuple[
     array([[0.5, 448]], dtype='float8_e4m3fn')
     """
     op = "per_tensor_quant_fp8"
-    v, kind = float_input(op, x), byte_type(op, dtype, FP8_TYPES)
+    v, kind = kernels.float_input(op, x), byte_type(op, dtype, FP8_TYPES)
     given = None if scale is None else kernels.one_number(op, "scale", scale, v)
     q, s = v.empty(v.shape, kind), v.empty((1,), float32)
     if v.is_cpu:
         amax = np.abs(v.numpy().astype(np.float32)).max(initial=1e-10)
         used = np.float32(amax / np.float32(448.0 if kind is float8_e4m3fn else 57344.0)) if given is None else given
-        q.write(reference.static_quant(v.numpy(), used, kind.np))
+        q.write(reference.static_quant(v.numpy(), used, kind.np))  # type: ignore[arg-type]
         s.write(np.array([used], np.float32))
         return q.result(), s.result()
     if given is None:
@@ -276,7 +265,7 @@ def quantize_fp8(
     op = "quantize_fp8"
     if scale_major_mode not in ("K", "MN"):
         raise ArgumentError(f"{op}: scale_major_mode is {scale_major_mode!r}, expected 'K' or 'MN'")
-    v = float_input(op, x)
+    v = kernels.float_input(op, x)
     check_ndim(op, "x", v, 2, 3)
     if len(tile_shape) != v.ndim or min(tile_shape) < 1:
         raise ArgumentError(f"{op}: tile_shape is {tile_shape}, expected {v.ndim} sizes of at least 1")
@@ -321,7 +310,7 @@ def per_token_cast_to_fp8(x: Any) -> tuple[Any, Any]:
 
     Source: DeepGEMM; flashinfer.testing.utils.per_token_cast_to_fp8.
     """
-    v = float_input("per_token_cast_to_fp8", x)
+    v = kernels.float_input("per_token_cast_to_fp8", x)
     check_ndim("per_token_cast_to_fp8", "x", v, 2)
     return quantize_fp8(x, (v.shape[0], -(-v.shape[1] // 128)), (1, 128))
 
@@ -331,7 +320,7 @@ def per_block_cast_to_fp8(x: Any) -> tuple[Any, Any]:
 
     Source: DeepGEMM; flashinfer.testing.utils.per_block_cast_to_fp8.
     """
-    v = float_input("per_block_cast_to_fp8", x)
+    v = kernels.float_input("per_block_cast_to_fp8", x)
     check_ndim("per_block_cast_to_fp8", "x", v, 2)
     return quantize_fp8(x, (-(-v.shape[0] // 128), -(-v.shape[1] // 128)), (128, 128))
 
@@ -343,8 +332,8 @@ def _tile_extent(op: str, extent: int, blocks: int) -> int:
         sizes.add(128)
     if len(sizes) != 1:
         raise ShapeError(
-            f"{op}: {blocks} scales for {extent} values are for tiles of {' or '.join(map(str, sorted(sizes))) or 'no size'}"
-            ", expected one that follows from the shapes; pass tile_shape"
+            f"{op}: {blocks} scales for {extent} values, expected tiles whose size follows from the shapes, not "
+            f"{' or '.join(map(str, sorted(sizes))) or 'none'}; pass tile_shape"
         )
     return sizes.pop()
 
@@ -407,133 +396,7 @@ def dequantize_fp8(
     if tile[:-2] not in ((), (1,)):
         raise UnsupportedError(f"{op}: x_scale has shape {s.shape}, expected a scale of its own for each x[i]")
     kernels.dequantize(
-        op, q, s, out, code=q.dtype, scale="float", block=tile[-2:],
+        op, q, s, out, code=q.dtype, scale="float", block=(tile[-2], tile[-1]),
         scale_strides=(0, *strides) if q.ndim == 2 else tuple(strides),  # type: ignore[arg-type]
     )  # fmt: skip
-    return out.result()
-
-
-def mxfp8_quantize(
-    input: Any,
-    is_sf_swizzled_layout: bool = True,
-    alignment: int = 32,
-    enable_pdl: bool | None = None,
-    backend: str = "cuda",
-    sf_swizzle_layout: SfLayout | None = None,
-) -> tuple[Any, Any]:
-    """Cast to MXFP8: float8_e4m3fn with an e8m0 scale for each 32 values, ``scale = 2^ceil(log2(max |group| / 448))``.
-
-    Parameters
-    ----------
-    input : array, [..., k], float16 or bfloat16
-        k divisible by 32.
-    is_sf_swizzled_layout : bool
-        Scales in tiles of 128 rows by 4 (see `SfLayout`), padded with zeros; else row by row.
-    alignment : int
-        k is not padded: a divisor of k.
-    enable_pdl : bool, optional
-        Launch so that this kernel may start before its predecessor has ended (sm_90 and later); None is off.
-    backend : "cuda"
-        Accepted for FlashInfer's sake.
-    sf_swizzle_layout : SfLayout, optional
-        Overrides `is_sf_swizzled_layout`.
-
-    Returns
-    -------
-    (q, scales)
-        float8_e4m3fn ``[..., k]``, and uint8 bytes of e8m0, flat. A group that holds NaN has the scale NaN (255).
-
-    Raises
-    ------
-    ArgumentError, ShapeError, DTypeError, LayoutError
-
-    Source
-    ------
-    OCP Microscaling Formats (MX) 1.0; flashinfer.mxfp8_quantize (whose scales, like these, are rounded up so that
-    nothing saturates).
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from fi_cupy.quantization import mxfp8_quantize
-    >>> q, scales = mxfp8_quantize(np.full((1, 32), 3.0, np.float16), False)
-    >>> float(q[0, 0]), int(scales[0])
-    (384.0, 120)
-    """
-    op = "mxfp8_quantize"
-    v = float_input(op, input, "input")
-    k = v.shape[-1]
-    if k % 32:
-        raise ShapeError(f"{op}: input has shape {v.shape}, expected a last dimension divisible by 32")
-    if alignment < 1 or k % alignment:
-        raise UnsupportedError(f"{op}: alignment is {alignment}, expected a divisor of {k} = input.shape[-1]")
-    if backend != "cuda":
-        raise UnsupportedError(f"{op}: backend is {backend!r}, expected 'cuda'")
-    tile = sf_layout(op, sf_swizzle_layout, is_sf_swizzled_layout)
-    tokens = kernels.token_rows(op, "input", v)[0]
-    padded = padded_scales(tokens, k // 32, tile)
-    q, scales = v.empty(v.shape, float8_e4m3fn), v.empty((padded[0] * padded[1],), uint8)
-    if v.is_cpu:
-        codes, values = block_formats.mxfp8_quantize(v.numpy())
-        q.write(codes)
-        values = values.reshape(tokens, k // 32)
-        scales.write((block_formats.tile_scales(values, tile) if tile else values).reshape(-1))
-    else:
-        kernels.quantize_rows(
-            op, v, q, scales, out=float8_e4m3fn, mode="e8m0", group=32, scale_strides=(k // 32, 1), tile=tile,
-            padded=padded, pdl=bool(enable_pdl),
-        )  # fmt: skip
-    return q.result(), scales.result()
-
-
-def mxfp8_dequantize_host(
-    input: Any, scale_tensor: Any, is_sf_swizzled_layout: bool = True, sf_swizzle_layout: SfLayout | None = None
-) -> Any:
-    """The float32 values of `mxfp8_quantize`'s codes, computed where the arrays are.
-
-    Parameters
-    ----------
-    input : array, [m, k], float8_e4m3fn or its bytes (uint8)
-    scale_tensor : array, uint8
-        As `mxfp8_quantize` gives them.
-    is_sf_swizzled_layout, sf_swizzle_layout
-        As in `mxfp8_quantize`.
-
-    Returns
-    -------
-    array
-        float32 ``[m, k]``.
-
-    Raises
-    ------
-    ArgumentError, ShapeError, DTypeError, DeviceError, LayoutError
-
-    Source
-    ------
-    flashinfer.mxfp8_dequantize_host.
-    """
-    op = "mxfp8_dequantize_host"
-    q, s = view(input, op, "input"), view(scale_tensor, op, "scale_tensor")
-    check_ndim(op, "input", q, 2)
-    check_dtype(op, "input", q, (float8_e4m3fn, uint8))
-    check_inner(op, "input", q)
-    check_dtype(op, "scale_tensor", s, (uint8,))
-    check_device(op, q, scale_tensor=s)
-    m, k = q.shape
-    if k % 32:
-        raise ShapeError(f"{op}: input has shape {q.shape}, expected a last dimension divisible by 32")
-    tile = sf_layout(op, sf_swizzle_layout, is_sf_swizzled_layout)
-    padded = padded_scales(m, k // 32, tile)
-    if s.size != padded[0] * padded[1] or not s.contiguous:
-        check_shape(op, "scale_tensor", s, (padded[0] * padded[1],), "(dense)")
-    out = q.empty((m, k), float32)
-    if q.is_cpu:
-        scales = s.numpy().reshape(padded)
-        scales = block_formats.untile_scales(scales, tile, (m, k // 32)) if tile else scales
-        out.write(block_formats.mxfp8_dequantize(q.typed(float8_e4m3fn).numpy(), scales))
-    else:
-        kernels.dequantize(
-            op, q, s, out, code=float8_e4m3fn, scale="e8m0", block=(1, 32), scale_strides=(0, k // 32, 1), tile=tile,
-            padded_columns=padded[1],
-        )  # fmt: skip
     return out.result()

@@ -9,7 +9,17 @@ import numpy as np
 
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_shape
-from fi_cupy.dtypes import DType, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32, int8, uint8
+from fi_cupy.dtypes import (
+    FLOAT_TYPES,
+    DType,
+    bfloat16,
+    float8_e4m3fn,
+    float8_e5m2,
+    float16,
+    float32,
+    int8,
+    uint8,
+)
 from fi_cupy.errors import LayoutError, ShapeError
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
@@ -33,10 +43,10 @@ _ROWS = ParamsStruct(
         ("q", "ptr"),
         ("scales", "ptr"),
         ("given", "ptr"),
-        ("x_stride", "i64"),
-        ("scale_stride_token", "i64"),
-        ("scale_stride_group", "i64"),
-        ("rows", "u64"),
+        ("x_stride", "i32"),
+        ("scale_stride_token", "i32"),
+        ("scale_stride_group", "i32"),
+        ("rows", "u32"),
         *_divisor("groups"),
         ("tokens", "u32"),
         ("width", "u32"),
@@ -66,6 +76,20 @@ _BLOCKS = ParamsStruct(
 _AMAX = ParamsStruct(
     "AbsoluteMaxParams",
     [("x", "ptr"), ("result", "ptr"), ("x_stride", "i64"), ("vectors", "u64"), ("row_vectors", "u32")],
+)
+_TILE = ParamsStruct(
+    "TileScalesParams",
+    [
+        ("x", "ptr"),
+        ("out", "ptr"),
+        ("x_stride_batch", "i64"),
+        ("x_stride_row", "i64"),
+        ("words", "u32"),
+        *_divisor("row_words"),
+        *_divisor("padded_rows"),
+        ("rows", "u32"),
+        ("columns", "u32"),
+    ],
 )
 _DEQUANTIZE = ParamsStruct(
     "DequantizeParams",
@@ -110,22 +134,30 @@ def _lanes(vectors: int) -> int:
     return lanes
 
 
+def _blocks(threads: int, vecs: int) -> int:
+    """CTAs of a group each on a multiprocessor: said so that ptxas has registers; left to itself it spills."""
+    return 1024 // threads if vecs <= 2 and threads <= 256 else 0
+
+
 @lru_cache(maxsize=512)
 def rows_spec(
-    dtype: DType, out: DType, mode: str, group: int, vec: int, *, tile: int = 0, gated: bool = False, rows: int = 4
+    dtype: DType, out: DType, mode: str, group: int, vec: int, *, tile: int = 0, gated: bool = False, rows: int = 2
 ) -> KernelSpec:
     """The kernel that casts groups of `group` elements, `vec` an access, `rows` groups a thread.
 
-    Four groups a thread (two where each is read twice over, as gate and up) keep 64 bytes in flight; groups of more
-    than a warp are one CTA's, which has them in registers up to 32,768 elements.
+    Two groups a thread keep 32 bytes in flight, and 32 KB or more a multiprocessor; four gain nothing (H100). Groups of
+    more than a warp are one CTA's, which has them in registers up to 32,768 elements.
     """
     vectors = -(-group // vec)
     lanes = _lanes(vectors)
     vecs = 1
+    if vectors in (2, 4):  # a small group's scale and place cost as much as its elements: fewer threads compute them
+        lanes, vecs = vectors // 2, 2
     while vecs < 4 and vecs * lanes < vectors:
         vecs *= 2
     threads = _THREADS if lanes <= 32 else lanes
-    rows = min(rows, 2 if gated else 4) if lanes <= 32 else 1
+    if lanes > 32:
+        rows = 1
     name = ("silu_and_mul_" if gated else "") + f"quantize_{mode}"
     return KernelSpec(
         symbol=f"{name}_{dtype.tag}_{out.tag}{f'_s{tile}' if tile else ''}_v{vec}x{vecs}x{rows}_t{lanes}",
@@ -145,7 +177,7 @@ def rows_spec(
             ("kThreads", threads),
         ),
         threads=threads,
-        min_blocks=3 if threads == 256 and lanes <= 32 else 0,
+        min_blocks=_blocks(threads, vecs) if lanes > 32 else 0,
     )
 
 
@@ -167,6 +199,7 @@ def blocks_spec(dtype: DType, out: DType, mode: str, tile_rows: int, tile_column
             ("kThreads", _THREADS),
         ),
         threads=_THREADS,
+        min_blocks=2,  # said so that ptxas has registers
     )
 
 
@@ -204,11 +237,24 @@ def dequantize_spec(code: DType, out: DType, scale: str, tile: int, vec: int) ->
     )
 
 
+@lru_cache(maxsize=1)
+def tile_spec() -> KernelSpec:
+    """The kernel that moves scales into tiles of 128 rows."""
+    return KernelSpec(
+        symbol="tile_scales_s128",
+        header="quantize.cuh",
+        function="tile_scales",
+        params=_TILE,
+        config=(("kTile", 128), ("kThreads", _THREADS)),
+        threads=_THREADS,
+    )
+
+
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: what a block-scaled fp8 layer takes in bf16, one of each other format."""
     e4m3 = float8_e4m3fn
     return [
-        *(rows_spec(bfloat16, e4m3, "float", 128, 8, rows=rows) for rows in (1, 4)),
+        *(rows_spec(bfloat16, e4m3, "float", 128, 8, rows=rows) for rows in (1, 2)),
         rows_spec(bfloat16, e4m3, "float", 128, 8, gated=True),
         rows_spec(bfloat16, e4m3, "float", 4096, 8),
         rows_spec(bfloat16, e4m3, "given", 128, 8),
@@ -218,7 +264,8 @@ def kernel_specs() -> list[KernelSpec]:
         rows_spec(bfloat16, float4_e2m1fn, "e4m3", 16, 8, tile=128),
         blocks_spec(bfloat16, e4m3, "power", 128, 128, 8),
         amax_spec(bfloat16, 8),
-        dequantize_spec(float4_e2m1fn, float32, "e4m3", 128, 8),
+        tile_spec(),
+        dequantize_spec(float4_e2m1fn, float32, "e4m3", 128, 4),
     ]
 
 
@@ -279,6 +326,8 @@ def quantize_rows(
     rows = padded_tokens * padded_groups
     if rows >= _MOST or tokens >= _MOST:
         raise ShapeError(f"{op}: input has {rows} groups in {tokens} rows, expected less than 2^31")
+    if max(abs(stride), *scale_strides) >= _MOST:
+        raise LayoutError(f"{op}: input has rows {stride} elements apart, expected less than 2^31")
     once = scales is not None and mode in ("given", "tensor")  # written even if there is nothing to cast
     if rows == 0 and not once:
         return
@@ -288,12 +337,12 @@ def quantize_rows(
     if BITS[out] == 4 and vec == 1:
         raise LayoutError(f"{op}: input starts at address ...{x.ptr % 256:#x}, expected a multiple of {2 * size} bytes")
     small = rows * group * size < 1 << 23  # one group a thread spreads a decode step over more multiprocessors
-    spec = rows_spec(x.dtype, out, mode, group, vec, tile=tile, gated=gated, rows=1 if small else 4)
-    config = dict(spec.config)
-    per_cta = spec.threads // config["kLanes"] * config["kRows"]  # type: ignore[operator]
+    spec = rows_spec(x.dtype, out, mode, group, vec, tile=tile, gated=gated, rows=1 if small else 2)
+    config: dict[str, Any] = dict(spec.config)
+    per_cta = spec.threads // config["kLanes"] * config["kRows"]
     on_device = isinstance(given, View)
     load_kernel(spec, x.device).launch(
-        max(-(-rows // per_cta), once), x.stream(), x.ptr, q.ptr, 0 if scales is None else scales.ptr,
+        max(-(-rows // per_cta), int(once)), x.stream(), x.ptr, q.ptr, 0 if scales is None else scales.ptr,
         given.ptr if on_device else 0,  # type: ignore[union-attr]
         stride, *scale_strides, rows, *fast_div(max(padded_groups, 1)), tokens, width, group, eps,
         1.0 if on_device else given, pdl=pdl,
@@ -316,6 +365,20 @@ def quantize_blocks(
         batch * across[0] * across[1], x.stream(), x.ptr, q.ptr, scales.ptr, batch_stride, row_stride,
         across[0] * across[1], 1 if transposed else across[1], across[0] if transposed else 1,
         *fast_div(across[0]), *fast_div(across[1]), rows, columns, eps,
+    )  # fmt: skip
+
+
+def tile_scales(op: str, x: View, out: View) -> None:
+    """Move scale bytes [batch, rows, columns] (or two dimensions) into tiles of 128 rows by 4, padded with zeros."""
+    batch, rows, columns = (1, *x.shape) if len(x.shape) == 2 else x.shape
+    batch_stride, row_stride = (0, x.strides[0]) if len(x.shape) == 2 else x.strides[:2]
+    padded_rows, row_words = -(-rows // 128) * 128, -(-columns // 4)
+    words = batch * padded_rows * row_words
+    if words >= _MOST:
+        raise ShapeError(f"{op}: unswizzled_sf has shape {x.shape}, expected less than 2^33 bytes")
+    load_kernel(tile_spec(), x.device).launch(
+        -(-words // _THREADS), x.stream(), x.ptr, out.ptr, batch_stride, row_stride, words,
+        *fast_div(row_words or 1), *fast_div(padded_rows or 1), rows, columns,
     )  # fmt: skip
 
 
@@ -360,7 +423,7 @@ def dequantize(
     bits = BITS[code]
     common = q.ptr | batch_stride | row_stride | 8
     most = (common & -common) * 8 // bits
-    vec = 8
+    vec = 16 // out.dtype.itemsize
     while vec > 1 and (width % vec or vec > most or block[1] % vec):
         vec //= 2
     vectors = batch * rows * (width // vec)
@@ -375,6 +438,16 @@ def dequantize(
         batch_stride, row_stride, *scale_strides, vectors, *fast_div(width // vec), rows, width, *block,
         padded_columns, 1.0 if on_device else given,
     )  # fmt: skip
+
+
+def float_input(op: str, x: Any, name: str = "x", least: int = 1) -> View:
+    """A floating array of at least `least` dimensions, the last one dense."""
+    v = view(x, op, name)
+    if len(v.shape) < least:
+        raise ShapeError(f"{op}: {name} is {v.ndim}-D {v.shape}, expected at least {least}-D")
+    check_dtype(op, name, v, FLOAT_TYPES)
+    check_inner(op, name, v)
+    return v
 
 
 def one_number(op: str, name: str, value: Any, x: View) -> float | View:

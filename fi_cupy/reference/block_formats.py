@@ -117,7 +117,7 @@ def fp4_quantize(
         Usually 448 * 6 / max |x|: brings the groups' scales into e4m3's range.
     sf_vec_size : 16 or 32
     sf_use_ue8m0 : bool
-        False: ``scale = e4m3(global_scale * (amax / 6))`` (NVFP4). True: the power of two from
+        False: ``scale = e4m3(amax * (global_scale / 6))`` (NVFP4). True: the power of two from
         ``global_scale * amax / 6`` on (MXFP4).
 
     Returns
@@ -134,7 +134,7 @@ def fp4_quantize(
             scales = e8m0_codes(amax * given, E2M1_MAX)
             inverse = given * (1 / e8m0_values(scales)).astype(ct)
         else:
-            stored = round_to(given * (amax / ct(E2M1_MAX)), E4M3)
+            stored = round_to(amax * (given / ct(E2M1_MAX)), E4M3)
             scales, value = stored.view(np.uint8), upcast(stored, ct)
             inverse = np.where(value != 0, given / value, ct(0))
         codes = e2m1_codes(groups * inverse[..., None])

@@ -255,7 +255,7 @@ def rope_quantize_fp8(
             return None
         y = upcast(x, ct)
         if rotated:
-            y = rotate(y.reshape(y.shape[0], -1, y.shape[-1]), cos, sin, not is_neox).reshape(y.shape)
+            y = rotate(y if y.ndim == 3 else y[:, None], cos, sin, not is_neox).reshape(y.shape)
         return round_to(y * float(scale), out_dtype)
 
     q_rope_out, k_rope_out = quantise(q_rope, quant_scale_q, True), quantise(k_rope, quant_scale_kv, True)

@@ -122,20 +122,37 @@ struct Format<E2m1> {
     const uint32_t signs = (__float_as_uint(x) >> 28 & 8) | (__float_as_uint(y) >> 24 & 0x80);
     return (magnitude(x) & 7) | (magnitude(y) & 7) << 4 | signs;
   }
-  // Four values as two bytes: all four at a time.
+  // The codes of four values in bytes 0 and 2, two each (the other bytes are garbage).
   FI_DEVICE static uint32_t encode_four(float a, float b, float c, float d) {
     const uint32_t low = __byte_perm(__byte_perm(magnitude(a), magnitude(b), 0x0040),
                                      __byte_perm(magnitude(c), magnitude(d), 0x0040), 0x5410);
     const uint32_t high = __byte_perm(__byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0073),
                                       __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0073), 0x5410);
     const uint32_t nibbles = (low & 0x07070707u) | (high & 0x80808080u) >> 4;
-    const uint32_t pairs = nibbles | nibbles >> 4;  // bytes 0 and 2 hold two codes each
-    return __byte_perm(pairs, 0, 0x4420);
+    return nibbles | nibbles >> 4;
+  }
+  FI_DEVICE static uint32_t encode_eight(const float* x) {
+    return __byte_perm(encode_four(x[0], x[1], x[2], x[3]), encode_four(x[4], x[5], x[6], x[7]), 0x6420);
   }
 };
 
 template <typename O>
 constexpr int kBits = is_same_v<O, E2m1> ? 4 : 8;
+
+// Elements as fp32. bf16 by the word: of a half on its own the compiler makes two instructions.
+template <typename T, int N>
+FI_DEVICE void to_floats(const Vec<T, N>& in, float (&out)[N]) {
+  if constexpr (is_same_v<T, __nv_bfloat16> && N % 2 == 0) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(&in);
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      out[i] = __uint_as_float(words[i / 2] << 16);
+      out[i + 1] = __uint_as_float(words[i / 2] & 0xffff0000u);
+    }
+  } else {
+    in.to_floats(out);
+  }
+}
 
 // N values, N * kBits / 8 bytes, stored in one access.
 template <typename O, int N>
@@ -143,27 +160,21 @@ FI_DEVICE void store(const float (&x)[N], uint8_t* to) {
   if constexpr (N == 1) {
     static_assert(kBits<O> == 8, "half a byte cannot be stored");
     *to = uint8_t(Format<O>::encode_two(x[0], 0.f));
-  } else {
-    constexpr int kBytes = N * kBits<O> / 8;
-    Vec<uint8_t, kBytes> out;
-    if constexpr (kBits<O> == 4) {
-      if constexpr (N % 4 == 0) {
+  } else if constexpr (kBits<O> == 4) {
+    if constexpr (N % 8 == 0) {
+      Vec<uint32_t, N / 8> out;
 #pragma unroll
-        for (int i = 0; i < N; i += 4) {
-          const uint32_t two = Format<O>::encode_four(x[i], x[i + 1], x[i + 2], x[i + 3]);
-          out[i / 2] = uint8_t(two), out[i / 2 + 1] = uint8_t(two >> 8);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < N; i += 2) out[i / 2] = uint8_t(Format<O>::encode_two(x[i], x[i + 1]));
-      }
+      for (int i = 0; i < N; i += 8) out[i / 8] = Format<O>::encode_eight(x + i);
+      out.store(to);
+    } else if constexpr (N == 4) {
+      *reinterpret_cast<uint16_t*>(to) = uint16_t(__byte_perm(Format<O>::encode_four(x[0], x[1], x[2], x[3]), 0, 0x4420));
     } else {
-#pragma unroll
-      for (int i = 0; i < N; i += 2) {
-        const uint32_t two = Format<O>::encode_two(x[i], x[i + 1]);
-        out[i] = uint8_t(two), out[i + 1] = uint8_t(two >> 8);
-      }
+      *to = uint8_t(Format<O>::encode_two(x[0], x[1]));
     }
+  } else {
+    Vec<uint16_t, N / 2> out;  // a pair at a time: bytes put together one by one cost an instruction each
+#pragma unroll
+    for (int i = 0; i < N; i += 2) out[i / 2] = uint16_t(Format<O>::encode_two(x[i], x[i + 1]));
     out.store(to);
   }
 }
@@ -188,12 +199,22 @@ FI_DEVICE float e8m0_reciprocal(uint32_t code) {
   return __uint_as_float(code == 254 ? 0x400000 : (254 - code) << 23);
 }
 
-// x / scale, correctly rounded, where inverse = 1 / scale is (Markstein): one multiplication and a correction, which
-// means nothing where the quotient or the scale is infinite, and would take its sign from -0.
+// 1 / x, correctly rounded, for x from 2^-125 to 2^125, NaN and infinity: what a division does without its exceptions.
+FI_DEVICE float reciprocal(float x) {
+  const float y = math::ptx_rcp(x);
+  return x == FI_INF ? 0.f : fmaf(y, fmaf(-x, y, 1.f), y);
+}
+// x / scale, correctly rounded, where inverse = 1 / scale is (Markstein): one multiplication and a correction, in the form
+// that keeps the sign of -0. For finite x and a finite scale; an infinite scale is passed as 0, with the inverse 0.
+FI_DEVICE float divide_finite(float x, float scale, float inverse) {
+  const float quotient = x * inverse;
+  return fmaf(-fmaf(quotient, scale, -x), inverse, quotient);
+}
+// The same for any x and scale.
 FI_DEVICE float divide(float x, float scale, float inverse) {
   const float quotient = x * inverse;
-  const float rest = fmaf(-quotient, scale, x);
-  return rest != 0.f && fabsf(rest) < FI_INF ? fmaf(rest, inverse, quotient) : quotient;
+  const float excess = fmaf(quotient, scale, -x);
+  return fabsf(excess) < FI_INF ? fmaf(-excess, inverse, quotient) : quotient;
 }
 
 // Where the scale of (row, column) lies in tiles of `kRows` rows by 4 columns, `columns` padded to 4. Rows of 128-row

@@ -76,7 +76,9 @@ def _text(path: Path) -> str:
 def _headers() -> Path:
     """The kernels with what g++ does not know replaced."""
     kernels = ROOT / "kernels"
-    files = [p for name in ("common", "ptx", "sampling", "quantization") for p in sorted((kernels / name).glob("*.cuh"))]
+    files = [
+        p for name in ("common", "ptx", "sampling", "quantization") for p in sorted((kernels / name).glob("*.cuh"))
+    ]
     files += [*sorted(kernels.glob("*.cuh")), kernels / "attention" / "fast_div.cuh"]
     texts = {p.relative_to(kernels): _text(p) for p in files}
     digest = hashlib.sha256("".join(texts.values()).encode() + (HERE / "emulator.hpp").read_bytes()).hexdigest()[:16]

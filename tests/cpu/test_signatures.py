@@ -48,6 +48,11 @@ SPARSE_FORWARD = (
     "rope_theta=None"
 )
 
+ROPE_QUANTIZE = (
+    "q_rope k_rope q_nope k_nope cos_sin_cache pos_ids is_neox=True quantize_dtype=None quant_scale_q=1.0 "
+    "quant_scale_kv=1.0 q_rope_out=None k_rope_out=None q_nope_out=None k_nope_out=None enable_pdl=False"
+)
+
 SIGNATURES = {
     "decode.single_decode_with_kv_cache": (
         "q k v kv_layout='NHD' pos_encoding_mode='NONE' use_tensor_cores=False q_scale=None k_scale=None v_scale=None "
@@ -202,6 +207,31 @@ SIGNATURES = {
     "sparse.VariableBlockSparseAttentionWrapper.run": "q k v out=None lse=None return_lse=False enable_pdl=None",
     "sparse.VariableBlockSparseAttentionWrapper.forward": SPARSE_FORWARD,
     "sparse.convert_bsr_mask_layout": "mask indptr",
+    "norm.rmsnorm_quant": "out input weight scale eps=1e-06 enable_pdl=None",
+    "norm.fused_add_rmsnorm_quant": "out input residual weight scale eps=1e-06 enable_pdl=None",
+    "norm.layernorm_quant": "out input gamma beta scale eps=1e-06",
+    "rope.rope_quantize_fp8": ROPE_QUANTIZE,
+    "rope.mla_rope_quantize_fp8": ROPE_QUANTIZE,
+    "rope.rope_quantize_fp8_append_paged_kv_cache": (
+        "q_rope k_rope q_nope k_nope v cos_sin_cache pos_ids paged_kv_cache kv_indices kv_indptr batch_indices "
+        "positions is_neox=True quantize_dtype=None quant_scale_q=1.0 quant_scale_kv=1.0 page_size=16 kv_layout='NHD' "
+        "q_rope_out=None q_nope_out=None enable_pdl=False"
+    ),
+    "quantization.per_token_group_quant_8bit": (
+        "x group_size eps=1e-10 dst_dtype=None column_major_scales=False scale_tma_aligned=False scale_ue8m0=False"
+    ),
+    "quantization.mxfp8_quantize": (
+        "input is_sf_swizzled_layout=True alignment=32 enable_pdl=None backend='cuda' sf_swizzle_layout=None"
+    ),
+    "quantization.mxfp8_dequantize_host": ("input scale_tensor is_sf_swizzled_layout=True sf_swizzle_layout=None"),
+    "quantization.fp4_quantize": (
+        "input global_scale=None sf_vec_size=16 sf_use_ue8m0=False is_sf_swizzled_layout=True is_sf_8x4_layout=False "
+        "is_global_scale_inversed=False enable_pdl=None backend='cuda'"
+    ),
+    "quantization.e2m1_and_ufp8sf_scale_to_float": (
+        "e2m1_tensor ufp8_scale_tensor global_scale_tensor=None sf_vec_size=16 ufp8_type=1 is_sf_swizzled_layout=True"
+    ),
+    "quantization.mxfp4_quantize": "a backend='cuda' enable_pdl=None",
     "page.get_batch_indices_positions": "append_indptr seq_lens nnz batch_indices=None positions=None",
     "page.get_seq_lens": "kv_indptr kv_last_page_len page_size",
     "page.append_paged_kv_cache": (
