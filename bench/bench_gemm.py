@@ -10,7 +10,18 @@ from fi_cupy.arrays import view
 from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import bfloat16
 from fi_cupy.gemm import hopper, hopper_rows, mm_bf16
-from fi_cupy.gemm.select import TILES, rows_config, rows_spec, select_mm_kernel, stream_spec, tiled_config, tiled_spec
+from fi_cupy.gemm.select import (
+    TILES,
+    FewConfig,
+    few_config,
+    few_spec,
+    rows_config,
+    rows_spec,
+    select_mm_kernel,
+    stream_spec,
+    tiled_config,
+    tiled_spec,
+)
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.testing.bench import BenchCase, bench_case, random_array
@@ -68,6 +79,18 @@ def _up(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _few_neighbours(m: int, n: int, k: int) -> list[FewConfig]:
+    """The chosen numbers, and those that differ in one of them."""
+    few = few_config(m, n, k)
+    return [
+        few,
+        few._replace(wide=not few.wide),
+        few._replace(ahead=not few.ahead),
+        few._replace(warps_k=max(1, few.warps_k // 2)),
+        few._replace(depth=1),
+    ]
+
+
 def alternatives(device: DeviceInfo, m: int, n: int, k: int) -> dict[str, tuple[KernelSpec, Any]]:
     """Every sensible kernel for one shape: what `select_mm_kernel` chooses from, and close neighbours."""
     found: dict[str, tuple[KernelSpec, Any]] = {}
@@ -77,10 +100,14 @@ def alternatives(device: DeviceInfo, m: int, n: int, k: int) -> dict[str, tuple[
 
     add(*select_mm_kernel(m, n, k, device))
     if m <= 4:
-        lanes, rows, depth, warps_k, warps_n = rows_config(n, k)
+        lanes, rows, depth, warps_k, warps_n = rows_config(k)
         for r, w in {(rows, warps_n), (2 * rows, warps_n), (rows, 2 * warps_n), (max(1, rows // 2), warps_n)}:
-            spec = rows_spec(bfloat16, bfloat16, m if m <= 2 else 4, lanes, r, depth, warps_k, w)
+            spec = rows_spec(bfloat16, bfloat16, m if m <= 2 else 4, lanes, r, depth, warps_k, w, True)
             add(spec, (_up(n, w * r * (32 // lanes)), 1, 1))
+    for few in _few_neighbours(m, n, k) if m <= 16 else ():
+        a_tiles, w_tiles, depth, warps_k, wide, ahead = few
+        spec = few_spec(bfloat16, bfloat16, a_tiles, w_tiles, depth, warps_k, wide=wide, ahead=ahead)
+        add(spec, (_up(n, 16 * w_tiles), 1, 1))
     if m <= 256:
         steps = _up(k, 64)
         for tiles in ((1, 1), (1, 2), (2, 2), (2, 4), (4, 4)):
@@ -115,7 +142,7 @@ def _launcher(spec: KernelSpec, grid: Any, m: int, n: int, k: int) -> Callable[[
             hopper.launch(spec, grid, out, a, w)
             return
         kernel = load_kernel(spec, a.device)
-        kernel.launch(grid, a.stream(), a.ptr, w.ptr, 0, out.ptr, k, k, n, 0, 0, 0, m, n, k)
+        kernel.launch(grid, a.stream(), a.ptr, w.ptr, 0, out.ptr, k, k, n, 0, 0, 0, m, n, k, 0, 0, 0)
 
     return launch
 

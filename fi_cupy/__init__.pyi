@@ -12,6 +12,7 @@ from . import (
     decode as decode,
     dtypes as dtypes,
     errors as errors,
+    fused_moe as fused_moe,
     gemm as gemm,
     jit as jit,
     logits_processor as logits_processor,
@@ -62,9 +63,23 @@ from .decode import (
     fast_decode_plan as fast_decode_plan,
     single_decode_with_kv_cache as single_decode_with_kv_cache,
 )
+from .fused_moe import (
+    ActivationType as ActivationType,
+    cutlass_fused_moe as cutlass_fused_moe,
+    fused_topk_deepseek as fused_topk_deepseek,
+)
 from .gemm import (
+    SegmentGEMMWrapper as SegmentGEMMWrapper,
     bmm_bf16 as bmm_bf16,
+    bmm_fp8 as bmm_fp8,
+    fp8_blockscale_gemm_sm90 as fp8_blockscale_gemm_sm90,
+    gemm_fp8_nt_blockscaled as gemm_fp8_nt_blockscaled,
+    gemm_fp8_nt_groupwise as gemm_fp8_nt_groupwise,
+    group_gemm as group_gemm,
+    group_gemm_fp8_nt_groupwise as group_gemm_fp8_nt_groupwise,
     mm_bf16 as mm_bf16,
+    mm_bf16_swiglu as mm_bf16_swiglu,
+    mm_fp8 as mm_fp8,
 )
 from .norm import (
     fused_add_rmsnorm as fused_add_rmsnorm,

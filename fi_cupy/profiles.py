@@ -18,7 +18,7 @@ from fi_cupy.jit.spec import ARCHS, KernelSpec
 #: The modules that hold kernels, each with ``kernel_specs()``.
 MODULES: tuple[str, ...] = (
     "norm", "lookup", "activation", "rope", "page", "quantization", "cascade", "sampling", "topk", "decode",
-    "prefill", "mixed", "customize", "gemm",
+    "prefill", "mixed", "customize", "gemm", "fused_moe",
 )  # fmt: skip
 
 
@@ -71,9 +71,9 @@ def names() -> tuple[str, ...]:
 
 def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
     """The kernels that serving a model takes on `device`: batches of 1 to 256 requests, prompts of any length."""
-    from fi_cupy import activation, decode_kernel, lookup, norm, page, prefill_kernel, rope, sampling
+    from fi_cupy import decode_kernel, lookup, norm, page, prefill_kernel, rope, sampling
     from fi_cupy.dtypes import bfloat16, float32, int32
-    from fi_cupy.gemm.select import select_mm_kernel
+    from fi_cupy.gemm.select import gated_spec, select_mm_kernel
     from fi_cupy.prefill_hopper import Load
 
     h, d, kv = shape.hidden, shape.head_dim, shape.num_kv_heads
@@ -82,14 +82,14 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
         norm.norm_spec(bfloat16, bfloat16, bfloat16, h, 8),
         norm.norm_spec(bfloat16, bfloat16, bfloat16, h, 8, residual=True),
         *lookup.kernel_specs(),
-        *(activation.activation_spec("silu", bfloat16, 8, unroll) for unroll in (1, 2)),
         rope.rope_spec(bfloat16, int32, d, 8, rope._threads((qo + kv) * d // 16)),
         *(page.append_spec(2 * d, 2 * d, 16, unroll) for unroll in (1, 4)),
         *sampling.kernel_specs()[:9],
     ]
-    products = [((qo + 2 * kv) * d, h), (h, qo * d), (2 * shape.intermediate, h), (h, shape.intermediate)]
+    products = [((qo + 2 * kv) * d, h), (h, qo * d), (h, shape.intermediate)]
     for m in (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096):
         specs += [select_mm_kernel(m, n, k, device)[0] for n, k in products]
+        specs.append(gated_spec(m, shape.intermediate, h, device))
         specs.append(select_mm_kernel(m, shape.vocab, h, device, out=float32)[0])
     for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         problem = decode_kernel.Problem(

@@ -11,7 +11,11 @@ from fi_cupy.device import device_info
 from fi_cupy.dtypes import FLOAT_TYPES, HALF_TYPES
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import DTypeError, LayoutError, ShapeError, UnsupportedError
-from fi_cupy.gemm import hopper
+from fi_cupy.gemm import hopper, hopper_rows
+from fi_cupy.gemm.group import launch_group
+from fi_cupy.gemm.operands import swapped
+from fi_cupy.gemm.route import on_hopper
+from fi_cupy.gemm.select import HOPPER_ROWS_MAX, select_gated_kernel
 from fi_cupy.gemm.tuning import choose_mm_kernel
 from fi_cupy.jit.kernel import load_kernel
 
@@ -85,18 +89,9 @@ def _output(op: str, a: View, shape: tuple[int, ...], out: Any, out_dtype: Any) 
     return o
 
 
-def _transposed(b: View) -> View:
-    """b with its last two axes swapped: the matrix as it lies in memory."""
-    shape, strides = b.shape, b.strides
-    return View(
-        b._framework, b.array, b.ptr, (*shape[:-2], shape[-1], shape[-2]), (*strides[:-2], strides[-1], strides[-2]),
-        b.dtype, b.device,
-    )  # fmt: skip
-
-
 def _multiply(
-    op: str, a: View, b: View, bias: View | None, out: View, row_major_b: bool, pdl: bool, batched: bool,
-    chosen: Any = None,
+    op: str, a: View, b: View, bias: View | None, residual: View | None, out: View, row_major_b: bool, pdl: bool,
+    batched: bool, chosen: Any = None,
 ) -> None:  # fmt: skip
     """Launch what `chosen` (a kernel and its grid) says, by default what the tuner or the heuristic chooses."""
     m, k = a.shape[-2:]
@@ -106,20 +101,20 @@ def _multiply(
         return
     if batch > _MAX_BATCH:
         raise UnsupportedError(f"{op}: a has shape {a.shape}, expected a batch of at most {_MAX_BATCH}; split it")
-    w = b if row_major_b else _transposed(b)
+    w = b if row_major_b else swapped(b)
     portable = not (hopper.mappable(a) and hopper.mappable(out) and hopper.mappable(w))
     spec, grid = chosen or choose_mm_kernel(
         op, (m, n, k, device_info(a.device), a.dtype, out.dtype, row_major_b, batch, pdl, portable)
     )
     if spec.params is hopper.PARAMS:
-        hopper.launch(spec, grid, out, a, w, batch=batch, bias=bias, pdl=pdl)
+        hopper.launch(spec, grid, out, a, w, batch=batch, bias=bias, residual=residual, pdl=pdl)
         return
     load_kernel(spec, a.device).launch(
         grid, a.stream(),
         a.ptr, b.ptr, 0 if bias is None else bias.ptr, out.ptr,
         a.strides[-2], b.strides[-2] if row_major_b else b.strides[-1], out.strides[-2],
         a.strides[0] if batched else 0, b.strides[0] if batched else 0, out.strides[0] if batched else 0,
-        m, n, k, pdl=pdl,
+        m, n, k, 0 if residual is None else residual.ptr, 0 if residual is None else residual.strides[-2], 0, pdl=pdl,
     )  # fmt: skip
 
 
@@ -128,10 +123,35 @@ def _check_backend(op: str, backend: str) -> None:
         raise UnsupportedError(f"{op}: backend is {backend!r}, expected 'auto': fi_cupy picks among its own kernels")
 
 
+def _bias(op: str, bias: Any, like: View, n: int, meaning: str) -> View | None:
+    if bias is None:
+        return None
+    add = view(bias, op, "bias")
+    check_shape(op, "bias", add, (n,), meaning)
+    check_dtype(op, "bias", add, (like.dtype,), "like a")
+    check_device(op, like, bias=add)
+    check_inner(op, "bias", add)
+    return add
+
+
+def _residual(op: str, residual: Any, out: View) -> View | None:
+    if residual is None:
+        return None
+    add = view(residual, op, "residual")
+    check_shape(op, "residual", add, out.shape, "= (m, n)")
+    if add.dtype is not out.dtype:
+        raise DTypeError(f"{op}: residual has dtype {add.dtype.name}, expected {out.dtype.name} like the result")
+    check_device(op, out, residual=add)
+    check_inner(op, "residual", add)
+    check_aligned(op, "residual", add, 16)
+    return add
+
+
 def mm_bf16(
-    a: Any, b: Any, bias: Any = None, pdl: bool = False, out: Any = None, out_dtype: Any = None, backend: str = "auto"
-) -> Any:
-    """Matrix product of 16-bit operands: ``a @ b + bias``, accumulated in fp32 and rounded once.
+    a: Any, b: Any, bias: Any = None, pdl: bool = False, out: Any = None, out_dtype: Any = None, backend: str = "auto",
+    *, residual: Any = None,
+) -> Any:  # fmt: skip
+    """Matrix product of 16-bit operands: ``a @ b + bias + residual``, accumulated in fp32 and rounded once.
 
     Parameters
     ----------
@@ -152,6 +172,8 @@ def mm_bf16(
     backend : str
         "auto": the kernel follows from the shape and the device (`fi_cupy.gemm.select`), or from what the tuner has
         measured (`fi_cupy.autotuner`).
+    residual : array, [m, n], dtype of the result, optional
+        Added before the rounding; may be `out` itself. Rows may be strided, by multiples of 16 bytes.
 
     Returns
     -------
@@ -179,19 +201,84 @@ def mm_bf16(
     x, w = view(a, op, "a"), view(b, op, "b")
     row_major_b = _operands(op, x, w, 2)
     n = w.shape[1]
-    add = None
-    if bias is not None:
-        add = view(bias, op, "bias")
-        check_shape(op, "bias", add, (n,), "= b.shape[1:]")
-        check_dtype(op, "bias", add, (x.dtype,), "like a")
-        check_device(op, x, bias=add)
-        check_inner(op, "bias", add)
+    add = _bias(op, bias, x, n, "= b.shape[1:]")
+    o = _output(op, x, (x.shape[0], n), out, out_dtype)
+    plus = _residual(op, residual, o)
+    if x.is_cpu:
+        o.write(
+            reference.gemm.mm(
+                x.numpy(), w.numpy(), None if add is None else add.numpy(), o.dtype.np,
+                None if plus is None else plus.numpy(),
+            )
+        )  # fmt: skip
+    else:
+        _multiply(op, x, w, add, plus, o, row_major_b, bool(pdl), batched=False)
+    return o.result() if out is None else out
+
+
+def mm_bf16_swiglu(
+    a: Any, b: Any, *, pdl: bool = False, out: Any = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    """Gated product in one launch: ``silu(a @ gate) * (a @ up)`` with ``gate, up = b[:, :n], b[:, n:]``.
+
+    Parameters
+    ----------
+    a : array, [m, k], bfloat16 or float16
+        Rows may be strided, by multiples of 16 bytes; k is a multiple of 8.
+    b : array, [k, 2 * n], dtype of `a`
+        Column-major: ``weight.T`` of a row-major weight ``[2 * n, k]``, the gate's rows first. n is a multiple of 8.
+    pdl : bool
+        As in `mm_bf16`.
+    out : array, [m, n], optional
+    bias : array, [2 * n], dtype of `a`, optional
+        Added to both products before the activation.
+    out_dtype : dtype, optional
+        By default that of `out`, else of `a`.
+
+    Returns
+    -------
+    array
+        ``[m, n]``, computed in fp32 and rounded once.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, LayoutError, ImmutableArrayError, UnsupportedError
+
+    Source
+    ------
+    Shazeer 2020 (arXiv:2002.05202); flashinfer.gemm.mm_bf16_swiglu.
+    """
+    op = "mm_bf16_swiglu"
+    x, w = view(a, op, "a"), view(b, op, "b")
+    if _operands(op, x, w, 2):
+        raise LayoutError(f"{op}: b has strides {w.strides} (elements), expected stride 1 along k: pass weight.T")
+    n, odd = divmod(w.shape[1], 2)
+    if odd or n % 8:
+        raise ShapeError(f"{op}: b has shape {w.shape}, expected a last dimension that is a multiple of 16")
+    add = _bias(op, bias, x, 2 * n, "= b.shape[1:]")
     o = _output(op, x, (x.shape[0], n), out, out_dtype)
     if x.is_cpu:
-        o.write(reference.gemm.mm(x.numpy(), w.numpy(), None if add is None else add.numpy(), out_dtype=o.dtype.np))
-    else:
-        _multiply(op, x, w, add, o, row_major_b, bool(pdl), batched=False)
+        o.write(reference.gemm.mm_swiglu(x.numpy(), w.numpy(), None if add is None else add.numpy(), o.dtype.np))
+    elif x.shape[0]:
+        _multiply_gated(x, swapped(w), add, o, bool(pdl))
     return o.result() if out is None else out
+
+
+def _multiply_gated(a: View, w: View, bias: View | None, out: View, pdl: bool) -> None:
+    """w: [2 n, k]."""
+    (m, k), n, device = a.shape, out.shape[1], device_info(a.device)
+    chosen = select_gated_kernel(m, n, k, device, a.dtype, out.dtype)
+    if chosen is not None:
+        spec, grid = chosen
+        load_kernel(spec, a.device).launch(
+            grid, a.stream(), a.ptr, w.ptr, 0 if bias is None else bias.ptr, out.ptr, a.strides[0], w.strides[0],
+            out.strides[0], 0, 0, 0, m, n, k, 0, 0, 0, pdl=pdl,
+        )  # fmt: skip
+    elif on_hopper(device, n, a, w, out):
+        launch = hopper_rows.launch_rows_mm if m <= HOPPER_ROWS_MAX else hopper.launch_hopper_mm
+        launch(out, a, w, bias=bias, gated=True, pdl=pdl)
+    else:
+        launch_group(out, a, w, bias=bias, gated=True, pdl=pdl)
 
 
 def bmm_bf16(A: Any, B: Any, out: Any = None, out_dtype: Any = None, backend: str = "auto") -> Any:
@@ -227,5 +314,5 @@ def bmm_bf16(A: Any, B: Any, out: Any = None, out_dtype: Any = None, backend: st
     if x.is_cpu:
         o.write(reference.gemm.bmm(x.numpy(), w.numpy(), out_dtype=o.dtype.np))
     else:
-        _multiply(op, x, w, None, o, row_major_b, pdl=False, batched=True)
+        _multiply(op, x, w, None, None, o, row_major_b, pdl=False, batched=True)
     return o.result() if out is None else out

@@ -1,9 +1,10 @@
 """Which kernel multiplies: pure functions of the shape and the device, with the reason beside each threshold.
 
-Three kernels share one parameter struct (``kernels/gemm/gemm.cuh``):
+Four kernels share one parameter struct (``kernels/gemm/gemm.cuh``):
 
-- ``gemm_rows``: one or two rows on the CUDA cores, limited by reading the weight once;
-- ``gemm_stream``: few rows on the tensor cores, the weight from global memory straight to fragments;
+- ``gemm_rows``: one row on the CUDA cores, limited by reading the weight once;
+- ``gemm_few``: up to 16 rows on the tensor cores, the weight straight from global memory to left fragments;
+- ``gemm_stream``: some more rows, the weight straight to right fragments;
 - ``gemm_tiled``: everything else, through shared memory.
 
 Hopper has two of its own with another struct (`fi_cupy.gemm.hopper`): ``gemm_hopper_rows`` for few rows, and
@@ -15,11 +16,11 @@ The times in the comments were measured on an H100 with bf16 weights that do not
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import DType, bfloat16, float16, float32
-from fi_cupy.gemm import hopper, hopper_rows
+from fi_cupy.gemm import group, hopper, hopper_rows
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import ConfigValue, CppType, KernelSpec
 
@@ -39,15 +40,17 @@ PARAMS = ParamsStruct(
         ("m", "u32"),
         ("n", "u32"),
         ("k", "u32"),
+        ("residual", "ptr"),
+        ("residual_stride", "i64"),
+        ("residual_batch", "i64"),
     ],
 )
 Grid = tuple[int, int, int]
 
-#: From three rows on the tensor cores read the weight as fast as the CUDA cores do, and cost nothing per row: at
-#: n, k = 4096, 14336 four rows take 43.8 µs here and 42.5 µs in `gemm_stream`.
-ROWS_MAX = 2
-#: Rows that `gemm_stream` always takes: one fragment of m16. Beyond, each CTA reads more of `a` than of `b`.
-STREAM_ALWAYS = 16
+#: From two rows on the tensor cores read the weight as fast as the CUDA cores do, and cost nothing per row.
+ROWS_MAX = 1
+#: Rows that `gemm_few` always takes, two fragments of eight. Beyond, each CTA reads more of `a` than of `b`.
+FEW_MAX = 16
 #: Rows of `a` up to this size stay in every multiprocessor's L1 (128 KB or more beside the partial sums on most GPUs),
 #: so that reading them once a CTA is cheap.
 STREAM_A_BYTES = 96 * 1024
@@ -77,7 +80,12 @@ def _spec(
         header=f"gemm/{function.removeprefix('gemm_')}.cuh",
         function=function,
         params=PARAMS,
-        config=(("T", dtype), ("Out", out), ("Epilogue", CppType(f"fi::BiasEpilogue<{dtype.cpp}>")), *config),
+        config=(
+            ("T", dtype),
+            ("Out", out),
+            ("Epilogue", CppType(f"fi::BiasEpilogue<{dtype.cpp}, {out.cpp}>")),
+            *config,
+        ),
         threads=threads,
         min_blocks=min_blocks,
         smem_bytes=smem,
@@ -87,38 +95,81 @@ def _spec(
 
 @lru_cache(maxsize=256)
 def rows_spec(
-    dtype: DType, out: DType, m: int, lanes: int, rows: int, depth: int, warps_k: int, warps_n: int
+    dtype: DType, out: DType, m: int, lanes: int, rows: int, depth: int, warps_k: int, warps_n: int, ahead: bool = False
 ) -> KernelSpec:
     """The CUDA-core kernel for `m` rows of a; the other numbers are ``kernels/gemm/rows.cuh``'s Config."""
     return _spec(
-        f"m{m}_l{lanes}r{rows}d{depth}_w{warps_k}x{warps_n}", "gemm_rows", dtype, out, 32 * warps_k * warps_n,
+        f"m{m}_l{lanes}r{rows}d{depth}_w{warps_k}x{warps_n}{'a' * ahead}", "gemm_rows", dtype, out,
+        32 * warps_k * warps_n,
         (
             ("kM", m), ("kLanes", lanes), ("kRows", rows), ("kDepth", depth), ("kWarpsK", warps_k),
-            ("kWarpsN", warps_n),
+            ("kWarpsN", warps_n), ("kAhead", ahead),
         ),
     )  # fmt: skip
 
 
-def rows_config(n: int, k: int) -> tuple[int, int, int, int, int]:
-    """(lanes, rows, depth, warps_k, warps_n) of `rows_spec` for a weight of n rows of k elements.
+@lru_cache(maxsize=256)
+def few_spec(
+    dtype: DType, out: DType, a_tiles: int, w_tiles: int, depth: int, warps_k: int, *, wide: bool = False,
+    ahead: bool = False, gated: bool = False, min_blocks: int = 0,
+) -> KernelSpec:  # fmt: skip
+    """The tensor-core kernel with the weight as left operand; Config of ``kernels/gemm/few.cuh``."""
+    return _spec(
+        f"{8 * a_tiles}x{16 * w_tiles}{'w' * wide}_d{depth}_w{warps_k}{'a' * ahead}{'_gated' * gated}"
+        f"{f'_b{min_blocks}' if min_blocks else ''}", "gemm_few", dtype, out, 32 * warps_k,
+        (
+            ("kATiles", a_tiles), ("kWTiles", w_tiles), ("kWide", wide), ("kGated", gated), ("kAhead", ahead),
+            ("kDepth", depth), ("kWarpsK", warps_k),
+        ),
+        min_blocks=min_blocks,
+        min_arch=80 if dtype is bfloat16 else 75,  # Turing's tensor cores have no bf16
+    )  # fmt: skip
 
-    Every warp holds all or half of its share of k in registers at once, and a CTA computes one to four columns
-    (4096 x 4096: 1024 such CTAs take 12.3 µs, 64 CTAs of 64 columns 16.4).
+
+def rows_config(k: int) -> tuple[int, int, int, int, int]:
+    """(lanes, rows, depth, warps_k, warps_n) of `rows_spec` for rows of k elements; `a` is always requested ahead.
+
+    One or two columns a CTA: thousands of small CTAs stream better than few large ones (4096 x 4096 in 64 CTAs of 64
+    columns: 16.4 µs against 12.7). Without `a` ahead of its use every share of it costs a latency: 14.6.
     """
     if k < 2048:
-        # A row is too short for 32 lanes x 16 bytes x several warps: 8 lanes read 128 bytes of it, four rows a warp.
-        # Three steps a warp: 3 warps for k = 576 (1.8 µs at n = 576, 19.6 at 49152), 8 for k = 1536 (2.3 at 576).
-        steps = _up(k, 64)
-        warps_k = min(8, max(1, _up(steps, 3)))
-        return 8, 1, _even_depth(_up(steps, warps_k), 4), warps_k, max(1, 4 // warps_k)
-    # 512 contiguous bytes a row and load: 12.3 µs at 4096 x 4096, against 13.0 with 256 bytes.
-    steps = _up(k, 256)
-    if n < 8192 and steps <= 16:
-        return 32, 2, _even_depth(_up(steps, 4), 4), 4, 2
-    share = _up(steps, 8)
-    if share <= 3:
-        return 32, 2, share, 8, 1  # 14336 x 4096: 38.4 µs, 3.06 TB/s
-    return 32, 1, _even_depth(share, 7), 8, 1  # 4096 x 14336: 38.5 µs
+        # A row is too short for 32 lanes x 16 bytes x several warps: 16 lanes read 256 bytes of it, two rows a warp.
+        # 2.1 µs at 576 x 576, 20.3 at 49152 x 576, 2.65 at 576 x 1536; 8 lanes are within 2 %.
+        steps = _up(k, 128)
+        warps_k = min(3, steps)
+        return 16, 1, _even_depth(_up(steps, warps_k), 4), warps_k, 2
+    # 512 contiguous bytes a row and load: 12.7 µs at 4096 x 4096, 38.9 at 14336 x 4096, 39.5 at 4096 x 14336.
+    return 32, 1, _even_depth(_up(_up(k, 256), 8), 4), 8, 1
+
+
+class FewConfig(NamedTuple):
+    """The numbers of `few_spec`."""
+
+    a_tiles: int
+    w_tiles: int
+    depth: int
+    warps_k: int
+    wide: bool
+    ahead: bool
+
+
+def few_config(m: int, n: int, k: int, *, batch: int = 1) -> FewConfig:
+    """Up to 16 rows: the numbers of ``kernels/gemm/few.cuh``'s Config.
+
+    Loads of 128 contiguous bytes ("wide") win on long streams: 14336 x 4096 at m = 8 in 40.4 µs against 42.2, 4096 x
+    4096 in 13.5 against 14.5. With 16 rows of a their second product and its registers cost more where rows are few:
+    4096 x 4096 14.6 against 15.7, but 14336 x 4096 42.1 against 43.9. Short weights end before that matters.
+    """
+    steps, long = _up(k, 64), n * k * 2 * batch >= 40 << 20
+    a_tiles = 1 if m <= 8 else 2
+    if k >= 2048:
+        if a_tiles == 1 or n >= 8192:
+            return FewConfig(a_tiles, 1, 2, 8 if a_tiles == 1 else 4, True, True)
+        return FewConfig(a_tiles, 1, 2, 8, False, True)
+    # As many warps as there are steps: n, k = 576, 576 at m = 8 in 2.4 µs by 9 warps against 2.7 by 3 warps of 3 steps.
+    depth = min(2 if a_tiles == 1 else 3, _up(steps, 12 if a_tiles == 1 else 9))
+    warps_k = min(_up(steps, depth), 12 if a_tiles == 1 else 9)
+    return FewConfig(a_tiles, 1, depth, warps_k, long and a_tiles == 1, long or (a_tiles == 2 and depth == 1))
 
 
 @lru_cache(maxsize=256)
@@ -273,15 +324,50 @@ def select_mm_kernel(
     slow = _slow_bf16(dtype, device)
     if not row_major_b:
         if m <= (4 if slow else ROWS_MAX):
-            lanes, rows, depth, warps_k, warps_n = rows_config(n, k)
-            spec = rows_spec(dtype, out, m if m <= 2 else 4, lanes, rows, depth, warps_k, warps_n)
+            lanes, rows, depth, warps_k, warps_n = rows_config(k)
+            spec = rows_spec(dtype, out, m if m <= 2 else 4, lanes, rows, depth, warps_k, warps_n, True)
             return spec, (_up(n, warps_n * rows * (32 // lanes)), 1, batch)
+        if m <= FEW_MAX and not slow:
+            few = few_config(m, n, k, batch=batch)
+            return _few(few, dtype, out), (_up(n, 16 * few.w_tiles), 1, batch)
         if not slow and _streams(m, n, k, device, batch):
             config = stream_config(m, n, k, device, batch)
             return stream_spec(dtype, out, *config), (_up(n, 8 * config[1]), _up(m, 16 * config[0]), batch)
     config_tiled = tiled_config(m, n, device, batch=batch, slow_bf16=slow)
     spec = tiled_spec(dtype, out, *config_tiled, row_major_b)
     return spec, (_up(m, config_tiled[0]) * _up(n, config_tiled[1]), 1, batch)
+
+
+def _few(config: FewConfig, dtype: DType, out: DType, gated: bool = False) -> KernelSpec:
+    a_tiles, w_tiles, depth, warps_k, wide, ahead = config
+    return few_spec(dtype, out, a_tiles, w_tiles, depth, warps_k, wide=wide, ahead=ahead, gated=gated)
+
+
+def select_gated_kernel(
+    m: int, n: int, k: int, device: DeviceInfo, dtype: DType = bfloat16, out: DType = bfloat16
+) -> tuple[KernelSpec, Grid] | None:
+    """The kernel and the grid for ``silu(a gate) * (a up)`` of few rows; None where shared tiles are better."""
+    if m > FEW_MAX or _slow_bf16(dtype, device):
+        return None
+    few = few_config(m, 2 * n, k)
+    return _few(few, dtype, out, True), (_up(n, 8 * few.w_tiles), 1, 1)
+
+
+def gated_spec(
+    m: int, n: int, k: int, device: DeviceInfo, dtype: DType = bfloat16, out: DType = bfloat16
+) -> KernelSpec:
+    """The kernel that `mm_bf16_swiglu` takes, to have it compiled beforehand."""
+    chosen = select_gated_kernel(m, n, k, device, dtype, out)
+    if chosen is not None:
+        return chosen[0]
+    if hopper.hopper_refusal(device, dtype, n, k):
+        made = group.Group(dtype, dtype, out, gated=True)
+        return group.group_spec(made, *group.group_tile(made, m, n, 1, device))
+    if m <= HOPPER_ROWS_MAX:
+        few = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms, gated=True)
+        return hopper_rows.rows_spec(few, dtype, dtype, out, gated=True)
+    tile = hopper.hopper_tile(m, n, 2 * k, device.num_sms, gated=True)
+    return hopper.hopper_spec(tile, dtype, dtype, out, gated=True)
 
 
 #: Rows from which Hopper's kernels are ahead of `gemm_stream`.
@@ -305,8 +391,6 @@ def _hopper_kernel(
 
 
 def _streams(m: int, n: int, k: int, device: DeviceInfo, batch: int) -> bool:
-    if m <= STREAM_ALWAYS:
-        return True
     if m > STREAM_MAX:
         return False
     # Not where tiles of 64 x 64 fill the device twice: 49152 x 576 at m = 64 takes 28 us in tiles, 50 here.

@@ -91,17 +91,33 @@ def _heuristic(p: MmProblem) -> tuple[KernelSpec, Grid]:
 
 def _rows(p: MmProblem) -> Iterator[Candidate]:
     held = p.m if p.m <= 2 else 4
-    lanes, rows, depth, warps_k, warps_n = select.rows_config(p.n, p.k)
-    shapes = [(rows, depth, warps_k, warps_n), (2 * rows, max(1, depth // 2), warps_k, warps_n)]
-    shapes += [(rows, depth, warps_k, 2 * warps_n), (max(1, rows // 2), depth, warps_k, warps_n)]
+    lanes, rows, depth, warps_k, warps_n = select.rows_config(p.k)
+    shapes = [(lanes, rows, depth, warps_k, warps_n), (lanes, 2 * rows, max(1, depth // 2), warps_k, warps_n)]
+    shapes.append((lanes, rows, depth, warps_k, 2 * warps_n))
     if lanes == 32:
         steps = -(-p.k // 256)
-        for r, limit, wk, wn in ((1, 4, 8, 1), (2, 4, 8, 1), (2, 4, 4, 2), (1, 7, 8, 1), (4, 2, 4, 2), (1, 4, 4, 1)):
-            shapes.append((r, select._even_depth(-(-steps // wk), limit), wk, wn))
-    for r, d, wk, wn in dict.fromkeys(shapes):
-        if wk * wn <= 16:
-            spec = select.rows_spec(p.dtype, p.out, held, lanes, r, d, wk, wn)
-            yield Candidate(spec, held, wn * r * (32 // lanes), "plane", held)
+        for r, limit, wk, wn in ((1, 2, 8, 1), (2, 2, 8, 1), (2, 4, 4, 2), (1, 7, 8, 1), (4, 2, 4, 2), (1, 4, 4, 2)):
+            shapes.append((lanes, r, select._even_depth(-(-steps // wk), limit), wk, wn))
+    else:  # narrower pieces of a short row
+        steps = -(-p.k // 64)
+        shapes += [(8, 1, select._even_depth(-(-steps // w), 4), w, max(1, 4 // w)) for w in (3, 8) if w <= steps]
+    for shape in dict.fromkeys(shapes):
+        if shape[3] * shape[4] <= 16:
+            spec = select.rows_spec(p.dtype, p.out, held, *shape, True)
+            yield Candidate(spec, held, shape[4] * shape[1] * (32 // shape[0]), "plane", held)
+
+
+def _few(p: MmProblem) -> Iterator[Candidate]:
+    own = select.few_config(p.m, p.n, p.k, batch=p.batch)
+    steps = -(-p.k // 64)
+    shapes = [own]
+    for warps_k, depth, wide, ahead in itertools.product((4, 8, 12), (1, 2, 3), (False, True), (False, True)):
+        # Neither more warps than steps nor more slots than a warp has steps.
+        if warps_k <= steps and depth <= -(-steps // warps_k) and not (wide and depth == 3):
+            shapes.append(select.FewConfig(own.a_tiles, 1, depth, warps_k, wide, ahead))
+    for shape in dict.fromkeys(shapes):
+        spec = select._few(shape, p.dtype, p.out)
+        yield Candidate(spec, 8 * shape.a_tiles, 16 * shape.w_tiles, "plane")
 
 
 def _stream(p: MmProblem) -> Iterator[Candidate]:
@@ -164,7 +180,9 @@ def mm_candidates(p: MmProblem) -> tuple[Candidate, ...]:
     groups: list[Iterator[Candidate]] = []
     if not p.row_major_b and p.m <= 4:
         groups.append(_rows(p))
-    if not p.row_major_b and not slow and p.m <= 2 * select.STREAM_MAX:
+    if not p.row_major_b and not slow and p.m <= select.FEW_MAX:
+        groups.append(_few(p))
+    if not p.row_major_b and not slow and 8 < p.m <= 2 * select.STREAM_MAX:
         groups.append(_stream(p))
     if p.row_major_b or slow or p.m > 8:
         groups.append(_tiled(p, slow))
@@ -224,7 +242,7 @@ class MmRunner(TunableRunner):
         problem = self.at(a.shape[-2])
         chosen = MM.default(problem) if tactic == -1 else MM.choice(problem, tactic)
         x, w, o = view(a), view(b if problem.row_major_b else b.swapaxes(-1, -2)), view(out)
-        _multiply("mm_bf16", x, w, None, o, problem.row_major_b, problem.pdl, a.ndim == 3, chosen=chosen)
+        _multiply("mm_bf16", x, w, None, None, o, problem.row_major_b, problem.pdl, a.ndim == 3, chosen=chosen)
         return out
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fi_cupy import activation, gemm, lookup, norm, page, rope
+from fi_cupy import gemm, lookup, norm, page, rope
 from fi_cupy.models.backend import NumpyBackend
 from fi_cupy.models.loader import GGUFModel, LlamaConfig
 
@@ -64,7 +64,6 @@ class Workspace:
         self.hidden = backend.empty((rows, c.hidden_size))
         self.qkv = backend.empty((rows, c.qkv_size))
         self.attention = backend.empty((rows, c.num_qo_heads, c.head_dim))
-        self.gate_up = backend.empty((rows, 2 * c.intermediate_size))
         self.activation = backend.empty((rows, c.intermediate_size))
 
     def first(self, rows: int) -> Workspace:
@@ -212,8 +211,7 @@ class Llama:
             batch.attention.run(q, cache, out=ws.attention)
             gemm.mm_bf16(attention, layer.attn_output, pdl=pdl, out=x)
             norm.fused_add_rmsnorm(x, residual, layer.ffn_norm, c.rms_norm_eps, enable_pdl=pdl)
-            gemm.mm_bf16(x, layer.gate_up, pdl=pdl, out=ws.gate_up)
-            activation.silu_and_mul(ws.gate_up, out=ws.activation, enable_pdl=pdl)
+            gemm.mm_bf16_swiglu(x, layer.gate_up, pdl=pdl, out=ws.activation)
             gemm.mm_bf16(ws.activation, layer.down, pdl=pdl, out=x)
             norm.fused_add_rmsnorm(x, residual, next_norm, c.rms_norm_eps, enable_pdl=pdl)
         return x

@@ -1,7 +1,8 @@
-// What every GEMM kernel shares: the parameter struct of out = a @ b + bias, the epilogue functor, 16-bit pairs as fp32.
+// What every GEMM kernel shares: the parameter struct of out = a @ b + bias + residual, the epilogue functor, 16-bit pairs as fp32.
 // a is [m, k] with rows k-contiguous; b is "column-major", [n, k] in memory with rows k-contiguous, unless a kernel says
 // otherwise. k and n are multiples of 8 and every row starts on 16 bytes, so a 16-byte access lies inside or outside a row.
 #pragma once
+#include "common/math.cuh"
 #include "common/vec.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/pdl.cuh"
@@ -18,17 +19,36 @@ struct GemmParams {
   int64_t out_stride;  // elements between rows of out
   int64_t a_batch, b_batch, out_batch;  // elements between the matrices of a batch (blockIdx.z)
   uint32_t m, n, k;
+  const void* residual;  // [m, n] in the type of out, or null; may be out itself
+  int64_t residual_stride, residual_batch;
 };
 
 // An epilogue maps the fp32 sum of one element to the value that is rounded to Out and stored:
 //   E(params);  float e(float sum, uint32_t row, uint32_t column)
 // Kernels call it for elements inside the matrix only, once each.
-template <class T>
+template <class T, class Out>
 struct BiasEpilogue {
   const T* bias;
-  FI_DEVICE explicit BiasEpilogue(const GemmParams& params) : bias(static_cast<const T*>(params.bias)) {}
-  FI_DEVICE float operator()(float sum, uint32_t, uint32_t column) const {
-    return bias ? sum + to_float(bias[column]) : sum;
+  const Out* residual;
+  int64_t residual_stride;
+  uint32_t n;
+  FI_DEVICE explicit BiasEpilogue(const GemmParams& params)
+      : bias(static_cast<const T*>(params.bias)),
+        residual(static_cast<const Out*>(params.residual)),
+        residual_stride(params.residual_stride),
+        n(params.n) {
+    if (residual) residual += blockIdx.z * params.residual_batch;
+  }
+  FI_DEVICE float operator()(float sum, uint32_t row, uint32_t column) const {
+    if (bias) sum += to_float(bias[column]);
+    if (residual) sum += to_float(residual[row * residual_stride + column]);
+    return sum;
+  }
+  // silu(gate) * up of two sums, of columns `column` and `column + n`.
+  FI_DEVICE float gated(float gate, float up, uint32_t row, uint32_t column) const {
+    if (bias) gate += to_float(bias[column]), up += to_float(bias[column + n]);
+    const float y = gate * math::ptx_rcp(1.f + math::ptx_exp2(-gate * math::log2e)) * up;
+    return residual ? y + to_float(residual[row * residual_stride + column]) : y;
   }
 };
 

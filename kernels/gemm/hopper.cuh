@@ -141,10 +141,7 @@ FI_DEVICE void consume_tiles(const HopperGemmParams& params, HopperGemmShared<Co
       sum_tile<Config>(consumer, d, blocks);
     else
       sum_promoted<Config>(consumer, shared, d, blocks, warp_m);
-    if constexpr (Config::kBulkStore)
-      store_boxes<Config>(params, tile, d, m, n, smem + Shape::kStore + warpgroup * 2 * 8192, warpgroup);
-    else
-      store_rows<Config>(params, tile, d, m, n);
+    store_sums<Config>(params, tile, d, m, n, smem + Shape::kStore + warpgroup * 2 * 8192, warpgroup);
   }
   if constexpr (Config::kBulkStore) ptx::tma_store_wait_read<0>();  // shared memory outlives its last reader
 }
@@ -155,26 +152,20 @@ FI_DEVICE void gemm_hopper(const HopperGemmParams& params) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   const uint32_t smem = ptx::smem_address(smem_bytes);
   auto& shared = *reinterpret_cast<HopperGemmShared<Config>*>(smem_bytes + Shape::kShared);
+  // Uniform for the compiler: the warpgroup decides which branch's registers a warp has.
+  const int warpgroup = __shfl_sync(kFullMask, threadIdx.x / 128, 0), warp = __shfl_sync(kFullMask, threadIdx.x / kWarpSize, 0);
   ptx::grid_launch_dependents();
-  if (threadIdx.x == 0) {
-    ptx::tma_prefetch(params.a_map);
-    ptx::tma_prefetch(params.b_map);
-#pragma unroll
-    for (int i = 0; i < Config::kStages; ++i) {
-      ptx::mbarrier_init(ptx::smem_address(&shared.full[i]), Shape::kBlocks ? 1 + kWarpSize : 1);
-      ptx::mbarrier_init(ptx::smem_address(&shared.empty[i]), 4 * Shape::kConsumers);
-    }
-    ptx::mbarrier_init_fence();
+  if (warp == 4 * Shape::kConsumers) {
+    init_barriers<Config>(shared);
+    if (lane_id() == 0) ptx::tma_prefetch(params.a_map), ptx::tma_prefetch(params.b_map);
   }
   __syncthreads();  // barriers are there
   ptx::grid_wait();
 
-  // Uniform for the compiler: the warpgroup decides which branch's registers a warp has.
-  const int warpgroup = __shfl_sync(kFullMask, threadIdx.x / 128, 0);
   if (warpgroup == Shape::kConsumers) {
     ptx::lower_registers<Config::kProducerRegs>();
-    if (warp_id() % 4 == 0) produce_operands<Config>(params, shared, smem);
-    if (Shape::kBlocks && warp_id() % 4 == 1) produce_scales<Config>(params, shared);
+    if (warp == 4 * Shape::kConsumers) produce_operands<Config>(params, shared, smem);
+    if (Shape::kBlocks && warp == 4 * Shape::kConsumers + 1) produce_scales<Config>(params, shared);
   } else {
     ptx::raise_registers<Config::kConsumerRegs>();
     consume_tiles<Config>(params, shared, smem, warpgroup);

@@ -72,6 +72,19 @@ struct HopperGemmShared {
   float b_scale[Config::kStages][HopperGemmShape<Config>::kScalesB];
 };
 
+// By one whole warp, before the CTA's barrier that shows them to the others.
+template <class Config>
+FI_DEVICE void init_barriers(HopperGemmShared<Config>& shared) {
+  static_assert(Config::kStages <= kWarpSize);
+  const int stage = lane_id();
+  if (stage < Config::kStages) {
+    ptx::mbarrier_init(ptx::smem_address(&shared.full[stage]), HopperGemmShape<Config>::kBlocks ? 1 + kWarpSize : 1);
+    ptx::mbarrier_init(ptx::smem_address(&shared.empty[stage]), 4 * HopperGemmShape<Config>::kConsumers);
+  }
+  ptx::mbarrier_init_fence();
+  __syncwarp();
+}
+
 // A position in the ring of stages. Who waits for "full" waits for `phase`, who waits for "empty" for the other one.
 template <int kSize>
 struct GemmRing {

@@ -12,39 +12,52 @@
 
 namespace fi {
 
-// One warp: blocks [first, last) of k.
+// One warp: blocks [first, last) of k. The first ones of b are requested by `start`, before any other warp or kernel is waited for.
 template <class Config>
-FI_DEVICE void produce_rows(const HopperGemmParams& params, HopperGemmShared<Config>& shared, uint32_t smem,
-                            const HopperGemmTile& tile, uint32_t first, uint32_t last) {
+struct RowsProducer {
   using Shape = HopperGemmShape<Config>;
-  const uint32_t full = ptx::smem_address(shared.full), empty = ptx::smem_address(shared.empty);
-  const int batch = tile.batch * params.a_step, weight = tile.weight * params.b_step;
-  auto load_weight = [&](uint32_t stage, uint32_t block) {
-    ptx::mbarrier_arrive_expect(full + stage * 8, Shape::kABytes + Shape::kBBytes);
-    load_b<Config>(params, smem + Shape::kB + stage * Shape::kBBytes, full + stage * 8, block * Shape::kBlockK, tile.n_first, weight);
-  };
-  auto load_rows = [&](uint32_t stage, uint32_t block) {
-    ptx::tma_load_4d(smem + stage * Shape::kABytes, params.a_map, full + stage * 8, block * Shape::kBlockK, tile.m_first, batch, 0);
-  };
-  const uint32_t ahead = min(last - first, uint32_t(Config::kStages));
-  if (lane_id() == 0)
-    for (uint32_t i = 0; i < ahead; ++i) load_weight(i, first + i);
-  ptx::grid_wait();
-  if (lane_id() == 0)
-    for (uint32_t i = 0; i < ahead; ++i) load_rows(i, first + i);
-  GemmRing<Config::kStages> ring;
-  ring.phase = 1;
-#pragma unroll 1
-  for (uint32_t block = first + ahead; block < last; ++block) {
-    ptx::mbarrier_wait(empty + ring.at * 8, ring.phase ^ 1);
-    if (lane_id() == 0) {
-      load_weight(ring.at, block);
-      load_rows(ring.at, block);
-    }
-    ring.advance();
+  const HopperGemmParams& params;
+  const HopperGemmTile& tile;
+  uint32_t smem, full, empty, first, last, ahead;
+
+  FI_DEVICE RowsProducer(const HopperGemmParams& p, HopperGemmShared<Config>& shared, const HopperGemmTile& t, uint32_t smem_,
+                         uint32_t first_, uint32_t last_)
+      : params(p), tile(t), smem(smem_), first(first_), last(last_), ahead(min(last_ - first_, uint32_t(Config::kStages))) {
+    full = ptx::smem_address(shared.full), empty = ptx::smem_address(shared.empty);
   }
-  __syncwarp();
-}
+  FI_DEVICE void load_weight(uint32_t stage, uint32_t block) const {
+    const uint32_t barrier = full + stage * 8, to = smem + Shape::kB + stage * Shape::kBBytes;
+    ptx::mbarrier_arrive_expect(barrier, Shape::kABytes + Shape::kBBytes);
+    load_b<Config>(params, to, barrier, block * Shape::kBlockK, tile.n_first, tile.weight * params.b_step);
+  }
+  FI_DEVICE void load_rows(uint32_t stage, uint32_t block) const {
+    ptx::tma_load_4d(smem + stage * Shape::kABytes, params.a_map, full + stage * 8, block * Shape::kBlockK, tile.m_first,
+                     tile.batch * params.a_step, 0);
+  }
+  FI_DEVICE void start() const {
+    if (lane_id() == 0)
+      for (uint32_t i = 0; i < ahead; ++i) load_weight(i, first + i);
+    __syncwarp();
+  }
+  FI_DEVICE void run() const {
+    ptx::grid_wait();
+    if (lane_id() == 0)
+      for (uint32_t i = 0; i < ahead; ++i) load_rows(i, first + i);
+    __syncwarp();
+    GemmRing<Config::kStages> ring;
+    ring.phase = 1;
+#pragma unroll 1
+    for (uint32_t block = first + ahead; block < last; ++block) {
+      ptx::mbarrier_wait(empty + ring.at * 8, ring.phase ^ 1);
+      if (lane_id() == 0) {
+        load_weight(ring.at, block);
+        load_rows(ring.at, block);
+      }
+      ring.advance();
+    }
+    __syncwarp();
+  }
+};
 
 // Sums of all ranks' tiles, finished and stored: this rank's share of the rows' fours of columns.
 template <class Config>
@@ -52,7 +65,7 @@ FI_DEVICE void join_rows(const HopperGemmParams& params, const HopperGemmTile& t
   using Shape = HopperGemmShape<Config>;
   using Out = typename Config::Out;
   constexpr uint32_t kPitch = Shape::kBlockN + 8, kFours = Shape::kOutN / 4;
-  const HopperEpilogue<Config> epilogue(params, tile);
+  const HopperEpilogue<Config, false> epilogue(params, tile);
   const uint32_t rows = min(tile.m_end - tile.m_first, uint32_t(Config::kRowsA)), all = rows * kFours;
   const float* part[Config::kSplit];
 #pragma unroll
@@ -70,9 +83,9 @@ FI_DEVICE void join_rows(const HopperGemmParams& params, const HopperGemmTile& t
         up.x += y.x, up.y += y.y, up.z += y.z, up.w += y.w;
       }
     }
-    const float scale = epilogue.row_scale(row, true);
-    const float2 lo = epilogue.finish(make_float2(v.x, v.y), make_float2(up.x, up.y), row, column, scale);
-    const float2 hi = epilogue.finish(make_float2(v.z, v.w), make_float2(up.z, up.w), row, column + 2, scale);
+    const float scale = epilogue.row_scale(row);
+    const float2 lo = epilogue.finish(make_float2(v.x, v.y), make_float2(up.x, up.y), row, column, scale, true);
+    const float2 hi = epilogue.finish(make_float2(v.z, v.w), make_float2(up.z, up.w), row, column + 2, scale, true);
     Out* const out = static_cast<Out*>(params.out) + tile.batch * params.out_batch + row * params.out_stride + column;
     if constexpr (sizeof(Out) == 4)
       *reinterpret_cast<float4*>(out) = make_float4(lo.x, lo.y, hi.x, hi.y);
@@ -89,20 +102,6 @@ FI_DEVICE void gemm_hopper_rows(const HopperGemmParams& params) {
   const uint32_t smem = ptx::smem_address(smem_bytes);
   auto& shared = *reinterpret_cast<HopperGemmShared<Config>*>(smem_bytes + Shape::kShared);
   static_assert(64 * (Shape::kBlockN + 8) * 4 <= Shape::kShared, "the sums take the ring's place");
-  ptx::grid_launch_dependents();
-  if (threadIdx.x == 0) {
-#pragma unroll
-    for (int i = 0; i < Config::kStages; ++i) {
-      ptx::mbarrier_init(ptx::smem_address(&shared.full[i]), Shape::kBlocks ? 1 + kWarpSize : 1);
-      ptx::mbarrier_init(ptx::smem_address(&shared.empty[i]), 4);
-    }
-    ptx::mbarrier_init_fence();
-  } else if (threadIdx.x == 128) {
-    ptx::tma_prefetch(params.a_map);
-    ptx::tma_prefetch(params.b_map);
-  }
-  __syncthreads();  // barriers are there
-
   const uint32_t rank = blockIdx.x % Config::kSplit, blocks = ceil_div<uint32_t>(params.k, 128);
   const uint32_t first = blocks * rank / Config::kSplit, last = blocks * (rank + 1) / Config::kSplit;
   const HopperGemmTile tile{blockIdx.y * Config::kRowsA, min(params.m, (blockIdx.y + 1) * Config::kRowsA),
@@ -110,8 +109,15 @@ FI_DEVICE void gemm_hopper_rows(const HopperGemmParams& params) {
   float* const sums = reinterpret_cast<float*>(smem_bytes);
   constexpr int kPitch = Shape::kBlockN + 8;
   const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarpSize, 0);
+  const RowsProducer<Config> producer(params, shared, tile, smem, first, last);
+  ptx::grid_launch_dependents();
   if (warp == 4) {
-    produce_rows<Config>(params, shared, smem, tile, first, last);
+    init_barriers<Config>(shared);
+    producer.start();
+  }
+  __syncthreads();  // barriers are there
+  if (warp == 4) {
+    producer.run();
   } else if (Shape::kBlocks && warp == 5) {
     ptx::grid_wait();
     GemmRing<Config::kStages> ring;
@@ -135,7 +141,7 @@ FI_DEVICE void gemm_hopper_rows(const HopperGemmParams& params) {
     }
     ptx::grid_wait();  // what the epilogue reads, and out, are the kernel's in front until now
     if constexpr (Config::kSplit == 1) {
-      store_rows<Config>(params, tile, d, tile.m_first, tile.n_first);
+      store_sums<Config>(params, tile, d, tile.m_first, tile.n_first, 0, 0);
     } else {
       asm volatile("bar.sync 1, 128;" ::: "memory");  // all four warps' products have read the ring
       const int row = warp_id() * 16 + (lane_id() >> 2);

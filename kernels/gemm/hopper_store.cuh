@@ -9,63 +9,74 @@
 namespace fi {
 
 // What happens to the sums of one tile: scales, bias, gate, residual. A lane asks for its pairs of neighbouring columns.
-template <class Config>
+// kPlain: no bias, no residual, one scale for all. A warpgroup that stores holds up the ring after kStages blocks of the others'
+// products, so the usual case must be short: no loads, no tests.
+template <class Config, bool kPlain>
 struct HopperEpilogue {
   using Shape = HopperGemmShape<Config>;
   using Out = typename Config::Out;
   using Bias = typename Config::Bias;
   static constexpr bool kVectors = Config::kScale == HopperScale::vectors;
   const HopperGemmParams& params;
-  const HopperGemmTile& tile;
   const Bias* bias;
   const Out* residual;
+  const float* a_scale;
   const float* b_scale;
+  float uniform = 1.f;
 
-  FI_DEVICE HopperEpilogue(const HopperGemmParams& p, const HopperGemmTile& t) : params(p), tile(t) {
+  FI_DEVICE HopperEpilogue(const HopperGemmParams& p, const HopperGemmTile& t) : params(p) {
     bias = p.bias ? static_cast<const Bias*>(p.bias) + t.weight * p.bias_batch : nullptr;
     residual = p.residual ? static_cast<const Out*>(p.residual) + t.batch * p.residual_batch : nullptr;
-    b_scale = kVectors ? p.b_scale + t.weight * p.b_scale_batch : nullptr;
-  }
-  FI_DEVICE float row_scale(uint32_t row, bool valid) const {
-    return kVectors && valid ? params.a_scale[tile.batch * params.a_scale_batch + row * params.a_scale_row] : 1.f;
-  }
-  FI_DEVICE static float2 load2(const float* p) { return *reinterpret_cast<const float2*>(p); }
-  template <class T>
-  FI_DEVICE static float2 load2(const T* p) {
-    return make_float2(to_float(p[0]), to_float(p[1]));
-  }
-  FI_DEVICE float2 linear(float2 sum, uint32_t column, float scale) const {
     if constexpr (kVectors) {
-      sum.x *= scale * b_scale[column * params.b_scale_column];
-      sum.y *= scale * b_scale[(column + 1) * params.b_scale_column];
+      a_scale = p.a_scale + t.batch * p.a_scale_batch, b_scale = p.b_scale + t.weight * p.b_scale_batch;
+      if constexpr (kPlain) uniform = a_scale[0] * b_scale[0];
     }
-    if (bias) {
-      const float2 add = load2(bias + column);
-      sum.x += add.x, sum.y += add.y;
+  }
+  FI_DEVICE float row_scale(uint32_t row) const {
+    return kPlain || !kVectors ? uniform : a_scale[row * uint32_t(params.a_scale_row)];
+  }
+  FI_DEVICE float2 linear(float2 sum, int column, float scale, bool there) const {
+    if constexpr (kVectors && kPlain) {
+      sum.x *= scale, sum.y *= scale;
+    } else if constexpr (kVectors) {
+      const int step = params.b_scale_column;
+      sum.x *= there ? scale * b_scale[column * step] : 0.f;
+      sum.y *= there ? scale * b_scale[(column + 1) * step] : 0.f;
+    }
+    if (!kPlain && bias != nullptr) {
+      sum.x += there ? to_float(bias[column]) : 0.f;
+      sum.y += there ? to_float(bias[column + 1]) : 0.f;
     }
     return sum;
   }
-  FI_DEVICE static float silu(float x) { return x / (1.f + math::ptx_exp2(-math::log2e * x)); }
-  // Columns column, column + 1 of a row from their sums and, gated, those of the up projection. Inside the matrix only.
-  FI_DEVICE float2 finish(float2 v, float2 up, uint32_t row, uint32_t column, float scale) const {
+  FI_DEVICE static float silu(float x) { return x * math::ptx_rcp(1.f + math::ptx_exp2(-math::log2e * x)); }
+  // Columns column, column + 1 of a row from their sums and, gated, those of the up projection. Nothing is
+  // loaded for what is not `there`, outside the matrix.
+  FI_DEVICE float2 finish(float2 v, float2 up, int row, int column, float scale, bool there) const {
     if constexpr (Config::kGated) {
-      const float2 gate = linear(v, params.first_half + column, scale);
-      up = linear(up, params.second_half + column, scale);
+      const float2 gate = linear(v, params.first_half + column, scale, there);
+      up = linear(up, params.second_half + column, scale, there);
       v = make_float2(silu(gate.x) * up.x, silu(gate.y) * up.y);
     } else {
-      v = linear(v, column, scale);
+      v = linear(v, column, scale, there);
     }
-    if (residual) {
-      const float2 add = load2(residual + row * params.residual_stride + column);
-      v.x += add.x, v.y += add.y;
+    if (!kPlain && residual != nullptr) {
+      const Out* const add = residual + row * params.residual_stride + column;
+      v.x += there ? to_float(add[0]) : 0.f;
+      v.y += there ? to_float(add[1]) : 0.f;
     }
     return v;
   }
   // From a warpgroup's sums: d[i], d[i + 1] and, gated, those kWarpOutN columns further.
-  FI_DEVICE float2 pair(const float (&d)[Shape::kRegs], int i, uint32_t row, uint32_t column, float scale) const {
+  FI_DEVICE float2 pair(const float (&d)[Shape::kRegs], int i, int row, int column, float scale, bool there) const {
     constexpr int kUp = Config::kGated ? Shape::kWarpOutN / 2 : 0;
-    return finish(make_float2(d[i], d[i + 1]), make_float2(d[i + kUp], d[i + 1 + kUp]), row, column, scale);
+    return finish(make_float2(d[i], d[i + 1]), make_float2(d[i + kUp], d[i + 1 + kUp]), row, column, scale, there);
   }
+};
+
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
 };
 
 // Lane 4 g + t holds word j of its pairs; afterwards words 0..3 of chunk t: a 4 x 4 transposition inside the quad.
@@ -80,12 +91,12 @@ FI_DEVICE uint4 gather_chunk(const uint32_t (&v)[4]) {
 }
 
 // Stores of each row's own lanes: 64 contiguous bytes (fp32: 32) a row and instruction.
-template <class Config>
+template <class Config, bool kPlain>
 FI_DEVICE void store_rows(const HopperGemmParams& params, const HopperGemmTile& tile,
                           const float (&d)[HopperGemmShape<Config>::kRegs], uint32_t m, uint32_t n) {
   using Shape = HopperGemmShape<Config>;
   using Out = typename Config::Out;
-  const HopperEpilogue<Config> epilogue(params, tile);
+  const HopperEpilogue<Config, kPlain> epilogue(params, tile);
   const int lane = lane_id(), t = lane & 3;
   const uint32_t row = m + (warp_id() & 3) * 16 + (lane >> 2);
   Out* const out = static_cast<Out*>(params.out) + tile.batch * params.out_batch + row * params.out_stride;
@@ -94,24 +105,24 @@ FI_DEVICE void store_rows(const HopperGemmParams& params, const HopperGemmTile& 
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     there[h] = row + 8 * h < tile.m_end;
-    scale[h] = epilogue.row_scale(row + 8 * h, there[h]);
+    scale[h] = epilogue.row_scale(min(row + 8 * h, tile.m_end - 1));
   }
 #pragma unroll
   for (int j = 0; j < Shape::kWarpOutN / 8; j += 4) {
-    asm volatile("" ::: "memory");  // loads for later columns would take the registers of several
+    if (!kPlain) asm volatile("" ::: "memory");  // loads for later columns would take the registers of several
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       Out* const out_row = out + 8 * h * params.out_stride;
       uint32_t words[4];
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        const uint32_t column = n + 8 * (j + q) + 2 * t;
-        float2 v = make_float2(0.f, 0.f);
-        if (there[h] && column < params.n) {
-          v = epilogue.pair(d, 4 * (j + q) + 2 * h, row + 8 * h, column, scale[h]);
-          if constexpr (sizeof(Out) == 4) *reinterpret_cast<float2*>(out_row + column) = v;
-        }
-        if constexpr (sizeof(Out) == 2) words[q] = ptx::pack2<Out>(v.x, v.y);
+        const int column = n + 2 * t + 8 * (j + q);
+        const bool inside = there[h] && column < int(params.n);
+        const float2 v = epilogue.pair(d, 4 * (j + q) + 2 * h, row + 8 * h, column, scale[h], inside);
+        if constexpr (sizeof(Out) == 2)
+          words[q] = ptx::pack2<Out>(v.x, v.y);
+        else if (inside)
+          *reinterpret_cast<float2*>(out_row + column) = v;
       }
       if constexpr (sizeof(Out) == 2) {
         const uint4 chunk = gather_chunk(words);
@@ -124,19 +135,23 @@ FI_DEVICE void store_rows(const HopperGemmParams& params, const HopperGemmTile& 
 
 // Boxes of 64 x 64 through two buffers of the warpgroup at `buffers`. The copy engine leaves out what is outside the
 // matrix; where a segment ends inside the tile, threads store the rows that are left.
-template <class Config>
+template <class Config, bool kPlain>
 FI_DEVICE void store_boxes(const HopperGemmParams& params, const HopperGemmTile& tile,
                            const float (&d)[HopperGemmShape<Config>::kRegs], uint32_t m, uint32_t n, uint32_t buffers,
                            int warpgroup) {
   using Shape = HopperGemmShape<Config>;
   using Out = typename Config::Out;
   static_assert(sizeof(Out) == 2 && Shape::kWarpOutN % 64 == 0, "whole boxes of 128 bytes a row");
-  const HopperEpilogue<Config> epilogue(params, tile);
+  const HopperEpilogue<Config, kPlain> epilogue(params, tile);
   const int lane = lane_id(), t = lane & 3, warp = warp_id() & 3;
   const uint32_t row = m + warp * 16 + (lane >> 2);
+  bool there[2];
   float scale[2];
 #pragma unroll
-  for (int h = 0; h < 2; ++h) scale[h] = epilogue.row_scale(row + 8 * h, row + 8 * h < tile.m_end);
+  for (int h = 0; h < 2; ++h) {
+    there[h] = row + 8 * h < tile.m_end;
+    scale[h] = epilogue.row_scale(min(row + 8 * h, tile.m_end - 1));
+  }
   const uint32_t to = buffers + (warp * 16 + lane % 16) * 128;
   const bool leader = (threadIdx.x & 127) == 0;
   auto sync = [&] { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory"); };
@@ -152,14 +167,14 @@ FI_DEVICE void store_boxes(const HopperGemmParams& params, const HopperGemmTile&
     sync();  // the leader has seen this buffer's last store read it
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
+      if (!kPlain) asm volatile("" ::: "memory");  // loads for later columns would take the registers of several
       uint32_t words[4];
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int chunk = box * 8 + j + q / 2, h = q % 2;
-        const uint32_t column = n + 8 * chunk + 2 * t;
-        float2 v = make_float2(0.f, 0.f);
-        if (row + 8 * h < tile.m_end && column < params.n)
-          v = epilogue.pair(d, 4 * chunk + 2 * h, row + 8 * h, column, scale[h]);
+        const int column = n + 2 * t + 8 * chunk;
+        const bool inside = there[h] && column < int(params.n);
+        const float2 v = epilogue.pair(d, 4 * chunk + 2 * h, row + 8 * h, column, scale[h], inside);
         words[q] = ptx::pack2<Out>(v.x, v.y);
       }
       ptx::stmatrix_x4(to + box % 2 * 8192 + ((j + lane / 16) ^ (lane & 7)) * 16, words[0], words[1], words[2], words[3]);
@@ -182,6 +197,31 @@ FI_DEVICE void store_boxes(const HopperGemmParams& params, const HopperGemmTile&
       ptx::tma_store_4d(params.out_map, buffers + box % 2 * 8192, n + box * 64, m, tile.batch, 0);
       ptx::tma_store_commit();
     }
+  }
+}
+
+// A warpgroup's sums of rows from m and columns (of out) from n to where they belong.
+template <class Config>
+FI_DEVICE void store_sums(const HopperGemmParams& params, const HopperGemmTile& tile,
+                          const float (&d)[HopperGemmShape<Config>::kRegs], uint32_t m, uint32_t n, uint32_t buffers,
+                          int warpgroup) {
+  auto store = [&](auto plain) {
+    constexpr bool kPlain = decltype(plain)::value;
+    if constexpr (Config::kBulkStore)
+      store_boxes<Config, kPlain>(params, tile, d, m, n, buffers, warpgroup);
+    else
+      store_rows<Config, kPlain>(params, tile, d, m, n);
+  };
+  if constexpr (Config::kScale == HopperScale::blocks) {
+    store(Flag<true>{});  // such products have no bias and no residual
+  } else {
+    bool plain = params.bias == nullptr && params.residual == nullptr;
+    if constexpr (Config::kScale == HopperScale::vectors)
+      plain = plain && params.a_scale_row == 0 && params.b_scale_column == 0;
+    if (plain)
+      store(Flag<true>{});
+    else
+      store(Flag<false>{});
   }
 }
 

@@ -1,8 +1,9 @@
-// out[m, n] = a b + bias for m <= 4 on the CUDA cores: b is read once, at the speed of memory.
+// out[m, n] = a b + bias + residual for m <= 4 on the CUDA cores: b is read once, at the speed of memory.
 // One CTA computes all m rows of kWarpsN * kRows * (32 / kLanes) columns ("rows of W", W = b's memory, [n, k]);
 // grid = (ceil(n / columns), 1, batch). kLanes lanes read 16 bytes each of one W row; a warp holds kDepth * kRows such
 // loads in registers, all issued before the first is used and each slot refilled right after its use. kWarpsK warps share
-// k; their sums meet in shared memory in warp order, so results repeat bit for bit. Rows of a come through L1.
+// k; their sums meet in shared memory in warp order, so results repeat bit for bit. Rows of a come through L1; kAhead
+// requests them as early as the weight, for short k where their latency would show once for every load.
 // Many small CTAs (thousands of 1-4 columns) stream faster than few large ones: no persistence.
 // Shared memory: kWarpsK * kM * columns floats. Bytes moved: n k + m (n + k). Architecture: any.
 #pragma once
@@ -11,7 +12,7 @@
 
 namespace fi {
 
-// Config: T, Out, Epilogue, kM (rows of a, at least m), kLanes (8, 16 or 32), kRows, kDepth, kWarpsK, kWarpsN
+// Config: T, Out, Epilogue, kM (rows of a, at least m), kLanes (8, 16 or 32), kRows, kDepth, kWarpsK, kWarpsN, kAhead
 template <class Config>
 FI_DEVICE void gemm_rows(const GemmParams& params) {
   using T = typename Config::T;
@@ -53,15 +54,27 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
   for (int i = 0; i < kM; ++i)
     a[i] = static_cast<const T*>(params.a) + blockIdx.z * params.a_batch + min(uint32_t(i), params.m - 1) * params.a_stride;
 
+  constexpr bool kAhead = Config::kAhead;
+  uint4 ahead[kAhead ? kDepth : 1][kM];
+  auto load_a = [&](uint4(&x)[kM], uint32_t k) {
+#pragma unroll
+    for (int i = 0; i < kM; ++i)
+      x[i] = k < params.k ? *reinterpret_cast<const uint4*>(a[i] + k) : make_uint4(0, 0, 0, 0);
+  };
+  if constexpr (kAhead) {
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) load_a(ahead[d], k_first + d * kStride);
+  }
+
   float sum[kM][kRows] = {};
   for (uint32_t base = k_first; base < params.k; base += kDepth * kStride) {
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
       const uint32_t k = base + d * kStride;
+      if constexpr (!kAhead) load_a(ahead[0], k);
       float x[kM][8];
 #pragma unroll
-      for (int i = 0; i < kM; ++i)
-        unpack8<T>(k < params.k ? *reinterpret_cast<const uint4*>(a[i] + k) : make_uint4(0, 0, 0, 0), x[i]);
+      for (int i = 0; i < kM; ++i) unpack8<T>(ahead[kAhead ? d : 0][i], x[i]);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         float v[8];
@@ -72,6 +85,7 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
           for (int j = 0; j < 8; ++j) sum[i][r] = fmaf(v[j], x[i][j], sum[i][r]);
       }
       fill(ring[d], k + kDepth * kStride);
+      if constexpr (kAhead) load_a(ahead[d], k + kDepth * kStride);
     }
   }
 

@@ -1,4 +1,4 @@
-// out[m, n] = a b + bias for few rows (5 to about 64) on the tensor cores, with b straight from global memory to fragments.
+// out[m, n] = a b + bias + residual for few rows (5 to about 64) on the tensor cores, with b straight from global memory to fragments.
 // One CTA computes 16 kMTiles rows x 8 kNTiles columns; grid = (ceil(n / columns), ceil(m / rows), batch). Its kWarpsK
 // warps share k: warp w takes the 64-element steps w, w + kWarpsK, ... and the partial tiles meet in shared memory in warp
 // order. A lane's 16 bytes of a W row (b's memory, [n, k]) are the fragment of two k16 steps: mma.sync sums over k in any

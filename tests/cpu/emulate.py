@@ -45,6 +45,10 @@ FI_DEVICE void cluster_wait() { emulator::cluster_wait(); }
 _REPLACED = [
     (r"extern __shared__ __align__\(\d+\) uint8_t smem\[\];", "uint8_t* const smem = emulator::shared_memory();"),
     (r"__shared__ (\w+) shared;", r"\1& shared = *reinterpret_cast<\1*>(emulator::fixed_memory());"),
+    (
+        r"__shared__ (?:__align__\(\d+\) )?float partial((?:\[\w+\])+);",
+        r"auto& partial = *reinterpret_cast<float(*)\1>(emulator::fixed_memory());",
+    ),
     (r'asm volatile\("st\.(?:cs\.)?v[42]\.u32.*?\);', "memcpy(p, &r, sizeof(r));"),
     (r'asm volatile\("ld\.global\.nc.*?\);', "memcpy(&r, p, sizeof(r));"),
     (r'asm\("ex2.*?\);', "y = exp2f(x); if (fabsf(y) < 1.1754944e-38f) y = 0.f;"),
@@ -66,6 +70,8 @@ def _text(path: Path) -> str:
     text = path.read_text()
     if path.name == "cluster.cuh":
         return _CLUSTER
+    if path.name in ("mma.cuh", "mma_fp8.cuh"):
+        return f'#include "ptx/cp_async.cuh"\n#include "{HERE / "mma.hpp"}"\n'
     for pattern, replacement in _REPLACED:
         text = re.sub(pattern, replacement, text, flags=re.S)
     return text.replace("FI_OFFSETOF(type, member) __INTADDR__(&(((type*)0)->member))",
@@ -77,11 +83,12 @@ def _headers() -> Path:
     """The kernels with what g++ does not know replaced."""
     kernels = ROOT / "kernels"
     files = [
-        p for name in ("common", "ptx", "sampling", "quantization") for p in sorted((kernels / name).glob("*.cuh"))
+        p for name in ("common", "ptx", "sampling", "quantization", "gemm") for p in sorted((kernels / name).glob("*.cuh"))
     ]
     files += [*sorted(kernels.glob("*.cuh")), kernels / "attention" / "fast_div.cuh"]
     texts = {p.relative_to(kernels): _text(p) for p in files}
-    digest = hashlib.sha256("".join(texts.values()).encode() + (HERE / "emulator.hpp").read_bytes()).hexdigest()[:16]
+    own = b"".join((HERE / name).read_bytes() for name in ("emulator.hpp", "mma.hpp"))
+    digest = hashlib.sha256("".join(texts.values()).encode() + own).hexdigest()[:16]
     folder = BUILD / digest
     texts |= {
         Path(name): f'#include "{HERE / "emulator.hpp"}"\n' for name in ("cuda_bf16.h", "cuda_fp16.h", "cuda_fp8.h")
@@ -110,10 +117,10 @@ class EmulatedKernel:
             source.write_text(
                 render(spec)
                 + f"""
-extern "C" void emulator_launch(const void* p, uint32_t grid, uint32_t threads, uint32_t cluster, uint64_t bytes,
-                                uint64_t seed) {{
+extern "C" void emulator_launch(const void* p, uint32_t x, uint32_t y, uint32_t z, uint32_t threads, uint32_t cluster,
+                                uint64_t bytes, uint64_t seed) {{
   const auto& params = *static_cast<const fi::{spec.params.name}*>(p);
-  emulator::run([&] {{ {spec.symbol}(params); }}, grid, threads, cluster, bytes, seed);
+  emulator::run([&] {{ {spec.symbol}(params); }}, {{x, y, z}}, threads, cluster, bytes, seed);
 }}
 """
             )
@@ -124,18 +131,21 @@ extern "C" void emulator_launch(const void* p, uint32_t grid, uint32_t threads, 
             )  # fmt: skip
             made.replace(library)
         self._launch = ctypes.CDLL(str(library)).emulator_launch
-        self._launch.argtypes = [ctypes.c_void_p] + [ctypes.c_uint32] * 3 + [ctypes.c_uint64] * 2
+        self._launch.argtypes = [ctypes.c_void_p] + [ctypes.c_uint32] * 5 + [ctypes.c_uint64] * 2
         self._launch.restype = None
 
-    def launch(self, grid: int, stream: int, *values: Any, smem: int | None = None, pdl: bool = False) -> None:
-        if grid == 0:
+    def launch(
+        self, grid: int | tuple[int, int, int], stream: int, *values: Any, smem: int | None = None, pdl: bool = False
+    ) -> None:
+        x, y, z = (grid, 1, 1) if isinstance(grid, int) else grid
+        if x * y * z == 0:
             return
         raw = ctypes.create_string_buffer(self.spec.params.pack(*values))
         cluster = max(self.spec.cluster, 1)
-        assert grid % cluster == 0
+        assert x % cluster == 0
         bytes_ = self.spec.smem_bytes if smem is None else smem
         assert bytes_ <= self.spec.smem_bytes
-        self._launch(raw, grid, self.spec.threads, cluster, bytes_, type(self).order)
+        self._launch(raw, x, y, z, self.spec.threads, cluster, bytes_, type(self).order)
 
 
 class Device(np.ndarray[Any, Any]):
@@ -173,7 +183,8 @@ def emulated(info: DeviceInfo, *modules: Any) -> Any:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(arrays._by_type, {Device: _Emulated().view}))
         for module in modules:
-            stack.enter_context(mock.patch.object(module, "load_kernel", _kernel))
+            if hasattr(module, "load_kernel"):
+                stack.enter_context(mock.patch.object(module, "load_kernel", _kernel))
             if hasattr(module, "device_info"):
                 stack.enter_context(mock.patch.object(module, "device_info", lambda index: info))
         yield

@@ -58,6 +58,9 @@ def test_candidates_cover_the_product(device, row_major):
                 if spec.function == "gemm_rows":
                     assert m <= config["kM"]
                     assert c.block_n == config["kWarpsN"] * config["kRows"] * 32 // config["kLanes"]
+                elif spec.function == "gemm_few":
+                    assert m <= c.block_m == 8 * config["kATiles"]
+                    assert c.block_n == 16 * config["kWTiles"]
                 elif spec.function == "gemm_stream":
                     assert (c.block_m, c.block_n) == (16 * config["kMTiles"], 8 * config["kNTiles"])
                 elif spec.function == "gemm_hopper_rows":
@@ -87,7 +90,7 @@ def mm_tuner(tuner, monkeypatch):
         gemm.tuning.MmRunner, "forward",
         lambda self, inputs, tactic=-1, do_preparation=False: tactic,
     )  # fmt: skip
-    tuner._timer.us = lambda symbol: 1.0 if symbol.startswith("gemm_stream_bf16_16x8w_d4") else 2.0
+    tuner._timer.us = lambda symbol: 1.0 if "_d1_w4" in symbol and "few" in symbol else 2.0
     return tuner
 
 
@@ -96,12 +99,12 @@ def test_a_tuned_product_is_launched(mm_tuner):
     assert choose_mm_kernel("mm_bf16", _problem(16)) == default
     with at.autotune():
         chosen, grid = choose_mm_kernel("mm_bf16", _problem(13))
-    assert chosen.symbol == "gemm_stream_bf16_16x8w_d4_w8"
+    assert chosen.symbol == "gemm_few_bf16_16x16_d1_w4"
     assert chosen != default[0]
-    assert grid == (512, 1, 1)
+    assert grid == (256, 1, 1)
     # All rows of the bucket, and the smaller buckets, which were measured in the same go.
-    assert choose_mm_kernel("mm_bf16", _problem(16)) == (chosen, (512, 1, 1))
-    assert choose_mm_kernel("mm_bf16", _problem(5))[0] == chosen
+    assert choose_mm_kernel("mm_bf16", _problem(16)) == (chosen, (256, 1, 1))
+    assert choose_mm_kernel("mm_bf16", _problem(5))[0].symbol == "gemm_few_bf16_8x16_d1_w4"
     assert len(mm_tuner.choices()) == 5
     # Another shape, way of launching or GPU is another problem; so is a batched product.
     for other in (_problem(16, 4104), _problem(16, pdl=True), _problem(16, device=H100), _problem(64)):

@@ -241,6 +241,35 @@ SIGNATURES = {
     "page.append_paged_mla_kv_cache": (
         "append_ckv append_kpe batch_indices positions ckv_cache kpe_cache kv_indices kv_indptr kv_last_page_len"
     ),
+    "gemm.SegmentGEMMWrapper": "float_workspace_buffer backend='auto'",
+    "gemm.SegmentGEMMWrapper.run": (
+        "x weights batch_size weight_column_major out=None seg_lens=None seg_indptr=None weight_indices=None"
+    ),
+    "gemm.SegmentGEMMWrapper.reset_workspace_buffer": "float_workspace_buffer int_workspace_buffer",
+    "gemm.bmm_fp8": "A B A_scale B_scale dtype out=None backend='cublas'",
+    "gemm.mm_fp8": "a b alpha=None out_dtype='bfloat16' out=None backend='trtllm_low_latency'",
+    "gemm.mm_bf16_swiglu": "a b * pdl=False out=None",
+    "gemm.gemm_fp8_nt_groupwise": (
+        "a b a_scale b_scale scale_major_mode=None mma_sm=1 scale_granularity_mnk=(1,128,128) out=None out_dtype=None "
+        "backend='cutlass'"
+    ),
+    "gemm.gemm_fp8_nt_blockscaled": "a b a_scale b_scale scale_major_mode='MN' mma_sm=1 out=None out_dtype=None",
+    "gemm.group_gemm_fp8_nt_groupwise": (
+        "a b a_scale b_scale m_indptr scale_granularity_mnk=(1,128,128) scale_major_mode='MN' mma_sm=1 out=None "
+        "out_dtype=None"
+    ),
+    "gemm.fp8_blockscale_gemm_sm90": "input weight input_scale=None weight_scale=None out=None out_dtype=None",
+    "fused_moe.fused_topk_deepseek": (
+        "scores bias n_group topk_group topk routed_scaling_factor topk_values topk_indices launch_with_pdl=True "
+        "routing_replay_out=None"
+    ),
+    "fused_moe.cutlass_fused_moe": (
+        "input token_selected_experts token_final_scales fc1_expert_weights fc2_expert_weights output_dtype "
+        "quant_scales fc1_expert_biases=None fc2_expert_biases=None input_sf=None swiglu_alpha=None swiglu_beta=None "
+        "swiglu_limit=None tp_size=1 tp_rank=0 ep_size=1 ep_rank=0 cluster_size=1 cluster_rank=0 output=None "
+        "enable_alltoall=False use_deepseek_fp8_block_scale=False use_w4_group_scaling=False "
+        "use_mxfp8_act_scaling=False min_latency_mode=False tune_max_num_tokens=8192 enable_pdl=None activation_type=3"
+    ),
 }
 
 #: Positional parameters that FlashInfer requires and ours lets out: (function, parameter) -> default here.
@@ -250,6 +279,14 @@ MILDER = {
     ("prefill.BatchPrefillWithPagedKVCacheWrapper.reset_workspace_buffer", "int_workspace_buffer"): None,
     ("attention.BatchAttentionWithAttentionSinkWrapper.run", "sink"): None,  # or sinks=
     ("attention.BatchAttentionWithAttentionSinkWrapper.run", "sm_scale"): None,  # that of the plan
+    ("gemm.SegmentGEMMWrapper.reset_workspace_buffer", "int_workspace_buffer"): None,
+    ("fused_moe.cutlass_fused_moe", "quant_scales"): None,  # 16-bit weights have none
+    # One choice of kernel for all devices; FlashInfer's names are accepted where it has several.
+    ("gemm.bmm_fp8", "backend"): "auto",
+    ("gemm.mm_fp8", "backend"): "auto",
+    ("gemm.mm_fp8", "out_dtype"): None,  # bfloat16, or that of out
+    ("gemm.gemm_fp8_nt_groupwise", "backend"): "auto",
+    ("gemm.gemm_fp8_nt_groupwise", "scale_major_mode"): "MN",  # which None means, too
 }
 
 

@@ -54,7 +54,7 @@ def test_every_candidate_is_right(rng, mnk, row_major, kind):
     assert len(candidates) >= 4
     for candidate in candidates:
         out = poisoned((m, n), kind.name)
-        _multiply("mm_bf16", x, b, None, view(out), row_major, False, False, chosen=candidate.launch(problem))
+        _multiply("mm_bf16", x, b, None, None, view(out), row_major, False, False, chosen=candidate.launch(problem))
         assert_close(to_float64(out), expected, kind.name, "product", candidate.spec.symbol)
 
 

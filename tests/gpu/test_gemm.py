@@ -34,7 +34,7 @@ def padded(rng, rows: int, columns: int, dtype, pad: int = 8):
 
 def launch(spec, grid, a, b, out, m: int, n: int, k: int) -> None:
     strides = [x.strides[0] // x.itemsize for x in (a, b, out)]
-    load_kernel(spec, 0).launch(grid, 0, a.data.ptr, b.data.ptr, 0, out.data.ptr, *strides, 0, 0, 0, m, n, k)
+    load_kernel(spec, 0).launch(grid, 0, a.data.ptr, b.data.ptr, 0, out.data.ptr, *strides, 0, 0, 0, m, n, k, 0, 0, 0)
 
 
 def same_bits(x, y) -> bool:

@@ -13,6 +13,7 @@
 
 #include <functional>
 #include <vector>
+#include <algorithm>
 
 #define __device__
 #define __host__
@@ -89,6 +90,7 @@ emulator_switch:
 )");
 
 constexpr size_t kStack = 1 << 16;
+inline Dim grid_size;
 inline Fibre* current;
 inline Cluster* cluster;
 inline void* scheduler;
@@ -191,8 +193,10 @@ T* cluster_map(T* p, uint32_t rank) {
 inline uint8_t* shared_memory() { return current->cta->memory; }
 inline uint8_t* fixed_memory() { return current->cta->fixed; }
 
-inline void run(std::function<void()> f, uint32_t grid, uint32_t threads, uint32_t size, size_t bytes, uint64_t seed) {
+inline void run(std::function<void()> f, Dim size_of_grid, uint32_t threads, uint32_t size, size_t bytes, uint64_t seed) {
+  const uint32_t grid = size_of_grid.x * size_of_grid.y * size_of_grid.z;
   body = f;
+  grid_size = size_of_grid;
   random_state = seed;
   const size_t page = 4096, room = (bytes + page - 1) / page * page;
   Cluster c;
@@ -209,7 +213,8 @@ inline void run(std::function<void()> f, uint32_t grid, uint32_t threads, uint32
     cluster = &c;
     for (uint32_t r = 0; r < size; ++r) {
       Cta& cta = c.ctas[r];
-      cta.index.x = base + r;
+      const uint32_t number = base + r;
+      cta.index = {number % grid_size.x, number / grid_size.x % grid_size.y, number / grid_size.x / grid_size.y};
       cta.rank = r;
       cta.alive = threads;
       cta.warps.resize(threads / 32);
@@ -258,6 +263,10 @@ inline void run(std::function<void()> f, uint32_t grid, uint32_t threads, uint32
 
 #define threadIdx (emulator::current->thread)
 #define blockIdx (emulator::current->cta->index)
+#define gridDim (emulator::grid_size)
+#define __cvta_generic_to_shared(p) size_t(0)
+using std::max;
+using std::min;
 #define __INTADDR__(x) reinterpret_cast<uint64_t>(x)
 
 struct alignas(16) uint4 {
@@ -270,6 +279,7 @@ struct alignas(8) float2 {
   float x, y;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
 inline void __syncthreads() { emulator::cta_barrier(); }
@@ -380,8 +390,12 @@ inline void sincospif(float x, float* s, float* c) {
   *s = float(sin(M_PI * double(x)));
   *c = float(cos(M_PI * double(x)));
 }
+struct __half2 {
+  __half x, y;
+};
 inline float __half2float(__half x) { return _cvtsh_ss(x.bits); }
 inline __half __float2half_rn(float x) { return {x != x ? uint16_t(0x7fff) : uint16_t(_cvtss_sh(x, 0))}; }
+inline float2 __half22float2(__half2 x) { return {__half2float(x.x), __half2float(x.y)}; }
 inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   if (x != x) return {0x7fff};

@@ -1,0 +1,172 @@
+// out[m, n] = a b + bias + residual for a few rows on the tensor cores: the weight is the left operand, 16 of its rows (b's
+// memory, [n, k]) a fragment, straight from global memory to registers; eight rows of a are the right operand.
+// One CTA computes 8 kATiles rows x 16 kWTiles columns (8 kWTiles when kGated); grid = (ceil(n / columns), ceil(m / rows),
+// batch). Its kWarpsK warps share k: warp w takes the 64-element steps w, w + kWarpsK, ... and the partial tiles meet in
+// shared memory in warp order. A lane's 16 bytes are the fragment of two k16 steps: mma.sync sums over k in any order, so
+// a is loaded with the same permutation and neither shuffles nor shared memory are needed for the operands.
+// kWide reads 4 rows x 128 B an instruction instead of 8 x 64 B: fragment row 2r + h then holds half h of row r's 64
+// elements, and twice the mma, into an accumulator a half, keep what is wanted in the rows of that parity.
+// kGated: b has 2 n columns, gate first; a fragment holds eight gate rows above the eight up rows of the same columns.
+// kAhead: a goes through a ring of registers as deep as the weight's, for short k where its latency shows.
+// Shared memory: the partial tiles, at most 48 KB. Bytes moved: n k + (n / columns) m k from L1/L2.
+// Architecture: any (bf16 below sm_80 runs on the CUDA cores).
+#pragma once
+#include "gemm/gemm.cuh"
+
+namespace fi {
+
+// Config: T, Out, Epilogue, kATiles, kWTiles, kWide, kGated, kAhead, kDepth (steps of W in registers), kWarpsK
+template <class Config>
+FI_DEVICE void gemm_few(const GemmParams& params) {
+  using T = typename Config::T;
+  using Out = typename Config::Out;
+  constexpr int kATiles = Config::kATiles, kWTiles = Config::kWTiles, kDepth = Config::kDepth, kWarpsK = Config::kWarpsK;
+  constexpr bool kWide = Config::kWide, kGated = Config::kGated, kAhead = Config::kAhead;
+  constexpr int kRows = 8 * kATiles, kPartColumns = 16 * kWTiles, kColumns = kGated ? 8 * kWTiles : kPartColumns;
+  constexpr int kThreads = kWarpsK * kWarpSize, kPitch = kPartColumns + 2;  // the pad spreads fragment columns over banks
+  constexpr uint32_t kStride = 64 * kWarpsK;
+  __shared__ __align__(16) float partial[kWarpsK][kRows][kPitch];
+
+  ptx::grid_launch_dependents();
+  const int lane = lane_id(), warp = warp_id(), g = lane >> 2, t = lane & 3;
+  const uint32_t n_first = blockIdx.x * kColumns, m_first = blockIdx.y * kRows;
+
+  // Four loads a step and tile. Narrow: rows g and g + 8, two 32-element halves. Wide: row 4 i + lane / 8, all 64 elements.
+  constexpr int kPointers = kWide ? 4 : 2;
+  const T* w[kWTiles][kPointers];
+#pragma unroll
+  for (int wt = 0; wt < kWTiles; ++wt)
+#pragma unroll
+    for (int i = 0; i < kPointers; ++i) {
+      const int r = kWide ? 4 * i + (lane >> 3) : 8 * i + g;  // row of the fragment
+      uint32_t row;
+      if constexpr (kGated) {
+        row = min(n_first + 8 * wt + r % 8, params.n - 1) + (r < 8 ? 0 : params.n);
+      } else {
+        row = min(n_first + 16 * wt + r, params.n - 1);  // rows past the end read the last one; their sums are not stored
+      }
+      w[wt][i] = static_cast<const T*>(params.b) + blockIdx.z * params.b_batch + row * params.b_stride +
+                 (kWide ? 8 * (lane & 7) : 8 * t);
+    }
+  uint4 ring[kDepth][kWTiles][4];
+  auto fill = [&](uint4(&slot)[kWTiles][4], uint32_t step) {
+#pragma unroll
+    for (int wt = 0; wt < kWTiles; ++wt)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // narrow: i = 2 half + (upper rows)
+        const uint32_t at = step + (kWide ? 0 : i / 2 * 32);
+        const bool inside = at + (kWide ? 8 * (lane & 7) : 8 * t) < params.k;
+        slot[wt][i] = inside ? load_streaming<uint4>(w[wt][kWide ? i : i % 2] + at) : make_uint4(0, 0, 0, 0);
+      }
+  };
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) fill(ring[d], warp * 64 + d * kStride);
+
+  ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
+  const T* a[kATiles];
+  bool a_row[kATiles];
+#pragma unroll
+  for (int i = 0; i < kATiles; ++i) {
+    const uint32_t row = m_first + 8 * i + g;
+    a_row[i] = row < params.m;
+    a[i] = static_cast<const T*>(params.a) + blockIdx.z * params.a_batch + min(row, params.m - 1) * params.a_stride + 8 * t;
+  }
+  auto load_a = [&](int i, uint32_t k) {
+    return a_row[i] && k + 8 * t < params.k ? *reinterpret_cast<const uint4*>(a[i] + k) : make_uint4(0, 0, 0, 0);
+  };
+  uint4 ahead[kAhead ? kDepth : 1][kAhead ? kATiles : 1][2];
+  auto fill_a = [&](int d, uint32_t step) {
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int i = 0; i < kATiles; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) ahead[d][i][half] = load_a(i, step + 32 * half);
+    }
+  };
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) fill_a(d, warp * 64 + d * kStride);
+
+  constexpr int kAccs = kWide ? 4 : 1;  // wide: fragment rows of loads 2 p and 2 p + 1, half h of the step, at 2 p + h
+  float acc[kWTiles][kATiles][kAccs][4] = {};
+  for (uint32_t base = warp * 64; base < params.k; base += kDepth * kStride) {
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      const uint32_t step = base + d * kStride;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < kATiles; ++i) {
+          uint4 x;
+          if constexpr (kAhead) {
+            x = ahead[d][i][half];
+          } else {
+            x = load_a(i, step + 32 * half);
+          }
+          const uint32_t x_first[2] = {x.x, x.y}, x_second[2] = {x.z, x.w};
+#pragma unroll
+          for (int wt = 0; wt < kWTiles; ++wt)
+#pragma unroll
+            for (int p = 0; p < (kWide ? 2 : 1); ++p) {
+              const uint4 lo = ring[d][wt][kWide ? 2 * p : 2 * half], hi = ring[d][wt][(kWide ? 2 * p : 2 * half) + 1];
+              const uint32_t first[4] = {lo.x, hi.x, lo.y, hi.y}, second[4] = {lo.z, hi.z, lo.w, hi.w};
+              float(&c)[4] = acc[wt][i][kWide ? 2 * p + half : 0];
+              ptx::mma_m16n8k16<T>(c, first, x_first);
+              ptx::mma_m16n8k16<T>(c, second, x_second);
+            }
+        }
+      fill(ring[d], step + kDepth * kStride);
+      fill_a(d, step + kDepth * kStride);
+    }
+  }
+
+#pragma unroll
+  for (int wt = 0; wt < kWTiles; ++wt)
+#pragma unroll
+    for (int i = 0; i < kATiles; ++i) {
+      float(&c)[kAccs][4] = acc[wt][i];
+      float* row = &partial[warp][8 * i + 2 * t][16 * wt];  // rows 2 t and 2 t + 1 of a
+      if constexpr (kWide) {
+#pragma unroll
+        for (int p = 0; p < 2; ++p)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float own = g & 1 ? c[2 * p + 1][e] : c[2 * p][e];
+            const float sum = own + __shfl_xor_sync(kFullMask, own, 4);  // both halves of a W row
+            if (!(g & 1)) row[(e & 1) * kPitch + 8 * p + 4 * (e >> 1) + (g >> 1)] = sum;
+          }
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) row[(e & 1) * kPitch + 8 * (e >> 1) + g] = c[0][e];
+      }
+    }
+  __syncthreads();  // every partial tile is in shared memory
+
+  const typename Config::Epilogue epilogue(params);
+  Out* out = static_cast<Out*>(params.out) + blockIdx.z * params.out_batch;
+  auto total = [&](uint32_t r, uint32_t c) {
+    float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+    for (int i = 0; i < kWarpsK; ++i) {
+      const float2 part = *reinterpret_cast<const float2*>(&partial[i][r][c]);
+      sum.x += part.x;
+      sum.y += part.y;
+    }
+    return sum;
+  };
+  for (uint32_t e = threadIdx.x; e < kRows * kColumns / 2; e += kThreads) {
+    const uint32_t r = e / (kColumns / 2), c = e % (kColumns / 2) * 2;
+    const uint32_t row = m_first + r, column = n_first + c;
+    if (row >= params.m || column >= params.n) continue;
+    Out* to = out + row * params.out_stride + column;
+    if constexpr (kGated) {
+      const uint32_t part = c / 8 * 16 + c % 8;
+      const float2 gate = total(r, part), up = total(r, part + 8);
+      store2(to, epilogue.gated(gate.x, up.x, row, column), epilogue.gated(gate.y, up.y, row, column + 1));
+    } else {
+      const float2 sum = total(r, c);
+      store2(to, epilogue(sum.x, row, column), epilogue(sum.y, row, column + 1));
+    }
+  }
+}
+
+}  // namespace fi
