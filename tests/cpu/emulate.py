@@ -82,9 +82,8 @@ def _text(path: Path) -> str:
 def _headers() -> Path:
     """The kernels with what g++ does not know replaced."""
     kernels = ROOT / "kernels"
-    files = [
-        p for name in ("common", "ptx", "sampling", "quantization", "gemm") for p in sorted((kernels / name).glob("*.cuh"))
-    ]
+    folders = ("common", "ptx", "sampling", "quantization", "gemm")
+    files = [p for name in folders for p in sorted((kernels / name).glob("*.cuh"))]
     files += [*sorted(kernels.glob("*.cuh")), kernels / "attention" / "fast_div.cuh"]
     texts = {p.relative_to(kernels): _text(p) for p in files}
     own = b"".join((HERE / name).read_bytes() for name in ("emulator.hpp", "mma.hpp"))
