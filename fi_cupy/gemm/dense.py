@@ -178,8 +178,8 @@ def mm_bf16(
     Returns
     -------
     array
-        ``[m, n]``. Bit-identical from run to run; the order of summation depends on m, n, k, the device
-        and what the tuner knows (`fi_cupy.autotuner`).
+        ``[m, n]``. Bit-identical from run to run; the order of summation depends on m, n, k, `pdl`, the
+        device and what the tuner knows (`fi_cupy.autotuner`).
 
     Raises
     ------

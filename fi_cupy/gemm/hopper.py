@@ -7,7 +7,7 @@ launchers trust their arguments: the public functions check them.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32, int64
@@ -63,7 +63,6 @@ class HopperTile(NamedTuple):
         return (56, 224) if scale == BLOCKS else (40, 232)  # the producer of scales has addresses of both
 
 
-#: 128 x 256 reads 48 bytes a cycle from L2, what it gives; 128 x 128 reads 64 and stays at 0.8 of it.
 LARGE = HopperTile(128, 256, 2, 1, 4, True)
 MIDDLE = HopperTile(128, 128, 2, 1, 6, True)
 WIDE = HopperTile(64, 256, 1, 2, 5, False)
@@ -133,17 +132,27 @@ def _up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-#: Bytes a cycle and multiprocessor that operands come from L2 at (measured through 128 x 128 tiles: 82 % utilisation).
-_L2_BYTES = 52
-#: Cycles of a tile beside its products: filling the ring, the part of the epilogue that nothing hides.
+#: Bytes a cycle that shared memory takes in or gives out.
+_SMEM_BYTES = 128
+#: Cycles of a tile beside its products: the part of prologue and epilogue that nothing hides.
 _TILE_CYCLES = 1500
 
 
+def block_cycles(tile: HopperTile) -> float:
+    """Cycles of a tile's products over 128 bytes of k: the tensor cores' (4096 FLOP of 16 bits), or shared memory's.
+
+    Every product of 64 rows reads 2 KB of a and its columns of b, and the copy engine writes each operand once:
+    128 x 256 just keeps the tensor cores busy, 128 x 192 to 0.92, 192 x 128 to 0.86, 128 x 128 to 0.8 (measured 0.82).
+    """
+    warpgroups = tile.warps_m * tile.warps_n
+    reads = 4 * warpgroups * (2048 + tile.block_n // tile.warps_n * 32)
+    writes = (tile.block_m + tile.block_n) * 128
+    return max(tile.block_m * tile.block_n / 32, (reads + writes) / _SMEM_BYTES)
+
+
 def _cost(tile: HopperTile, tiles: int, blocks: int, sms: int) -> float:
-    """Cycles of the busiest multiprocessor: its number of tiles times the slower of products and loads."""
-    products = tile.block_m * tile.block_n / 32
-    loads = (tile.block_m + tile.block_n) * 128 / _L2_BYTES
-    return _up(tiles, sms) * (blocks * max(products, loads) + _TILE_CYCLES)
+    """Cycles of the busiest multiprocessor."""
+    return _up(tiles, sms) * (blocks * block_cycles(tile) + _TILE_CYCLES)
 
 
 @lru_cache(maxsize=4096)
@@ -177,24 +186,39 @@ def mappable(x: View) -> bool:
 _encode = lru_cache(maxsize=4096)(tensor_map)
 
 
-def _map_type(kind: DType) -> str:
-    return "uint8" if kind in FP8_TYPES else kind.name
-
-
-def _matrix_map(x: View, inner: int, rows: int) -> bytes:
+def _matrix_map(
+    kind: DType, ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], inner: int, rows: int
+) -> bytes:
     """Tensor map of [rows, inner] or [batch, rows, inner] with a box of `rows` times `inner` elements."""
-    size = x.dtype.itemsize
-    batched = len(x.shape) == 3
-    batch, row = (x.shape[0], x.strides[0] * size) if batched else (1, 0), x.strides[-2] * size
-    count, step = batch
+    size = kind.itemsize
+    count, step, row = 1, 16, strides[-2] * size
     # A step of 0 (one matrix for all) or of a single matrix is never taken; the encoder wants one of 16 bytes at least.
-    if count == 1 or step == 0:
-        count, step = 1, 16
-    if x.shape[-2] == 1:
+    if len(shape) == 3 and shape[0] > 1 and strides[0]:
+        count, step = shape[0], strides[0] * size
+    if shape[-2] == 1:
         row = max(row, 16) // 16 * 16
-    return _encode(
-        _map_type(x.dtype), x.ptr, (x.shape[-1], x.shape[-2], count, 1), (row, step, 16), (inner, rows, 1, 1)
-    )
+    name = "uint8" if kind in FP8_TYPES else kind.name
+    return _encode(name, ptr, (shape[-1], shape[-2], count, 1), (row, step, 16), (inner, rows, 1, 1))
+
+
+Matrix = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
+
+
+@lru_cache(maxsize=4096)
+def _maps(spec: KernelSpec, a: Matrix, w: Matrix, out: Matrix) -> tuple[bytes, bytes, bytes, int, int]:
+    """Maps of a, b and out for the boxes of `spec`, and whether a and b have a matrix for each of a batch."""
+    config: dict[str, Any] = dict(spec.config)
+    kind_a, kind_b = config["TA"], config["TB"]
+    inner = 128 // kind_a.itemsize
+    a_map = _matrix_map(kind_a, *a, inner, config["kRowsA"])
+    if config["kRowMajorB"]:
+        b_map = _matrix_map(kind_b, *w, 64, 64)
+    else:
+        columns = config["kBlockN"] // (2 * config["kWarpsN"] if config["kGated"] else 1)
+        b_map = _matrix_map(kind_b, *w, inner, columns)
+    out_map = _matrix_map(config["Out"], *out, 64, 64) if config["kBulkStore"] else a_map  # any valid one if not used
+    steps = [int(len(shape) == 3 and strides[0] != 0) for _, shape, strides in (a, w)]
+    return a_map, b_map, out_map, steps[0], steps[1]
 
 
 def _batch_stride(x: View | None) -> int:
@@ -205,14 +229,6 @@ Scale = tuple[int, int, int, int]  # address, and elements between batches, rows
 _NO_SCALE = (0, 0, 0, 0)
 
 
-@lru_cache(maxsize=1024)
-def _boxes(spec: KernelSpec) -> tuple[int, int, bool, bool]:
-    """(rows of a, columns of a k-contiguous b) a box, and whether b is n-contiguous and out leaves in boxes."""
-    config = dict(spec.config)
-    columns = int(config["kBlockN"]) // (2 * int(config["kWarpsN"]) if config["kGated"] else 1)  # type: ignore[arg-type]
-    return int(config["kRowsA"]), columns, bool(config["kRowMajorB"]), bool(config["kBulkStore"])  # type: ignore[arg-type]
-
-
 def launch(
     spec: KernelSpec, grid: int | tuple[int, int, int], out: View, a: View, w: View, *, batch: int = 1,
     bias: View | None = None, residual: View | None = None, a_scale: Scale = _NO_SCALE,
@@ -220,23 +236,20 @@ def launch(
     gate_second: bool = False, pdl: bool = False,
 ) -> None:  # fmt: skip
     """Launch `spec`, whose options the arguments fit; `batch` is that of the matrices, or the number of segments."""
-    m, n, k = out.shape[-2], out.shape[-1], a.shape[-1]
-    size = a.dtype.itemsize
-    rows, columns, row_major_b, bulk = _boxes(spec)
-    b_map = _matrix_map(w, 64, 64) if row_major_b else _matrix_map(w, 128 // size, columns)
-    a_map = _matrix_map(a, 128 // size, rows)
-    out_map = _matrix_map(out, 64, 64) if bulk else a_map  # any valid one where it is not used
-    grouped = indptr is not None
+    (m, n), k = out.shape[-2:], a.shape[-1]
+    a_map, b_map, out_map, a_step, b_step = _maps(
+        spec, (a.ptr, a.shape, a.strides), (w.ptr, w.shape, w.strides), (out.ptr, out.shape, out.strides)
+    )
     load_kernel(spec, a.device).launch(
         grid, a.stream(),
         a_map, b_map, out_map,
         out.ptr, 0 if bias is None else bias.ptr, 0 if residual is None else residual.ptr, a_scale[0], b_scale[0],
         0 if indptr is None else indptr.ptr, 0 if weight_indices is None else weight_indices.ptr,
-        out.strides[-2], 0 if grouped else _batch_stride(out),
+        out.strides[-2], _batch_stride(out),
         0 if residual is None else residual.strides[-2], _batch_stride(residual),
-        bias.strides[0] if bias is not None and len(bias.shape) == 2 else 0,
+        0 if bias is None or len(bias.shape) < 2 else bias.strides[0],
         *a_scale[1:], *b_scale[1:],
-        m, n, k * size, batch, int(_batch_stride(a) != 0), int(_batch_stride(w) != 0),
+        m, n, k * a.dtype.itemsize, batch, a_step, b_step,
         n if gate_second else 0, 0 if gate_second else n,
         int(indptr is not None and indptr.dtype is int64),
         int(weight_indices is not None and weight_indices.dtype is int64),

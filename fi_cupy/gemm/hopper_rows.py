@@ -62,6 +62,7 @@ def rows_spec(
 _ALONE, _SHARING = 208 << 10, 104 << 10
 
 
+@lru_cache(maxsize=4096)
 def rows_tile(m: int, n: int, k_bytes: int, sms: int, *, batch: int = 1, gated: bool = False) -> RowsTile:
     """The tile for m rows of a: one CTA a multiprocessor with the deepest ring, or two where one leaves many idle.
 

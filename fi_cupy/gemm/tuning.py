@@ -85,7 +85,8 @@ class Candidate(NamedTuple):
 
 def _heuristic(p: MmProblem) -> tuple[KernelSpec, Grid]:
     return select.select_mm_kernel(
-        p.m, p.n, p.k, p.device, p.dtype, p.out, row_major_b=p.row_major_b, batch=p.batch, portable=p.portable
+        p.m, p.n, p.k, p.device, p.dtype, p.out, row_major_b=p.row_major_b, batch=p.batch, portable=p.portable,
+        pdl=p.pdl,
     )  # fmt: skip
 
 

@@ -206,7 +206,7 @@ FI_DEVICE void produce_operands(const HopperGemmParams& params, HopperGemmShared
   GemmRing<Config::kStages> ring;
 #pragma unroll 1
   for (uint32_t number = blockIdx.x; walk.find(number, tile); number += gridDim.x) {
-    const int batch = tile.batch * params.a_step, weight = Config::kGrouped ? tile.weight : tile.weight * params.b_step;
+    const int batch = tile.batch * params.a_step, weight = tile.weight * params.b_step;
 #pragma unroll 1
     for (uint32_t block = 0; block < blocks; ++block) {
       ptx::mbarrier_wait(empty + ring.at * 8, ring.phase ^ 1);

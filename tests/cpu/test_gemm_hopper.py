@@ -87,9 +87,7 @@ def test_symbols_name_every_option():
 
 
 class Matrix:
-    """What `_matrix_map` reads of a View."""
-
-    dtype, ptr = bfloat16, 4096
+    """What `mappable` reads of a View."""
 
     def __init__(self, shape, strides):
         self.shape, self.strides = shape, strides
@@ -108,7 +106,7 @@ class Matrix:
 def test_maps_describe_rows_and_batches(monkeypatch, shape, strides, extents, steps):
     calls = []
     monkeypatch.setattr(hopper, "_encode", lambda *args: calls.append(args) or b"")
-    hopper._matrix_map(Matrix(shape, strides), 64, 32)
+    hopper._matrix_map(bfloat16, 4096, shape, strides, 64, 32)
     assert calls == [("bfloat16", 4096, extents, steps, (64, 32, 1, 1))]
 
 
