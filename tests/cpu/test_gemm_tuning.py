@@ -108,7 +108,7 @@ def test_a_tuned_product_is_launched(mm_tuner):
     assert len(mm_tuner.choices()) == 5
     # Another shape, way of launching or GPU is another problem; so is a batched product.
     for other in (_problem(16, 4104), _problem(16, pdl=True), _problem(16, device=H100), _problem(64)):
-        expected = select_mm_kernel(other[0], other[1], other[2], other[3])
+        expected = select_mm_kernel(*other[:4], pdl=other[8])
         assert choose_mm_kernel("mm_bf16", other) == expected
     assert choose_mm_kernel("bmm_bf16", _problem(16)) == default
     mm_tuner.clear_cache()
