@@ -300,6 +300,11 @@ def _append(
             _launch(places[0], places[1] if len(places) == 2 else None, heads, page_size, table)
 
 
+def _unroll(vectors: int) -> int:
+    """Accesses a thread."""
+    return 4 if vectors >= 1 << 17 else 1
+
+
 def _launch(
     first: tuple[View, View, int, int, int],
     second: tuple[View, View, int, int, int] | None,
@@ -322,7 +327,7 @@ def _launch(
     batch_indices, positions, indices, indptr = table
     nnz = a.shape[0]
     vectors = nnz * heads * ((row_a + row_b) // vec)
-    unroll = 4 if vectors >= 1 << 17 else 1
+    unroll = _unroll(vectors)
     load_kernel(append_spec(row_a, row_b, vec, unroll), a.device).launch(
         -(-vectors // (_THREADS * unroll)), a.stream(), a.ptr, b.ptr, a_cache.ptr, b_cache.ptr,
         batch_indices.ptr, positions.ptr, indices.ptr, indptr.ptr, sa[0], sa[1], sb[0], sb[1], *sa[2:], *sb[2:],
