@@ -153,7 +153,7 @@ class FewConfig(NamedTuple):
     ahead: bool
 
 
-def few_config(m: int, n: int, k: int, *, batch: int = 1) -> FewConfig:
+def few_config(m: int, n: int, k: int, *, batch: int = 1, pdl: bool = False) -> FewConfig:
     """Up to 16 rows: the numbers of ``kernels/gemm/few.cuh``'s Config.
 
     Loads of 128 contiguous bytes ("wide") win on long streams: 14336 x 4096 at m = 8 in 40.4 µs against 42.2, 4096 x
@@ -166,6 +166,11 @@ def few_config(m: int, n: int, k: int, *, batch: int = 1) -> FewConfig:
         if a_tiles == 1 or n >= 8192:
             return FewConfig(a_tiles, 1, 2, 8 if a_tiles == 1 else 4, True, True)
         return FewConfig(a_tiles, 1, 2, 8, False, True)
+    if pdl and not long and a_tiles == 1 and k < 1024:
+        # The weight is requested while the predecessor ends, so that whole lines count for more than few rounds: n, k =
+        # 3072, 576 at m = 8 in 2.5 us against 3.3, at m = 1 in 2.3 against 3.0 by `gemm_rows`.
+        warps = min(8, steps)
+        return FewConfig(1, 1, min(2, _up(steps, warps)), warps, True, True)
     # As many warps as there are steps: n, k = 576, 576 at m = 8 in 2.4 µs by 9 warps against 2.7 by 3 warps of 3 steps.
     depth = min(2 if a_tiles == 1 else 3, _up(steps, 12 if a_tiles == 1 else 9))
     warps_k = min(_up(steps, depth), 12 if a_tiles == 1 else 9)
@@ -202,7 +207,8 @@ def stream_config(m: int, n: int, k: int, device: DeviceInfo, batch: int = 1) ->
     # 21.2) and lose on short ones (4096 x 4096: 15.3 against 14.0).
     wide = m_tiles == n_tiles == 1 and n * k * 2 * batch >= 40 << 20
     steps = _up(k, 64)
-    warps_k = min(8, max(1, _up(steps, 3)))
+    # 3072 x 576 at m = 64: 6.3 us by 8 warps of two steps, 8.0 by 3 of three.
+    warps_k = 8 if steps >= 8 else max(1, _up(steps, 3))
     share = _up(steps, warps_k)
     # All of a warp's share in registers where it is three steps; beyond 110 registers fewer warps fit, which costs more
     # than the depth gives.
@@ -326,12 +332,13 @@ def select_mm_kernel(
             return found
     slow = _slow_bf16(dtype, device)
     if not row_major_b:
-        if m <= (4 if slow else ROWS_MAX):
+        dependent = pdl and device.has_pdl and k < 1024 and not slow
+        if m <= (4 if slow else 0 if dependent else ROWS_MAX):
             lanes, rows, depth, warps_k, warps_n = rows_config(k)
             spec = rows_spec(dtype, out, m if m <= 2 else 4, lanes, rows, depth, warps_k, warps_n, True)
             return spec, (_up(n, warps_n * rows * (32 // lanes)), 1, batch)
         if m <= FEW_MAX and not slow:
-            few = few_config(m, n, k, batch=batch)
+            few = few_config(m, n, k, batch=batch, pdl=dependent)
             return _few(few, dtype, out), (_up(n, 16 * few.w_tiles), 1, batch)
         if not slow and _streams(m, n, k, device, batch):
             config = stream_config(m, n, k, device, batch)
@@ -387,6 +394,8 @@ def _hopper_kernel(
         # prologue (4096 x 4096 at m = 16: 14.6 against 14.8 µs, and 13.3 so; 4096 x 14336: 43.9 against 42.8 and 40.5).
         if m <= 8 or k < 2048 or not (pdl or k >= 8192):
             return None
+    if m <= HOPPER_ROWS_MAX and k < 1024 and n <= 2048 and not (pdl or row_major_b):
+        return None  # the prologue is most of it: 960 x 576 at m = 64 takes 5.7 us here, 4.1 in `gemm_stream`
     if m <= HOPPER_ROWS_MAX:
         few = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms, batch=batch)
         spec = hopper_rows.rows_spec(few, dtype, dtype, out, row_major_b=row_major_b)

@@ -109,7 +109,7 @@ def _rows(p: MmProblem) -> Iterator[Candidate]:
 
 
 def _few(p: MmProblem) -> Iterator[Candidate]:
-    own = select.few_config(p.m, p.n, p.k, batch=p.batch)
+    own = select.few_config(p.m, p.n, p.k, batch=p.batch, pdl=p.pdl)
     steps = -(-p.k // 64)
     shapes = [own]
     for warps_k, depth, wide, ahead in itertools.product((4, 8, 12), (1, 2, 3), (False, True), (False, True)):
