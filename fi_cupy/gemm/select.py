@@ -378,6 +378,12 @@ def _hopper_kernel(
         # prologue (4096 x 4096 at m = 16: 14.6 against 14.8 µs, and 13.3 so; 4096 x 14336: 43.9 against 42.8 and 40.5).
         if m <= 8 or k < 2048 or not (pdl or k >= 8192):
             return None
+    tiles_64 = _up(m, 64) * _up(n, 64) * batch
+    if not row_major_b and m <= STREAM_MAX and k < 2048 and 2 * tiles_64 < device.num_sms:
+        # Too little for the start of a CTA with a ring, unless a dependent launch hides it: 576 x 576 at m = 128 takes
+        # `gemm_stream` 3.7 µs, 5.2 here; 576 x 1536 at m = 16 3.3 and 4.8, with dependent launch 4.1 and 3.4.
+        if not pdl or m > HOPPER_ROWS_MAX:
+            return None
     if m <= HOPPER_ROWS_MAX:
         few = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms, batch=batch)
         spec = hopper_rows.rows_spec(few, dtype, dtype, out, row_major_b=row_major_b)
