@@ -203,6 +203,8 @@ def stream_config(m: int, n: int, k: int, device: DeviceInfo, batch: int = 1) ->
     wide = m_tiles == n_tiles == 1 and n * k * 2 * batch >= 40 << 20
     steps = _up(k, 64)
     warps_k = min(8, max(1, _up(steps, 3)))
+    if m_tiles * n_tiles == 16 and warps_k > 4:  # sums of more than 48 KB are folded in halves
+        warps_k += warps_k % 2
     share = _up(steps, warps_k)
     # All of a warp's share in registers where it is three steps; beyond 110 registers fewer warps fit, which costs more
     # than the depth gives.
