@@ -207,7 +207,8 @@ def stream_config(m: int, n: int, k: int, device: DeviceInfo, batch: int = 1) ->
     # 21.2) and lose on short ones (4096 x 4096: 15.3 against 14.0).
     wide = m_tiles == n_tiles == 1 and n * k * 2 * batch >= 40 << 20
     steps = _up(k, 64)
-    # 3072 x 576 at m = 64: 6.3 us by 8 warps of two steps, 8.0 by 3 of three.
+    # 3072 x 576 at m = 64: 6.3 us by 8 warps of two steps, 8.0 by 3 of three. (Never an odd number above 4:
+    # sums of more than 48 KB are folded in halves.)
     warps_k = 8 if steps >= 8 else max(1, _up(steps, 3))
     share = _up(steps, warps_k)
     # All of a warp's share in registers where it is three steps; beyond 110 registers fewer warps fit, which costs more
@@ -394,8 +395,13 @@ def _hopper_kernel(
         # prologue (4096 x 4096 at m = 16: 14.6 against 14.8 µs, and 13.3 so; 4096 x 14336: 43.9 against 42.8 and 40.5).
         if m <= 8 or k < 2048 or not (pdl or k >= 8192):
             return None
-    if m <= HOPPER_ROWS_MAX and k < 1024 and n <= 2048 and not (pdl or row_major_b):
-        return None  # the prologue is most of it: 960 x 576 at m = 64 takes 5.7 us here, 4.1 in `gemm_stream`
+    tiles_64 = _up(m, 64) * _up(n, 64) * batch
+    if not row_major_b and m <= STREAM_MAX and k < 2048 and n <= 2048 and 2 * tiles_64 < device.num_sms:
+        # Too little for the start of a CTA with a ring, unless a dependent launch hides it: 576 x 576 at m = 128 takes
+        # `gemm_stream` 3.7 µs, 5.2 here; 576 x 1536 at m = 16 3.3 and 4.8, with dependent launch 4.1 and 3.4.
+        # 3072 x 576 at m = 64 takes 6.1 there, 5.3 here.
+        if not pdl or m > HOPPER_ROWS_MAX:
+            return None
     if m <= HOPPER_ROWS_MAX:
         few = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms, batch=batch)
         spec = hopper_rows.rows_spec(few, dtype, dtype, out, row_major_b=row_major_b)
