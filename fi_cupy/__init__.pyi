@@ -1,9 +1,13 @@
 from . import (
     activation as activation,
+    aot as aot,
+    artifacts as artifacts,
     attention as attention,
+    autotuner as autotuner,
     batch_attention as batch_attention,
     cascade as cascade,
     cascade_attention as cascade_attention,
+    compilation_context as compilation_context,
     customize as customize,
     decode as decode,
     dtypes as dtypes,
@@ -36,6 +40,9 @@ from .activation import (
 )
 from .attention import (
     BatchAttentionWithAttentionSinkWrapper as BatchAttentionWithAttentionSinkWrapper,
+)
+from .autotuner import (
+    autotune as autotune,
 )
 from .batch_attention import (
     BatchAttention as BatchAttention,

@@ -30,16 +30,20 @@ def cli() -> None:
     """Kernels for LLM serving, compiled at run time: look at the machine, warm the cache, write text."""
 
 
-def _add_bench() -> None:
-    """`fi-cupy bench` lives beside the harness that it runs."""
+def _add_others() -> None:
+    """Commands that live in files of their own; `fi-cupy bench` beside the harness that it runs."""
+    from fi_cupy import cli_flashinfer
+    from fi_cupy.cli_tune import tune_command
     from fi_cupy.testing.bench_cli import bench_command
 
-    cli.add_command(bench_command)
+    for command in (bench_command, tune_command):
+        cli.add_command(command)
+    cli_flashinfer.add_to(cli)
 
 
 def main() -> None:
     """Run the command line; an error that fi_cupy raises on purpose is one line and exit code 1."""
-    _add_bench()
+    _add_others()
     try:
         cli(prog_name="fi-cupy")
     except FiCupyError as error:
@@ -95,6 +99,7 @@ def info(as_json: bool) -> None:
         ("NVRTC", report["nvrtc"] or "none"),
         ("headers", f"{headers['version']} in {headers['path']}" if headers else "none"),
         ("cache", f"{cached['path']}: {cached['kernels']} kernels, {_size(cached['bytes'])}"),
+        ("tuned", _tuned_line(report["tuned"])),
         ("packages", ", ".join(f"{name} {version}" for name, version in report["packages"].items())),
     ]
     for name, text in rows:
@@ -109,6 +114,12 @@ def info(as_json: bool) -> None:
         click.echo(f"\nproblem: {entry['problem']}\n   mend: {entry['mend']}")
 
 
+def _tuned_line(tuned: dict[str, Any]) -> str:
+    if tuned["path"] is None:
+        return "off"
+    return f"{tuned['path']}: {tuned['choices']} choices, {tuned['used']} for this machine"
+
+
 def _gpu_line(gpu: dict[str, Any]) -> str:
     return (
         f"{gpu['name']}, compute capability {gpu['compute_capability']} (target {gpu['target']}), "
@@ -121,13 +132,14 @@ def _gpu_line(gpu: dict[str, Any]) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
 def list_(profile: str, as_json: bool) -> None:
     """List the kernels: symbol, header, architectures, and for which of them the cache holds it."""
+    from fi_cupy.jit.build import is_cached
     from fi_cupy.jit.spec import ARCHS
     from fi_cupy.profiles import profile_specs
 
     rows: list[dict[str, Any]] = []
     for spec in profile_specs(profile):
         top = f"to {spec.max_arch}" if spec.max_arch else "up"
-        cached = [arch for arch in ARCHS if spec.supports(arch) and _is_cached(spec, arch)]
+        cached = [arch for arch in ARCHS if spec.supports(arch) and is_cached(spec, arch)]
         rows.append({"symbol": spec.symbol, "header": spec.header, "archs": f"{spec.min_arch} {top}", "cached": cached})
     if as_json:
         click.echo(json.dumps(rows, indent=1))
@@ -137,14 +149,6 @@ def list_(profile: str, as_json: bool) -> None:
         table.add_row(row["symbol"], row["header"], row["archs"], " ".join(row["cached"]) or "-")
     _console().print(table)
     click.echo(f"{len(rows)} kernels")
-
-
-def _is_cached(spec: Any, arch: str) -> bool:
-    from fi_cupy.jit.build import cache, job_for
-    from fi_cupy.jit.cache import job_key
-    from fi_cupy.jit.compiler import nvrtc_version
-
-    return cache().get(arch, spec.symbol, job_key(job_for(spec, arch), nvrtc_version())) is not None
 
 
 @cli.command()
@@ -298,23 +302,26 @@ def cache_prune(older_than: float | None) -> None:
 @cache.command("pack")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--arch", help="Only these targets.")
-def cache_pack(file: Path, arch: str | None) -> None:
+@click.option("--tuned/--no-tuned", default=True, show_default=True, help="Put in the choices of `fi-cupy tune`.")
+def cache_pack(file: Path, arch: str | None, tuned: bool) -> None:
     """Write the entries into one FILE, for a container image or another machine."""
+    from fi_cupy.artifacts import pack
     from fi_cupy.profiles import parse_archs
 
-    count = _cache().pack(file, set(parse_archs(arch)) if arch else None)
-    click.echo(f"{count} kernels packed into {file} ({_size(file.stat().st_size)})")
+    made = pack(file, parse_archs(arch) if arch else None, tuned)
+    choices = " and the tuned choices" if made.tuned else ""
+    click.echo(f"{len(made.kernels)} kernels{choices} packed into {file} ({_size(file.stat().st_size)})")
 
 
 @cache.command("unpack")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def cache_unpack(file: Path) -> None:
-    """Take in the entries of a pack; exit code 1 if one of them was refused."""
-    store = _cache()
-    taken, refused = store.unpack(file)
-    click.echo(f"{taken} kernels unpacked into {store.root}, {refused} refused")
-    if refused:
-        raise CacheError(f"cache unpack: {refused} entries of {file} do not hold together")
+    """Check a pack and take it in; a broken one is refused as a whole, with exit code 1."""
+    from fi_cupy.artifacts import unpack
+
+    made = unpack(file)
+    choices = " and the tuned choices" if made.tuned else ""
+    click.echo(f"{len(made.kernels)} kernels{choices} unpacked into {_cache().root} (made by fi_cupy {made.fi_cupy})")
 
 
 @cache.command("clear")
@@ -358,6 +365,8 @@ def render(spec: str) -> None:
     "--batch", type=click.IntRange(1), default=1, show_default=True, help="Copies of the prompt to run at once."
 )
 @click.option("--backend", type=click.Choice(["auto", "cuda", "numpy"]), default="auto", show_default=True)
+@click.option("--kv-dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True, help="Of the cache.")
+@click.option("--tune", is_flag=True, help="Measure this run's kernels first, and keep the choices.")
 @click.option("--model", type=click.Path(path_type=str), help="A GGUF file. [default: SmolLM2-135M-Instruct]")
 def generate(prompt: str, **options: Any) -> None:
     """Write text with a language model whose every operation is fi_cupy's."""

@@ -18,7 +18,6 @@ from fi_cupy.decode_kernel import (
     Geometry,
     Problem,
     check_problem,
-    geometry,
     kernel_specs,
     logit_floats,
     output_view,
@@ -27,6 +26,7 @@ from fi_cupy.decode_kernel import (
 )
 from fi_cupy.decode_plan import Planned, fill_graph_buffers, keep_on_host, prepare
 from fi_cupy.decode_single import single_decode_with_kv_cache
+from fi_cupy.decode_tuning import choose_geometry
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import FP8_TYPES, float32, int32
 from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
@@ -123,6 +123,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
     _op = _OP
     #: CTAs may serve two kv heads.
     _pairs = True
+    #: (problem, device) → Geometry.
+    _choose_geometry: Any = staticmethod(choose_geometry)
 
     def __init__(
         self,
@@ -151,6 +153,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
         self._graph = use_cuda_graph
         self._buffers: tuple[View, View, View] | None = None
         self._problem: Problem | None = None
+        self._geometry: Any = None
         self._planned: Planned | None = None
         self._plan_buffer: PlanBuffer | None = None
         self._graph_state: tuple[Any, ...] | None = None
@@ -314,8 +317,10 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
         problem = self._problem_of(p)
         if problem != self._problem:
             check_problem(f"{_OP}.plan", problem)
+        if problem != self._problem or not self._graph:  # a captured graph keeps its kernel, whatever is tuned since
+            self._geometry = self._choose_geometry(problem, device_info(self.device))
             self._problem = problem
-        g = p.geometry = geometry(problem, device_info(self.device))
+        g = p.geometry = self._geometry
         bound = self._item_bound(p, g, split_keys, disable_split) if self._graph else None
         schedule = plan_decode(
             kv_len, p.indptr[:-1], num_head_blocks=g.num_head_blocks, slots=g.slots, window_left=p.window_left,

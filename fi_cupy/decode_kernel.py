@@ -16,7 +16,7 @@ from fi_cupy.errors import ArgumentError, DTypeError, ShapeError
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.kv_cache import as_fp8
-from fi_cupy.plan.decode import DecodeTiles, choose_tiles, head_blocks, smem_bytes
+from fi_cupy.plan.decode import DecodeTiles, choose_tiles, head_blocks, smem_bytes, tile_candidates
 from fi_cupy.plan.workspace import WorkspaceLayout
 from fi_cupy.reference.rope import rope_frequencies
 
@@ -238,19 +238,29 @@ class Geometry:
         return layout
 
 
+def _device_limits(device: DeviceInfo) -> dict[str, int]:
+    return {
+        "arch": device.code_number, "smem_per_block": device.smem_per_block, "smem_per_sm": device.smem_per_sm
+    }  # fmt: skip
+
+
+def _may_pair(p: Problem) -> bool:
+    blocks, _, _ = head_blocks(p.num_qo_heads // p.num_kv_heads, p.head_dim)
+    return p.heads_adjacent and p.num_kv_heads % 2 == 0 and blocks == 1
+
+
 @lru_cache(maxsize=1024)
-def geometry(problem: Problem, device: DeviceInfo) -> Geometry:
-    """The kernel and the grid factors for `problem` on `device`."""
+def geometry(problem: Problem, device: DeviceInfo, tiles: DecodeTiles | None = None) -> Geometry:
+    """The kernel and the grid factors for `problem` on `device`, with the CTA shape of `choose_tiles` unless given."""
     p = problem
     group = p.num_qo_heads // p.num_kv_heads
     blocks, heads, columns = head_blocks(group, p.head_dim)
     num_head_blocks = p.num_kv_heads * blocks
-    tiles = choose_tiles(
-        p.batch_size * num_head_blocks, p.head_dim, p.kv.itemsize, columns, arch=device.code_number,
-        num_sms=device.num_sms, smem_per_block=device.smem_per_block, smem_per_sm=device.smem_per_sm,
-        batch_invariant=p.batch_invariant, rope=p.rope,
-        may_pair=p.heads_adjacent and p.num_kv_heads % 2 == 0 and blocks == 1,
-    )  # fmt: skip
+    if tiles is None:
+        tiles = choose_tiles(
+            p.batch_size * num_head_blocks, p.head_dim, p.kv.itemsize, columns, num_sms=device.num_sms,
+            batch_invariant=p.batch_invariant, rope=p.rope, may_pair=_may_pair(p), **_device_limits(device),
+        )  # fmt: skip
     if tiles.head_pair:
         num_head_blocks, heads = num_head_blocks // 2, 2 * heads
     spec, heads_spec = (
@@ -262,6 +272,20 @@ def geometry(problem: Problem, device: DeviceInfo) -> Geometry:
     )  # fmt: skip
     slots = device.num_sms * tiles.ctas_per_sm
     return Geometry(spec, heads_spec, num_head_blocks, blocks, heads, group, slots, p.head_dim)
+
+
+@lru_cache(maxsize=1024)
+def geometries(problem: Problem, device: DeviceInfo) -> dict[str, Geometry]:
+    """Every geometry worth a measurement by its kernel's symbol; that of `choose_tiles` comes first."""
+    p = problem
+    _, _, columns = head_blocks(p.num_qo_heads // p.num_kv_heads, p.head_dim)
+    shapes = tile_candidates(
+        p.head_dim, p.kv.itemsize, columns, rope=p.rope, may_pair=_may_pair(p), **_device_limits(device)
+    )
+    own = geometry(p, device)
+    return {own.spec.symbol: own} | {
+        g.spec.symbol: g for g in (geometry(p, device, tiles) for tiles in shapes) if g.spec != own.spec
+    }
 
 
 def why_not(p: Problem) -> str:

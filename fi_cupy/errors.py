@@ -59,6 +59,10 @@ class CacheError(FiCupyError, OSError):
     """A cache pack or folder cannot be read or written by a command that was asked to."""
 
 
+class PackError(CacheError):
+    """A cubin pack is broken, none of fi_cupy's, or cannot be written; nothing of it has been taken."""
+
+
 class CompileError(FiCupyError, RuntimeError):
     """NVRTC refused or crashed on a source.
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import fi_cupy
-from fi_cupy.device import device_info, num_devices
-from fi_cupy.errors import CudaUnavailableError, GPUArchitectureError
+from fi_cupy import autotuner
+from fi_cupy.device import DeviceInfo, device_info, num_devices
+from fi_cupy.errors import CacheError, CudaUnavailableError, GPUArchitectureError
 from fi_cupy.jit import env
 from fi_cupy.jit.cache import KernelCache
+from fi_cupy.tuning import file
 
 _PACKAGES = ("numpy", "ml_dtypes", "jinja2", "cuda-pathfinder", "cuda-bindings", "torch", "jax", "gguf", "tokenizers")
 _CUPY = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
@@ -28,7 +30,7 @@ def collect() -> dict[str, Any]:
     Returns
     -------
     dict
-        Keys: fi_cupy, python, platform, packages, cupy, nvrtc, headers, driver, gpus, cache, environment, and
+        Keys: fi_cupy, python, platform, packages, cupy, nvrtc, headers, driver, gpus, cache, tuned, environment, and
         problems, a list of {"problem": text, "mend": text}.
     """
     problems: list[dict[str, str]] = []
@@ -51,6 +53,7 @@ def collect() -> dict[str, Any]:
             f"pip install cuda-bindings~={(report['nvrtc'] or '13.0').split('.')[0]}.0",
         )
     report["cache"] = _cache(problem)
+    report["tuned"] = _tuned(problem, [device_info(gpu["index"]) for gpu in report["gpus"]])
     report["environment"] = _environment(problem)
     report["problems"] = problems
     return report
@@ -184,6 +187,28 @@ def _cache(problem: Any) -> dict[str, Any]:
         "broken": broken,
         "bytes": sum(kernel.meta.code_bytes for _, kernel in entries if kernel is not None),
     }
+
+
+def _tuned(problem: Any, devices: list[DeviceInfo]) -> dict[str, Any]:
+    """The file of tuned choices: how many it holds, and how many of them count here."""
+    path = autotuner.default_file()
+    found: dict[str, Any] = {"path": None if path is None else str(path), "choices": 0, "used": 0}
+    if path is None or not path.exists():
+        return found
+    try:
+        sections = file.read(path)
+    except CacheError as error:
+        problem(f"{error}; it is not used", f"remove it, or write it anew: fi-cupy tune --output {path}")
+        return found
+    found["choices"] = sum(map(len, sections.values()))
+    found["used"] = sum(len(sections.get(environment, {})) for environment in {file.environment(d) for d in devices})
+    if devices and found["choices"] and not found["used"]:
+        here, there = file.environment(devices[0]), next(iter(sections))
+        problem(
+            f"the tuned choices in {path} are not used: they were measured with {file.differences(there, here)}",
+            "measure anew: fi-cupy tune",
+        )
+    return found
 
 
 def unwritable(folder: Path) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from fi_cupy import decode, mixed, prefill_kernel, prefill_single
 from fi_cupy.checks import check_device
 from fi_cupy.choice_log import log_wrapper
+from fi_cupy.decode_kernel import geometry as decode_geometry
 from fi_cupy.decode_plan import Planned
 from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.errors import PlanError, UnsupportedError
@@ -94,6 +95,7 @@ class PODWithPagedKVCacheWrapper:
             paged_kv_last_page_len_buffer, jit_args=jit_args, variant=variant,
         )  # fmt: skip
         self._decode._pairs = False  # the mixed kernel's items are of one kv head
+        self._decode._choose_geometry = decode_geometry  # and made for its CTAs, not for those that the tuner may know
         self._queues: PlanBuffer | None = None  # the launch's two queues, at an address that stays
         self._launched: Launched | None = None
 

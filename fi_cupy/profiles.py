@@ -111,9 +111,10 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
     ]
     products = [((qo + 2 * kv) * d, h), (h, qo * d), (h, shape.intermediate)]
     for m in (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096):
-        specs += [select_mm_kernel(m, n, k, device)[0] for n, k in products]
+        for pdl in (False, True):  # as the demo model launches where the device can, and as others may not
+            specs += [select_mm_kernel(m, n, k, device, pdl=pdl)[0] for n, k in products]
+            specs.append(select_mm_kernel(m, shape.vocab, h, device, out=float32, pdl=pdl)[0])
         specs.append(gated_spec(m, shape.intermediate, h, device))
-        specs.append(select_mm_kernel(m, shape.vocab, h, device, out=float32)[0])
     for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         problem = decode_kernel.Problem(
             batch, qo, kv, d, bfloat16, bfloat16, bfloat16, shape.page_size % 16 == 0, False, False, False, False

@@ -15,7 +15,8 @@ from fi_cupy.gemm import hopper, hopper_rows
 from fi_cupy.gemm.group import launch_group
 from fi_cupy.gemm.operands import swapped
 from fi_cupy.gemm.route import on_hopper
-from fi_cupy.gemm.select import HOPPER_ROWS_MAX, select_gated_kernel, select_mm_kernel
+from fi_cupy.gemm.select import HOPPER_ROWS_MAX, select_gated_kernel
+from fi_cupy.gemm.tuning import choose_mm_kernel
 from fi_cupy.jit.kernel import load_kernel
 
 _MAX_BATCH = 65535  # the grid's third dimension
@@ -90,8 +91,9 @@ def _output(op: str, a: View, shape: tuple[int, ...], out: Any, out_dtype: Any) 
 
 def _multiply(
     op: str, a: View, b: View, bias: View | None, residual: View | None, out: View, row_major_b: bool, pdl: bool,
-    batched: bool,
+    batched: bool, chosen: Any = None,
 ) -> None:  # fmt: skip
+    """Launch what `chosen` (a kernel and its grid) says, by default what the tuner or the heuristic chooses."""
     m, k = a.shape[-2:]
     n = b.shape[-1]
     batch = a.shape[0] if batched else 1
@@ -99,12 +101,11 @@ def _multiply(
         return
     if batch > _MAX_BATCH:
         raise UnsupportedError(f"{op}: a has shape {a.shape}, expected a batch of at most {_MAX_BATCH}; split it")
-    portable = not (hopper.mappable(a) and hopper.mappable(out))
     w = b if row_major_b else swapped(b)
-    spec, grid = select_mm_kernel(
-        m, n, k, device_info(a.device), a.dtype, out.dtype, row_major_b=row_major_b, batch=batch,
-        portable=portable or not hopper.mappable(w), pdl=pdl,
-    )  # fmt: skip
+    portable = not (hopper.mappable(a) and hopper.mappable(out) and hopper.mappable(w))
+    spec, grid = chosen or choose_mm_kernel(
+        op, (m, n, k, device_info(a.device), a.dtype, out.dtype, row_major_b, batch, pdl, portable)
+    )
     if spec.params is hopper.PARAMS:
         hopper.launch(spec, grid, out, a, w, batch=batch, bias=bias, residual=residual, pdl=pdl)
         return
@@ -169,15 +170,16 @@ def mm_bf16(
     out_dtype : dtype, optional
         bfloat16, float16 or float32; by default that of `out`, else of `a`.
     backend : str
-        "auto": the kernel follows from the shape and the device (`fi_cupy.gemm.select`).
+        "auto": the kernel follows from the shape and the device (`fi_cupy.gemm.select`), or from what the tuner has
+        measured (`fi_cupy.autotuner`).
     residual : array, [m, n], dtype of the result, optional
         Added before the rounding; may be `out` itself. Rows may be strided, by multiples of 16 bytes.
 
     Returns
     -------
     array
-        ``[m, n]``. Bit-identical from run to run; the order of summation depends on m, n, k, `pdl` and the
-        device.
+        ``[m, n]``. Bit-identical from run to run; the order of summation depends on m, n, k, `pdl`, the
+        device and what the tuner knows (`fi_cupy.autotuner`).
 
     Raises
     ------

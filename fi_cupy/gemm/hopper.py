@@ -71,8 +71,16 @@ TINY = HopperTile(64, 64, 1, 2, 13, False)
 #: Sums in full fp32 beside the tensor cores' take as many registers again.
 PROMOTED = HopperTile(128, 128, 2, 1, 5, True)
 PROMOTED_SMALL = HopperTile(64, 128, 1, 2, 8, False)
-TALL = HopperTile(192, 128, 3, 1, 5, False)
+TALL = HopperTile(192, 128, 3, 1, 4, True)
 BROAD = HopperTile(128, 192, 2, 1, 4, True)
+#: What they reach of the tensor cores' rate with scales in blocks: while a warpgroup adds its sums up others multiply,
+#: and three hide it better than two (8192 cubed: 1,065 TFLOP/s in 192 x 128, 1,040 in 128 x 192, 804 in 128 x 128).
+PROMOTED_SPEED = {TALL: 0.72, BROAD: 0.70, PROMOTED: 0.57, PROMOTED_SMALL: 0.43}
+CHOICES = {
+    NONE: (LARGE, MIDDLE, WIDE, SMALL, TINY),
+    VECTORS: (PROMOTED, PROMOTED_SMALL),
+    BLOCKS: (TALL, BROAD, PROMOTED, PROMOTED_SMALL),
+}
 
 #: Blocks of 128 of k after which fp8 sums without `fast_accum` leave the tensor cores.
 PROMOTE = 4
@@ -152,16 +160,21 @@ def block_cycles(tile: HopperTile) -> float:
 
 def _cost(tile: HopperTile, tiles: int, blocks: int, sms: int) -> float:
     """Cycles of the busiest multiprocessor."""
-    return _up(tiles, sms) * (blocks * block_cycles(tile) + _TILE_CYCLES)
+    speed = PROMOTED_SPEED.get(tile)
+    cycles = block_cycles(tile) if speed is None else tile.block_m * tile.block_n / 32 / speed
+    return _up(tiles, sms) * (blocks * cycles + _TILE_CYCLES)
 
 
 @lru_cache(maxsize=4096)
 def hopper_tile(
     m: int, n: int, k_bytes: int, sms: int, *, batch: int = 1, gated: bool = False, row_major_b: bool = False,
-    promoted: bool = False,
+    sums: str = NONE,
 ) -> HopperTile:  # fmt: skip
-    """The tile that finishes first: the busiest multiprocessor decides."""
-    choices: tuple[HopperTile, ...] = (PROMOTED, PROMOTED_SMALL) if promoted else (LARGE, MIDDLE, WIDE, SMALL, TINY)
+    """The tile that finishes first: the busiest multiprocessor decides.
+
+    `sums`: NONE stay in the tensor cores, VECTORS leave them now and then, BLOCKS every 128 of k.
+    """
+    choices: tuple[HopperTile, ...] = CHOICES[sums]
     # A warpgroup's columns: quads of n8 tiles of out, and whole panels of 64 of an n-contiguous b.
     least = 32 * (1 + gated) * (1 + row_major_b)
     choices = tuple(t for t in choices if t.block_n // t.warps_n >= least)
@@ -262,7 +275,7 @@ RASTER = 16
 
 
 def _dense(
-    out: View, a: View, tile: HopperTile | None, *, gated: bool = False, **options: bool
+    out: View, a: View, tile: HopperTile | None, *, gated: bool = False, **options: Any
 ) -> tuple[HopperTile, int, int]:
     """(tile, batch, grid) of a dense product; options as of `hopper_tile`."""
     batch = a.shape[0] if len(a.shape) == 3 else 1
@@ -299,7 +312,7 @@ def launch_hopper_mm(
     )  # fmt: skip
 
 
-def grouped_tile(rows: int, segments: int, n: int, k_bytes: int, sms: int, **options: bool) -> HopperTile:
+def grouped_tile(rows: int, segments: int, n: int, k_bytes: int, sms: int, **options: Any) -> HopperTile:
     """The tile for segments of an average length (their own lengths are on the device); options as of `hopper_tile`."""
     return hopper_tile(max(1, _up(rows, segments)), n, k_bytes, sms, batch=segments, **options)
 
@@ -361,7 +374,7 @@ def launch_hopper_fp8(
     """
     if out.size == 0:
         return
-    tile, batch, grid = _dense(out, a, tile, promoted=not fast_accum)
+    tile, batch, grid = _dense(out, a, tile, sums=NONE if fast_accum else VECTORS)
     spec = hopper_spec(tile, a.dtype, w.dtype, out.dtype, scale=VECTORS, promote=0 if fast_accum else PROMOTE)
     launch(
         spec, grid, out, a, w, batch=batch, bias=bias, a_scale=vector_scale(a_scale),
@@ -389,7 +402,7 @@ def launch_hopper_fp8_blocks(
     if m == 0 or segments <= 0:
         return
     sms = device_info(a.device).num_sms
-    tile = tile or grouped_tile(m, segments, n, a.shape[1], sms, promoted=True)
+    tile = tile or grouped_tile(m, segments, n, a.shape[1], sms, sums=BLOCKS)
     spec = hopper_spec(tile, a.dtype, w.dtype, out.dtype, scale=BLOCKS, promote=1, grouped=indptr is not None)
     scale_a, scale_b = block_scales(a_scale, b_scale, scale_major_mode)
     tiles = _up(m, tile.block_m) * _up(n, tile.block_n)
@@ -422,6 +435,9 @@ def kernel_specs() -> list[KernelSpec]:
         hopper_spec(WIDE, bfloat16, bfloat16, bfloat16, grouped=True, row_major_b=True),
         hopper_spec(LARGE, e4, e4, bfloat16, scale=VECTORS),
         hopper_spec(PROMOTED, e4, e5, bfloat16, scale=VECTORS, promote=PROMOTE),
+        hopper_spec(TALL, e4, e4, bfloat16, scale=BLOCKS, promote=1),
+        hopper_spec(BROAD, e4, e4, bfloat16, scale=BLOCKS, promote=1),
         hopper_spec(PROMOTED, e4, e4, bfloat16, scale=BLOCKS, promote=1),
+        hopper_spec(TALL, e4, e4, bfloat16, scale=BLOCKS, promote=1, grouped=True),
         hopper_spec(PROMOTED_SMALL, e4, e4, bfloat16, scale=BLOCKS, promote=1, grouped=True),
     ]

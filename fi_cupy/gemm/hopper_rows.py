@@ -75,15 +75,18 @@ def rows_tile(m: int, n: int, k_bytes: int, sms: int, *, batch: int = 1, gated: 
     best: tuple[float, RowsTile] | None = None
     for block_n in (64, 128):
         for split in (1, 2, 4):
-            if split > max(1, blocks // 4):
+            # Every rank needs some blocks of k; and where there are CTAs enough, clusters only cost (28672 x 4096 at
+            # m = 16: 82.0 us alone, 84.4 in twos).
+            if split > 1 and (split > blocks // 4 or _up(out_n, block_n) * calls >= sms):
                 continue
             ctas, share = _up(out_n, block_n) * calls * split, _up(blocks, split)
             sharing = _SHARING // (128 * (rows + block_n))
             alone = ctas <= sms and share > sharing  # a short share of k needs no deeper ring
             # Time goes with the busiest multiprocessor's part of the weight. A cluster costs about a microsecond, in
-            # which a multiprocessor reads 20 KB; where several CTAs come to one, the ring of each is half as deep.
-            waves = _up(ctas, sms)
-            cost = waves * (block_n * share * 128 + split // 2 * 20_000) * (1 if waves == 1 else 1.05)
+            # which a multiprocessor reads 20 KB, and more where k is short (960 x 576 at m = 64: 4.3 us in clusters of
+            # two, 2.5 without); where several CTAs come to one, the ring of each is half as deep.
+            waves, cluster = _up(ctas, sms), 40_000 if blocks < 16 else 20_000
+            cost = waves * (block_n * share * 128 + split // 2 * cluster) * (1 if waves == 1 else 1.05)
             if best is None or cost < best[0]:
                 best = cost, RowsTile(rows, block_n, split, _ALONE // (128 * (rows + block_n)) if alone else sharing)
     assert best is not None

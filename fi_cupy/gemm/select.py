@@ -153,7 +153,7 @@ class FewConfig(NamedTuple):
     ahead: bool
 
 
-def few_config(m: int, n: int, k: int, *, batch: int = 1) -> FewConfig:
+def few_config(m: int, n: int, k: int, *, batch: int = 1, pdl: bool = False) -> FewConfig:
     """Up to 16 rows: the numbers of ``kernels/gemm/few.cuh``'s Config.
 
     Loads of 128 contiguous bytes ("wide") win on long streams: 14336 x 4096 at m = 8 in 40.4 µs against 42.2, 4096 x
@@ -166,6 +166,11 @@ def few_config(m: int, n: int, k: int, *, batch: int = 1) -> FewConfig:
         if a_tiles == 1 or n >= 8192:
             return FewConfig(a_tiles, 1, 2, 8 if a_tiles == 1 else 4, True, True)
         return FewConfig(a_tiles, 1, 2, 8, False, True)
+    if pdl and not long and a_tiles == 1 and k < 1024:
+        # The weight is requested while the predecessor ends, so that whole lines count for more than few rounds: n, k =
+        # 3072, 576 at m = 8 in 2.5 us against 3.3, at m = 1 in 2.3 against 3.0 by `gemm_rows`.
+        warps = min(8, steps)
+        return FewConfig(1, 1, min(2, _up(steps, warps)), warps, True, True)
     # As many warps as there are steps: n, k = 576, 576 at m = 8 in 2.4 µs by 9 warps against 2.7 by 3 warps of 3 steps.
     depth = min(2 if a_tiles == 1 else 3, _up(steps, 12 if a_tiles == 1 else 9))
     warps_k = min(_up(steps, depth), 12 if a_tiles == 1 else 9)
@@ -202,7 +207,9 @@ def stream_config(m: int, n: int, k: int, device: DeviceInfo, batch: int = 1) ->
     # 21.2) and lose on short ones (4096 x 4096: 15.3 against 14.0).
     wide = m_tiles == n_tiles == 1 and n * k * 2 * batch >= 40 << 20
     steps = _up(k, 64)
-    warps_k = min(8, max(1, _up(steps, 3)))
+    # 3072 x 576 at m = 64: 6.3 us by 8 warps of two steps, 8.0 by 3 of three. (Never an odd number above 4:
+    # sums of more than 48 KB are folded in halves.)
+    warps_k = 8 if steps >= 8 else max(1, _up(steps, 3))
     share = _up(steps, warps_k)
     # All of a warp's share in registers where it is three steps; beyond 110 registers fewer warps fit, which costs more
     # than the depth gives.
@@ -266,7 +273,16 @@ def tiled_config(
     ):  # Turing's code: 64 KB and no asynchronous copies, more than two stages would hide nothing
         block_k, stages = 32, 2
     elif kilobytes >= 200:  # sm_90, sm_100: 2 x 96 KB; half the barriers with 64 columns a stage
-        block_k, stages = 64, 3 if large else 4
+        # A stage less lets one CTA more share a multiprocessor: 384 tiles of 128 x 64 on 132 multiprocessors are one
+        # wave of three then, instead of two of two (512 x 6144 x 4096: 68 us against 91).
+        ctas = _up(m, block_m) * _up(n, block_n) * batch
+        registers = _MIN_BLOCKS[block_m, block_n]
+
+        def waves(stages: int) -> int:
+            together = min(registers, kilobytes // ((block_m + block_n) * stages // 8 + 1))
+            return together * _up(ctas, together * device.num_sms)
+
+        block_k, stages = 64, 3 if large or waves(3) < waves(4) else 4
     elif kilobytes >= 128:  # sm_80, sm_87: 2 x 64 KB
         block_k, stages = 32, 4
     else:  # sm_86, sm_89, sm_120: 2 x 48 KB
@@ -317,12 +333,13 @@ def select_mm_kernel(
             return found
     slow = _slow_bf16(dtype, device)
     if not row_major_b:
-        if m <= (4 if slow else ROWS_MAX):
+        dependent = pdl and device.has_pdl and k < 1024 and not slow
+        if m <= (4 if slow else 0 if dependent else ROWS_MAX):
             lanes, rows, depth, warps_k, warps_n = rows_config(k)
             spec = rows_spec(dtype, out, m if m <= 2 else 4, lanes, rows, depth, warps_k, warps_n, True)
             return spec, (_up(n, warps_n * rows * (32 // lanes)), 1, batch)
         if m <= FEW_MAX and not slow:
-            few = few_config(m, n, k, batch=batch)
+            few = few_config(m, n, k, batch=batch, pdl=dependent)
             return _few(few, dtype, out), (_up(n, 16 * few.w_tiles), 1, batch)
         if not slow and _streams(m, n, k, device, batch):
             config = stream_config(m, n, k, device, batch)
@@ -378,6 +395,13 @@ def _hopper_kernel(
         # prologue (4096 x 4096 at m = 16: 14.6 against 14.8 µs, and 13.3 so; 4096 x 14336: 43.9 against 42.8 and 40.5).
         if m <= 8 or k < 2048 or not (pdl or k >= 8192):
             return None
+    tiles_64 = _up(m, 64) * _up(n, 64) * batch
+    if not row_major_b and m <= STREAM_MAX and k < 2048 and n <= 2048 and 2 * tiles_64 < device.num_sms:
+        # Too little for the start of a CTA with a ring, unless a dependent launch hides it: 576 x 576 at m = 128 takes
+        # `gemm_stream` 3.7 µs, 5.2 here; 576 x 1536 at m = 16 3.3 and 4.8, with dependent launch 4.1 and 3.4.
+        # 3072 x 576 at m = 64 takes 6.1 there, 5.3 here.
+        if not pdl or m > HOPPER_ROWS_MAX:
+            return None
     if m <= HOPPER_ROWS_MAX:
         few = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms, batch=batch)
         spec = hopper_rows.rows_spec(few, dtype, dtype, out, row_major_b=row_major_b)
@@ -390,7 +414,8 @@ def _hopper_kernel(
 def _streams(m: int, n: int, k: int, device: DeviceInfo, batch: int) -> bool:
     if m > STREAM_MAX:
         return False
-    if m <= 64 and m * k * 2 <= STREAM_A_BYTES:
+    # Not where tiles of 64 x 64 fill the device twice: 49152 x 576 at m = 64 takes 28 us in tiles, 50 here.
+    if m <= 64 and m * k * 2 <= STREAM_A_BYTES and _up(n, 64) * batch < 2 * device.num_sms:
         return True
     # Split k inside the CTA rather than leave more than half of the multiprocessors without a tile.
     return _up(m, 64) * _up(n, 64) * batch * 2 < device.num_sms

@@ -22,7 +22,9 @@ def job_for(spec: KernelSpec, arch: str) -> CompileJob:
     """Everything the compiler needs for `spec` on `arch`."""
     source = render(spec)
     options = [*target_options(arch), *_OPTIONS]
-    if env.LINEINFO.flag():
+    if env.DEBUG.flag():
+        options.append("-G")  # holds line information, too
+    elif env.LINEINFO.flag():
         options.append("-lineinfo")
     options += shlex.split(env.EXTRA_FLAGS.get() or "")
     return CompileJob(spec.symbol, source, tuple(header_closure(source.encode()).items()), arch, tuple(options))
@@ -44,6 +46,11 @@ stats = BuildStats()
 def cache() -> KernelCache:
     """The cache that the environment names."""
     return KernelCache(env.cache_dir())
+
+
+def is_cached(spec: KernelSpec, arch: str) -> bool:
+    """Whether the cache holds `spec` for `arch`."""
+    return cache().get(arch, spec.symbol, job_key(job_for(spec, arch), nvrtc_version())) is not None
 
 
 def build(spec: KernelSpec, arch: str, worker: Worker | None = None) -> CachedKernel:

@@ -16,19 +16,18 @@ import shutil
 import tempfile
 import time
 import warnings
-import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fi_cupy.errors import CacheError
 from fi_cupy.jit.compiler import CompileJob, CompileResult
 
 SCHEMA = 1
 _META = "kernel.json"
 _SOURCE = "kernel.cu"
 _TEMPORARY = ".tmp-"
+_NO_ARCHS = ("locks", "tuned")  # folders under the root that hold no kernels
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class KernelCache:
 
     def get(self, arch: str, symbol: str, key: str) -> CachedKernel | None:
         """The entry with this key, or None if there is none or it does not hold together."""
-        return _read_entry(self.entry_dir(arch, symbol, key), key)
+        return read_entry(self.entry_dir(arch, symbol, key), key)
 
     def put(self, job: CompileJob, key: str, nvrtc: tuple[int, int], result: CompileResult) -> CachedKernel:
         """Store a result; where the folder cannot be written, warn once and return it from memory."""
@@ -108,7 +107,7 @@ class KernelCache:
             (folder / _SOURCE).write_text(job.source)
             (folder / name).write_bytes(result.code)
             (folder / _META).write_text(json.dumps(asdict(meta), indent=1))
-            _rename_into_place(folder, final)
+            rename_into_place(folder, final)
             return CachedKernel(meta, result.code, final / name)
         except OSError as error:
             if temporary is not None:
@@ -152,13 +151,15 @@ class KernelCache:
     def entries(self) -> Iterator[tuple[Path, CachedKernel | None]]:
         """Every entry folder with what it holds; None where it does not hold together."""
         try:
-            arch_dirs = sorted(d for d in self.root.iterdir() if d.is_dir() and d.name != "locks")
+            arch_dirs = sorted(
+                d for d in self.root.iterdir() if d.is_dir() and d.name not in _NO_ARCHS and d.name[0] != "."
+            )
         except OSError:
             return
         for arch_dir in arch_dirs:
             for folder in sorted(arch_dir.iterdir()):
                 if folder.is_dir() and not folder.name.startswith(_TEMPORARY):
-                    yield folder, _read_entry(folder, None)
+                    yield folder, read_entry(folder, None)
 
     def prune(self, keep: set[str] | None = None, older_than: float = 0.0) -> list[Path]:
         """Remove broken entries, abandoned temporary folders, and entries whose key is not in `keep`.
@@ -177,7 +178,7 @@ class KernelCache:
             if kernel is None or (stale and now - kernel.meta.created >= older_than):
                 shutil.rmtree(folder, ignore_errors=True)
                 removed.append(folder)
-        for temporary in self.root.glob(f"*/{_TEMPORARY}*"):
+        for temporary in [*self.root.glob(f"*/{_TEMPORARY}*"), *self.root.glob(f"{_TEMPORARY}*")]:
             if now - temporary.stat().st_mtime > 3600:
                 shutil.rmtree(temporary, ignore_errors=True)
                 removed.append(temporary)
@@ -192,61 +193,18 @@ class KernelCache:
         shutil.rmtree(self.root / "locks", ignore_errors=True)
         return count
 
-    def pack(self, file: Path, archs: set[str] | None = None) -> int:
-        """Write the entries that hold together (of `archs`, or all) into one zip file; return how many."""
-        count = 0
-        try:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-                for folder, kernel in self.entries():
-                    if kernel is not None and (archs is None or kernel.meta.arch in archs):
-                        for name in (_SOURCE, _code_name(kernel.meta.arch), _META):
-                            archive.write(folder / name, f"{kernel.meta.arch}/{folder.name}/{name}")
-                        count += 1
-        except OSError as error:
-            raise CacheError(f"cache pack: {file} cannot be written: {error}") from None
-        return count
-
-    def unpack(self, file: Path) -> tuple[int, int]:
-        """Take in the entries of a pack, each checked before it is put in place; return (taken, refused)."""
-        taken = refused = 0
-        try:
-            with zipfile.ZipFile(file) as archive:
-                folders = sorted({tuple(n.split("/")[:2]) for n in archive.namelist() if n.count("/") == 2})
-                for arch, name in folders:
-                    if not (_safe(arch) and _safe(name)):
-                        refused += 1
-                        continue
-                    (self.root / arch).mkdir(parents=True, exist_ok=True)
-                    folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self.root / arch))
-                    folder.chmod(0o755)
-                    for part in (_SOURCE, _code_name(arch), _META):
-                        with contextlib.suppress(KeyError, zipfile.BadZipFile):
-                            (folder / part).write_bytes(archive.read(f"{arch}/{name}/{part}"))
-                    kernel = _read_entry(folder, None)
-                    fits = kernel is not None and (arch, name) == (
-                        kernel.meta.arch,
-                        f"{kernel.meta.symbol}-{kernel.meta.key[:16]}",
-                    )
-                    if not fits:
-                        shutil.rmtree(folder, ignore_errors=True)
-                        refused += 1
-                    else:
-                        _rename_into_place(folder, self.root / arch / name)
-                        taken += 1
-        except (OSError, zipfile.BadZipFile) as error:
-            raise CacheError(f"cache unpack: {file} cannot be read or stored: {error}") from None
-        return taken, refused
-
-
-def _safe(part: str) -> bool:
-    return bool(part) and part[0] != "." and all(c.isalnum() or c in "_-." for c in part)
-
 
 def _code_name(arch: str) -> str:
     return "kernel.ptx" if arch.startswith("compute_") else "kernel.cubin"
 
 
-def _read_entry(folder: Path, key: str | None) -> CachedKernel | None:
+def entry_members(arch: str) -> tuple[str, str, str]:
+    """Names of the files of an entry: source, code, metadata."""
+    return _SOURCE, _code_name(arch), _META
+
+
+def read_entry(folder: Path, key: str | None) -> CachedKernel | None:
+    """The entry in a folder, or None if it does not hold together or has another key."""
     try:
         meta = KernelMeta(**json.loads((folder / _META).read_text()))
         if meta.schema != SCHEMA or (key is not None and meta.key != key):
@@ -260,7 +218,7 @@ def _read_entry(folder: Path, key: str | None) -> CachedKernel | None:
     return CachedKernel(meta, code, path)
 
 
-def _rename_into_place(folder: Path, final: Path) -> None:
+def rename_into_place(folder: Path, final: Path) -> None:
     """Rename `folder` to `final`; what stands there already (a broken entry, or another process's) is replaced."""
     for _ in range(16):
         try:

@@ -41,16 +41,26 @@ ARCH_LIST = Variable(
 TARGET = Variable(
     ("FI_CUPY_TARGET",), 'compile for this target, not the device\'s own, e.g. "compute_80" (PTX that newer GPUs run)'
 )
+AUTOTUNE_DIR = Variable(
+    ("FI_CUPY_AUTOTUNE_DIR", "FLASHINFER_AUTOTUNE_DIR"),
+    'folder of the tuned choices that every process reads; "off": none [default: tuned/ in the kernel cache]',
+)
+CUBIN_PACK = Variable(("FI_CUPY_CUBIN_PACK",), "cubin packs for `fi-cupy download-cubin`, separated as in PATH")
 PRELOAD = Variable(("FI_CUPY_PRELOAD",), "profile to compile and load when fi_cupy is imported")
 VERBOSE = Variable(("FI_CUPY_VERBOSE", "FLASHINFER_JIT_VERBOSE"), "1: print each compilation to standard error")
 LINEINFO = Variable(("FI_CUPY_LINEINFO", "FLASHINFER_JIT_LINEINFO"), "1: compile with line information for profilers")
+DEBUG = Variable(
+    ("FI_CUPY_JIT_DEBUG", "FLASHINFER_JIT_DEBUG", "FLASHINFER_DEBUG"),
+    "1: compile for cuda-gdb, without optimisation (-G); slow kernels",
+)
 EXTRA_FLAGS = Variable(
     ("FI_CUPY_EXTRA_NVRTC_FLAGS", "FLASHINFER_EXTRA_CUDAFLAGS"), "further NVRTC options, separated by spaces"
 )
 COMPILE_TIMEOUT = Variable(("FI_CUPY_COMPILE_TIMEOUT",), "seconds one compilation may take (default 300)")
 
 ALL: tuple[Variable, ...] = (
-    CACHE_DIR, NO_COMPILE, ARCH_LIST, TARGET, PRELOAD, VERBOSE, LINEINFO, EXTRA_FLAGS, COMPILE_TIMEOUT,
+    CACHE_DIR, NO_COMPILE, ARCH_LIST, TARGET, AUTOTUNE_DIR, CUBIN_PACK, PRELOAD, VERBOSE, LINEINFO, DEBUG, EXTRA_FLAGS,
+    COMPILE_TIMEOUT,
 )  # fmt: skip
 
 

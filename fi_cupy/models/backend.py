@@ -14,7 +14,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from fi_cupy.arrays import cupy_dtype
 from fi_cupy.device import device_info
+from fi_cupy.dtypes import DType
 from fi_cupy.errors import CudaUnavailableError
 from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.models import ModelError
@@ -69,6 +71,10 @@ class NumpyBackend:
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike | None = None) -> Array:
         """Zeroed memory, of the activations' type unless told."""
         return np.zeros(shape, dtype if dtype is not None else self.dtype)
+
+    def stored(self, kind: DType) -> np.dtype[Any]:
+        """The NumPy type of arrays that hold `kind` here."""
+        return kind.np
 
     def host_buffer(self, nbytes: int) -> NDArray[np.uint8]:
         """Host memory that `upload` reads."""
@@ -145,6 +151,10 @@ class CupyBackend(NumpyBackend):
         array = self.empty(shape, dtype)
         array.data.memset_async(0, array.nbytes, self._stream)
         return array
+
+    def stored(self, kind: DType) -> np.dtype[Any]:
+        """The NumPy type of arrays that hold `kind`: CuPy has no fp8, which travels as bytes."""
+        return cupy_dtype(kind)
 
     def host_buffer(self, nbytes: int) -> NDArray[np.uint8]:
         """Page-locked host memory, which the GPU can read while the host goes on."""

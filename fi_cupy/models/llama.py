@@ -51,6 +51,7 @@ class Batch:
     kv_indices: Array
     kv_last_page_len: Array
     attention: Any  # a planned decode or prefill wrapper
+    kv_scale: float | None = None  # of the cache: `PagedKVCache.scale`
 
 
 class Workspace:
@@ -204,6 +205,8 @@ class Llama:
                 batch.kv_indices,
                 batch.kv_indptr,
                 batch.kv_last_page_len,
+                k_scale=batch.kv_scale,
+                v_scale=batch.kv_scale,
             )
             batch.attention.run(q, cache, out=ws.attention)
             gemm.mm_bf16(attention, layer.attn_output, pdl=pdl, out=x)

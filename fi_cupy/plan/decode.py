@@ -137,6 +137,39 @@ def choose_tiles(
     return DecodeTiles(2, most_stages(2, smem_per_block), 1, bytes_of(2, most_stages(2, smem_per_block)))
 
 
+def tile_candidates(
+    head_dim: int,
+    kv_itemsize: int,
+    column_tiles: int,
+    *,
+    arch: int,
+    smem_per_block: int,
+    smem_per_sm: int,
+    rope: bool = False,
+    may_pair: bool = False,
+) -> list[DecodeTiles]:
+    """Shapes of a CTA that the device can hold and that may be faster than what `choose_tiles` takes, for the tuner.
+
+    The parameters are those of `choose_tiles`. Turing, whose loads are synchronous, has none.
+    """
+    if arch < 80:
+        return []
+    pairs = (False, True) if may_pair and kv_itemsize == 1 and head_dim <= 128 and column_tiles == 1 else (False,)
+    found = []
+    for pair in pairs:
+        for warps, ctas in ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2)):
+            if (pair and warps * ctas > 16) or (rope and pair and warps == 8):
+                continue
+            limit = min(smem_per_block, smem_per_sm // ctas - 1024)
+            sizes = {s: smem_bytes(warps, s, head_dim, kv_itemsize, column_tiles, rope) for s in range(2, 7)}
+            stages = [s for s, size in sizes.items() if size <= limit]
+            # The deepest ring, one less, and the shallowest that keeps 64 KB a multiprocessor in flight.
+            enough = [s for s in stages if ctas * sizes[s] >= 64 * 1024][:1]
+            for s in dict.fromkeys([*stages[-2:], *enough]):
+                found.append(DecodeTiles(warps, s, ctas, sizes[s], pair))
+    return found
+
+
 def choose_chunk(tiles: np.ndarray[Any, Any], num_head_blocks: int, slots: int) -> int:
     """Tiles of one chunk, for requests of `tiles` tiles each, on `slots` CTA slots.
 

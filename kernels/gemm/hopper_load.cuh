@@ -123,7 +123,8 @@ struct HopperGemmWalk {
   FI_DEVICE void load_window() {
     const uint32_t segment = window + lane_id();
     first = end = 0;
-    if (segment < params.batch) first = offset(segment), end = offset(segment + 1);
+    // Offsets are what a kernel before this one may have written: none leads past the rows that are there.
+    if (segment < params.batch) first = min(offset(segment), params.m), end = min(offset(segment + 1), params.m);
     end = max(end, first);
     uint32_t sum = tiles_of(end - first) * tiles_n;
 #pragma unroll

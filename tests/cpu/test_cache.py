@@ -12,14 +12,13 @@ import subprocess
 import sys
 import time
 import warnings
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from kernel_jobs import ROOT, python, run_python, slow_job, toy_job
 
-from fi_cupy.errors import CacheError, CompileError, MissingKernelError
+from fi_cupy.errors import CompileError, MissingKernelError
 from fi_cupy.jit import sources
 from fi_cupy.jit.build import build_job, job_for, stats
 from fi_cupy.jit.cache import SCHEMA, CachedKernel, KernelCache, job_key
@@ -506,91 +505,6 @@ def test_read_only_disk(root, tmp_path):
     assert [row[2] for row in report["rows"]] == _hashes()
     assert report["compiled"] == ["toy", "toy"]
     assert report["warnings"] == ["RuntimeWarning"]
-
-
-# --- packs ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def packed(root, tmp_path) -> Path:
-    for value in range(3):
-        build_job(toy_job(f"toy{value}", value=value))
-    build_job(toy_job("toy86", arch="86"))
-    file = tmp_path / "pack.zip"
-    assert KernelCache(root).pack(file) == 4
-    return file
-
-
-def test_pack_and_unpack(packed, tmp_path, monkeypatch):
-    monkeypatch.setenv("FI_CUPY_CACHE_DIR", str(tmp_path / "elsewhere"))
-    store = KernelCache(tmp_path / "elsewhere")
-    assert store.unpack(packed) == (4, 0)
-    assert store.unpack(packed) == (4, 0)  # taking it in again changes nothing
-    monkeypatch.setenv("FI_CUPY_NO_COMPILE", "1")
-    for value in range(3):
-        assert build_job(toy_job(f"toy{value}", value=value)).path is not None
-    build_job(toy_job("toy86", arch="86"))
-    _assert_clean(store.root)
-
-
-def test_pack_takes_only_whole_entries_of_the_targets_named(packed, root, tmp_path):
-    _flip(1)(_entry(root, "toy1"))
-    assert KernelCache(root).pack(tmp_path / "some.zip", {"80"}) == 2
-    assert KernelCache(tmp_path / "fresh").unpack(tmp_path / "some.zip") == (2, 0)
-
-
-def _rewritten(packed: Path, tmp_path: Path, change) -> Path:
-    """The pack with `change(name, data) → (name, data)` applied to every member."""
-    file = tmp_path / "rewritten.zip"
-    with zipfile.ZipFile(packed) as old, zipfile.ZipFile(file, "w") as new:
-        for name in old.namelist():
-            new.writestr(*change(name, old.read(name)))
-    return file
-
-
-def test_unpack_refuses_what_does_not_hold_together(packed, tmp_path):
-    def damage(name: str, data: bytes):
-        return name, data[:-1] + b"X" if "toy1" in name and name.endswith(".cubin") else data
-
-    store = KernelCache(tmp_path / "fresh")
-    assert store.unpack(_rewritten(packed, tmp_path, damage)) == (3, 1)
-    _assert_clean(store.root)
-
-
-@pytest.mark.parametrize("where", ["../../evil", "/evil", "..", ".hidden", "80/../../evil", "C:\\evil"])
-def test_unpack_stays_inside_the_cache(packed, tmp_path, where):
-    inner = tmp_path / "deep" / "cache"
-    file = _rewritten(packed, tmp_path, lambda name, data: (name.replace("80", where, 1), data))
-    before = {p for p in tmp_path.rglob("*") if inner not in p.parents and p != inner}
-    KernelCache(inner).unpack(file)
-    after = {p for p in tmp_path.rglob("*") if inner not in p.parents and p != inner}
-    assert after - before <= {inner.parent}
-    _assert_clean(inner)
-
-
-def test_unpack_refuses_an_entry_under_another_name(packed, tmp_path):
-    file = _rewritten(packed, tmp_path, lambda name, data: (name.replace("toy0-", "toy9-"), data))
-    assert KernelCache(tmp_path / "fresh").unpack(file) == (3, 1)
-
-
-@pytest.mark.parametrize("content", [b"", b"no zip", None])
-def test_unpack_of_no_pack_is_a_cache_error(tmp_path, content):
-    file = tmp_path / "file.zip"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(CacheError, match=r"cache unpack: .*file\.zip"):
-        KernelCache(tmp_path / "fresh").unpack(file)
-
-
-def test_truncated_pack_is_a_cache_error(packed, tmp_path):
-    packed.write_bytes(packed.read_bytes()[:-40])
-    with pytest.raises(CacheError):
-        KernelCache(tmp_path / "fresh").unpack(packed)
-
-
-def test_pack_into_nowhere_is_a_cache_error(root, tmp_path):
-    with pytest.raises(CacheError, match="cache pack"):
-        KernelCache(root).pack(tmp_path / "no" / "such" / "folder.zip")
 
 
 # --- upkeep --------------------------------------------------------------------------------------------------------

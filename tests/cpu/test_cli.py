@@ -288,7 +288,10 @@ def test_cache_commands(cli, tmp_path):
     assert cli("cache", "pack", str(pack))[1].startswith(f"{count} kernels packed into {pack}")
     elsewhere = {"FI_CUPY_CACHE_DIR": str(tmp_path / "elsewhere")}
     code, out, _ = cli("cache", "unpack", str(pack), **elsewhere)
-    assert (code, out) == (0, f"{count} kernels unpacked into {tmp_path / 'elsewhere'}, 0 refused\n")
+    assert (code, out) == (
+        0,
+        f"{count} kernels unpacked into {tmp_path / 'elsewhere'} (made by fi_cupy {fi_cupy.__version__})\n",
+    )
     code, out, _ = cli("warmup", "--arch", "8.0", "--profile", "page", FI_CUPY_NO_COMPILE="1", **elsewhere)
     assert code == 0
     assert "nothing to compile" in out
@@ -347,3 +350,64 @@ def test_a_closed_pipe_is_no_error(tmp_path):
     assert done.stdout.startswith("// ")
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+# --- tune, FlashInfer's names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(num_devices() > 0, reason="a GPU would be tuned")
+def test_tune_says_what_is_missing(cli):
+    assert cli("tune", "--profile", "gpt9")[2].startswith("fi-cupy: tune: profile 'gpt9' is unknown, expected one of ")
+    assert cli("tune")[::2] == (
+        1,
+        "fi-cupy: tune: no CUDA GPU is present; CPU arrays run the NumPy reference instead\n",
+    )
+    assert cli("tune", "--show")[0] == 1
+    assert "so name a file to write" in cli("tune", FI_CUPY_AUTOTUNE_DIR="off")[2]
+
+
+def test_info_shows_the_tuned_choices(cli, tmp_path):
+    from fi_cupy.tuning.file import Entry, merge_into
+
+    path = tmp_path / "cache" / "tuned" / "choices.json"
+    assert json.loads(cli("info", "--json")[1])["tuned"] == {"path": str(path), "choices": 0, "used": 0}
+    merge_into(path, {(("gpu", "another"),): {"key": Entry("R", 1, 1.0, 2.0)}})
+    assert f"{path}: 1 choices, 0 for this machine" in cli("info")[1]
+    path.write_text("{")
+    assert any("is no JSON file" in p["problem"] for p in json.loads(cli("info", "--json")[1])["problems"])
+    assert json.loads(cli("info", "--json", FI_CUPY_AUTOTUNE_DIR="off")[1])["tuned"]["path"] is None
+
+
+@needs_nvrtc
+def test_flashinfers_names(cli, tmp_path):
+    assert cli("show-config")[1] == cli("info")[1]
+    assert json.loads(cli("collect-env", "--json")[1])["fi_cupy"] == fi_cupy.__version__
+    assert cli("list-modules", "--profile", "lookup")[1] == cli("list", "--profile", "lookup")[1]
+    assert cli("warmup", "--arch", "8.0", "--profile", "lookup")[0] == 0
+    count = len(family_specs("lookup"))
+    code, out, _ = cli("module-status", "--profile", "lookup", "--arch", "8.0 9.0")
+    assert (code, out) == (0, f"80: {count} of {count} kernels compiled\n90a: 0 of {count} kernels compiled\n")
+    args = ("module-status", "--profile", "lookup", "--arch", "8.0 9.0", "--filter", "not-compiled")
+    assert cli(*args)[1].count("not compiled 90a/") == count
+    assert set(json.loads(cli(*args, "--json")[1]).values()) == {False}
+    assert cli("list-cubins")[1] == cli("cache", "ls")[1]
+    assert cli("cache", "pack", str(tmp_path / "pack.zip"))[0] == 0
+    assert cli("clear-cubin")[1].startswith(f"{count} kernels removed")
+    assert cli("download-cubin", str(tmp_path / "pack.zip"))[1] == f"{count} kernels taken in\n"
+    assert cli("clear-cache")[1].startswith(f"{count} kernels removed")
+    code, _, err = cli("download-cubin")
+    assert code == 1
+    assert "no server of cubins" in err
+    assert cli("module-status", "--profile", "lookup")[0] == (num_devices() == 0)
+
+
+@needs_nvrtc
+def test_export_compile_commands(cli, tmp_path):
+    code, out, _ = cli("export-compile-commands", "db.json", "--profile", "lookup", "--arch", "8.0")
+    assert code == 0
+    entries = json.loads((tmp_path / "db.json").read_text())
+    assert out == f"{len(entries)} translation units in db.json\n"
+    by_name = {Path(e["file"]).name: Path(e["file"]).read_text() for e in entries}
+    assert by_name == {f"{s.symbol}.cu": render(s) for s in family_specs("lookup")}
+    assert all("--cuda-gpu-arch=sm_80" in e["arguments"] for e in entries)
+    assert cli("export-compile-commands", "--arch", "8.0 9.0")[0] == 1

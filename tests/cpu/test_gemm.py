@@ -170,7 +170,8 @@ def test_more_rows_go_from_rows_to_few_to_stream_to_tiled():
 
     assert [function(m) for m in (1, ROWS_MAX, ROWS_MAX + 1, FEW_MAX)] == ["gemm_rows"] * 2 + ["gemm_few"] * 2
     assert function(STREAM_MAX + 1) == function(4096) == "gemm_tiled"
-    assert function(64, 49152, 576) == "gemm_stream"  # the rows of a stay in L1
+    assert function(64, 3072, 576) == "gemm_stream"  # the rows of a stay in L1
+    assert function(64, 49152, 576) == "gemm_tiled"  # tiles fill the device
     assert function(1, row_major_b=True) == "gemm_tiled"
     # Turing has no bf16 tensor cores.
     assert select_mm_kernel(4, 576, 576, T4)[0].function == "gemm_rows"
@@ -181,6 +182,8 @@ def test_more_rows_go_from_rows_to_few_to_stream_to_tiled():
 def test_small_products_take_small_tiles():
     assert tiled_config(4096, 4096, H100)[:2] == (128, 128)
     assert tiled_config(512, 576, H100)[:2] == (64, 64)
+    assert tiled_config(512, 6144, H100) == (128, 64, 64, 3, 16)  # three CTAs a multiprocessor are one wave
+    assert tiled_config(256, 4096, H100) == (64, 64, 64, 4, 16)  # they are one wave either way
     for tile in TILES:
         assert tile[0] % 32 == tile[1] % 64 == 0
 

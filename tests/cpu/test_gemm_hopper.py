@@ -50,13 +50,15 @@ def test_dense_choices_cover_the_matrix(m, n, k, batch, row_major):
         assert grid == (min(132, batch * up(m, config["kBlockM"]) * up(n, config["kBlockN"])), 1, 1)
         assert (config["kBlockN"] // config["kWarpsN"]) % (64 if row_major else 32) == 0
     else:
-        assert not row_major and m <= 64
+        assert not row_major and m <= 128
     assert spec.smem_bytes <= H100.smem_per_block
 
 
 def test_large_products_take_large_tiles_and_few_tiles_are_made_smaller():
     assert hopper_tile(8192, 8192, 16384, 132) is LARGE and hopper_tile(4096, 4096, 8192, 132) is LARGE
     assert hopper_tile(128, 4096, 8192, 132).block_m == 64
+    assert hopper_tile(8192, 8192, 8192, 132, sums=BLOCKS) is hopper.TALL
+    assert hopper_tile(1024, 4096, 4096, 132, sums=BLOCKS) is hopper.PROMOTED
     for m in (100, 500, 1000, 3000):
         for options in ({"gated": True}, {"row_major_b": True}, {"gated": True, "row_major_b": True}):
             tile = hopper_tile(m, 512, 1024, 132, **options)
@@ -255,3 +257,4 @@ def test_the_measured_few_row_configurations():
     assert hopper_rows.rows_tile(16, 4096, 8192, 132)[:3] == (16, 64, 2)
     assert hopper_rows.rows_tile(64, 14336, 8192, 132)[:3] == (64, 128, 1)
     assert hopper_rows.rows_tile(64, 4096, 28672, 132)[:3] == (64, 64, 2)
+    assert hopper_rows.rows_tile(16, 28672, 8192, 132)[:3] == (16, 64, 1)

@@ -85,6 +85,27 @@ def test_bf16_stays_near(tmp_path: Path, rng: np.random.Generator) -> None:
     assert llama.layers[0].qkv.dtype == engine.cache.layers[0][0].dtype == ml_dtypes.bfloat16
 
 
+def e4m3(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+
+
+def test_fp8_cache(llama: Llama, rng: np.random.Generator) -> None:
+    """Logits are those of keys and values rounded to e4m3, in prefill and decode; a quarter of float32's memory."""
+    (ids,) = prompts(rng, [17])
+    plain, engine = (Engine(llama, max_batch=1, kv_dtype=kind) for kind in ("auto", "fp8"))
+    assert engine.cache.layers[0][0].dtype == ml_dtypes.float8_e4m3fn
+    assert [4 * half.nbytes for half in engine.cache.layers[0]] == [half.nbytes for half in plain.cache.layers[0]]
+    request = engine.submit(ids, SamplingParams(max_tokens=8))
+    text = list(ids)
+    while engine.step():
+        wanted = TINY.logits(text, e4m3)[-1]
+        # A number in the middle of two of e4m3's may round either way after float32's arithmetic.
+        np.testing.assert_allclose(engine.logits[0, :VOCAB], wanted, atol=0.02 * np.abs(wanted).max())
+        assert np.abs(wanted - TINY.logits(text)[-1]).max() > 0.05 * np.abs(wanted).max()
+        text = ids + request.output_ids
+    assert len(request.output_ids) == 8
+
+
 def test_weights_are_never_written(llama: Llama, rng: np.random.Generator) -> None:
     before = llama.layers[0].qkv.copy(), llama.lm_head.copy()
     alone(llama, *prompts(rng, [9]), SamplingParams(max_tokens=4))
@@ -224,7 +245,9 @@ def test_parameters_out_of_range(values: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_batch": 0}, {"max_prefill_tokens": 0}, {"max_batch": 4, "batch_sizes": [1, 2]}], ids=str
+    "options",
+    [{"max_batch": 0}, {"max_prefill_tokens": 0}, {"max_batch": 4, "batch_sizes": [1, 2]}, {"kv_dtype": "fp4"}],
+    ids=str,
 )
 def test_engine_options_out_of_range(llama: Llama, options: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="expected"):

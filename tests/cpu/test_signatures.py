@@ -64,6 +64,20 @@ SIGNATURES = {
         "window_left=-1 logits_soft_cap=None rope_scale=None rope_theta=None backend='auto' return_lse=False "
         "kv_cache_sf=None k_scale=None v_scale=None"
     ),
+    "autotuner.autotune": "tune_mode=True cache=None tuning_buckets=None round_up=None skip_ops=None",
+    "autotuner.AutoTuner.choose_one": "custom_op runners tuning_config inputs",
+    "autotuner.AutoTuner.search_cache": "custom_op runners input_shapes tuning_config inputs=None",
+    "autotuner.AutoTuner.rank_tactics": "custom_op runners tuning_config inputs k=1",
+    "autotuner.AutoTuner.save_configs": "path",
+    "autotuner.AutoTuner.load_configs": "path",
+    "autotuner.TunableRunner.get_valid_tactics": "inputs profile",
+    "autotuner.TunableRunner.forward": "inputs tactic=-1 do_preparation=False",
+    "autotuner.make_bucket_mapper": "buckets round_map=False",
+    "autotuner.round_to_nearest_bucket": "x buckets round_map=False",
+    "compilation_context.CompilationContext.get_nvcc_flags_list": "supported_major_versions=None",
+    "aot.compile_and_package_modules": (
+        "out_dir build_dir=None project_root=None config=None verbose=False skip_prebuilt=True"
+    ),
     "decode.single_decode_with_kv_cache_with_jit_module": (
         "jit_module q k v * kv_layout='NHD' window_left=-1 return_lse=False"
     ),

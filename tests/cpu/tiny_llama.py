@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,11 @@ class TinyLlama:
         writer.close()
         return path
 
-    def logits(self, ids: list[int]) -> np.ndarray:
-        """``[len(ids), vocab]`` in float64: no cache, no pages, loops over heads, the rotation on neighbours."""
+    def logits(self, ids: list[int], cached: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> np.ndarray:
+        """``[len(ids), vocab]`` in float64: no pages, loops over heads, the rotation on neighbours.
+
+        `cached` is what becomes of keys and values in a cache: a rounding.
+        """
         w = {name: data.astype(np.float64) for name, data in self.tensors.items()}
         n, d = len(ids), self.head_dim
         frequency = self.theta ** (-np.arange(0, d, 2) / d)
@@ -138,10 +142,10 @@ class TinyLlama:
             for head in range(self.heads):
                 group = head // (self.heads // self.kv_heads)
                 qh = rotate(q[:, head * d : (head + 1) * d])
-                kh = rotate(k[:, group * d : (group + 1) * d])
+                kh = cached(rotate(k[:, group * d : (group + 1) * d]))
                 score = np.where(np.tri(n, dtype=bool), qh @ kh.T / np.sqrt(d), -np.inf)
                 p = np.exp(score - score.max(-1, keepdims=True))
-                heads.append(p / p.sum(-1, keepdims=True) @ v[:, group * d : (group + 1) * d])
+                heads.append(p / p.sum(-1, keepdims=True) @ cached(v[:, group * d : (group + 1) * d]))
             x = x + np.concatenate(heads, axis=1) @ w[f"blk.{i}.attn_output.weight"].T
             h = rms(x, w[f"blk.{i}.ffn_norm.weight"])
             gate, up = h @ w[f"blk.{i}.ffn_gate.weight"].T, h @ w[f"blk.{i}.ffn_up.weight"].T

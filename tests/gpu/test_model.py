@@ -18,6 +18,7 @@ from tiny_llama import TinyLlama
 pytest.importorskip("cupy")
 pytest.importorskip("gguf", reason="the package gguf is not installed")
 
+from fi_cupy.autotuner import AutoTuner
 from fi_cupy.models import ModelError
 from fi_cupy.models.backend import CupyBackend, NumpyBackend
 from fi_cupy.models.engine import Engine
@@ -26,6 +27,7 @@ from fi_cupy.models.llama import Llama
 from fi_cupy.models.loader import GGUFModel, default_model_path
 from fi_cupy.models.requests import Request
 from fi_cupy.models.sampler import SamplingParams
+from fi_cupy.tuning.choice import forget
 
 TINY = TinyLlama(heads=6, kv_heads=2, head_dim=64, hidden=128, ffn=256, context=128)
 VOCAB = len(TINY.tokens)
@@ -145,6 +147,44 @@ def test_smollm2_greedy_ids(smollm2: GGUFModel, batch: int) -> None:
         if same < len(row["output_ids"]):
             assert row["margins"][same] < BF16_MARGIN, f"{row['prompt']!r} leaves the recorded text at token {same}"
     assert agree > sum(len(row["output_ids"]) for row in rows) // 3
+
+
+def test_fp8_cache_follows_the_cpu(tiny: GGUFModel, llama: Llama) -> None:
+    """Prefill and decode over a fp8 cache: the logits of the CPU's engine over the same kind of cache."""
+    (ids,) = texts([37])
+    gpu = Engine(llama, max_batch=1, kv_dtype="fp8")
+    gpu.lookahead = 0
+    assert gpu.cache.layers[0][0].dtype == np.uint8
+    request = gpu.submit(ids, SamplingParams(12))
+    on_gpu = []
+    while gpu.step():
+        on_gpu.append(gpu.logits[0, :VOCAB].get())
+    on_gpu.append(gpu.logits[0, :VOCAB].get())
+    cpu = Llama.load(tiny, NumpyBackend(ml_dtypes.bfloat16))
+    for step, got in enumerate(on_gpu[:12]):
+        engine = Engine(cpu, max_batch=1, kv_dtype="fp8")
+        engine.submit(ids + request.output_ids[:step], SamplingParams(1))
+        engine.run()
+        want = engine.logits[0, :VOCAB]
+        # A key that lies between two e4m3 numbers may round either way where the two sides' bf16 differ.
+        assert np.abs(got - want).max() < 0.1 * np.abs(want).max(), f"step {step}"
+
+
+def test_generate_tunes_and_keeps_its_choices(
+    smollm2: GGUFModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FI_CUPY_AUTOTUNE_DIR", str(tmp_path))
+    tuner = AutoTuner()
+    monkeypatch.setattr(AutoTuner, "_instance", tuner)
+    forget()
+    plain = run_generate("The capital of France is", max_tokens=8, kv_dtype="fp8", stream=io.StringIO())
+    assert plain.texts[0].startswith(" Paris")
+    tuned = run_generate("The capital of France is", max_tokens=8, kv_dtype="fp8", tune=True, stream=io.StringIO())
+    assert tuned.texts[0].startswith(" Paris")
+    assert any(key.startswith("('mm_bf16', ((1, 576)") for key in tuner.choices())
+    assert any(key.startswith("('batch_decode', ((1, 9, 64)") for key in tuner.choices())
+    assert (tmp_path / "choices.json").exists()
+    forget()
 
 
 def test_run_generate(smollm2: GGUFModel) -> None:

