@@ -1,0 +1,1 @@
+"""fi_cupy inside other frameworks' machinery: `jax` (jit), `torch` (compile), `transformers`. Imported by users only."""
