@@ -44,8 +44,8 @@ def _append(c: Case, pair: bool) -> dict[str, Any]:
 
 def _mla(c: Case) -> dict[str, Any]:
     return {
-        "append_ckv": c.x(3, 512), "append_kpe": c.x(3, 64), "batch_indices": c.ids(0, 0, 1), "positions": c.ids(3, 4, 2),
-        "ckv_cache": c.x(6, 4, 512), "kpe_cache": c.x(6, 4, 64), "kv_indices": c.ids(4, 1, 2),
+        "append_ckv": c.x(3, 512), "append_kpe": c.x(3, 64), "batch_indices": c.ids(0, 0, 1),
+        "positions": c.ids(3, 4, 2), "ckv_cache": c.x(6, 4, 512), "kpe_cache": c.x(6, 4, 64), "kv_indices": c.ids(4, 1, 2),
         "kv_indptr": c.ids(0, 2, 3), "kv_last_page_len": c.ids(1, 3),
     }  # fmt: skip
 
@@ -115,7 +115,9 @@ CASES: dict[tuple[str, str], Any] = {
     },
     ("top_p_sampling_from_probs", ""): lambda c: {"probs": c.probs(3, 40), "top_p": 0.8, "seed": 5},
     ("top_k_sampling_from_probs", ""): lambda c: {"probs": c.probs(3, 40), "top_k": c.ids(3, 1, 9), "seed": 5},
-    ("min_p_sampling_from_probs", ""): lambda c: {"probs": c.probs(3, 40), "min_p": np.float32([0.1, 0.2, 0.5]), "seed": 5},
+    ("min_p_sampling_from_probs", ""): lambda c: {
+        "probs": c.probs(3, 40), "min_p": np.float32([0.1, 0.2, 0.5]), "seed": 5
+    },
     **{
         (f"top_k_top_p_sampling_from_{s}", ""): lambda c, s=s: {
             s: c.probs(3, 40), "top_k": 7, "top_p": np.float32([0.5, 0.9, 1.0]), "seed": 5, "offset": 4

@@ -1,1 +1,1 @@
-"""fi_cupy inside other frameworks' machinery: `jax` (jit), `torch` (compile), `transformers`. Imported by users only."""
+"""fi_cupy inside other frameworks: `jax` (jit), `torch` (compile), `transformers`. Imported by users only."""
