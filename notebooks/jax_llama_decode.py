@@ -129,8 +129,8 @@ def plain_step(c: Config, weights: dict[str, Any], caches: Any, tokens: Any, tab
 # %% [markdown]
 # ## Decoding
 #
-# Requests with 5, 1 and 9 tokens in their caches get four more each. The host knows every length in advance, so it plans
-# with host arrays; the table of a step goes to the device with the other arguments.
+# Requests with 5, 1 and 9 tokens in their caches get four more each. The host knows every length in advance, so it
+# plans with host arrays; the table of a step goes to the device with the other arguments.
 
 
 # %%

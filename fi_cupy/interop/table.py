@@ -77,6 +77,11 @@ class Operator:
         """The operator's parameters in order."""
         return dict(inspect.signature(self.function).parameters)
 
+    @cached_property
+    def in_place(self) -> bool:
+        """Whether it returns nothing, and only overwrites."""
+        return inspect.signature(self.function).return_annotation in (None, "None")
+
 
 def _like(*names: str) -> Rule:
     return lambda a: tuple(Result(a[name].shape, a[name].dtype) for name in names)
@@ -298,7 +303,7 @@ def _products() -> list[Operator]:
         Operator("gemm", "mm_bf16", ("a", "b", "bias"), _product("a", "b"), out=("out",)),
         Operator("gemm", "bmm_bf16", ("A", "B"), _product("A", "B"), out=("out",)),
         Operator("lookup", "gather_rows", ("source", "rows"), _gathered, out=("out",)),
-        Operator("lookup", "argmax", ("x",), lambda a: (Result(a["x"].shape[:1], int32),), out=("out",)),
+        Operator("lookup", "argmax", ("x", "select"), lambda a: (Result(a["x"].shape[:1], int32),), out=("out",)),
         Operator("cascade", "merge_state", states, _like("v_a", "s_a")),
         Operator(
             "cascade", "merge_state_in_place", ("v", "s", "v_other", "s_other", "mask"), _overwritten("v", "s"),

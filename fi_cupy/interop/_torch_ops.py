@@ -1,0 +1,471 @@
+"""Custom operators of torch from rows of the tables: schema, implementation, fake, and the function users call.
+
+The functions are made from source text, as `dataclasses` does it, so that a call costs no binding of arguments and
+``torch.compile`` can follow it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fi_cupy.dtypes import DType, dtype
+from fi_cupy.errors import ArgumentError, UnsupportedError
+from fi_cupy.interop.dry_run import Shaped, check, known_dtype
+from fi_cupy.interop.table import UNKNOWN, Operator, Result
+from fi_cupy.interop.wrappers import PlannedWrapper
+
+#: Parameters that may be a pair of arrays.
+_PAIRS = ("paged_kv_cache", "kv_cache", "unique_kv_cache", "paged_kv_cache_d")
+#: Parameters of FlashInfer that no kernel honours, and those that a schema cannot hold.
+_LEFT_OUT = ("kv_cache_sf", "variant", "profiler_buffer", "skip_softmax_threshold_scale_factor")
+_TYPES = {"float": "float", "int": "int", "bool": "bool", "str": "str"}
+#: Numbers beside arrays that are integers.
+_INTEGERS = ("top_k", "seed", "offset")
+#: Outputs that are arguments only where given. A part of `PODWithPagedKVCacheWrapper`'s results has no such argument.
+OUTS = {"top_k_page_table_transform": ("out", "out_raw_indices"), "PODWithPagedKVCacheWrapper": ()}
+#: Counters that are added to: a sum of torch's, so that the operator itself changes nothing.
+_COUNTERS = ("maybe_output_accepted_token_num", "maybe_output_emitted_draft_token_num")
+#: Integers that become extents of results.
+_EXTENTS = ("nnz", "k")
+
+
+class Row:
+    """What a custom operator is made from: a row of the tables, read as a schema.
+
+    Attributes
+    ----------
+    fields : list of (name, schema type, source)
+        The operator's parameters; source is the parameter of the function that it comes from.
+    """
+
+    def __init__(self, row: Operator | PlannedWrapper, with_out: bool) -> None:
+        self.row, self.with_out = row, with_out
+        self.into: str = getattr(row, "into", "")
+        self.out = OUTS.get(row.name, row.out)
+        self.mutated: tuple[str, ...] = self.out if with_out else ()
+        if isinstance(row, Operator) and row.in_place:
+            self.mutated = (*row.mutated, *filter(None, (row.into,)))
+        self.fields: list[tuple[str, str]] = []
+        self.pairs: list[str] = []
+        self.either: list[str] = []
+        self.extra = False
+        for name, p in row.parameters.items():
+            self._add(name, p)
+        self.by_name = dict(self.fields)
+
+    def _add(self, name: str, p: inspect.Parameter) -> None:
+        row = self.row
+        if p.kind is p.VAR_POSITIONAL or name == "variant_args":
+            if not self.extra and isinstance(row, PlannedWrapper):
+                self.extra = True
+                self.fields += [("extra_names", "str[]"), ("extra_tensors", "Tensor[]"), ("extra_numbers", "float[]")]
+        elif p.kind is p.VAR_KEYWORD:
+            for inner in ("k_scale", "v_scale"):  # what BatchPrefillWithPagedKVCacheWrapper.run takes besides
+                self.either.append(inner)
+                self.fields += [(inner, "Tensor?"), (f"{inner}_value", "float?")]
+            self.fields += [("return_lse", "bool"), ("enable_pdl", "bool?")]
+            self.fields += [(out, "Tensor?") for out in self.out if self.with_out]
+        elif name == self.into:
+            self.fields.append((name, "Tensor"))
+        elif name in (*row.out, *self.out):
+            if self.with_out:
+                self.fields.append((name, "Tensor?"))
+        elif name in _COUNTERS:
+            pass
+        elif name in _PAIRS:
+            self.pairs.append(name)
+            self.fields += [(name, "Tensor"), (f"{name}_values", "Tensor?")]
+        elif name in row.either:
+            self.either.append(name)
+            self.fields += [(name, "Tensor?"), (f"{name}_value", "int?" if name in _INTEGERS else "float?")]
+        elif name in row.arrays:
+            self.fields.append((name, "Tensor" if p.default is p.empty else "Tensor?"))
+        elif name in ("out_dtype", "o_dtype"):
+            self.fields.append((name, "ScalarType?"))
+        elif name not in (*_LEFT_OUT, *_COUNTERS, "generator"):
+            text = str(p.annotation)
+            kind = _TYPES[text.removesuffix(" | None")] + ("?" if text.endswith(" | None") else "")
+            self.fields.append((name, "SymInt" if name in _EXTENTS else kind))
+
+    def schema(self, returns: str) -> str:
+        """The text after the operator's name."""
+        marks, parts = iter("abcdefghij"), []
+        for name, kind in self.fields:
+            base = name.removesuffix("_values")
+            if base in self.mutated:
+                kind = kind.replace("Tensor", f"Tensor({next(marks)}!)")
+            parts.append(f"{kind} {name}")
+        if isinstance(self.row, PlannedWrapper):
+            parts.insert(0, "str handle")
+        return f"({', '.join(parts)}) -> {returns}"
+
+    def changed(self) -> list[str]:
+        """The fields that are overwritten."""
+        return [n for n, _ in self.fields if n.removesuffix("_values") in self.mutated]
+
+    def arguments(self, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The operator's arguments by name from the values of the fields, and those of its variant."""
+        given = dict(zip((n for n, _ in self.fields), values, strict=True))
+        for name in self.pairs:
+            second = given.pop(f"{name}_values")
+            if second is not None:
+                given[name] = (given[name], second)
+        for name in self.either:
+            number = given.pop(f"{name}_value")
+            if given[name] is None:
+                given[name] = number
+        extra: dict[str, Any] = {}
+        if self.extra:
+            names = given.pop("extra_names")
+            extra = dict(zip(names, (*given.pop("extra_tensors"), *given.pop("extra_numbers")), strict=True))
+        return given, extra
+
+
+def _shaped(op: str, value: Any, device: int | None = None) -> Any:
+    if isinstance(value, torch.Tensor):
+        kind = known_dtype(op, "an argument", value.dtype)
+        on_gpu = value.is_cuda
+        index = -1 if device is None or not on_gpu else value.device.index
+        return Shaped(tuple(value.shape), kind, tuple(value.stride()), index, on_gpu)
+    if isinstance(value, (tuple, list)):
+        return tuple(_shaped(op, v, device) for v in value)
+    return value
+
+
+def _flat(made: Any) -> list[Any]:
+    return [x for m in made for x in _flat(m)] if isinstance(made, (tuple, list)) else [made]
+
+
+def _new(results: Any, like: torch.Tensor) -> list[torch.Tensor]:
+    """Fake results."""
+    made = []
+    for item in _results(results):
+        shape = tuple(torch.library.get_ctx().new_dynamic_size() if n is UNKNOWN else n for n in item.shape)
+        made.append(torch.empty(shape, dtype=torch_dtype(item.dtype), device=like.device))
+    return made
+
+
+def _results(items: Any) -> list[Any]:
+    """What an operator returns in a row."""
+    if isinstance(items, tuple) and not isinstance(items, Result):
+        return [r for x in items for r in _results(x)]
+    return [items]
+
+
+def torch_dtype(kind: DType) -> torch.dtype:
+    """torch's dtype of the same name."""
+    found: torch.dtype = getattr(torch, kind.name)
+    return found
+
+
+def _returned(made: Any) -> list[torch.Tensor]:
+    """Results, dense as their fakes are."""
+    return [x.contiguous() for x in _flat(made)]
+
+
+def _first_tensor(values: Sequence[Any]) -> torch.Tensor:
+    return next(x for x in _flat(values) if isinstance(x, torch.Tensor))
+
+
+def _define(name: str, row: Row, run: Callable[..., Any], fake: Callable[..., Any], returns: bool) -> Any:
+    """Register one custom operator; `run` and `fake` take the values of the fields."""
+    op = torch.library.custom_op(
+        f"fi_cupy::{name}", run, mutates_args=row.changed(), schema=row.schema("Tensor[]" if returns else "()")
+    )
+    op.register_fake(fake)
+    if returns:
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise UnsupportedError(
+                f"{name}: has no derivative, kernels are for inference; call it under torch.no_grad(), or wrap it in a "
+                "torch.autograd.Function of your own"
+            )
+
+        op.register_autograd(backward)
+    return op
+
+
+def _operator(row: Operator, with_out: bool) -> tuple[Any, Row]:
+    """The custom operator of a function, with or without its output parameters."""
+    r = Row(row, with_out)
+    returns = not row.in_place and not with_out
+
+    def run(*values: Any) -> Any:
+        given, _ = r.arguments(values)
+        made = row.function(**given)
+        return _returned(made) if returns else None
+
+    def fake(*values: Any) -> Any:
+        given, _ = r.arguments(values)
+        about = {k: _shaped(row.name, v) for k, v in given.items()}
+        check(row.function, (), about)
+        if not returns:
+            return None
+        missing = dict.fromkeys((*row.out, *r.out, *_COUNTERS))
+        return _new(row.rule({**missing, **about}), _first_tensor(values))
+
+    return _define(row.name + ("_out" if with_out else ""), r, run, fake, returns), r
+
+
+#: The wrappers by the name under which a graph calls them.
+_WRAPPERS: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def _planned(row: PlannedWrapper, with_out: bool) -> tuple[Any, Row]:
+    """The custom operator of a wrapper's `run`."""
+    r = Row(row, with_out)
+    op_name = f"{row.name}.run"
+
+    def call(given: dict[str, Any], extra: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments by position up to ``*args``, the variant's, and the others by name."""
+        positional: list[Any] = []
+        kinds = {n: p.kind for n, p in row.parameters.items()}
+        if inspect.Parameter.VAR_POSITIONAL in kinds.values():
+            before = itertools.takewhile(lambda n: kinds[n] is not inspect.Parameter.VAR_POSITIONAL, kinds)
+            positional = [given.pop(n, None) for n in before]
+            positional += [extra.pop(str(i)) for i in range(len(extra)) if str(i) in extra]
+        return tuple(positional), given | ({"variant_args": extra} if extra else {})
+
+    def run(handle: str, *values: Any) -> Any:
+        positional, named = call(*r.arguments(values))
+        made = row.cls.run(_WRAPPERS[handle], *positional, **named)
+        return None if with_out else _returned(made)
+
+    def fake(handle: str, *values: Any) -> Any:
+        wrapper = _WRAPPERS[handle]
+        given, extra = r.arguments(values)
+        about = {k: _shaped(op_name, v, 0) for k, v in given.items()}
+        positional, named = call(dict(about), {k: _shaped(op_name, v, 0) for k, v in extra.items()})
+        check(lambda *a, **k: row.cls.run(wrapper, *a, **k), positional, named)
+        return None if with_out else _new(row.rule(wrapper, about), _first_tensor(values))
+
+    return _define(f"{row.name}_run" + ("_out" if with_out else ""), r, run, fake, not with_out), r
+
+
+# --- the functions that users call ----------------------------------------------------------------------------------
+
+
+def split_value(value: Any) -> tuple[Any, Any]:
+    """(tensor, None) or (None, number)."""
+    return (value, None) if isinstance(value, torch.Tensor) else (None, value)
+
+
+def split_pair(value: Any) -> tuple[Any, Any]:
+    """(array, None) or (keys, values)."""
+    return (value[0], value[1]) if isinstance(value, (tuple, list)) else (value, None)
+
+
+def split_extra(args: Any, named: Any) -> tuple[list[str], list[Any], list[float]]:
+    """The arguments of a variant: names (a number for one by position), tensors, numbers."""
+    given = {**{str(i): x for i, x in enumerate(args)}, **(named or {})}
+    tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
+    numbers = {k: v for k, v in given.items() if k not in tensors}
+    return [*tensors, *numbers], list(tensors.values()), list(numbers.values())
+
+
+def draw_seed(op: str, like: torch.Tensor, offset: Any, generator: Any) -> torch.Tensor:
+    """A seed from torch's generator, on the device."""
+    if offset is not None:
+        raise ArgumentError(f"{op}: offset is given without seed, expected both or neither")
+    if generator is None:
+        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=like.device, generator=generator)
+
+
+def as_int64(number: Any) -> Any:
+    """A 64-bit unsigned integer as the signed one of the same bits."""
+    return None if number is None else (int(number) + 2**63) % 2**64 - 2**63
+
+
+def refuse(op: str, name: str, value: Any) -> None:
+    """Raise for an argument that the operator's schema does not have."""
+    raise UnsupportedError(f"{op}: {name} is {value}, which is not supported here; leave it out")
+
+
+def one_or_all(made: Sequence[Any]) -> Any:
+    """A result alone, or all of them."""
+    return made[0] if len(made) == 1 else tuple(made)
+
+
+def copied_into(made: Sequence[Any], outs: Sequence[Any], first: int = 0) -> list[Any]:
+    """Results from place `first` on, copied into the `outs` that are given."""
+    done = list(made)
+    for i, out in enumerate(outs):
+        if out is not None:
+            out.copy_(done[first + i])
+            done[first + i] = out
+    return done
+
+
+def added_to(made: Sequence[Any], counters: Sequence[Any]) -> tuple[Any, ...]:
+    """The tokens and the counts, added to the counters that are given."""
+    tokens, *counts = made
+    return (tokens, *(n if c is None else c.add_(n) for n, c in zip(counts, counters, strict=True)))
+
+
+def as_torch_dtype(kind: Any) -> torch.dtype:
+    """torch's dtype of any framework's."""
+    return kind if isinstance(kind, torch.dtype) else torch_dtype(dtype(kind))
+
+
+_HELPERS = (
+    split_value, split_pair, split_extra, draw_seed, as_int64, refuse, one_or_all, copied_into, added_to,
+    as_torch_dtype, ArgumentError,
+)  # fmt: skip
+
+
+def _preparation(row: Operator | PlannedWrapper, r: Row, op: str) -> list[str]:
+    """Lines that bring the arguments into the schema's form."""
+    lines = []
+    for name, p in row.parameters.items():
+        if name in _LEFT_OUT or (name == "variant_args" and isinstance(row, Operator)):
+            test = f"{name} is not None" if p.default is None else f"{name} != {p.default!r}"
+            lines.append(f"if {test}: refuse({op!r}, {name!r}, {name})")
+    if "seed" in row.parameters:
+        first = next(iter(row.parameters))
+        lines += [
+            f"if seed is None: seed = draw_seed({op!r}, {first}, offset, generator)",
+            f"elif generator is not None: raise ArgumentError('{op}: seed and generator are both given, expected one')",
+        ]
+    for name in r.either:
+        lines.append(f"{name}, {name}_value = split_value({name})")
+        if name in ("seed", "offset"):
+            lines.append(f"{name}_value = as_int64({name}_value)")
+    lines += [f"{name}, {name}_values = split_pair({name})" for name in r.pairs]
+    lines += [
+        f"if {name} is not None: {name} = as_torch_dtype({name})"
+        for name in ("out_dtype", "o_dtype") if name in r.by_name
+    ]  # fmt: skip
+    if r.extra:
+        star = any(p.kind is p.VAR_POSITIONAL for p in row.parameters.values())
+        lines.append(
+            f"extra_names, extra_tensors, extra_numbers = split_extra({'args' if star else '()'}, variant_args)"
+        )
+    return lines
+
+
+def _calls(row: Operator | PlannedWrapper, r: Row, out: Row | None) -> list[str]:
+    """Lines that call the custom operator and return the results."""
+    handle = "self._handle, " if isinstance(row, PlannedWrapper) else ""
+    call = f"_op({handle}{', '.join(n for n, _ in r.fields)})"
+    if isinstance(row, Operator) and row.in_place:
+        return [call]
+    if row.name == "chain_speculative_sampling":
+        return [f"return added_to({call}, ({', '.join(_COUNTERS)}))"]
+    if not row.out:
+        return [f"return one_or_all({call})"]
+    lines = []
+    if out is not None:
+        out_call = f"_op_out({handle}{', '.join(n for n, _ in out.fields)})"
+        if row.name == "top_k_page_table_transform":
+            lines += [
+                "if out_raw_indices is not None and out is None: out = torch.empty_like(out_raw_indices)",
+                f"if out is not None: {out_call}; return out",
+                f"return one_or_all({call})",
+            ]
+            return lines
+        first, rest = row.out[0], row.out[1:]
+        everything = " and ".join([f"{first} is not None", *(f"{n} is not None" for n in rest)])
+        if "return_lse" in r.by_name:
+            everything = f"{first} is not None and " + (
+                f"({rest[0]} is not None or not return_lse)" if rest else "not return_lse"
+            )
+        flag = "return_lse" in r.by_name and bool(rest)
+        result = f"one_or_all(({first}, {rest[0]}) if return_lse else ({first},))" if flag else (
+            f"one_or_all(({', '.join(row.out)},))"
+        )  # fmt: skip
+        lines.append(f"if {everything}: {out_call}; return {result}")
+    return lines + _copies(row, r, call)
+
+
+def _copies(row: Operator | PlannedWrapper, r: Row, call: str) -> list[str]:
+    """Lines for outputs of which a part is given: the others are made, and these are copied to."""
+    outs = f"({''.join(f'{n}, ' for n in row.out)})"
+    if "return_lse_p" in r.by_name:
+        return [
+            "wanted = return_lse_d",
+            "if lse_d is not None: return_lse_d = True",
+            "first = 2 if return_lse_p else 1",
+            f"made = copied_into({call}, {outs}, first)",
+            "return one_or_all(made[:first]), one_or_all(made[first:] if wanted else made[first : first + 1])",
+        ]
+    if "return_lse" in r.by_name and len(row.out) == 2:
+        return [
+            "wanted = return_lse",
+            f"if {row.out[1]} is not None: return_lse = True",
+            f"made = copied_into({call}, {outs})",
+            "return one_or_all(made if wanted else made[:1])",
+        ]
+    return [f"return one_or_all(copied_into({call}, {outs}))"]
+
+
+def _signature(row: Operator | PlannedWrapper) -> str:
+    parts = ["self"] if isinstance(row, PlannedWrapper) else []
+    keyword_only = False
+    for name, p in row.parameters.items():
+        if p.kind is p.VAR_POSITIONAL:
+            parts.append(f"*{name}")
+            keyword_only = True
+        elif p.kind is p.VAR_KEYWORD:
+            parts.append("k_scale=None, v_scale=None, return_lse=False, enable_pdl=None, out=None, lse=None")
+        else:
+            if p.kind is p.KEYWORD_ONLY and not keyword_only:
+                parts.append("*")
+                keyword_only = True
+            parts.append(name if p.default is p.empty else f"{name}={_literal(p.default)}")
+    return ", ".join(parts)
+
+
+def _literal(value: Any) -> str:
+    return repr(int(value)) if isinstance(value, int) and not isinstance(value, bool) else repr(value)
+
+
+def _compose(row: Operator | PlannedWrapper, plain: tuple[Any, Row], out: tuple[Any, Row] | None, name: str) -> Any:
+    """The function `name` of which users call `plain`, or `out` where outputs are given."""
+    op = f"{row.name}.run" if isinstance(row, PlannedWrapper) else row.name
+    lines = _preparation(row, plain[1], op) + _calls(row, plain[1], out and out[1])
+    text = f"def {name}({_signature(row)}):\n    " + "\n    ".join(lines) + "\n"
+    names: dict[str, Any] = {"torch": torch, **{f.__name__: f for f in _HELPERS}}
+    names |= {"_op": plain[0]._opoverload, "_op_out": out and out[0]._opoverload}
+    exec(compile(text, f"<fi_cupy.interop.torch.{op}>", "exec"), names)
+    return names[name]
+
+
+def make_function(row: Operator) -> Any:
+    """The function of torch tensors for a row."""
+    made = _compose(row, _operator(row, False), _operator(row, True) if row.out else None, row.name)
+    made.__module__ = "fi_cupy.interop.torch"
+    made.__doc__ = (
+        f"`fi_cupy.{row.module}.{row.name}` as the custom operator ``torch.ops.fi_cupy.{row.name}``.\n\n"
+        f"{inspect.getdoc(row.function) or ''}"
+    )
+    return made
+
+
+def make_wrapper(row: PlannedWrapper) -> Any:
+    """A class whose `run` is a custom operator."""
+    run = _compose(row, _planned(row, False), _planned(row, True) if OUTS.get(row.name, row.out) else None, "run")
+    run.__doc__ = row.cls.run.__doc__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        row.cls.__init__(self, *args, **kwargs)
+        self._handle = f"{row.name}-{next(_numbers)}"
+        _WRAPPERS[self._handle] = self
+
+    init.__doc__ = row.cls.__init__.__doc__
+
+    def run_return_lse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """`run` with ``return_lse=True``."""
+        return self.run(*args, **kwargs, return_lse=True)
+
+    body = {"__init__": init, "run": run, "__module__": "fi_cupy.interop.torch", "__doc__": row.cls.__doc__}
+    if row.name != "BatchAttention":
+        body["run_return_lse"] = run_return_lse
+    return type(row.name, (row.cls,), body)
