@@ -45,8 +45,8 @@ def _append(c: Case, pair: bool) -> dict[str, Any]:
 def _mla(c: Case) -> dict[str, Any]:
     return {
         "append_ckv": c.x(3, 512), "append_kpe": c.x(3, 64), "batch_indices": c.ids(0, 0, 1),
-        "positions": c.ids(3, 4, 2), "ckv_cache": c.x(6, 4, 512), "kpe_cache": c.x(6, 4, 64), "kv_indices": c.ids(4, 1, 2),
-        "kv_indptr": c.ids(0, 2, 3), "kv_last_page_len": c.ids(1, 3),
+        "positions": c.ids(3, 4, 2), "ckv_cache": c.x(6, 4, 512), "kpe_cache": c.x(6, 4, 64),
+        "kv_indices": c.ids(4, 1, 2), "kv_indptr": c.ids(0, 2, 3), "kv_last_page_len": c.ids(1, 3),
     }  # fmt: skip
 
 

@@ -102,11 +102,8 @@ def test_planned_wrapper_inside_jit(rng, key):
 
 
 def test_fp8_caches_and_outputs(rng):
-    q, k, v = (
-        normal(rng, (8, 128)),
-        normal(rng, (50, 2, 128), "float8_e4m3fn"),
-        normal(rng, (50, 2, 128), "float8_e4m3fn"),
-    )
+    q = normal(rng, (8, 128))
+    k, v = (normal(rng, (50, 2, 128), "float8_e4m3fn") for _ in range(2))
     got = jax.jit(fj.single_decode_with_kv_cache)(q, k, v)
     same([got], [fi_cupy.single_decode_with_kv_cache(on_gpu(q), on_gpu(k), on_gpu(v))])
 
@@ -125,9 +122,8 @@ def test_a_donated_cache_is_overwritten_in_place(rng, pair, recorded):
     shape = (2048, 16, 8, 128)
     new, cache = jnp.asarray(normal(rng, (4, 8, 128))), jnp.zeros(shape, "bfloat16") + 3
     cache = (cache, cache * 2) if pair else jnp.stack([cache, cache * 2], 1)
-    table = [
-        jnp.array(x, "int32") for x in ([0, 1, 2, 3], [17, 0, 31, 5], np.arange(8), [0, 2, 4, 6, 8], [2, 1, 16, 6])
-    ]
+    host = ([0, 1, 2, 3], [17, 0, 31, 5], np.arange(8), [0, 2, 4, 6, 8], [2, 1, 16, 6])
+    table = [jnp.array(x, "int32") for x in host]
 
     def append(cache, new):
         return fj.append_paged_kv_cache(new, -new, table[0], table[1], cache, *table[2:])

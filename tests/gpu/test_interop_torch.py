@@ -130,7 +130,7 @@ def test_a_layer_compiled_by_inductor(rng, mode):
 
 
 def test_captured_by_hand_and_replanned(rng):
-    w, table, make, plan, x, residual, cache = problem(rng, True)
+    w, _, make, plan, x, _, cache = problem(rng, True)
     wrapper = make(ft.BatchDecodeWithPagedKVCacheWrapper)
     wrapper.plan(*plan, q_data_type="bfloat16")
     q = (x @ w["q"]).view(2, 8, 64)
