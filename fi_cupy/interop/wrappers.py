@@ -143,7 +143,8 @@ WRAPPERS: dict[str, PlannedWrapper] = {
         PlannedWrapper("batch_attention", "BatchAttention", ("q", "kv_cache"), _batch),
         PlannedWrapper(
             "pod", "PODWithPagedKVCacheWrapper",
-            ("q_p", "k_p", "v_p", "q_d", "paged_kv_cache_d", "custom_mask_p", "packed_custom_mask_p", "custom_mask_d", "packed_custom_mask_d", "sinks_d"), _pod,
+            ("q_p", "k_p", "v_p", "q_d", "paged_kv_cache_d", "custom_mask_p", "packed_custom_mask_p",
+             "custom_mask_d", "packed_custom_mask_d", "sinks_d"), _pod,
             out=("out_d", "lse_d"),
         ),
         PlannedWrapper("cascade_attention", "MultiLevelCascadeAttentionWrapper", ("q", "paged_kv_cache"), _cascade),
