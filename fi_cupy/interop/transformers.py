@@ -224,8 +224,8 @@ def attention_forward(
     elif mask is not None:
         window, causal = -1, False  # the mask says all
     kind = _Kind(
-        query.device, query.dtype, heads, key.shape[1], dim, value.shape[3], scaling or dim**-0.5, softcap or 0.0, window,
-        bool(causal), mask is not None, queries == 1 and mask is None and dim == value.shape[3],
+        query.device, query.dtype, heads, key.shape[1], dim, value.shape[3], scaling or dim**-0.5, softcap or 0.0,
+        window, bool(causal), mask is not None, queries == 1 and mask is None and dim == value.shape[3],
     )  # fmt: skip
     planned = _wrapper(kind)
     planned.plan(batch, queries, key.shape[2], keys, mask)

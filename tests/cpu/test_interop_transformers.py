@@ -79,7 +79,7 @@ def test_logits_with_left_padding(models):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation(models, cache):
     ids = tokens(2, 7)
-    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     if cache == "static":
         options |= {"cache_implementation": "static", "disable_compile": True}
     got, want = (m.generate(ids, attention_mask=torch.ones_like(ids), **options) for m in models)
