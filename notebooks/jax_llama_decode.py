@@ -90,37 +90,35 @@ def decode_step(c: Config, attention: Any, weights: dict[str, Any], caches: Any,
 
 
 # %%
-def plain_step(c: Config, weights: dict[str, Any], caches: Any, tokens: Any, table: Table) -> Any:
-    """`decode_step` without fi_cupy, in float32, request by request."""
+def plain_step(c: Config, weights: dict[str, Any], caches: Any, tokens: Any, positions: Any, pages: Any) -> Any:
+    """`decode_step` without fi_cupy, in float32; request b has the pages ``pages[b]``, not all of them full."""
 
     def norm(x: Any, w: Any) -> Any:
         return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + c.eps) * w
 
     def rope(x: Any) -> Any:
         half = c.head_dim // 2
-        angle = table.positions[:, None, None] * c.theta ** (-jnp.arange(half) / half)
+        angle = positions[:, None, None] * c.theta ** (-jnp.arange(half) / half)
         a, b = x[..., :half], x[..., half:]
         return jnp.concatenate([a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], -1)
 
-    weights = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
+    weights, caches = jax.tree.map(lambda w: w.astype(jnp.float32), (weights, caches))
     batch, made = tokens.shape[0], []
+    page = jnp.take_along_axis(pages, positions[:, None] // c.page_size, 1)[:, 0]
+    hidden = jnp.arange(pages.shape[1] * c.page_size) > positions[:, None]
     residual = weights["embed"][tokens]
     for i in range(c.layers):
         x = norm(residual, weights["norms"][i, 0])
         q = rope((x @ weights["q"][i]).reshape(batch, c.heads, c.head_dim))
         k, v = jnp.split((x @ weights["kv"][i]).reshape(batch, 2 * c.kv_heads, c.head_dim), 2, axis=1)
-        k, cache, out = rope(k), caches[i].astype(jnp.float32), []
-        for b in range(batch):
-            pages = table.indices[int(table.indptr[b]) : int(table.indptr[b + 1])]
-            n = int(table.positions[b])
-            at = (pages[n // c.page_size], slice(None), n % c.page_size)
-            cache = cache.at[at].set(jnp.stack([k[b], v[b]]))
-            keys, values = (cache[pages, j].reshape(-1, c.kv_heads, c.head_dim)[: n + 1] for j in (0, 1))
-            grouped = q[b].reshape(c.kv_heads, -1, c.head_dim)
-            weight = jax.nn.softmax(jnp.einsum("hgd,nhd->hgn", grouped, keys) / np.sqrt(c.head_dim), -1)
-            out.append(jnp.einsum("hgn,nhd->hgd", weight, values).reshape(-1))
+        cache = caches[i].at[page, :, positions % c.page_size].set(jnp.stack([rope(k), v], 1))
+        keys, values = (cache[pages][:, :, j].reshape(batch, -1, c.kv_heads, c.head_dim) for j in (0, 1))
+        grouped = q.reshape(batch, c.kv_heads, -1, c.head_dim)
+        scores = jnp.einsum("bhgd,bnhd->bhgn", grouped, keys) / np.sqrt(c.head_dim)
+        weight = jax.nn.softmax(jnp.where(hidden[:, None, None], -jnp.inf, scores), -1)
+        out = jnp.einsum("bhgn,bnhd->bhgd", weight, values).reshape(batch, -1)
         made.append(cache)
-        residual = residual + jnp.stack(out) @ weights["o"][i]
+        residual = residual + out @ weights["o"][i]
         gate, up = jnp.split(norm(residual, weights["norms"][i, 1]) @ weights["up"][i], 2, axis=-1)
         residual = residual + (jax.nn.silu(gate) * up) @ weights["down"][i]
     return norm(residual, weights["last_norm"]) @ weights["embed"].T, tuple(made)
@@ -152,11 +150,11 @@ def run(steps: int = 4, dtype: Any = "float32", c: Config = Config()) -> tuple[l
     pages = np.random.default_rng(0).permutation(15).reshape(3, 5)
     weights = random_weights(jax.random.key(0), c, dtype)
     shape = (pages.size, 2, c.page_size, c.kv_heads, c.head_dim)
-    caches = tuple(jax.random.normal(jax.random.key(i + 1), shape).astype(dtype) for i in range(c.layers))
-    plain_caches = caches = tuple(jnp.array(x) for x in caches)
-    caches = tuple(jnp.array(x) for x in caches)
+    plain_caches = tuple(jax.random.normal(jax.random.key(i + 1), shape).astype(dtype) for i in range(c.layers))
+    caches = tuple(jnp.array(x) for x in plain_caches)
     attention = fj.BatchDecodeWithPagedKVCacheWrapper(32 << 20)
     step = jax.jit(partial(decode_step, c, attention), donate_argnums=1)
+    plain_fn = jax.jit(partial(plain_step, c))
     places = [x.unsafe_buffer_pointer() for x in caches]
     tokens, got, want = jnp.array([1, 2, 3]), [], []
     for _ in range(steps):
@@ -171,7 +169,7 @@ def run(steps: int = 4, dtype: Any = "float32", c: Config = Config()) -> tuple[l
             q_data_type=jnp.dtype(dtype),
             kv_data_type=jnp.dtype(dtype),
         )
-        plain, plain_caches = plain_step(c, weights, plain_caches, tokens, table)
+        plain, plain_caches = plain_fn(weights, plain_caches, tokens, table.positions, jnp.asarray(pages))
         logits, caches = step(weights, caches, tokens, table)
         assert [x.unsafe_buffer_pointer() for x in caches] == places
         got.append(np.asarray(logits, np.float32))
