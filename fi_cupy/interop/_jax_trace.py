@@ -155,7 +155,9 @@ class Tracer:
 
         where = tuple(place(item) for item in structure)
         positional, named = self._order(split)
-        recordable = _jax_call.OPTIONS["command_buffers"] and target.recordable
+        # A custom mask is packed with sizes that are copied from the host, which a recording would not keep.
+        masked = any(split.get(name) is not None for name in ("custom_mask", "custom_mask_p"))
+        recordable = _jax_call.OPTIONS["command_buffers"] and target.recordable and not masked
         call = _Call(
             target, tuple(positional), tuple(named.items()), tuple(results), tuple(aliases), into, recordable
         )  # fmt: skip

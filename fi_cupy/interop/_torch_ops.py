@@ -166,6 +166,8 @@ def torch_dtype(kind: DType) -> torch.dtype:
 
 def _returned(made: Any) -> list[torch.Tensor]:
     """Results, dense as their fakes are."""
+    if type(made) is torch.Tensor:
+        return [made] if made.is_contiguous() else [made.contiguous()]
     return [x.contiguous() for x in _flat(made)]
 
 
@@ -173,44 +175,67 @@ def _first_tensor(values: Sequence[Any]) -> torch.Tensor:
     return next(x for x in _flat(values) if isinstance(x, torch.Tensor))
 
 
-def _define(name: str, row: Row, run: Callable[..., Any], fake: Callable[..., Any], returns: bool) -> Any:
-    """Register one custom operator; `run` and `fake` take the values of the fields."""
-    op = torch.library.custom_op(
-        f"fi_cupy::{name}", run, mutates_args=row.changed(), schema=row.schema("Tensor[]" if returns else "()")
-    )
-    op.register_fake(fake)
-    if returns:
+#: Operators that only return; those that overwrite are `torch.library.custom_op`s, which tell autograd of it.
+_LIBRARY = torch.library.Library("fi_cupy", "FRAGMENT")
 
-        def backward(ctx: Any, *grads: Any) -> Any:
-            raise UnsupportedError(
-                f"{name}: has no derivative, kernels are for inference; call it under torch.no_grad(), or wrap it in a "
-                "torch.autograd.Function of your own"
-            )
 
-        op.register_autograd(backward)
-    return op
+def _define(name: str, row: Row, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register one custom operator; `run` and `fake` take the values of the fields. Returns what is to be called."""
+    if row.changed():
+        op = torch.library.custom_op(f"fi_cupy::{name}", run, mutates_args=row.changed(), schema=row.schema("()"))
+        op.register_fake(fake)
+        return op._opoverload
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise UnsupportedError(
+            f"{name}: has no derivative, kernels are for inference; call it under torch.no_grad(), or wrap it in a "
+            "torch.autograd.Function of your own"
+        )
+
+    _LIBRARY.define(name + row.schema("Tensor[]"), tags=(torch.Tag.pt2_compliant_tag,))
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"fi_cupy::{name}", fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"fi_cupy::{name}", backward, lib=_LIBRARY)
+    return getattr(torch.ops.fi_cupy, name).default
+
+
+def _body(row: Row, call: str, names: dict[str, Any]) -> Callable[..., Any]:
+    """The implementation as text: the fields in, `call` with the operator's arguments, a list of new tensors out."""
+    planned = isinstance(row.row, PlannedWrapper)
+    fields = [n for n, _ in row.fields]
+    dropped = {f"{n}_values" for n in row.pairs} | {f"{n}_value" for n in row.either}
+    dropped |= {"extra_names", "extra_tensors", "extra_numbers"}
+    lines = [f"if {n}_values is not None: {n} = ({n}, {n}_values)" for n in row.pairs]
+    lines += [f"if {n} is None: {n} = {n}_value" for n in row.either]
+    passed = [n for n in fields if n not in dropped]
+    if row.extra:
+        lines.append("if extra_names: return _with_extra(handle, " + ", ".join(fields) + ")")
+    arguments = ", ".join(f"{n}={n}" for n in passed)
+    lines.append(f"made = {call}{arguments})")
+    lines.append("return None" if row.changed() else "return _returned(made)")
+    text = f"def run({', '.join((['handle'] if planned else []) + fields)}):\n    " + "\n    ".join(lines) + "\n"
+    names = {"_returned": _returned, **names}
+    exec(compile(text, f"<implementation of fi_cupy::{row.row.name}>", "exec"), names)
+    made: Callable[..., Any] = names["run"]
+    return made
 
 
 def _operator(row: Operator, with_out: bool) -> tuple[Any, Row]:
     """The custom operator of a function, with or without its output parameters."""
     r = Row(row, with_out)
-    returns = not row.in_place and not with_out
-
-    def run(*values: Any) -> Any:
-        given, _ = r.arguments(values)
-        made = row.function(**given)
-        return _returned(made) if returns else None
 
     def fake(*values: Any) -> Any:
         given, _ = r.arguments(values)
         about = {k: _shaped(row.name, v) for k, v in given.items()}
         check(row.function, (), about)
-        if not returns:
+        if r.changed():
             return None
         missing = dict.fromkeys((*row.out, *r.out, *_COUNTERS))
         return _new(row.rule({**missing, **about}), _first_tensor(values))
 
-    return _define(row.name + ("_out" if with_out else ""), r, run, fake, returns), r
+    run = _body(r, "_function(", {"_function": row.function})
+    return _define(row.name + ("_out" if with_out else ""), r, run, fake), r
 
 
 #: The wrappers by the name under which a graph calls them.
@@ -233,7 +258,7 @@ def _planned(row: PlannedWrapper, with_out: bool) -> tuple[Any, Row]:
             positional += [extra.pop(str(i)) for i in range(len(extra)) if str(i) in extra]
         return tuple(positional), given | ({"variant_args": extra} if extra else {})
 
-    def run(handle: str, *values: Any) -> Any:
+    def with_extra(handle: str, *values: Any) -> Any:
         positional, named = call(*r.arguments(values))
         made = row.cls.run(_WRAPPERS[handle], *positional, **named)
         return None if with_out else _returned(made)
@@ -246,7 +271,9 @@ def _planned(row: PlannedWrapper, with_out: bool) -> tuple[Any, Row]:
         check(lambda *a, **k: row.cls.run(wrapper, *a, **k), positional, named)
         return None if with_out else _new(row.rule(wrapper, about), _first_tensor(values))
 
-    return _define(f"{row.name}_run" + ("_out" if with_out else ""), r, run, fake, not with_out), r
+    names = {"_run": row.cls.run, "_WRAPPERS": _WRAPPERS, "_with_extra": with_extra}
+    run = _body(r, "_run(_WRAPPERS[handle], ", names)
+    return _define(f"{row.name}_run" + ("_out" if with_out else ""), r, run, fake), r
 
 
 # --- the functions that users call ----------------------------------------------------------------------------------
@@ -433,7 +460,7 @@ def _compose(row: Operator | PlannedWrapper, plain: tuple[Any, Row], out: tuple[
     lines = _preparation(row, plain[1], op) + _calls(row, plain[1], out and out[1])
     text = f"def {name}({_signature(row)}):\n    " + "\n    ".join(lines) + "\n"
     names: dict[str, Any] = {"torch": torch, **{f.__name__: f for f in _HELPERS}}
-    names |= {"_op": plain[0]._opoverload, "_op_out": out and out[0]._opoverload}
+    names |= {"_op": plain[0], "_op_out": out and out[0]}
     exec(compile(text, f"<fi_cupy.interop.torch.{op}>", "exec"), names)
     return names[name]
 

@@ -32,6 +32,14 @@ class Operand:
     def shape(self) -> tuple[int, ...]:
         return self.view.shape
 
+    def reshape(self, *shape: int) -> Operand:
+        """The same memory in another shape; one extent may be -1."""
+        v = self.view
+        if -1 in shape:
+            known = -int(np.prod(shape, dtype=np.int64))
+            shape = tuple(v.size // known if n == -1 else n for n in shape)
+        return Operand(View(v._framework, v.array, v.ptr, shape, dense(shape), v.dtype, v.device))
+
     def __getitem__(self, rows: slice) -> Operand:
         """The first rows."""
         v, n = self.view, len(range(*rows.indices(self.view.shape[0])))
@@ -107,11 +115,21 @@ def _address(buffer: Any) -> tuple[int, int]:
     return lent.data or 0, lent.device_id
 
 
+class _Handle:
+    """XLA's stream for CuPy."""
+
+    def __init__(self, stream: int) -> None:
+        self._stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._stream
+
+
 @lru_cache(maxsize=64)
 def _external(stream: int, device: int) -> Any:
     import cupy
 
-    return cupy.cuda.ExternalStream(stream, device)
+    return cupy.cuda.Stream.from_external(_Handle(stream))
 
 
 #: What a call is made of: (run, parameter dtypes and shapes, result dtypes and shapes, aliases result -> operand).
