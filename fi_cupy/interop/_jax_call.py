@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -73,8 +73,11 @@ def _join(value: Any, arrays: Sequence[Any]) -> Any:
 
 
 def _slots(value: Any) -> list[int]:
+    """The operands in an argument."""
     if isinstance(value, _Slot):
         return [value.number]
+    if isinstance(value, _Items):
+        return [i for _, v in value.items for i in _slots(v)]
     return [i for v in value for i in _slots(v)] if isinstance(value, tuple) else []
 
 
@@ -117,21 +120,30 @@ class _Call:
     def op(self) -> str:
         return str(self.target.name)
 
-    def run(self, device: int, arrays: Sequence[Any], results: Sequence[Any]) -> list[Any]:
+    @cached_property
+    def _split_named(self) -> tuple[dict[str, Any], list[tuple[str, int]], list[tuple[str, Any]]]:
+        """Named arguments that are static, plain operands, and the others."""
+        plain = [(k, v.number) for k, v in self.named if isinstance(v, _Slot) and not v.words]
+        mixed = [(k, v) for k, v in self.named if _slots(v) and (not isinstance(v, _Slot) or v.words)]
+        static = {k: _join(v, ()) for k, v in self.named if not _slots(v)}
+        return static, plain, mixed
+
+    def run(self, device: int, arrays: list[Any], results: list[Any]) -> list[Any]:
         """Call the operator; what it returned for every result (None: already there)."""
-        arrays = list(arrays)
         for operand, result in self.aliases:
             arrays[operand] = results[result]
-        args = [_join(v, arrays) for v in self.positional]
-        named = {k: _join(v, arrays) for k, v in self.named}
+        static, plain, mixed = self._split_named
+        named = dict(static)
+        for name, number in plain:
+            named[name] = arrays[number]
+        for name, value in mixed:
+            named[name] = _join(value, arrays)
         if self.into >= 0:
             named[self.target.into] = results[self.into]
-        made = self.target.callable(device)(*args, **named)
+        made = self.target.callable(device)(*[_join(v, arrays) for v in self.positional], **named)
         if made is None:
-            return [None] * len(results)
-        flat = _flat(made)
-        flat += [None] * (len(results) - len(flat))
-        return flat
+            return []
+        return _flat(made)
 
 
 def _flat(made: Any) -> list[Any]:
@@ -211,19 +223,20 @@ call_p.def_effectful_abstract_eval(_abstract)
 
 
 def _lowering(on_gpu: bool) -> Callable[..., Any]:
-    def callback(call: _Call, ctx: Any, outs: Sequence[Any], *ins: Any) -> None:
-        kinds = [kind for _, kind in call.results]
-        aliased = {result for _, result in call.aliases} | ({call.into} if call.into >= 0 else set())
-        if on_gpu:
-            device = _xla._address((outs or ins)[0])[1]
-            run = lambda a, r: call.run(device, a, r)  # noqa: E731
-            _xla.on_gpu(ctx.stream, run, ins, outs, kinds, aliased, getattr(call.target.row, "copies", False))
-        else:
-            _xla.on_cpu(lambda a, r: call.run(CPU, a, r), ins, outs, kinds, aliased)
-
     def lower(*operands: Any, call: _Call) -> Any:
+        overwritten = {result for _, result in call.aliases} | ({call.into} if call.into >= 0 else set())
+        ins = [(tuple(x.shape), known_dtype(call.op, "an argument", x.dtype)) for x in operands]
+        known = _xla.Signature(ins, call.results, overwritten, getattr(call.target.row, "copies", False))
+        runs = lru_cache(lambda device: partial(call.run, device))
+
+        def callback(ctx: Any, outs: Sequence[Any], *buffers: Any) -> None:
+            if on_gpu:
+                known.on_gpu(ctx.stream, runs, buffers, outs)
+            else:
+                known.on_cpu(runs(CPU), buffers, outs)
+
         return buffer_callback(
-            lambda ctx, outs, *ins: callback(call, ctx, outs, *ins),
+            callback,
             [_jax_type(shape, kind) for shape, kind in call.results],
             input_output_aliases=dict(call.aliases),
             has_side_effect=call.target.planned,

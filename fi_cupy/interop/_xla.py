@@ -15,9 +15,10 @@ import numpy as np
 
 from fi_cupy import arrays, imported
 from fi_cupy.arrays import Framework, View, framework
-from fi_cupy.dtypes import DType, dtype
+from fi_cupy.dtypes import DType
 from fi_cupy.errors import UnsupportedError
 from fi_cupy.interop.dry_run import dense
+from fi_cupy.workspace import _on
 
 
 class Operand:
@@ -62,11 +63,6 @@ class _Call(Framework):
 
     def view(self, array: Any) -> View:
         return array.view
-
-    def buffer(self, buffer: Any, kind: DType, shape: tuple[int, ...]) -> View:
-        """The view of a buffer."""
-        ptr, device = _address(buffer)
-        return View(self, None, ptr, shape, dense(shape), kind, device)
 
     def offer(self, result: View) -> None:
         """Hand this buffer out when the operator asks for memory like it."""
@@ -132,67 +128,71 @@ def _external(stream: int, device: int) -> Any:
     return cupy.cuda.Stream.from_external(_Handle(stream))
 
 
-#: What a call is made of: (run, parameter dtypes and shapes, result dtypes and shapes, aliases result -> operand).
-Run = Callable[[Sequence[Any], Sequence[Any]], Any]
+#: From operands and results to what the operator returned for every result (None: it is there already).
+Run = Callable[[list[Any], list[Any]], list[Any]]
 
 
-def on_cpu(run: Run, ins: Sequence[Any], outs: Sequence[Any], out_types: Sequence[DType], aliased: set[int]) -> None:
-    """Compute with the reference. `run` gets the operands and the results and returns what the operator returned."""
-    given = [np.asarray(buffer) for buffer in ins]
-    results = [_host_result(np.asarray(buffer), t) for buffer, t in zip(outs, out_types, strict=True)]
-    for i, made in enumerate(run(given, results)):
-        if i not in aliased and made is not None:
-            np.copyto(results[i], made)
+class Signature:
+    """What is known of a call's buffers when it is compiled.
+
+    Parameters
+    ----------
+    ins, outs : sequence of (shape, DType)
+        Of the operands and of the results.
+    overwritten : set of int
+        Results whose memory the operator writes itself, as an argument.
+    copies : bool
+        The operator rearranges its arrays with their own framework's methods: it gets CuPy arrays.
+    """
+
+    def __init__(
+        self, ins: Sequence[tuple[tuple[int, ...], DType]], outs: Sequence[tuple[tuple[int, ...], DType]],
+        overwritten: set[int], copies: bool,
+    ) -> None:  # fmt: skip
+        self.ins = [(shape, dense(shape), kind) for shape, kind in ins]
+        self.outs = [(shape, dense(shape), kind) for shape, kind in outs]
+        self.overwritten = overwritten
+        self.copies = copies
+
+    def on_cpu(self, run: Run, ins: Sequence[Any], outs: Sequence[Any]) -> None:
+        """Compute with the reference."""
+        results = [_host_result(np.asarray(b), kind) for b, (_, _, kind) in zip(outs, self.outs, strict=True)]
+        for i, made in enumerate(run([np.asarray(b) for b in ins], results)):
+            if i not in self.overwritten and made is not None:
+                np.copyto(results[i], made)
+
+    def on_gpu(self, stream: int, runs: Callable[[int], Run], ins: Sequence[Any], outs: Sequence[Any]) -> None:
+        """Launch on XLA's stream: no synchronisation, and no copy unless the operator made its result elsewhere."""
+        call = _Call(stream)
+        places = [_address(b) for b in (*ins, *outs)]
+        device = places[0][1]
+        views = [
+            View(call, None, ptr, shape, strides, kind, device)
+            for (ptr, _), (shape, strides, kind) in zip(places, (*self.ins, *self.outs), strict=True)
+        ]
+        given, targets = views[: len(self.ins)], views[len(self.ins) :]
+        for i, target in enumerate(targets):
+            if i not in self.overwritten:
+                call.offer(target)
+        with _on(device), _external(stream, device):
+            wrap: Callable[[View], Any] = _as_cupy if self.copies else Operand
+            made = runs(device)([wrap(v) for v in given], [wrap(v) for v in targets])
+            for i, result in enumerate(made):
+                if i not in self.overwritten and result is not None:
+                    _store(arrays.view(result), targets[i], stream)
 
 
 def _host_result(array: np.ndarray[Any, Any], kind: DType) -> np.ndarray[Any, Any]:
+    """64-bit results travel as pairs of 32-bit words where JAX has no 64-bit types."""
     return array.view(kind.np)[..., 0] if kind.itemsize == 8 and array.itemsize == 4 else array.view(kind.np)
 
 
-def on_gpu(
-    stream: int, run: Run, ins: Sequence[Any], outs: Sequence[Any], out_types: Sequence[DType], aliased: set[int],
-    copies: bool,
-) -> None:  # fmt: skip
-    """Launch on XLA's stream; no synchronisation, and no copy unless the operator made its result elsewhere."""
-    from cupy.cuda import runtime
-
-    call = _Call(stream)
-    operands: list[Any] = [Operand(call.buffer(b, dtype(b.dtype), tuple(b.shape))) for b in ins]
-    targets = [call.buffer(b, t, _shape(b, t)) for b, t in zip(outs, out_types, strict=True)]
-    some = targets[0] if targets else operands[0].view
-    before = runtime.getDevice()
-    if before != some.device:
-        runtime.setDevice(some.device)
-    try:
-        with _external(stream, some.device):
-            for i, target in enumerate(targets):
-                if i not in aliased:
-                    call.offer(target)
-            results = [Operand(target) for target in targets]
-            if copies:
-                operands, results = [_as_cupy(x) for x in operands], [_as_cupy(x) for x in results]
-            for i, made in enumerate(run(operands, results)):
-                if i in aliased or made is None:
-                    continue
-                _store(arrays.view(made), targets[i], stream)
-    finally:
-        if before != some.device:
-            runtime.setDevice(before)
-
-
-def _shape(buffer: Any, kind: DType) -> tuple[int, ...]:
-    """64-bit results travel as pairs of 32-bit words where JAX has no 64-bit types."""
-    shape = tuple(buffer.shape)
-    return shape[:-1] if kind.itemsize == 8 and dtype(buffer.dtype).itemsize == 4 else shape
-
-
-def _as_cupy(operand: Operand) -> Any:
+def _as_cupy(v: View) -> Any:
     """A CuPy array of the same memory, for operators that rearrange their arrays."""
     import cupy
 
     from fi_cupy.arrays import cupy_dtype
 
-    v = operand.view
     memory = cupy.cuda.UnownedMemory(v.ptr, max(v.size * v.dtype.itemsize, 1), None, v.device)
     return cupy.ndarray(v.shape, cupy_dtype(v.dtype), cupy.cuda.MemoryPointer(memory, 0))
 

@@ -165,8 +165,8 @@ def test_command_buffers_are_recorded_once(rng, monkeypatch):
     from fi_cupy.interop import _xla
 
     calls = []
-    real = _xla.on_gpu
-    monkeypatch.setattr(_xla, "on_gpu", lambda *a: (calls.append(1), real(*a))[1])
+    real = _xla.Signature.on_gpu
+    monkeypatch.setattr(_xla.Signature, "on_gpu", lambda *a: (calls.append(1), real(*a))[1])
     fj.command_buffers(True)
     try:
         w = jnp.asarray(normal(rng, (1024,)))
