@@ -250,6 +250,9 @@ mlir.register_lowering(call_p, _lowering(False), platform="cpu")
 mlir.register_lowering(call_p, _lowering(True), platform="cuda")
 
 
-@lru_cache(maxsize=4096)
-def _compiled(call: _Call, x64: bool) -> Any:
+def _compile(call: _Call, x64: bool) -> Any:
+    """The compiled call; jit's own cache hangs on this function."""
     return jax.jit(lambda *operands: call_p.bind(*operands, call=call), inline=True)
+
+
+_compiled = lru_cache(maxsize=4096)(_compile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from fi_cupy.arrays import CPU, view
 from fi_cupy.errors import ArgumentError, FrameworkError, UnsupportedError
+from fi_cupy.interop._jax_call import _compile
 from fi_cupy.interop._jax_trace import Tracer, on_gpu
 from fi_cupy.interop.wrappers import PlannedWrapper
 
@@ -33,6 +35,7 @@ class Planned:
         self.name = f"{self.row.name}.run"
         self.into = ""
         self._tracer = Tracer(self.row, self.name)
+        self.compiled = lru_cache(maxsize=256)(_compile)  # its own, so that it goes with the wrapper
         arguments = inspect.signature(self.row.cls).bind(*args, **kwargs).arguments
         key = next((n for n in ("float_workspace_buffer", "workspace_buffer") if n in arguments), None)
         self._wrappers: dict[int, Any] = {}

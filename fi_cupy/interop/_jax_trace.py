@@ -161,7 +161,7 @@ class Tracer:
         call = _Call(
             target, tuple(positional), tuple(named.items()), tuple(results), tuple(aliases), into, recordable
         )  # fmt: skip
-        flat = _compiled(call, jax.config.jax_enable_x64)(*operands)
+        flat = target.compiled(call, jax.config.jax_enable_x64)(*operands)
         narrowed = [_narrow(x, kind) for x, (_, kind) in zip(flat, results, strict=True)]
 
         def pick(item: Any) -> Any:
@@ -188,6 +188,8 @@ class Function:
         self.__module__ = "fi_cupy.interop.jax"
         self.__signature__ = self._tracer.signature
         self.__doc__ = _doc(row)
+
+    compiled = staticmethod(_compiled)
 
     def callable(self, device: int) -> Any:
         return self.row.function

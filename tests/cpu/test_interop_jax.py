@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
+import weakref
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
 
@@ -192,6 +194,17 @@ def test_plan_waits_for_the_runs_before_it():
         jax.jit(lambda q: wrapper.plan([0, 1], [0], [4], 1, 1, 64, 4))(q)
     with pytest.raises(errors.FrameworkError, match="float_workspace_buffer is a JAX array"):
         fj.BatchDecodeWithPagedKVCacheWrapper(jnp.zeros(1 << 20, "uint8"))
+
+
+def test_a_dropped_wrapper_is_freed():
+    wrapper = fj.BatchDecodeWithPagedKVCacheWrapper(1 << 20)
+    wrapper.plan([0, 1], [0], [4], 1, 1, 64, 4, q_data_type="float32")
+    wrapper.run(jnp.ones((1, 1, 64)), jnp.ones((1, 2, 4, 1, 64)))
+    inner = weakref.ref(wrapper._wrappers[-1])
+    del wrapper
+    jax.clear_caches()
+    gc.collect()
+    assert inner() is None
 
 
 def test_heads_sharded_over_two_devices(rng):
