@@ -1,6 +1,6 @@
 """What an operator costs on the host through each framework: a small RMSNorm, called one after the other.
 
-``python bench/bench_interop.py`` prints microseconds a call; the kernel itself takes about 2.
+``python bench/host_interop.py`` prints microseconds a call; the kernel itself takes about 2.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tokens a second of transformers' `generate` with fi_cupy's attention and with sdpa's, on a model of random weights.
 
-``python bench/bench_transformers.py [new tokens]``: a Llama of SmolLM2-135M's sizes in bf16, greedy, dynamic cache.
+``python bench/generate_transformers.py [new tokens]``: a Llama of SmolLM2-135M's sizes in bf16, greedy, dynamic cache.
 """
 
 from __future__ import annotations
