@@ -21,8 +21,8 @@ Example
 >>> import jax, jax.numpy as jnp
 >>> from fi_cupy.interop import jax as fj
 >>> norm = jax.jit(lambda x, w: fj.rmsnorm(x, w) + 1)
->>> [round(float(x), 3) for x in norm(jnp.array([[3.0, 4.0]]), jnp.ones(2))[0]]
-[1.849, 2.131]
+>>> tuple(round(float(x), 3) for x in norm(jnp.array([[3.0, 4.0]]), jnp.ones(2))[0])
+(1.849, 2.131)
 """
 
 from __future__ import annotations
