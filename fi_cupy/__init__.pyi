@@ -9,6 +9,7 @@ from . import (
     dtypes as dtypes,
     errors as errors,
     gemm as gemm,
+    interop as interop,
     jit as jit,
     logits_processor as logits_processor,
     lookup as lookup,

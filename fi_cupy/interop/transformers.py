@@ -232,4 +232,19 @@ def attention_forward(
     rows = query.transpose(1, 2).reshape(batch * queries, heads, dim)
     sinks = None if s_aux is None else s_aux.float()
     out = planned.wrapper.run(rows.detach(), (key.detach(), value.detach()), sinks=sinks)
-    return out.view(batch, queries, heads, value.shape[3]), None
+    out = out.view(batch, queries, heads, value.shape[3])
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        out = _NoDerivative.apply(out, query, key, value)
+    return out, None
+
+
+class _NoDerivative(torch.autograd.Function):
+    """The output as it is; raises where a gradient would otherwise silently be missing."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise UnsupportedError("fi_cupy attention: has no derivative, kernels are for inference; train with 'sdpa'")

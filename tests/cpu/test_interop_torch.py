@@ -118,6 +118,21 @@ def test_planned_wrapper_compiled(rng, key):
         same(list(got), want)
 
 
+@pytest.mark.parametrize("with_out", [False, True])
+def test_opcheck_of_a_planned_run(rng, with_out):
+    wrapper = ft.BatchDecodeWithPagedKVCacheWrapper(torch.empty(1 << 20, dtype=torch.uint8))
+    wrapper.plan([0, 2, 3], [4, 1, 2], [1, 3], 4, 2, 64, 4, q_data_type="float32")
+    x = Case(rng, "float32")
+    q, cache, none = tensor(x.x(2, 4, 64)), tensor(x.x(6, 2, 4, 2, 64)), None
+    out, lse = torch.empty_like(q), torch.empty(2, 4)
+    args = [wrapper._handle, q, cache, none, [], [], [], none, none, none, none, none, none]
+    args += [out, lse] if with_out else []
+    args += [True, none, none, none, none]
+    op = torch.ops.fi_cupy.BatchDecodeWithPagedKVCacheWrapper_run
+    op = torch.ops.fi_cupy.BatchDecodeWithPagedKVCacheWrapper_run_out if with_out else op
+    assert set(torch.library.opcheck(op.default, tuple(args)).values()) == {"SUCCESS"}
+
+
 def test_outputs_that_are_given():
     x, w = torch.randn(3, 64), torch.ones(64)
     out = torch.full_like(x, float("nan"))

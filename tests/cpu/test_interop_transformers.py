@@ -112,3 +112,5 @@ def test_what_is_refused(models):
         ours.attention_forward(layer, q, q, q, torch.ones(1, 4, 3, 3, dtype=torch.bool))
     with pytest.raises(errors.UnsupportedError, match="position_bias is given"):
         ours.attention_forward(layer, q, q, q, position_bias=q)
+    with torch.enable_grad(), pytest.raises(errors.UnsupportedError, match="has no derivative"):
+        models[0](tokens(1, 5)).logits.sum().backward()
