@@ -238,7 +238,7 @@ def attention_forward(
     return out, None
 
 
-class _NoDerivative(torch.autograd.Function):
+class _NoDerivative(torch.autograd.Function):  # type: ignore[misc]
     """The output as it is; raises where a gradient would otherwise silently be missing."""
 
     @staticmethod
