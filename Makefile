@@ -2,7 +2,6 @@
 # make test   set up .venv and run the tests that need no GPU
 # make gpu    run the GPU tests and write tests/gpu/receipt.json
 # make lint   ruff and mypy
-# make docs   build site/ with mkdocs; a broken link or a public name without documentation fails
 # make clean  remove .venv and every built file
 #
 # PYTHON=python3.12 picks the interpreter, CUDA=cuda12 or cuda13 the CUDA extra.
@@ -26,7 +25,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROMPT ?= Explain in two sentences why the sky is blue.
 JOBS ?= 2
 
-.PHONY: demo test gpu lint frameworks docs clean
+.PHONY: demo test gpu lint frameworks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-$(DEMO_EXTRAS)
@@ -47,14 +46,6 @@ lint: $(VENV)/.test-$(CUDA)
 TORCH ?= torch
 frameworks: $(VENV)/.test-$(CUDA)
 	$(PIP) "$(TORCH)" jax
-
-docs: $(VENV)/.docs
-	cd docs && NO_MKDOCS_2_WARNING=1 ../$(BIN)/mkdocs build --strict
-
-$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
-	@echo "fi_cupy: installing into $(VENV) (docs)"
-	@$(PIP) -e ".[docs]"
-	@touch $@
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "fi_cupy needs Python 3.10 or later: set PYTHON=/path/to/python3" >&2; exit 1; }
