@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -273,3 +275,13 @@ def copied(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(copied(v) for v in value)
     return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def llama_notebook() -> dict[str, Any]:
+    """The names that the notebook of the Llama decode step in JAX defines, without its last cell, which runs it."""
+    path = Path(__file__).parents[1] / "notebooks" / "05_llama_decode_in_jax.ipynb"
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    names: dict[str, Any] = {"__name__": "notebook"}
+    for cell in cells[:-1]:
+        exec(compile("".join(cell["source"]), path.name, "exec", dont_inherit=True), names)
+    return names

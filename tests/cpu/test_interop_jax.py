@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import runpy
 import weakref
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
@@ -12,7 +11,6 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 import numpy as np
 import pytest
 from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, wrapper_cases
-from kernel_jobs import ROOT
 
 import fi_cupy
 from fi_cupy import errors
@@ -234,10 +232,3 @@ def test_heads_sharded_over_two_devices(rng):
     want = jax.jit(lambda *a: layer(whole, *a))(x, cache, wq, wo)
     np.testing.assert_allclose(step(*placed), want, rtol=2e-4, atol=2e-4)
     assert "all-reduce" in step.lower(*placed).compile().as_text()
-
-
-def test_llama_decode_step():
-    """The notebook: a decode step under one jit, with donated caches, against plain jax.numpy."""
-    example = runpy.run_path(str(ROOT / "notebooks" / "jax_llama_decode.py"))
-    for got, want in zip(*example["run"](steps=2), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import runpy
-from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import numpy as np
 import pytest
-from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, wrapper_cases
+from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, llama_notebook, wrapper_cases
 
 import fi_cupy
 from fi_cupy import errors
@@ -217,8 +215,7 @@ def test_inside_shard_map(rng):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_llama_decode_step(dtype):
-    example = runpy.run_path(str(Path(__file__).parents[2] / "notebooks" / "jax_llama_decode.py"))
-    for got, want in zip(*example["run"](steps=4, dtype=dtype), strict=True):
+    for got, want in zip(*llama_notebook()["run"](steps=4, dtype=dtype), strict=True):
         scale = np.abs(want).max()
         assert np.abs(got - want).max() < (0.06 if dtype == "bfloat16" else 0.01) * scale
 
