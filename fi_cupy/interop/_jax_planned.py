@@ -14,6 +14,7 @@ from fi_cupy.arrays import CPU, view
 from fi_cupy.errors import ArgumentError, FrameworkError, UnsupportedError
 from fi_cupy.interop._jax_call import _compile
 from fi_cupy.interop._jax_trace import Tracer, on_gpu
+from fi_cupy.interop.pipes import PIPE
 from fi_cupy.interop.wrappers import PlannedWrapper
 
 
@@ -111,6 +112,32 @@ class Planned:
         wrapper = next(iter(self._wrappers.values()))
         size: tuple[int, int] = wrapper.workspace_size(*map(_to_host, args), **kwargs)
         return size
+
+
+class LogitsPipe:
+    """`fi_cupy.logits_processor.LogitsPipe` for use inside `jax.jit`; the rules must fuse it into one operator.
+
+    Constructor and call take the arguments of fi_cupy's class. A pipeline that draws needs ``seed``.
+    """
+
+    row = PIPE
+    name, into, planned, recordable = "LogitsPipe", "", False, True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._pipe = PIPE.cls(*args, **kwargs)
+        self.draws = self._pipe.draws
+        self._tracer = Tracer(PIPE, self.name)
+        self.compiled = lru_cache(maxsize=256)(_compile)
+
+    def rule(self, about: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What a call with arguments of these shapes and dtypes returns."""
+        return self.row.rule(self._pipe, about)
+
+    def callable(self, device: int) -> Any:
+        return self._pipe.run
+
+    def __call__(self, x: Any, **kwargs: Any) -> Any:
+        return self._tracer(self, (x,), kwargs, CPU, self._pipe.run)
 
 
 def _at_top_level() -> bool:

@@ -44,7 +44,7 @@ class Tracer:
             shown.append(out_dtype)
         self.signature = inspect.Signature(shown)
         self.dropped = dropped
-        self.host = getattr(row, "host", ())
+        self.host = row.host
         rest = [n for n, p in self.parameters.items() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         self.dynamic = {*row.arrays, *row.either, *rest, "variant_args"}
 
@@ -68,7 +68,7 @@ class Tracer:
     def __call__(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: int, check_with: Any) -> Any:
         given = self.bind(args, dict(kwargs))
         out_dtype = dtype(given.pop("out_dtype")) if self.into else None
-        if "seed" in given:
+        if "seed" in given and getattr(target, "draws", True):
             self._read_random(given)
         operands: list[Any] = []
         split = {}

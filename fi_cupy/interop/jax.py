@@ -31,6 +31,7 @@ import itertools
 from typing import Any
 
 from fi_cupy.interop._jax_call import OPTIONS
+from fi_cupy.interop._jax_planned import LogitsPipe as LogitsPipe
 from fi_cupy.interop._jax_planned import Planned
 from fi_cupy.interop._jax_trace import Function
 from fi_cupy.interop.table import ALIASES, OPERATORS
@@ -45,7 +46,7 @@ def command_buffers(enabled: bool) -> None:
     OPTIONS["command_buffers"] = bool(enabled)
 
 
-__all__ = sorted(itertools.chain(OPERATORS, ALIASES, WRAPPERS, WRAPPER_ALIASES, ["command_buffers"]))
+__all__ = sorted(itertools.chain(OPERATORS, ALIASES, WRAPPERS, WRAPPER_ALIASES, ["LogitsPipe", "command_buffers"]))
 
 
 def __getattr__(name: str) -> Any:

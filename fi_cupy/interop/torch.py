@@ -26,16 +26,17 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from fi_cupy.interop._torch_ops import make_function, make_wrapper
+from fi_cupy.interop._torch_functions import make_function, make_pipe, make_wrapper
 from fi_cupy.interop.table import ALIASES, OPERATORS
 from fi_cupy.interop.wrappers import WRAPPER_ALIASES, WRAPPERS
 
-__all__ = sorted(itertools.chain(OPERATORS, ALIASES, WRAPPERS, WRAPPER_ALIASES))
+__all__ = sorted(itertools.chain(OPERATORS, ALIASES, WRAPPERS, WRAPPER_ALIASES, ["LogitsPipe"]))
 
 for _name, _row in OPERATORS.items():
     globals()[_name] = make_function(_row)
 for _name, _planned in WRAPPERS.items():
     globals()[_name] = make_wrapper(_planned)
+LogitsPipe = make_pipe()
 for _name, _target in (*ALIASES.items(), *WRAPPER_ALIASES.items()):
     globals()[_name] = globals()[_target]
 

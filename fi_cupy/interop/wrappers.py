@@ -35,6 +35,8 @@ class PlannedWrapper:
         Optional parameters that take the place of results.
     copies : bool
         `run` rearranges its arrays with their own framework's methods.
+    host : tuple of str
+        Parameters that need values on the host.
     """
 
     module: str
@@ -45,6 +47,7 @@ class PlannedWrapper:
     plan_name: str = "plan"
     out: tuple[str, ...] = ("out", "lse")
     copies: bool = False
+    host: tuple[str, ...] = ()
 
     @cached_property
     def cls(self) -> Any:

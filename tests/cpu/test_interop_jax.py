@@ -159,6 +159,21 @@ def test_random_seeds():
     np.testing.assert_array_equal(draw(jnp.asarray(rows)), per_row)
 
 
+def test_a_logits_pipe(rng):
+    from fi_cupy.logits_processor import LogitsPipe, Sample, Softmax, Temperature, TopK, TopP
+
+    logits, steps = Case(rng, "float32").f32(5, 40), [Temperature(), TopK(), Softmax(), TopP(), Sample()]
+    run = jax.jit(lambda x, t: fj.LogitsPipe(steps)(x, temperature=t, top_k=7, top_p=0.8, seed=3))
+    t = np.float32([0.5, 1, 2, 1, 1])
+    same(run(logits, t), [LogitsPipe(steps)(logits, temperature=t, top_k=7, top_p=0.8, seed=3)])
+    probs = fj.LogitsPipe([Temperature(), Softmax()])(jnp.asarray(logits), temperature=0.5)
+    same(probs, [LogitsPipe([Temperature(), Softmax()])(logits, temperature=0.5)])
+    with pytest.raises(errors.UnsupportedError, match=r"^LogitsPipe: 2 operators remain"):
+        fj.LogitsPipe([Softmax(), TopK()], compile=False)
+    with pytest.raises(errors.ArgumentError, match=r"^LogitsPipe: seed is None"):
+        fj.LogitsPipe(steps)(jnp.asarray(logits), temperature=0.5, top_k=7, top_p=0.8)
+
+
 def test_eager_calls_are_compiled_once():
     x, w = jnp.ones((2, 8)), jnp.ones(8)
     fj.rmsnorm(x, w, 1e-5)

@@ -198,6 +198,15 @@ def test_sampling_draws_from_torchs_generator():
     same([ft.sampling_from_probs(probs, seed=2**64 - 1)], [fi_cupy.sampling.sampling_from_probs(probs, seed=2**64 - 1)])
 
 
+def test_a_logits_pipe(rng):
+    from fi_cupy.logits_processor import LogitsPipe, Sample, Softmax, Temperature, TopK, TopP
+
+    logits, steps = tensor(Case(rng, "float32").f32(5, 40)), [Temperature(), TopK(), Softmax(), TopP(), Sample()]
+    options = {"temperature": torch.tensor([0.5, 1, 2, 1, 1]), "top_k": 7, "top_p": 0.8, "seed": 3}
+    compiled = torch.compile(ft.LogitsPipe(steps), fullgraph=True, backend="aot_eager")
+    same([compiled(logits, **options)], [LogitsPipe(steps)(logits, **options)])
+
+
 def test_a_variant_and_its_arguments(rng):
     from fi_cupy.jit import define_variant
 
