@@ -232,10 +232,15 @@ def attention_forward(
     rows = query.transpose(1, 2).reshape(batch * queries, heads, dim)
     sinks = None if s_aux is None else s_aux.float()
     out = planned.wrapper.run(rows.detach(), (key.detach(), value.detach()), sinks=sinks)
-    out = out.view(batch, queries, heads, value.shape[3])
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        out = _NoDerivative.apply(out, query, key, value)
-    return out, None
+    return _guarded(out.view(batch, queries, heads, value.shape[3]), query, key, value), None
+
+
+def _guarded(out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    """The output; asking for a gradient through it raises."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        guarded: torch.Tensor = _NoDerivative.apply(out, *inputs)
+        return guarded
+    return out
 
 
 class _NoDerivative(torch.autograd.Function):  # type: ignore[misc]
