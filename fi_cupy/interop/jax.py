@@ -27,6 +27,7 @@ Example
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -34,7 +35,7 @@ from fi_cupy.interop._jax_call import OPTIONS
 from fi_cupy.interop._jax_planned import LogitsPipe as LogitsPipe
 from fi_cupy.interop._jax_planned import Planned
 from fi_cupy.interop._jax_trace import Function
-from fi_cupy.interop.table import ALIASES, OPERATORS
+from fi_cupy.interop.table import ALIASES, OPERATORS, WITH_LSE
 from fi_cupy.interop.wrappers import WRAPPER_ALIASES, WRAPPERS
 
 
@@ -46,7 +47,9 @@ def command_buffers(enabled: bool) -> None:
     OPTIONS["command_buffers"] = bool(enabled)
 
 
-__all__ = sorted(itertools.chain(OPERATORS, ALIASES, WRAPPERS, WRAPPER_ALIASES, ["LogitsPipe", "command_buffers"]))
+__all__ = sorted(
+    itertools.chain(OPERATORS, ALIASES, WRAPPERS, WRAPPER_ALIASES, ["LogitsPipe", WITH_LSE, "command_buffers"])
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -55,6 +58,8 @@ def __getattr__(name: str) -> Any:
     planned = WRAPPERS.get(WRAPPER_ALIASES.get(name, name))
     if row is not None:
         made = Function(row) if row.name == name else __getattr__(row.name)
+    elif name == WITH_LSE:
+        made = functools.partial(__getattr__("single_prefill_with_kv_cache"), return_lse=True)
     elif planned is not None:
         doc = f"`fi_cupy.{planned.module}.{planned.name}` for JAX arrays: {(Planned.__doc__ or '')}"
         made = type(planned.name, (Planned,), {"row": planned, "__doc__": doc, "__module__": __name__})

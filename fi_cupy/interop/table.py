@@ -332,3 +332,6 @@ OPERATORS: dict[str, Operator] = {
 ALIASES = {
     "top_p_renorm_prob": "top_p_renorm_probs", "top_k_renorm_prob": "top_k_renorm_probs", "topk": "top_k",
 }  # fmt: skip
+
+#: `single_prefill_with_kv_cache` that returns the log-sum-exp as well.
+WITH_LSE = "single_prefill_with_kv_cache_return_lse"

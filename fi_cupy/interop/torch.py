@@ -23,20 +23,22 @@ tensor([[1.8485, 2.1314]])
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
 from fi_cupy.interop._torch_functions import make_function, make_pipe, make_wrapper
-from fi_cupy.interop.table import ALIASES, OPERATORS
+from fi_cupy.interop.table import ALIASES, OPERATORS, WITH_LSE
 from fi_cupy.interop.wrappers import WRAPPER_ALIASES, WRAPPERS
 
-__all__ = sorted(itertools.chain(OPERATORS, ALIASES, WRAPPERS, WRAPPER_ALIASES, ["LogitsPipe"]))
+__all__ = sorted(itertools.chain(OPERATORS, ALIASES, WRAPPERS, WRAPPER_ALIASES, ["LogitsPipe", WITH_LSE]))
 
 for _name, _row in OPERATORS.items():
     globals()[_name] = make_function(_row)
 for _name, _planned in WRAPPERS.items():
     globals()[_name] = make_wrapper(_planned)
 LogitsPipe = make_pipe()
+globals()[WITH_LSE] = functools.partial(globals()["single_prefill_with_kv_cache"], return_lse=True)
 for _name, _target in (*ALIASES.items(), *WRAPPER_ALIASES.items()):
     globals()[_name] = globals()[_target]
 
