@@ -106,6 +106,16 @@ def test_fp8_caches_and_outputs(rng):
     same([got], [fi_cupy.single_decode_with_kv_cache(on_gpu(q), on_gpu(k), on_gpu(v))])
 
 
+def test_a_logits_pipe(rng):
+    from fi_cupy.logits_processor import LogitsPipe, Sample, Softmax, Temperature, TopK, TopP
+
+    logits, steps = Case(rng, "bfloat16").f32(5, 4000), [Temperature(), TopK(), Softmax(), TopP(), Sample()]
+    run = jax.jit(lambda x, t: fj.LogitsPipe(steps)(x, temperature=t, top_k=7, top_p=0.8, seed=3))
+    t = np.float32([0.5, 1, 2, 1, 1])
+    want = LogitsPipe(steps)(on_gpu(logits), temperature=on_gpu(t), top_k=7, top_p=0.8, seed=3)
+    same([run(logits, t)], [want])
+
+
 def test_types_of_kernels_are_checked_at_trace_time():
     x, w = jnp.ones((2, 64)), jnp.ones(64)
     with pytest.raises(errors.DTypeError, match=r"layernorm: input has dtype float32, expected float16 or bfloat16"):

@@ -161,6 +161,15 @@ def test_side_stream(rng):
     same([got], [fi_cupy.rmsnorm(fresh, w) * 2])
 
 
+def test_a_logits_pipe(rng):
+    from fi_cupy.logits_processor import LogitsPipe, Sample, Softmax, Temperature, TopK, TopP
+
+    logits, steps = tensor(Case(rng, "bfloat16").f32(5, 4000)), [Temperature(), TopK(), Softmax(), TopP(), Sample()]
+    options = {"temperature": torch.tensor([0.5, 1, 2, 1, 1], device="cuda"), "top_k": 7, "top_p": 0.8, "seed": 3}
+    compiled = torch.compile(ft.LogitsPipe(steps), fullgraph=True, backend="aot_eager")
+    same([compiled(logits, **options)], [LogitsPipe(steps)(logits, **options)])
+
+
 def test_opcheck_on_the_gpu(rng):
     x, w = tensor(normal(rng, (5, 256))), tensor(normal(rng, (256,)))
     assert set(torch.library.opcheck(torch.ops.fi_cupy.rmsnorm.default, (x, w, 1e-6, None)).values()) == {"SUCCESS"}
