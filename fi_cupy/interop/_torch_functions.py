@@ -6,6 +6,7 @@ They are made from source text, as `dataclasses` does it, so that a call costs n
 
 from __future__ import annotations
 
+import enum
 import inspect
 import itertools
 from collections.abc import Sequence
@@ -17,7 +18,6 @@ from fi_cupy.dtypes import dtype
 from fi_cupy.errors import ArgumentError, UnsupportedError
 from fi_cupy.interop._torch_ops import (
     _COUNTERS,
-    _LEFT_OUT,
     _WRAPPERS,
     OUTS,
     Row,
@@ -105,7 +105,7 @@ def _preparation(row: Operator | PlannedWrapper, r: Row, op: str) -> list[str]:
     """Lines that bring the arguments into the schema's form."""
     lines = []
     for name, p in row.parameters.items():
-        if name in _LEFT_OUT or (name == "variant_args" and isinstance(row, Operator)):
+        if name in r.refused or (name == "variant_args" and isinstance(row, Operator)):
             test = f"{name} is not None" if p.default is None else f"{name} != {p.default!r}"
             lines.append(f"if {test}: refuse({op!r}, {name!r}, {name})")
     if "seed" in row.parameters:
@@ -204,6 +204,8 @@ def _signature(row: Operator | PlannedWrapper) -> str:
 
 
 def _literal(value: Any) -> str:
+    """A default in source text; enumerations by their value."""
+    value = value.value if isinstance(value, enum.Enum) else value
     return repr(int(value)) if isinstance(value, int) and not isinstance(value, bool) else repr(value)
 
 

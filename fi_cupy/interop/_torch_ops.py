@@ -39,8 +39,10 @@ class Row:
 
     Attributes
     ----------
-    fields : list of (name, schema type, source)
-        The operator's parameters; source is the parameter of the function that it comes from.
+    fields : list of (name, schema type)
+        The operator's parameters.
+    refused : list of str
+        Parameters of the function that the schema does not have: they must keep their default.
     """
 
     def __init__(self, row: Operator | PlannedWrapper, with_out: bool) -> None:
@@ -54,6 +56,7 @@ class Row:
         self.pairs: list[str] = []
         self.either: list[str] = []
         self.extra = False
+        self.refused = [n for n in row.parameters if n in _LEFT_OUT]
         for name, p in row.parameters.items():
             self._add(name, p)
         self.by_name = dict(self.fields)
@@ -89,7 +92,11 @@ class Row:
             self.fields.append((name, "ScalarType?"))
         elif name not in (*_LEFT_OUT, *_COUNTERS, "generator"):
             text = str(p.annotation)
-            kind = _TYPES[text.removesuffix(" | None")] + ("?" if text.endswith(" | None") else "")
+            kind = _TYPES.get(text.removesuffix(" | None"))
+            if kind is None:
+                self.refused.append(name)
+                return
+            kind += "?" if text.endswith(" | None") else ""
             self.fields.append((name, "SymInt" if name in _EXTENTS else kind))
 
     def schema(self, returns: str) -> str:
