@@ -155,9 +155,8 @@ class Tracer:
 
         where = tuple(place(item) for item in structure)
         positional, named = self._order(split)
-        # A custom mask is packed with sizes that are copied from the host, which a recording would not keep.
-        masked = any(split.get(name) is not None for name in ("custom_mask", "custom_mask_p"))
-        recordable = _jax_call.OPTIONS["command_buffers"] and target.recordable and not masked
+        # PODWithPagedKVCacheWrapper makes the prompt's schedule in each call.
+        recordable = _jax_call.OPTIONS["command_buffers"] and target.recordable and "q_p" not in split
         call = _Call(
             target, tuple(positional), tuple(named.items()), tuple(results), tuple(aliases), into, recordable
         )  # fmt: skip
@@ -182,7 +181,7 @@ class Function:
 
     def __init__(self, row: Operator) -> None:
         self.row, self.name, self.rule = row, row.name, row.rule
-        self.into, self.recordable, self.planned = row.into, True, False
+        self.into, self.recordable, self.planned = row.into, row.recordable, False
         self._tracer = Tracer(row, row.name)
         self.__name__ = self.__qualname__ = row.name
         self.__module__ = "fi_cupy.interop.jax"

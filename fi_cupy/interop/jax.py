@@ -42,7 +42,8 @@ from fi_cupy.interop.wrappers import WRAPPER_ALIASES, WRAPPERS
 def command_buffers(enabled: bool) -> None:
     """Let XLA record operators in its command buffers (CUDA graphs); takes effect for functions traced from now on.
 
-    Wrappers are recorded only in CUDA-graph mode (``use_cuda_graph=True``), where later plans keep every address.
+    Wrappers are recorded only in CUDA-graph mode (``use_cuda_graph=True``), where later plans keep every address, and
+    ``single_decode_with_kv_cache`` and ``single_prefill_with_kv_cache``, which make their schedule in the call, never.
     """
     OPTIONS["command_buffers"] = bool(enabled)
 

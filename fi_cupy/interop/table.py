@@ -54,6 +54,8 @@ class Operator:
         A required parameter that only receives a result.
     host : tuple of str
         Parameters that need values on the host (a random generator, a check of the result).
+    recordable : bool
+        A first call neither allocates nor copies from the host, so XLA may record it in a command buffer.
     """
 
     module: str
@@ -65,6 +67,7 @@ class Operator:
     out: tuple[str, ...] = ()
     into: str = ""
     host: tuple[str, ...] = ()
+    recordable: bool = True
 
     @cached_property
     def function(self) -> Callable[..., Any]:
@@ -310,11 +313,14 @@ def _products() -> list[Operator]:
             mutated=("v", "s"),
         ),
         Operator("cascade", "merge_states", ("v", "s"), _merged),
-        Operator("decode", "single_decode_with_kv_cache", ("q", "k", "v"), _decoded, either=scales),
+        Operator(
+            "decode", "single_decode_with_kv_cache", ("q", "k", "v"), _decoded, either=scales,
+            recordable=False,
+        ),
         Operator(
             "prefill", "single_prefill_with_kv_cache",
             ("q", "k", "v", "scale_q", "scale_k", "scale_v", "custom_mask", "packed_custom_mask"), _prefilled,
-            either=("k_scale", "v_scale"),
+            either=("k_scale", "v_scale"), recordable=False,
         ),
     ]  # fmt: skip
 

@@ -20,7 +20,9 @@ from fi_cupy.interop.wrappers import WRAPPERS
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 fj = pytest.importorskip("fi_cupy.interop.jax")
-_compiled = pytest.importorskip("fi_cupy.interop._jax_call")._compiled
+_call = pytest.importorskip("fi_cupy.interop._jax_call")
+_trace = pytest.importorskip("fi_cupy.interop._jax_trace")
+_compiled = _call._compiled
 
 
 def split(kwargs):
@@ -168,6 +170,26 @@ def test_random_seeds():
     rows = np.arange(64, dtype=np.int32)
     per_row = fi_cupy.sampling.sampling_from_logits(np.asarray(logits), seed=rows.astype(np.int64))
     np.testing.assert_array_equal(draw(jnp.asarray(rows)), per_row)
+
+
+def test_what_xla_may_record(monkeypatch):
+    """Only what neither allocates nor copies from the host in a first call; wrappers in CUDA-graph mode."""
+    calls = []
+    real = _call._Call
+    monkeypatch.setattr(_trace, "_Call", lambda *a: (calls.append(real(*a)), calls[-1])[1])
+    x, table = jnp.ones((2, 64)), ([0, 1, 2], [1, 0], [4, 4])
+    buffers = [np.zeros(n, np.int32) for n in (3, 4, 2)]
+    plain = fj.BatchDecodeWithPagedKVCacheWrapper(1 << 20)
+    graph = fj.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(np.empty(1 << 20, np.uint8), *buffers)
+    for wrapper in (plain, graph):
+        wrapper.plan(*table, 1, 1, 64, 4, q_data_type="float32")
+    for enabled in (True, False):
+        fj.command_buffers(enabled)
+        fj.rmsnorm(x, x[0])
+        fj.single_decode_with_kv_cache(x, x[:, None], x[:, None])
+        for wrapper in (plain, graph):
+            wrapper.run(x[:, None], jnp.ones((2, 2, 4, 1, 64)))
+    assert [c.recordable for c in calls] == [True, False, False, True] + 4 * [False]
 
 
 def test_a_logits_pipe(rng):
