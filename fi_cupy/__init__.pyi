@@ -14,6 +14,7 @@ from . import (
     errors as errors,
     fused_moe as fused_moe,
     gemm as gemm,
+    interop as interop,
     jit as jit,
     logits_processor as logits_processor,
     lookup as lookup,

@@ -87,6 +87,11 @@ class View:
         return self.device < 0
 
     @property
+    def reference_types(self) -> bool:
+        """Whether the NumPy reference computes, which takes float32 where kernels take 16-bit types."""
+        return self.device < 0
+
+    @property
     def framework(self) -> str:
         """One of "numpy", "cupy", "torch", "jax" or "dlpack"."""
         return self._framework.name

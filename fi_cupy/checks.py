@@ -26,7 +26,7 @@ def check_dtype(op: str, name: str, x: View, allowed: Sequence[DType], meaning: 
     """Raise `DTypeError` unless x's type is allowed. float32 is always allowed on the CPU where a 16-bit type is."""
     if x.dtype in allowed:
         return
-    if x.is_cpu and x.dtype is float32 and any(d.itemsize == 2 and "float" in d.name for d in allowed):
+    if x.reference_types and x.dtype is float32 and any(d.itemsize == 2 and "float" in d.name for d in allowed):
         return
     names = " or ".join(d.name for d in allowed)
     raise DTypeError(f"{op}: {name} has dtype {x.dtype.name}, expected {names}{f' {meaning}' if meaning else ''}")

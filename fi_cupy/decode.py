@@ -613,6 +613,8 @@ def fast_decode_plan(
     global_override_indptr_cpu : int [batch + 1], optional
         Host copy of `indptr`. With ``page_size`` 1 or `seq_lens` on the host nothing at all is read back.
 
-    Source: flashinfer.decode.fast_decode_plan.
+    Source
+    ------
+    flashinfer.decode.fast_decode_plan.
     """
     BatchDecodeWithPagedKVCacheWrapper.plan(self, *args, indptr_host=global_override_indptr_cpu, **kwargs)

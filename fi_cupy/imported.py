@@ -78,7 +78,7 @@ class Jax(_Foreign):
 
         if isinstance(array, jax.core.Tracer):
             raise FrameworkError(
-                "is a JAX tracer, expected a concrete array: operators run outside jax.jit, grad and vmap"
+                "is a JAX tracer, expected a concrete array; inside jax.jit use the operators of fi_cupy.interop.jax"
             )
         devices = array.devices()
         if len(devices) != 1:

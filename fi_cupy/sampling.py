@@ -222,6 +222,8 @@ def top_k_top_p_sampling_from_logits(
 ) -> Any:
     """Draw from ``softmax(logits)`` under top-k and top-p.
 
+    What is not said here is as in `sampling_from_logits`.
+
     Parameters
     ----------
     top_k : int or array, [rows], int32 or int64
@@ -229,7 +231,9 @@ def top_k_top_p_sampling_from_logits(
     filter_apply_order : {"top_k_first", "joint"}
         "top_k_first": top-p works on what top-k left, renormalised. "joint": both work on the whole distribution.
 
-    The rest: `sampling_from_logits`. Source: flashinfer.sampling.top_k_top_p_sampling_from_logits.
+    Source
+    ------
+    flashinfer.sampling.top_k_top_p_sampling_from_logits.
     """
     op = "top_k_top_p_sampling_from_logits"
     return draw_tokens(

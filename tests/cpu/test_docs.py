@@ -19,6 +19,14 @@ def blocks(text: str) -> list[str]:
     return [code for code in found if not re.search(r"import (cupy|torch|jax)", code)]
 
 
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_examples_of_a_framework_run(framework):
+    pytest.importorskip(framework)
+    code = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "docs" / "tutorials" / f"{framework}.md").read_text())
+    code = [block for block in code if "transformers" not in block]
+    exec(compile("\n".join(code), framework, "exec", dont_inherit=True), {"__name__": "docs"})
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_examples_run(page):
     code = blocks((ROOT / "docs" / page).read_text())

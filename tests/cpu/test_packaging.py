@@ -79,7 +79,9 @@ def test_wheel_metadata(wheel):
     assert metadata["Version"] == fi_cupy.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra") or ()) == {"bench", "cuda12", "cuda13", "demo", "frameworks", "test"}
+    assert set(metadata.get_all("Provides-Extra") or ()) == {
+        "bench", "cuda12", "cuda13", "demo", "docs", "frameworks", "test", "transformers"
+    }  # fmt: skip
     core = [r for r in metadata.get_all("Requires-Dist") or () if "extra ==" not in r]
     # The core asks for no CUDA library and no framework.
     assert sorted(r.split(">")[0].replace("_", "-") for r in core) == [
