@@ -155,10 +155,7 @@ FI_DEVICE void gemm_hopper(const HopperGemmParams& params) {
   // Uniform for the compiler: the warpgroup decides which branch's registers a warp has.
   const int warpgroup = __shfl_sync(kFullMask, threadIdx.x / 128, 0), warp = __shfl_sync(kFullMask, threadIdx.x / kWarpSize, 0);
   ptx::grid_launch_dependents();
-  if (warp == 4 * Shape::kConsumers) {
-    init_barriers<Config>(shared);
-    if (lane_id() == 0) ptx::tma_prefetch(params.a_map), ptx::tma_prefetch(params.b_map);
-  }
+  if (warp == 4 * Shape::kConsumers) init_barriers<Config>(params, shared);
   __syncthreads();  // barriers are there
   ptx::grid_wait();
 

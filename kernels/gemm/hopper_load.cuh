@@ -74,9 +74,11 @@ struct HopperGemmShared {
 
 // By one whole warp, before the CTA's barrier that shows them to the others.
 template <class Config>
-FI_DEVICE void init_barriers(HopperGemmShared<Config>& shared) {
+FI_DEVICE void init_barriers(const HopperGemmParams& params, HopperGemmShared<Config>& shared) {
   static_assert(Config::kStages <= kWarpSize);
   const int stage = lane_id();
+  if (stage == 0) ptx::tma_prefetch(params.b_map);
+  if (stage == 1) ptx::tma_prefetch(params.a_map);
   if (stage < Config::kStages) {
     ptx::mbarrier_init(ptx::smem_address(&shared.full[stage]), HopperGemmShape<Config>::kBlocks ? 1 + kWarpSize : 1);
     ptx::mbarrier_init(ptx::smem_address(&shared.empty[stage]), 4 * HopperGemmShape<Config>::kConsumers);

@@ -112,7 +112,7 @@ FI_DEVICE void gemm_hopper_rows(const HopperGemmParams& params) {
   const RowsProducer<Config> producer(params, shared, tile, smem, first, last);
   ptx::grid_launch_dependents();
   if (warp == 4) {
-    init_barriers<Config>(shared);
+    init_barriers<Config>(params, shared);
     producer.start();
   }
   __syncthreads();  // barriers are there

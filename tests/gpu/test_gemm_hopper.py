@@ -12,7 +12,7 @@ from fi_cupy.device import device_info
 from fi_cupy.dtypes import DType, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.gemm import hopper, hopper_rows, mm_bf16
-from fi_cupy.gemm.hopper import LARGE, MIDDLE, PROMOTED, PROMOTED_SMALL, SMALL, TALL, TINY, WIDE
+from fi_cupy.gemm.hopper import BROAD, LARGE, MIDDLE, PROMOTED, PROMOTED_SMALL, SMALL, TALL, TINY, WIDE
 from fi_cupy.gemm.hopper_rows import RowsTile
 from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
@@ -172,6 +172,15 @@ def test_grouped_gated(rng):
     out.check(np.concatenate([silu(s[:, :n]) * s[:, n:] for s in sums]))
 
 
+def test_segments_share_one_weight(rng):
+    """A stride of 0 between weights: whatever the index, it is the same matrix."""
+    n, k, indptr = 136, 264, np.array([0, 70, 100, 164], np.int32)
+    (a, a64), (w, w64) = operand(rng, (164, k)), operand(rng, (n, k))
+    out = Output((164, n))
+    hopper.launch_hopper_grouped(out.view, a, view(cupy.broadcast_to(w.array, (3, n, k))), view(cupy.asarray(indptr)))
+    out.check(a64 @ w64.T)
+
+
 @pytest.mark.parametrize("types", [(E4, E4), (E5, E4), (E4, E5), (E5, E5)], ids=str)
 @pytest.mark.parametrize("vectors", [False, True])
 def test_fp8(rng, types, vectors):
@@ -209,7 +218,7 @@ def spread(scale: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["K", "MN"])
-@pytest.mark.parametrize("tile", [PROMOTED, PROMOTED_SMALL, TALL], ids=["128", "64", "192"])
+@pytest.mark.parametrize("tile", [PROMOTED, PROMOTED_SMALL, TALL, BROAD], ids=["128", "64", "192", "128x192"])
 def test_fp8_blocks(rng, tile, mode):
     for m, n, k in ((1, 8, 128), (129, 264, 512), (300, 1032, 1152)):
         (a, a64), (w, w64) = operand(rng, (m, k), E4), operand(rng, (n, k), E4)
@@ -242,7 +251,7 @@ def test_fp8_blocks_grouped(rng, lengths, mode):
             for s, (i, j) in enumerate(itertools.pairwise(indptr))
         ]
     )
-    for tile in (PROMOTED, PROMOTED_SMALL):
+    for tile in (PROMOTED, PROMOTED_SMALL, TALL, BROAD):
         out = Output((m, n))
         hopper.launch_hopper_fp8_blocks(
             out.view, a, w, *(view(on_gpu(x)) for x in given), scale_major_mode=mode, indptr=view(cupy.asarray(indptr)),
