@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,6 +77,29 @@ def collect(
                 text = f"{type(error).__name__}: {error}"
                 failed.append({"op": op, "name": path.name, "unit": "us", "status": "failed", "error": text})
     return cases, failed
+
+
+def with_peers(cases: Sequence[tuple[str, bench.BenchCase]], names: str | None) -> list[tuple[str, bench.BenchCase]]:
+    """The cases with only the named peers ("cudnn,flash"; "none"); all of them by default.
+
+    Raises
+    ------
+    click.ClickException
+        No case has a peer of that name.
+    """
+    if names is None:
+        return list(cases)
+    wanted = set() if names == "none" else {name.strip() for name in names.split(",")}
+    there = {name for _, case in cases for name in case.peers}
+    if wanted - there:
+        raise click.ClickException(
+            f"no peer {', '.join(sorted(wanted - there))} here; there are {', '.join(sorted(there))}"
+        )
+    kept = []
+    for op, case in cases:
+        peers = {name: call for name, call in case.peers.items() if name in wanted}
+        kept.append((op, replace(case, peers=peers)))
+    return kept
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -175,6 +199,8 @@ def _print_list(cases: Sequence[tuple[str, bench.BenchCase]]) -> None:
 @click.option("--op", "ops", multiple=True, help="Only this operator (bench_<op>.py); may be repeated.")
 @click.option("--quick", is_flag=True, help="Fewer rounds and shorter warm-up.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write every number here.")
+@click.option("--html", "html_path", type=click.Path(dir_okay=False), help="Write a page with charts (extra: bench).")
+@click.option("--peers", "peers", help="Only these peers, with commas between; 'none' for none.")
 @click.option("--max-seconds", type=float, default=150.0, show_default=True, help="Start no case after this long.")
 @click.option("--dir", "folder", type=click.Path(exists=True, file_okay=False), help="Folder of the bench files.")
 @click.option("--list", "only_list", is_flag=True, help="Print the cases and their floors on an H200; needs no GPU.")
@@ -184,6 +210,8 @@ def bench_command(
     ops: tuple[str, ...],
     quick: bool,
     json_path: str | None,
+    html_path: str | None,
+    peers: str | None,
     max_seconds: float,
     folder: str | None,
     only_list: bool,
@@ -193,8 +221,11 @@ def bench_command(
     A case that fails is reported and the run goes on; the exit code is 1 then.
     """
     where = bench_folder(folder)
+    if html_path and importlib.util.find_spec("matplotlib") is None:
+        raise click.ClickException("--html draws with matplotlib: pip install 'fi-cupy[bench]'")
     if only_list:
         cases, failed = collect(where, ops, H200)
+        cases = with_peers(cases, peers)
         _print_list(cases)
         for row in failed:
             click.echo(f"{row['name']}: {row['error']}", err=True)
@@ -210,6 +241,7 @@ def bench_command(
     _print_limits(timer.info.name, limits)
     provenance, recorded = bench.load_recorded(where / "data" / "peers_h100.json")
     cases, failed = collect(where, ops, timer.info)
+    cases = with_peers(cases, peers)
 
     def progress(row: Mapping[str, Any]) -> None:
         cells = table_cells(row)
@@ -217,9 +249,13 @@ def bench_command(
 
     rows = failed + bench.run_all(cases, timer, limits, recorded, options, progress)
     seconds = time.perf_counter() - start
+    found = bench.document(rows, limits, timer.environment(), provenance, options, seconds)
     if json_path:
-        found = bench.document(rows, limits, timer.environment(), provenance, options, seconds)
         Path(json_path).write_text(json.dumps(found, indent=1) + "\n")
+    if html_path:
+        from fi_cupy.testing.bench_report import report
+
+        Path(html_path).write_text(report(found))
     print_table(rows, provenance)
     count = {status: sum(row["status"] == status for row in rows) for status in ("ok", "failed", "skipped")}
     click.echo(f"{count['ok']} ok, {count['failed']} failed, {count['skipped']} skipped, {seconds:.0f} s")

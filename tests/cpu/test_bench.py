@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import ml_dtypes
 import numpy as np
 import pytest
@@ -324,11 +325,26 @@ def test_a_whole_run_with_a_stand_in_for_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_gpu, "GpuTimer", Gpu)
     monkeypatch.setattr(bench_cli, "num_devices", lambda: 1)
     path = tmp_path / "out.json"
-    result = CliRunner().invoke(bench_cli.bench_command, ["--dir", str(tmp_path), "--quick", "--json", str(path)])
+    page = tmp_path / "out.html"
+    arguments = ["--dir", str(tmp_path), "--quick", "--json", str(path), "--html", str(page)]
+    result = CliRunner().invoke(bench_cli.bench_command, arguments)
     assert result.exit_code == 1, result.output
     assert "1 ok, 1 failed, 0 skipped" in result.output
     found = json.loads(path.read_text())
     assert [row["status"] for row in found["rows"]] == ["ok", "failed"] and found["device"]["name"] == "stand-in"
+    text = page.read_text()
+    assert "<h1>fi_cupy on stand-in</h1>" in text and "<svg" in text and "ZeroDivisionError" in text
+    assert ">fast</td><td>" in text
+
+
+def test_peers_can_be_chosen():
+    case = bench.bench_case("x", lambda s: 1.0, inputs=[1], peers={"torch": lambda s: 2.0, "cudnn": lambda s: 3.0})
+    cases = [("op", case)]
+    assert [list(c.peers) for _, c in bench_cli.with_peers(cases, None)] == [["torch", "cudnn"]]
+    assert [list(c.peers) for _, c in bench_cli.with_peers(cases, "cudnn")] == [["cudnn"]]
+    assert [list(c.peers) for _, c in bench_cli.with_peers(cases, "none")] == [[]]
+    with pytest.raises(click.ClickException, match="no peer flash here; there are cudnn, torch"):
+        bench_cli.with_peers(cases, "flash,torch")
 
 
 def test_the_prefill_chart_reads_a_run(monkeypatch):

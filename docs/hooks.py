@@ -1,0 +1,178 @@
+"""What mkdocs makes beside the written pages: the API reference from `fi_cupy/__init__.pyi`, the page of bench results.
+
+A public name without a docstring ends the build.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "data" / "results_h100.json"
+#: Public modules whose names are for kernel writers, not for callers; they are described in the README.
+_INTERNAL_NAMES = {"kernel_specs"}
+
+sys.path.insert(0, str(ROOT))
+
+
+def public_modules() -> list[str]:
+    """The modules that `fi_cupy/__init__.pyi` exports, in its order."""
+    tree = ast.parse((ROOT / "fi_cupy" / "__init__.pyi").read_text())
+    return [
+        alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module is None
+        for alias in node.names
+    ]
+
+
+def _re_exported(module: ModuleType) -> list[str]:
+    """Names that a module imports as themselves (``from x import f as f``): the convention for exports."""
+    assert module.__file__ is not None
+    tree = ast.parse(Path(module.__file__).read_text())
+    return [
+        alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    ]
+
+
+def public_names(module: ModuleType) -> list[str]:
+    """Functions and classes of a public module: `__all__`, or what it defines and what it exports."""
+    names = list(getattr(module, "__all__", ()))
+    if not names:
+        own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        names = own + _re_exported(module)
+    found = []
+    for name in dict.fromkeys(names):
+        value = getattr(module, name, None)
+        callable_ = inspect.isfunction(value) or inspect.isclass(value)
+        if callable_ and not name.startswith("_") and name not in _INTERNAL_NAMES and not _is_params(value):
+            found.append(name)
+    return found
+
+
+def _is_params(value: Any) -> bool:
+    """Mirrors of kernels' parameter structs are not for callers."""
+    from fi_cupy.jit.params import ParamsStruct
+
+    return inspect.isclass(value) and issubclass(value, ParamsStruct)
+
+
+def _identifier(module: ModuleType, name: str) -> str:
+    """Where a name is defined: what mkdocstrings reads."""
+    value = getattr(module, name)
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def undocumented(modules: list[str]) -> list[str]:
+    """Public names without a docstring."""
+    missing = []
+    for module_name in modules:
+        module = importlib.import_module(f"fi_cupy.{module_name}")
+        if not module.__doc__:
+            missing.append(f"fi_cupy.{module_name}")
+        for name in public_names(module):
+            if not inspect.getdoc(getattr(module, name)):
+                missing.append(f"fi_cupy.{module_name}.{name}")
+    return missing
+
+
+def _api_page(module_name: str, seen: set[str]) -> str:
+    module = importlib.import_module(f"fi_cupy.{module_name}")
+    lines = [f"# fi_cupy.{module_name}", "", inspect.cleandoc(module.__doc__ or ""), ""]
+    elsewhere = []
+    for name in public_names(module):
+        identifier = _identifier(module, name)
+        if identifier in seen:
+            elsewhere.append(f"[`{name}`][{identifier}]")
+            continue
+        seen.add(identifier)
+        lines += [f"::: {identifier}", ""]
+    if elsewhere:
+        lines += ["Described elsewhere: " + ", ".join(elsewhere) + ".", ""]
+    return "\n".join(lines)
+
+
+def _api_index(modules: list[str]) -> str:
+    lines = ["# API", "", "Every name below can be had as `fi_cupy.MODULE.NAME`, most of them as `fi_cupy.NAME`.", ""]
+    lines += ["| module | what it holds |", "|---|---|"]
+    for module_name in modules:
+        doc = inspect.cleandoc(importlib.import_module(f"fi_cupy.{module_name}").__doc__ or "").splitlines()
+        lines.append(f"| [`{module_name}`]({module_name}.md) | {doc[0] if doc else ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def _format(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def _performance_page() -> str:
+    found = json.loads(RESULTS.read_text())
+    device, limits = found["device"], found["limits"]
+    lines = [
+        "# How fast",
+        "",
+        f"Measured by `fi-cupy bench` on {device['name']}, {found['date'][:10]}. Its limits in the same process: "
+        f"{limits['read'] / 1e12:.2f} TB/s read, {limits['bf16'] / 1e12:.0f} TFLOP/s of bf16 products. Times are "
+        "medians of CUDA-graph replays over inputs that the L2 cache does not hold; peers in the column *here* ran "
+        "interleaved in the same process, *recorded* ones on another H100. A factor above 1 means that fi_cupy is "
+        "faster.",
+        "",
+    ]
+    op = None
+    for row in found["rows"]:
+        if row["op"] != op:
+            op = row["op"]
+            lines += ["", f"## {op}", "", "| case | time, µs | rate | of the limit | here | recorded |"]
+            lines += ["|---|--:|--:|--:|---|---|"]
+        if row["status"] == "ok":
+            lines.append("| " + " | ".join(_cells(row)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    rate = ""
+    if row.get("TFLOPs"):
+        rate = f"{row['TFLOPs']:.0f} TFLOP/s"
+    elif row.get("TBps"):
+        rate = f"{row['TBps']:.2f} TB/s"
+    share = f"{row['percent']:.0f} %" if row.get("percent") else ""
+    live = ", ".join(f"{name} {peer['speedup']:.2f}" for name, peer in row["peers"].items() if "speedup" in peer)
+    past = ", ".join(f"{peer['peer']} {peer['speedup']:.2f}" for peer in row.get("recorded", []))
+    return [row["name"], _format(row["us"]), rate, share, live, past]
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """One entry a public module in the navigation."""
+    pages: list[Any] = ["api/index.md", *({name: f"api/{name}.md"} for name in public_modules())]
+    config.nav = [{"API": pages} if entry == {"API": "api/"} else entry for entry in config.nav or []]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages, once every public name is documented."""
+    modules = public_modules()
+    missing = undocumented(modules)
+    if missing:
+        raise PluginError("public names without a docstring: " + ", ".join(missing))
+    seen: set[str] = set()
+    pages = {f"api/{name}.md": _api_page(name, seen) for name in modules}
+    pages["api/index.md"] = _api_index(modules)
+    pages["performance.md"] = _performance_page()
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    return files

@@ -1,0 +1,28 @@
+"""The documentation's own examples run, on NumPy arrays, in the order in which a page shows them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from kernel_jobs import ROOT
+
+PAGES = ["index.md", "tutorials/kv_cache.md", "tutorials/recipes.md", "tutorials/variants.md"]
+
+
+def blocks(text: str) -> list[str]:
+    """The Python blocks of a page, those in tabs too, without the tabs of other frameworks."""
+    found = []
+    for match in re.finditer(r"(?ms)^(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```", text):
+        indent = match["indent"]
+        found.append("\n".join(line.removeprefix(indent) for line in match["code"].splitlines()))
+    return [code for code in found if not re.search(r"import (cupy|torch|jax)", code)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_run(page):
+    code = blocks((ROOT / "docs" / page).read_text())
+    assert code
+    namespace: dict[str, object] = {"__name__": "docs"}
+    for block in code:
+        exec(compile(block, page, "exec"), namespace)
