@@ -17,11 +17,16 @@ from fi_cupy.plan.prefill import Ints, PrefillPlan, _split, plan_prefill
 
 
 class Costs(NamedTuple):
-    """What a CTA's item takes besides its tiles of keys, in tiles: to start, to leave a part, and to join one."""
+    """What an item takes besides its tiles of keys, in tiles.
+
+    To start; if it is split, to leave its part and meet the others; for each of these, to add it; and for each part of
+    the whole batch its way to the workspace and back, which all CTAs share.
+    """
 
     start: float
     part: float
-    join: float
+    add: float
+    traffic: float
 
 
 #: Word of an item that says whether all chunks of its tile run at a time, so that they may wait for each other.
@@ -101,7 +106,7 @@ def best_chunks(count: int, tiles: int, slots: int, costs: Costs) -> int:
 
     def time(chunks: int) -> float:
         waves = -(-count * chunks // slots)
-        split = 0.0 if chunks == 1 else costs.part + costs.join * chunks
+        split = 0.0 if chunks == 1 else costs.part + (costs.add + costs.traffic * count) * chunks
         return waves * (-(-tiles // chunks) + costs.start) + split
 
     most = max(min(tiles, MOST_CHUNKS, 1 + EXTRA_ITEMS * slots // count), 1)
@@ -109,7 +114,7 @@ def best_chunks(count: int, tiles: int, slots: int, costs: Costs) -> int:
 
 
 #: Chunk lengths that are tried, as shares of the even one.
-_SHARES = (1.0, 1.4, 0.7, 2.0)
+_SHARES = (1.0, 1.5, 0.7)
 
 
 def _uneven_chunks(tiles: Ints, slots: int, costs: Costs) -> Ints | None:
@@ -132,7 +137,8 @@ def _uneven_chunks(tiles: Ints, slots: int, costs: Costs) -> Ints | None:
         pieces = int(np.add.reduce(chunks))
         if pieces > count + EXTRA_ITEMS * slots:
             continue
-        took = time(float(np.maximum.reduce(tiles / chunks)), pieces) + costs.part + costs.join * float(chunks[0])
+        took = time(float(np.maximum.reduce(tiles / chunks)), pieces)
+        took += costs.part + costs.add * float(chunks[0]) + costs.traffic * pieces
         if took < least:
             best, least = chunks, took
     return None if best is None else best.astype(np.int32)

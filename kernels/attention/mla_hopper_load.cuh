@@ -96,8 +96,9 @@ FI_DEVICE void produce_mla(const Params& params, MlaHopperShared& shared, uint8_
         if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.full[stage][quarter]));
       }
     }
-    // The next tile goes to L2 now: when its quarters become free, the memory's latency is behind it.
-    if (i + 2 < tiles && lane < ahead.count) {
+    // The next tile goes to L2 now: when its quarters become free, the memory's latency is behind it. Tiles of rows that
+    // lie side by side run at a time over the same keys: one of two does it for both.
+    if (i + 2 < tiles && lane < ahead.count && item.q_tile % 2 == 0) {
 #pragma unroll
       for (int quarter = 0; quarter < 4; ++quarter)
         ptx::tma_prefetch_5d(params.ckv_map, 0, 0, 2 * quarter, ahead.group, ahead.page);
@@ -148,8 +149,8 @@ FI_DEVICE void gather_mla(const Params& params, MlaHopperShared& shared, uint8_t
       }
       ptx::cp_async_arrive(ptx::smem_address(&shared.full[stage][quarter]));
     }
-    if (i + 2 < tiles) {  // the next tile goes to L2 now, as in produce_mla
-      find((last - 3 - i) * kMlaKeys);
+    if (i + 2 < tiles) find((last - 3 - i) * kMlaKeys);
+    if (i + 2 < tiles && item.q_tile % 2 == 0) {  // the next tile goes to L2 now, as in produce_mla
 #pragma unroll 1
       for (int j = part >> 5; j < 9 * 2; j += 2) {  // 9 lines of 128 bytes of this lane's two rows, by two warps
         const int token = (last - 3 - i) * kMlaKeys + lane + (j >= 9 ? 32 : 0), piece = j >= 9 ? j - 9 : j;

@@ -70,7 +70,7 @@ class Batch:
 
 
 #: Splitting costs next to nothing: short requests are split, too.
-CHEAP, UNSCALED = Costs(0.1, 0.1, 0.01), Scales()
+CHEAP, UNSCALED = Costs(0.1, 0.1, 0.01, 0.0), Scales()
 
 
 def run(batch, g, options, *, slots=7, costs=CHEAP, scales=UNSCALED, ratio=1.0, token_scales=None, out_dtype=None,

@@ -7,7 +7,7 @@ import pytest
 
 from fi_cupy.plan.mla import EXTRA_ITEMS, Costs, best_chunks, plan_mla
 
-COSTS = Costs(1.5, 1.0, 0.5)
+COSTS = Costs(1.5, 1.5, 0.025, 0.037)
 
 
 def covered(plan, qo, kv, tile_q, tile_kv, heads, causal):
@@ -77,10 +77,14 @@ def test_chunks_of_even_batches(count, tiles, chunks):
 
 def test_few_items_are_split_until_joining_costs_more():
     one = best_chunks(2, 64, 132, COSTS)
-    assert 4 <= one <= 32
-    assert best_chunks(2, 64, 132, COSTS._replace(join=0.0)) > one > best_chunks(2, 64, 132, COSTS._replace(join=5.0))
+    assert 16 <= one <= 32
+    assert (
+        best_chunks(2, 64, 132, COSTS._replace(traffic=0.0))
+        > one
+        > best_chunks(2, 64, 132, COSTS._replace(traffic=0.5))
+    )
     # 140 items on 132 multiprocessors would be two waves, the second nearly empty.
-    assert best_chunks(140, 200, 132, Costs(0.5, 0.5, 0.1)) > 1
+    assert best_chunks(140, 200, 132, Costs(0.5, 0.5, 0.1, 0.0)) > 1
 
 
 def test_a_disabled_split():

@@ -221,14 +221,16 @@ def test_cuda_graph_follows_later_plans(rng, backend):
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_fp8_cache(rng, heads, kind, tokens, page_size):
-    """16 heads are the portable kernel's; the Hopper kernel rounds scaled values and kpe."""
-    batch = Batch(rng, [1, 2, 1], [600, 77, 1], heads, page_size, kv=kind)
+    """Decoding with 16 heads is the portable kernel's; the Hopper kernel rounds scaled values and kpe."""
+    batch = Batch(rng, [1] * 3, [600, 77, 1], heads, page_size, kv=kind)
     scales = rng.uniform(0.5, 2.0, size=(*batch.cache.shape[:2], 4)).astype(np.float32)
     given = {"ckv_scale_arr": on_gpu(scales)} if tokens else {"ckv_scale": 0.5}
-    got = run(batch, "auto", True, kpe_scale=1.3, **given)
+    wrapper = mla.BatchMLAPagedAttentionWrapper(workspace())
+    got = run(batch, "auto", True, wrapper=wrapper, kpe_scale=1.3, **given)
     known = {"token_scales": scales} if tokens else {"ckv_scale": 0.5}
     want = batch.reference(True, kpe_scale=1.3, **known)
-    rounded = tokens or (heads == 128 and device_info(0).arch == "90a")
+    assert wrapper._planned.geometry.hopper == (heads == 128 and device_info(0).arch == "90a")
+    rounded = tokens or wrapper._planned.geometry.hopper
     check(got, want, "bfloat16", "rotated" if rounded else "product", 3e-3 if rounded else 2e-5)
 
 
