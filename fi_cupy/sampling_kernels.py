@@ -215,6 +215,8 @@ def spills(kind: str, shape: LaunchShape) -> str:
     """Why an instance may spill: what does, does so outside the loop over the row."""
     if kind == "all":
         return "all filters' parameters live across the loop over the row: some wait in local memory"
+    if kind == "renorm" and shape.min_blocks > 2:
+        return "the segment in registers leaves little room: what the next round needs waits in memory"
     if kind != "none" and shape.threads * shape.min_blocks >= 1024:
         return (
             "64 registers a thread, for full multiprocessors: what the decision and the last pass need waits in memory"

@@ -86,12 +86,9 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
     if constexpr (Filter::kMin) {
       if (args.has_min_p()) left.least = Domain::min_p_key(args.min_p, state.top);
     }
-    uint32_t low = left.least, listed = kWholeRow;
+    uint32_t low = top_k || top_p ? 0 : left.least, listed = kWholeRow;  // min-p looks at what the others left
     uint64_t total = 0;
-    if (alone) {
-      low = 0;
-      state.correct_unit();
-    }
+    if (alone) state.correct_unit();
     if (alone || joint) total = state.total();
     if (!alone && (!top_k || lower_bound(state, args.top_k, low))) {
       listed = gather<State, true>(row, low, state.top_key);

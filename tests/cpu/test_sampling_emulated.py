@@ -102,6 +102,31 @@ def test_rows(rng, shape, vocab):
         np.testing.assert_allclose(got, want, rtol=max(tolerance, 1e-5) if function is sampling.softmax else tolerance)
 
 
+@pytest.mark.parametrize("logits", [True, False])
+def test_every_filter_at_once(rng, shape, logits):
+    """The kernels of pipelines: top-k, top-p, min-p and temperature, each of which may keep all of a row."""
+    rows, name = 12, "logits" if logits else "probs"
+    x = rows_of(rng, rows, 9001, DTYPE[shape], logits)
+    ks = rng.choice([1, 5, 50, 1500, 1 << 30], rows).astype(np.int32)
+    ps, ms = (rng.choice(c, rows).astype(np.float32) for c in ([0.1, 0.5, 0.9, 1.0], [0.0, 0.0, 0.01, 0.1, 1.0]))
+    more = {"temperature": rng.choice([0.0, 0.5, 1.3], rows).astype(np.float32)} if logits else {}
+    rest = {"indices": None, "generator": None, "seed": 5, "offset": 2, "return_valid": True}
+    for joint in (True, False):
+        for given in ({"top_k": ks, "top_p": ps, "min_p": ms}, {"top_p": ps, "min_p": ms}, {"min_p": ms}):
+            emulate.EmulatedKernel.order += 1
+            given = {**given, **more}
+            on = {k: on_device(v) for k, v in given.items()}
+            got = sampling_launch.draw_tokens("pipe", name, on_device(x), joint=joint, **on, **rest)
+            want = sampling_launch.draw_tokens("pipe", name, x, joint=joint, **given, **rest)
+            for g, w in zip(got, want, strict=True):
+                assert (np.asarray(g) == w).all(), (joint, list(given), np.flatnonzero(np.asarray(g) != w))
+        if not logits:
+            filters = (ks, ps, ms)
+            got = sampling_launch.filtered_rows("pipe", name, on_device(x), *map(on_device, filters), joint)
+            want = sampling_launch.filtered_rows("pipe", name, x, *filters, joint)
+            assert ((np.asarray(got) == 0) == (want == 0)).all()
+
+
 def test_renormalised_rows_of_any_scale(rng, shape):
     """Top-p's threshold is searched in the row's own unit; targets that nothing reaches keep all."""
     base = rng.integers(0, 9, (4, 3000)).astype(np.float32) * rng.random((4, 3000), np.float32)
