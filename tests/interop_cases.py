@@ -166,6 +166,36 @@ CASES: dict[tuple[str, str], Any] = {
 }  # fmt: skip
 
 
+def _fp8(c: Case, *shape: int) -> np.ndarray:
+    return normal(c.rng, shape, "float8_e4m3fn")
+
+
+def _groupwise(c: Case, block: int = 1) -> dict[str, Any]:
+    return {
+        "a": _fp8(c, 8, 256), "b": _fp8(c, 128, 256), "a_scale": np.abs(c.f32(8 // block if block == 1 else 1, 2)),
+        "b_scale": np.abs(c.f32(1, 2)), "scale_major_mode": "K",
+    }  # fmt: skip
+
+
+CASES |= {
+    ("silu_and_mul_quant", ""): lambda c: {"input": _half(c, 3, 128), "scale": np.float32([0.5])},
+    ("layernorm_quant", ""): lambda c: {
+        "input": _half(c, 3, 64), "gamma": c.f32(64), "beta": c.f32(64), "scale": np.float32([0.5])
+    },
+    **{
+        (n, ""): lambda c: {"unswizzled_sf": c.rng.integers(0, 255, (130, 6)).astype(np.uint8)}
+        for n in ("block_scale_interleave", "nvfp4_block_scale_interleave")
+    },
+    ("mxfp8_quantize", ""): lambda c: {"input": _half(c, 5, 64)},
+    ("gemm_fp8_nt_groupwise", ""): lambda c: _groupwise(c),
+    ("gemm_fp8_nt_blockscaled", ""): lambda c: _groupwise(c, 128),
+    ("group_gemm", ""): lambda c: {"a": c.x(8, 64), "b": c.x(2, 32, 64), "m_indptr": c.ids(0, 3, 8)},
+    ("group_gemm_fp8_nt_groupwise", ""): lambda c: _groupwise(c) | {
+        "b": _fp8(c, 2, 128, 256), "b_scale": np.abs(c.f32(2, 1, 2)), "m_indptr": c.ids(0, 3, 8)
+    },
+}  # fmt: skip
+
+
 class WrapperCase:
     """Constructor arguments after the workspace, plan arguments, and those of `run`."""
 
@@ -245,6 +275,20 @@ def wrapper_cases(dtype: str) -> dict[tuple[str, str], WrapperCase]:
             {"args": (qo, *_TABLE, *_HEADS), "causal": True, **types}, lambda c: paged(c, 5, sink=c.f32(4)),
             options={**types, "head_dim_qk": 64, "head_dim_vo": 64},
         ),
+        ("BatchMLAPagedAttentionWrapper", ""): WrapperCase(
+            {"args": (qo, [0, 2, 3], [4, 1, 2], [5, 3], 16, 512, 64, 4, True, 0.1, dtype, dtype)},
+            lambda c: {
+                "q_nope": c.x(5, 16, 512), "q_pe": c.x(5, 16, 64), "ckv_cache": c.x(6, 4, 512),
+                "kpe_cache": c.x(6, 4, 64), "return_lse": True,
+            },
+        ),
+        ("BatchDecodeMlaWithPagedKVCacheWrapper", ""): WrapperCase(
+            {"args": (*_TABLE, 16, 512, 4, 0.1), "data_type": dtype, "q_data_type": dtype},
+            lambda c: {
+                "q_nope": c.x(2, 16, 512), "q_pe": c.x(2, 16, 64), "paged_ckv_cache": c.x(6, 4, 512),
+                "paged_kpe_cache": c.x(6, 4, 64),
+            },
+        ),
         ("BlockSparseAttentionWrapper", ""): WrapperCase(
             {"args": ([0, 2, 3], [0, 2, 1], 8, 12, 4, 4, 4, 2, 64), **types},
             lambda c: {"q": c.x(8, 4, 64), "k": c.x(12, 2, 64), "v": c.x(12, 2, 64), "return_lse": True},
@@ -268,6 +312,12 @@ WRAPPER_KEYS = list(wrapper_cases("float32"))
 def flat(value: Any) -> list[Any]:
     """The arrays of a nested result."""
     return [x for v in value for x in flat(v)] if isinstance(value, (tuple, list)) else [value]
+
+
+def into_shape(row: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """The shape of what a required output parameter receives."""
+    *rows, last = kwargs["input"].shape
+    return (*rows, last // 2 if row.halves else last)
 
 
 def copied(value: Any) -> Any:

@@ -16,7 +16,7 @@ from fi_cupy.errors import ArgumentError, UnsupportedError
 from fi_cupy.interop import _jax_call
 from fi_cupy.interop._jax_call import _Call, _compiled, _Items, _join, _Slot, _split, _vmap_text, _words
 from fi_cupy.interop.dry_run import Shaped, check, known_dtype
-from fi_cupy.interop.table import UNKNOWN, Operator, Result
+from fi_cupy.interop.table import MADE, UNKNOWN, Operator, Result
 from fi_cupy.interop.wrappers import PlannedWrapper
 
 
@@ -84,9 +84,11 @@ class Tracer:
         positional, named = self._order(about)
         made = None
         if out_dtype is not None:
-            made = named[self.into] = Shaped(about["input"].shape, out_dtype, None, device, on_gpu())
+            *rows, last = about["input"].shape
+            shape = (*rows, last // 2 if getattr(self.row, "halves", False) else last)
+            made = named[self.into] = Shaped(shape, out_dtype, None, device, on_gpu())
         try:
-            check(check_with, tuple(positional), named)
+            about[MADE] = check(check_with, tuple(positional), named)
         except ArgumentError:
             if any(type(x).__name__ == "BatchTracer" for x in operands):  # a shape that vmap has cut
                 raise UnsupportedError(_vmap_text(self.op)) from None

@@ -19,6 +19,7 @@ from fi_cupy.errors import ArgumentError, UnsupportedError
 from fi_cupy.interop._torch_ops import (
     _COUNTERS,
     _WRAPPERS,
+    DTYPES,
     OUTS,
     Row,
     _operator,
@@ -121,7 +122,7 @@ def _preparation(row: Operator | PlannedWrapper, r: Row, op: str) -> list[str]:
     lines += [f"{name}, {name}_values = split_pair({name})" for name in r.pairs]
     lines += [
         f"if {name} is not None: {name} = as_torch_dtype({name})"
-        for name in ("out_dtype", "o_dtype") if name in r.by_name
+        for name in DTYPES if name in r.by_name
     ]  # fmt: skip
     if r.extra:
         star = any(p.kind is p.VAR_POSITIONAL for p in row.parameters.values())

@@ -16,14 +16,16 @@ import torch
 from fi_cupy.dtypes import DType
 from fi_cupy.errors import UnsupportedError
 from fi_cupy.interop.dry_run import Shaped, check, known_dtype
-from fi_cupy.interop.table import UNKNOWN, Operator, Result
+from fi_cupy.interop.table import MADE, UNKNOWN, Operator, Result
 from fi_cupy.interop.wrappers import PlannedWrapper
 
 #: Parameters that may be a pair of arrays.
 _PAIRS = ("paged_kv_cache", "kv_cache", "unique_kv_cache", "paged_kv_cache_d")
 #: Parameters of FlashInfer that no kernel honours, and those that a schema cannot hold.
 _LEFT_OUT = ("kv_cache_sf", "variant", "profiler_buffer", "skip_softmax_threshold_scale_factor")
-_TYPES = {"float": "float", "int": "int", "bool": "bool", "str": "str"}
+_TYPES = {"float": "float", "int": "int", "bool": "bool", "str": "str", "SfLayout": "int", "Granularity": "int[]"}
+#: Static parameters that are dtypes.
+DTYPES = ("out_dtype", "o_dtype", "dtype", "dst_dtype", "quantize_dtype")
 #: Numbers beside arrays that are integers.
 _INTEGERS = ("top_k", "seed", "offset")
 #: Outputs that are arguments only where given. A part of `PODWithPagedKVCacheWrapper`'s results has no such argument.
@@ -88,7 +90,7 @@ class Row:
             self.fields += [(name, "Tensor?"), (f"{name}_value", "int?" if name in _INTEGERS else "float?")]
         elif name in row.arrays:
             self.fields.append((name, "Tensor" if p.default is p.empty else "Tensor?"))
-        elif name in ("out_dtype", "o_dtype"):
+        elif name in DTYPES:
             self.fields.append((name, "ScalarType?"))
         elif name not in (*_LEFT_OUT, *_COUNTERS, "generator"):
             text = str(p.annotation)
@@ -234,7 +236,7 @@ def _operator(row: Operator, with_out: bool) -> tuple[Any, Row]:
     def fake(*values: Any) -> Any:
         given, _ = r.arguments(values)
         about = {k: _shaped(row.name, v) for k, v in given.items()}
-        check(row.function, (), about)
+        about[MADE] = check(row.function, (), about)
         if r.changed():
             return None
         missing = dict.fromkeys((*row.out, *r.out, *_COUNTERS))

@@ -7,6 +7,7 @@ call, and no check is written twice.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -118,7 +119,9 @@ class _Unmade(Framework):
         return _Meta(self, array, 0, array.shape, array.strides, array.dtype, array.device, _VALUES)  # type: ignore[arg-type]
 
     def empty(self, shape: tuple[int, ...], dtype: DType, like: View) -> View:
-        return self.view(Shaped(shape, dtype, None, like.device, like.array.kernels))
+        made = Shaped(shape, dtype, None, like.device, like.array.kernels)
+        _made.arrays.append(made)
+        return self.view(made)
 
     def stream(self, device: int) -> int:
         raise _Looked
@@ -142,12 +145,29 @@ _UNMADE = _Unmade()
 arrays._by_type[Shaped] = _UNMADE.view
 
 
-def check(operator: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> None:
-    """Run the checks of ``operator(*args, **kwargs)``, whose arrays are `Shaped`; raises what the operator raises."""
+class _Made(threading.local):
+    """What the present dry run has asked memory for."""
+
+    def __init__(self) -> None:
+        self.arrays: list[Shaped] = []
+
+
+_made = _Made()
+
+
+def check(
+    operator: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> tuple[Shaped, ...]:
+    """Run the checks of ``operator(*args, **kwargs)``, whose arrays are `Shaped`; raises what the operator raises.
+
+    Returns the arrays that the operator had made when the checks were over.
+    """
+    _made.arrays = []
     try:
         operator(*args, **(kwargs or {}))
     except _Looked:
         pass
+    return tuple(_made.arrays)
 
 
 def known_dtype(op: str, name: str, given: Any) -> DType:

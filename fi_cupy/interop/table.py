@@ -32,6 +32,15 @@ Rule = Callable[[Mapping[str, Any]], tuple["Result | str", ...]]
 UNKNOWN = "unknown"
 
 
+#: Among a rule's arguments: the arrays that the operator makes before it computes, see `dry_run.check`.
+MADE = "(made)"
+
+
+def made(a: Mapping[str, Any]) -> tuple[Result, ...]:
+    """The rule of operators that make their results, in order and nothing else, before they look at a value."""
+    return tuple(Result(x.shape, x.dtype) for x in a[MADE])
+
+
 @dataclass(frozen=True, eq=False)
 class Operator:
     """One operator.
@@ -56,6 +65,8 @@ class Operator:
         Parameters that need values on the host (a random generator, a check of the result).
     recordable : bool
         A first call neither allocates nor copies from the host, so XLA may record it in a command buffer.
+    halves : bool
+        What `into` receives has half of the input's last dimension.
     """
 
     module: str
@@ -68,6 +79,7 @@ class Operator:
     into: str = ""
     host: tuple[str, ...] = ()
     recordable: bool = True
+    halves: bool = False
 
     @cached_property
     def function(self) -> Callable[..., Any]:
@@ -325,12 +337,42 @@ def _products() -> list[Operator]:
     ]  # fmt: skip
 
 
+# --- 8 and 4 bits ---------------------------------------------------------------------------------------------------
+
+
+def _quantizers() -> list[Operator]:
+    return [
+        Operator(
+            "activation", "silu_and_mul_quant", ("out", "input"), lambda a: ("out",), either=("scale",), into="out",
+            halves=True,
+        ),
+        Operator(
+            "norm", "layernorm_quant", ("out", "input", "gamma", "beta"), lambda a: ("out",), either=("scale",),
+            into="out",
+        ),
+        Operator("quantization", "block_scale_interleave", ("unswizzled_sf",), made),
+        Operator("quantization", "nvfp4_block_scale_interleave", ("unswizzled_sf",), made),
+        Operator("quantization", "mxfp8_quantize", ("input",), made),
+    ]  # fmt: skip
+
+
+def _small_products() -> list[Operator]:
+    scales = ("a_scale", "b_scale")
+    return [
+        Operator("gemm", "gemm_fp8_nt_groupwise", ("a", "b", *scales), made, out=("out",)),
+        Operator("gemm", "gemm_fp8_nt_blockscaled", ("a", "b", *scales), made, out=("out",)),
+        Operator("gemm", "group_gemm", ("a", "b", "m_indptr", "weight_indices", "bias"), made, out=("out",)),
+        Operator("gemm", "group_gemm_fp8_nt_groupwise", ("a", "b", *scales, "m_indptr"), made, out=("out",)),
+    ]
+
+
 #: Every operator by its name.
 OPERATORS: dict[str, Operator] = {
     row.name: row
     for row in (
         *(_activation(name) for name in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")),
         *_norms(), *_ropes(), *_pages(), *_samplers(), *_topks(), *_products(),
+        *_quantizers(), *_small_products(),
     )
 }  # fmt: skip
 

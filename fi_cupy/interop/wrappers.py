@@ -129,6 +129,11 @@ def _pod(wrapper: Any, a: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(part if len(part) == 2 else part[0] for part in (prompt, rows))
 
 
+def _mla(wrapper: Any, a: Mapping[str, Any]) -> tuple[Any, ...]:
+    q = a["q_nope"]
+    return with_lse(Result(q.shape, q.dtype), a["return_lse"])
+
+
 _PAGED = ("q", "paged_kv_cache", "sinks")
 _SHARED = ("q", "k_shared", "v_shared", "unique_kv_cache")
 _SPARSE = ("scale_q", "scale_k", "scale_v")
@@ -158,6 +163,14 @@ WRAPPERS: dict[str, PlannedWrapper] = {
         PlannedWrapper(
             "cascade_attention", "BatchPrefillWithSharedPrefixPagedKVCacheWrapper", _SHARED, _shared_prefill, (),
             "begin_forward", ("out",),
+        ),
+        PlannedWrapper(
+            "mla", "BatchMLAPagedAttentionWrapper",
+            ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "kv_len", "page_table", "ckv_scale_arr"), _mla, (),
+        ),
+        PlannedWrapper(
+            "mla", "BatchDecodeMlaWithPagedKVCacheWrapper", ("q_nope", "q_pe", "paged_ckv_cache", "paged_kpe_cache"),
+            _mla, (),
         ),
         PlannedWrapper("sparse", "BlockSparseAttentionWrapper", ("q", "k", "v"), _blocks, _SPARSE, copies=True),
         PlannedWrapper("sparse", "VariableBlockSparseAttentionWrapper", ("q", "k", "v"), _variable, (), copies=True),

@@ -9,7 +9,7 @@ import sys
 import ml_dtypes  # noqa: F401  (NumPy learns bfloat16)
 import numpy as np
 import pytest
-from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, wrapper_cases
+from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, into_shape, wrapper_cases
 
 import fi_cupy
 from fi_cupy import errors
@@ -40,7 +40,7 @@ def case_of(key, rng):
     row = OPERATORS[key[0]]
     kwargs = CASES[key](Case(rng, "bfloat16" if key[0].startswith("silu") else "float32"))
     if row.into:
-        kwargs[row.into] = np.zeros(kwargs["input"].shape, fi_cupy.dtypes.float8_e4m3fn.np)
+        kwargs[row.into] = np.zeros(into_shape(row, kwargs), fi_cupy.dtypes.float8_e4m3fn.np)
     return row, kwargs
 
 
@@ -55,6 +55,9 @@ def same(got, want):
     for g, w in zip(got, want, strict=True):
         assert g.shape == w.shape and g.dtype == w.dtype
         torch.testing.assert_close(g.to(torch.float64), w.to(torch.float64), rtol=0, atol=0, equal_nan=True)
+
+
+FP8 = fi_cupy.dtypes.float8_e4m3fn.np
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +91,8 @@ def test_opcheck(rng, key):
             return op(*args, **(kwargs or {}))
 
     if row.into:  # opcheck compares results, for which torch has no fp8
-        kwargs[row.into] = np.zeros(kwargs["input"].shape, np.uint8)
+        kwargs[row.into] = np.zeros(into_shape(row, kwargs), np.uint8)
+    kwargs = {k: v.view(np.uint8) if getattr(v, "dtype", None) == FP8 else v for k, v in kwargs.items()}
     with Recorder(), torch.no_grad():
         getattr(ft, key[0])(**tensors(kwargs))
     (op, args, named), *more = calls

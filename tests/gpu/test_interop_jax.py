@@ -8,7 +8,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import numpy as np
 import pytest
-from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, llama_notebook, wrapper_cases
+from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, into_shape, llama_notebook, wrapper_cases
 
 import fi_cupy
 from fi_cupy import errors
@@ -63,7 +63,7 @@ def eager(row, kwargs):
     """What the operator's own function returns or overwrites, on CuPy arrays."""
     kwargs = {k: device_copy(copied(v)) for k, v in kwargs.items()}
     if row.into:
-        kwargs[row.into] = cupy.zeros(kwargs["input"].shape, np.uint8)
+        kwargs[row.into] = cupy.zeros(into_shape(row, kwargs), np.uint8)
     made = row.function(**kwargs)
     changed = flat(tuple(kwargs[n] for n in (*filter(None, (row.into,)), *row.mutated) if kwargs.get(n) is not None))
     returned = [] if made is None else flat(made)

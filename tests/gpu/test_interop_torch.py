@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, wrapper_cases
+from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, into_shape, wrapper_cases
 
 import fi_cupy
 from fi_cupy import errors
@@ -58,7 +58,7 @@ def test_operator_compiled(rng, key):
     row = OPERATORS[key[0]]
     kwargs = CASES[key](Case(rng, "bfloat16"))
     if row.into:
-        kwargs[row.into] = np.zeros(kwargs["input"].shape, fi_cupy.dtypes.float8_e4m3fn.np)
+        kwargs[row.into] = np.zeros(into_shape(row, kwargs), fi_cupy.dtypes.float8_e4m3fn.np)
     changed = (*row.mutated, *filter(None, (row.into,)))
     compiled = torch.compile(getattr(ft, key[0]), fullgraph=True, backend="aot_eager")
     same(outcome(compiled, tensors(kwargs), changed), outcome(row.function, tensors(kwargs), changed))
