@@ -200,7 +200,7 @@ def test_fp8(rng, types, vectors):
 
 
 def test_fp8_sums_leave_the_tensor_cores(rng):
-    """Sums of 16384 positive terms: what the tensor cores keep of them is not enough for fp32, promoted sums are."""
+    """Sums of 16384 positive terms: the tensor cores keep about 14 bits of them, promoted sums start afresh."""
     m, n, k = 128, 128, 16384
     a64, w64 = (np.abs(rng.standard_normal((m, k))).astype(E4.np).astype(np.float64) for _ in range(2))
     a, w = (view(on_gpu(x.astype(E4.np))).typed(E4) for x in (a64, w64))
@@ -210,7 +210,7 @@ def test_fp8_sums_leave_the_tensor_cores(rng):
         out = poisoned((m, n), "float32")
         hopper.launch_hopper_fp8(view(out), a, w, one, one, fast_accum=fast)
         errors[fast] = np.linalg.norm(to_float64(out) - want) / np.linalg.norm(want)
-    assert errors[False] < 2e-3 and errors[False] < errors[True] / 2
+    assert errors[False] < 1e-2 and errors[False] < errors[True] / 10  # 0.6 % and 22 % on an H100
 
 
 def spread(scale: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -273,7 +273,7 @@ def test_few_rows(rng, tile):
             out = Output((m, n))
             hopper_rows.launch_rows_mm(out.view, a, w, bias=bias, residual=add, pdl=pdl, tile=tile)
             out.check(a64 @ w64.T + bias64 + add64)
-        out = Output((m, n), float32)
+        out = Output((m, n), float32 if k < 2048 else bfloat16)  # the tensor cores' additions are not rounded
         hopper_rows.launch_rows_mm(out.view, a, view(cupy.ascontiguousarray(w.array.T)), row_major_b=True, tile=tile)
         out.check(a64 @ w64.T)
         w, w64 = operand(rng, (2 * n, k), scale=k**-0.5)
