@@ -57,6 +57,12 @@ class Output:
         assert_close(wide[..., self.pad : -self.pad], want, self.kind, "product", what)
 
 
+def transposed(w: View) -> View:
+    """A copy with the last two axes swapped (16-bit types; CuPy copies them as integers)."""
+    bits = w.array.view(np.uint16).swapaxes(-1, -2)
+    return view(cupy.ascontiguousarray(bits).view(w.dtype.np))
+
+
 def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
@@ -93,7 +99,7 @@ def test_gated(rng, name, gate_second):
         (a, a64), (w, w64) = operand(rng, (m, k)), operand(rng, (2 * n, k), scale=k**-0.5)
         bias, bias64 = operand(rng, (2 * n,))
         for row_major in (False, True) if TILES[name].block_n // TILES[name].warps_n >= 128 else (False,):
-            b = view(cupy.ascontiguousarray(w.array.T)) if row_major else w
+            b = transposed(w) if row_major else w
             out = Output((m, n))
             hopper.launch_hopper_mm(
                 out.view, a, b, bias=bias, gated=True, gate_second=gate_second, row_major_b=row_major, tile=TILES[name]
@@ -116,13 +122,13 @@ def test_batched(rng, tile):
 
 
 def test_residual_in_place_and_same_bits(rng):
-    (a, a64), (w, w64), (x, x64) = (operand(rng, s) for s in ((300, 512), (520, 512), (300, 520)))
+    (a, a64), (w, w64), (_, x64) = (operand(rng, s) for s in ((300, 512), (520, 512), (300, 520)))
     want = a64 @ w64.T + x64
-    copies = [view(x.array.copy()) for _ in range(2)]
+    copies = [view(on_gpu(x64.astype(bfloat16.np))) for _ in range(2)]
     for copy in copies:
         hopper.launch_hopper_mm(copy, a, w, residual=copy)
         assert_close(to_float64(copy.array), want, "bfloat16", "product")
-    assert (copies[0].array.view("uint8") == copies[1].array.view("uint8")).all()
+    assert bool((copies[0].array.view(np.uint8) == copies[1].array.view(np.uint8)).all())
 
 
 LENGTHS = {
@@ -144,11 +150,12 @@ def test_grouped(rng, tile, lengths, row_major):
     indptr = skip + np.concatenate([[0], np.cumsum(lengths)])
     total = int(indptr[-1]) + 5
     (a, a64), (w, w64) = operand(rng, (total, k)), operand(rng, (weights, n, k))
-    a.array[:skip] = a.array[-5:] = np.nan  # rows of no segment
+    bits = a.array.view(np.uint16)
+    bits[:skip] = bits[-5:] = 0x7FC0  # rows of no segment: NaN
     which = rng.integers(0, weights, len(lengths))
     out = Output((total, n))
     hopper.launch_hopper_grouped(
-        out.view, a, view(cupy.ascontiguousarray(w.array.swapaxes(1, 2))) if row_major else w,
+        out.view, a, transposed(w) if row_major else w,
         view(cupy.asarray(indptr.astype(index))), weight_indices=view(cupy.asarray(which.astype(index))),
         row_major_b=row_major, tile=tile,
     )  # fmt: skip
@@ -200,7 +207,7 @@ def test_fp8(rng, types, vectors):
 
 
 def test_fp8_sums_leave_the_tensor_cores(rng):
-    """Sums of 16384 positive terms: what the tensor cores keep of them is not enough for fp32, promoted sums are."""
+    """Sums of 16384 positive terms: the tensor cores keep about 14 bits of them, promoted sums start afresh."""
     m, n, k = 128, 128, 16384
     a64, w64 = (np.abs(rng.standard_normal((m, k))).astype(E4.np).astype(np.float64) for _ in range(2))
     a, w = (view(on_gpu(x.astype(E4.np))).typed(E4) for x in (a64, w64))
@@ -210,7 +217,7 @@ def test_fp8_sums_leave_the_tensor_cores(rng):
         out = poisoned((m, n), "float32")
         hopper.launch_hopper_fp8(view(out), a, w, one, one, fast_accum=fast)
         errors[fast] = np.linalg.norm(to_float64(out) - want) / np.linalg.norm(want)
-    assert errors[False] < 2e-3 and errors[False] < errors[True] / 2
+    assert errors[False] < 1e-2 and errors[False] < errors[True] / 10  # 0.6 % and 22 % on an H100
 
 
 def spread(scale: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -273,8 +280,8 @@ def test_few_rows(rng, tile):
             out = Output((m, n))
             hopper_rows.launch_rows_mm(out.view, a, w, bias=bias, residual=add, pdl=pdl, tile=tile)
             out.check(a64 @ w64.T + bias64 + add64)
-        out = Output((m, n), float32)
-        hopper_rows.launch_rows_mm(out.view, a, view(cupy.ascontiguousarray(w.array.T)), row_major_b=True, tile=tile)
+        out = Output((m, n), float32 if k < 2048 else bfloat16)  # the tensor cores' additions are not rounded
+        hopper_rows.launch_rows_mm(out.view, a, transposed(w), row_major_b=True, tile=tile)
         out.check(a64 @ w64.T)
         w, w64 = operand(rng, (2 * n, k), scale=k**-0.5)
         out = Output((m, n))
@@ -323,7 +330,8 @@ def test_a_chain_under_dependent_launch(rng):
 
 def test_layouts_that_no_map_describes_go_to_the_portable_kernels(rng):
     a, w = normal(rng, (100, 64)), on_gpu(normal(rng, (72, 64)))
-    flat = on_gpu(a.reshape(-1))
-    windows = cupy.lib.stride_tricks.as_strided(flat, (100, 64), (16, 2))  # rows overlap
-    want = to_float64(cupy.ascontiguousarray(windows)) @ to_float64(w).T
+    shape, strides = (100, 64), (16, 2)  # rows overlap
+    windows = cupy.lib.stride_tricks.as_strided(on_gpu(a.reshape(-1)), shape, strides)
+    same = np.lib.stride_tricks.as_strided(a.reshape(-1), shape, strides).astype(np.float64)
+    want = same @ to_float64(w).T
     assert_close(to_float64(mm_bf16(windows, w.T)), want, "bfloat16", "product")
