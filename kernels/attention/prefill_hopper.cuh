@@ -192,7 +192,7 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
     int qo_idx[2], qo_head[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int packed = row0 + (warp_id() & 3) * 16 + h * 8 + (lane >> 2);
+      const int packed = max(row0 + (warp_id() & 3) * 16 + h * 8 + (lane >> 2), 0);  // nobody's row has row 0's head
       qo_idx[h] = params.group.quotient(packed), qo_head[h] = kv_head * group + packed - qo_idx[h] * group;
     }
     rows = Transform::rows(params, item, qo_idx, qo_head, kv_head, 2 * (lane & 3));
@@ -233,7 +233,8 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
     const int warp_row = item_row(item, kTileQ) + (thread >> 5) * 16;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int own = params.group.quotient(warp_row + h * 8 + ((thread & 31) >> 2)) + item.kv_len - item.qo_len;
+      const int packed = max(warp_row + h * 8 + ((thread & 31) >> 2), 0);
+      const int own = params.group.quotient(packed) + item.kv_len - item.qo_len;
       const int last_seen = (params.causal ? min(own, item.kv_end - 1) : item.kv_end - 1) - column;
       const int first_seen = own - params.window_left - column;
 #pragma unroll
@@ -256,7 +257,7 @@ FI_DEVICE void consume(const Params& params, HopperShared<Config>& shared, uint3
       const int warp_row = item_row(item, kTileQ) + (thread >> 5) * 16;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int packed = warp_row + h * 8 + ((thread & 31) >> 2), qo_idx = params.group.quotient(packed);
+        const int packed = max(warp_row + h * 8 + ((thread & 31) >> 2), 0), qo_idx = params.group.quotient(packed);
         const int own = qo_idx + item.kv_len - item.qo_len, kv_end = item.kv_end;
         const int last_seen = (params.causal ? min(own, kv_end - 1) : kv_end - 1) - column;
         const int first_seen = own - params.window_left - column;

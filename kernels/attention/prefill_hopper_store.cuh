@@ -21,10 +21,11 @@ FI_DEVICE void store_hopper(const Params& params, const PrefillItem& item, const
   uint32_t words[kRegs / 2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int packed = warp_row + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
+    // Rows before the request are computed as row 0, whose head's factors can be read, and not written.
+    const int at = warp_row + h * 8 + (lane >> 2), packed = max(at, 0), qo_idx = params.group.quotient(packed);
     const int qo_head = kv_head * group + packed - qo_idx * group;
     const FinishedRow row =
-        finish_row<Logits>(params, item, kv_head, qo_idx, qo_head, m[h], d[h], uint32_t(packed) < packed_rows);
+        finish_row<Logits>(params, item, kv_head, qo_idx, qo_head, m[h], d[h], uint32_t(at) < packed_rows);
     auto value = [&](int n, int j) {  // column 2 n + 2 * (lane & 3) + j
       const float raw = o[n + 2 * h + j], normal = raw * row.norm;
       if constexpr (Logits::kHasOutput)

@@ -13,8 +13,9 @@ def indptr_of(lens):
     return np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
 
 
-#: Rotated q and k are rounded to 16 bits, which the reference does not do: relative to the lse, or to 10.
-ROPE_LSE = 3e-3
+#: Rotated q and k are rounded to 16 bits, which the reference does not do: relative to the lse, or to 10. With sm_scale
+#: 0.6 and 64 dimensions a score is off by up to 0.04.
+ROPE_LSE = 6e-3
 
 
 def check(out, lse, want, want_lse, rope=False):

@@ -162,12 +162,16 @@ def test_misaligned_rows_are_refused(rng):
 
 @pytest.mark.parametrize("m", [1, 16, 64, 200])
 def test_dependent_launch_gives_the_same_bits(rng, m):
+    """A chain in which every launch may begin before its predecessor ends, against one that waits for each."""
     x, scale, w = on_gpu(normal(rng, (m, 576))), on_gpu(normal(rng, (576,))), on_gpu(normal(rng, (576, 576)))
-    plain, chained = x.copy(), x.copy()
+    waiting, chained = x.copy(), x.copy()
     for _ in range(20):
-        plain = mm_bf16(fi_cupy.rmsnorm(plain, scale), w.T)
+        waiting = fi_cupy.rmsnorm(waiting, scale)
+        cupy.cuda.get_current_stream().synchronize()
+        waiting = mm_bf16(waiting, w.T, pdl=True)
+        cupy.cuda.get_current_stream().synchronize()
         chained = mm_bf16(fi_cupy.rmsnorm(chained, scale, enable_pdl=True), w.T, pdl=True)
-    assert same_bits(plain, chained)
+    assert same_bits(waiting, chained)
 
 
 @pytest.mark.parametrize("m", [1, 16, 200])

