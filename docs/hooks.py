@@ -126,11 +126,12 @@ def _performance_page() -> str:
     lines = [
         "# How fast",
         "",
-        f"Measured by `fi-cupy bench` on {device['name']}, {found['date'][:10]}. Its limits in the same process: "
+        f"Measured by `fi-cupy bench` on {device['name']}, {found['date'][:10]}, in a run for each operator. Limits: "
         f"{limits['read'] / 1e12:.2f} TB/s read, {limits['bf16'] / 1e12:.0f} TFLOP/s of bf16 products. Times are "
         "medians of CUDA-graph replays over inputs that the L2 cache does not hold; peers in the column *here* ran "
         "interleaved in the same process, *recorded* ones on another H100. A factor above 1 means that fi_cupy is "
-        "faster.",
+        "faster. What was measured since, and which kernels changed after that day, stands in the repository's "
+        "`bench/NOTES.md`.",
         "",
     ]
     op = None
