@@ -15,7 +15,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -67,6 +67,12 @@ _REPLACED = [
     ),
     (r'asm volatile\("st\.(?:cs\.)?v[42]\.u32.*?\);', "memcpy(p, &r, sizeof(r));"),
     (r'asm volatile\("ld\.global\.nc.*?\);', "memcpy(&r, p, sizeof(r));"),
+    (r'asm volatile\("st\.global\.v4\.u32.*?\);', "memcpy(p, &x, sizeof(x));"),
+    (
+        r'asm volatile\("st\.shared\.v4\.u32 \[%0\], \{%1, %1, %1, %1\};" ::"r"\((.*?)\), "r"\(0\)\s*: "memory"\);',
+        r"memset(ptx::smem_at(\1), 0, 16);",
+    ),
+    (r'asm volatile\("cp\.async\.cg\.shared\.global \[.*?\);', "ptx::cp_async<16>(ptx::smem_at(to), from, valid);"),
     (r'asm\("ex2.*?\);', "y = exp2f(x); if (fabsf(y) < 1.1754944e-38f) y = 0.f;"),
     (r'asm\("lg2.*?\);', "y = log2f(x);"),
     (r'asm\("rcp.*?\);', "y = 1.f / x;"),
@@ -129,7 +135,11 @@ class EmulatedKernel:
 
     def __init__(self, spec: KernelSpec) -> None:
         self.spec = spec
-        folder = _headers()
+
+    @cached_property
+    def _launch(self) -> Any:
+        """The compiled kernel; many are loaded and never launched."""
+        spec, folder = self.spec, _headers()
         library = folder / f"{spec.symbol}.so"
         if not library.exists():
             source = folder / f"{spec.symbol}.{os.getpid()}.cpp"  # several processes may want it at once
@@ -150,9 +160,10 @@ extern "C" void emulator_launch(const void* p, uint32_t x, uint32_t y, uint32_t 
                 check=True,
             )  # fmt: skip
             made.replace(library)
-        self._launch = ctypes.CDLL(str(library)).emulator_launch
-        self._launch.argtypes = [ctypes.c_void_p] + [ctypes.c_uint32] * 5 + [ctypes.c_uint64] * 2
-        self._launch.restype = None
+        function = ctypes.CDLL(str(library)).emulator_launch
+        function.argtypes = [ctypes.c_void_p] + [ctypes.c_uint32] * 5 + [ctypes.c_uint64] * 2
+        function.restype = None
+        return function
 
     def launch(
         self, grid: int | tuple[int, int, int], stream: int, *values: Any, smem: int | None = None, pdl: bool = False

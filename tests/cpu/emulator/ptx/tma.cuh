@@ -12,6 +12,7 @@ struct alignas(64) TensorMap {
   uint64_t unused[3];
 };
 static_assert(sizeof(TensorMap) == 128);
+inline bool elect_one() { return emulator::current->thread.x % 32 == 0; }
 inline void tma_prefetch(const TensorMap&) {}
 inline void tma_load(uint32_t smem, const TensorMap& map, uint32_t barrier, const int* at) {
   if (smem % 128 || map.rank > 5) emulator::fail("copy to a misaligned address");

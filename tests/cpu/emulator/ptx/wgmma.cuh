@@ -31,6 +31,19 @@ void wgmma_wait() {
 }
 template <int kRegs>
 void wgmma_arrived(float (&)[kRegs]) {}
+inline void stmatrix_x4(uint32_t address, const uint32_t (&w)[4]) {
+  if (address % 16) emulator::fail("misaligned stmatrix");
+  uint64_t rows[32];
+  memcpy(rows, emulator::exchange(address, 0xffffffffu, 34), sizeof(rows));
+  const int lane = emulator::current->thread.x & 31;
+  for (int i = 0; i < 4; ++i) memcpy(smem_at(uint32_t(rows[8 * i + lane / 4]) + lane % 4 * 4), &w[i], 4);
+}
+inline uint4 load_shared(uint32_t address) {
+  if (address % 16) emulator::fail("misaligned load");
+  uint4 x;
+  memcpy(&x, smem_at(address), 16);
+  return x;
+}
 inline uint64_t wgmma_descriptor(uint32_t address, uint32_t panel, uint32_t stride) {
   return uint64_t((address & 0x3ffff) >> 4) | uint64_t(panel >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
 }
@@ -57,11 +70,18 @@ struct Wgmma {
   template <class A, class B>
   static void add(float (&d)[N / 2], int accumulate, const A& a, const B& b) {
     const int lane = emulator::current->thread.x & 31, warp = emulator::current->thread.x / 32 % 4;
-    for (int i = 0; i < N / 2; ++i) {
-      const int row = warp * 16 + lane / 4 + (i >> 1 & 1) * 8, column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
-      float sum = accumulate ? d[i] : 0.f;
-      for (int k = 0; k < 16; ++k) sum += a(row, k) * b(column, k);
-      d[i] = sum;
+    float rows[2][16];
+    for (int h = 0; h < 2; ++h)
+      for (int k = 0; k < 16; ++k) rows[h][k] = a(warp * 16 + lane / 4 + h * 8, k);
+    for (int i = 0; i < N / 4; ++i) {
+      float column[16];
+      for (int k = 0; k < 16; ++k) column[k] = b(i / 2 * 8 + lane % 4 * 2 + (i & 1), k);
+      for (int h = 0; h < 2; ++h) {
+        float& x = d[i / 2 * 4 + h * 2 + (i & 1)];
+        float sum = accumulate ? x : 0.f;
+        for (int k = 0; k < 16; ++k) sum += rows[h][k] * column[k];
+        x = sum;
+      }
     }
   }
   static void queue(std::function<void()> product) {
