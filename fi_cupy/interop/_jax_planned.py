@@ -35,7 +35,6 @@ class Planned:
 
     def __init__(self, *args: Any, devices: Sequence[Any] | None = None, **kwargs: Any) -> None:
         self.name = f"{self.row.name}.run"
-        self.into = ""
         self._tracer = Tracer(self.row, self.name)
         self.compiled = lru_cache(maxsize=256)(_compile)  # its own, so that it goes with the wrapper
         arguments = inspect.signature(self.row.cls).bind(*args, **kwargs).arguments
@@ -125,7 +124,7 @@ class LogitsPipe:
     """
 
     row = PIPE
-    name, into, planned, recordable = "LogitsPipe", "", False, True
+    name, planned, recordable = "LogitsPipe", False, True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._pipe = PIPE.cls(*args, **kwargs)

@@ -462,7 +462,7 @@ def float_input(op: str, x: Any, name: str = "x", least: int = 1) -> View:
 
 
 def one_number(op: str, name: str, value: Any, x: View) -> float | View:
-    """A number, or an array of one float32 on the device of `x` (on the CPU: the number in it)."""
+    """A number, or an array of one float32 on the device of `x`."""
     if isinstance(value, (int, float, np.floating)):
         return float(value)
     s = view(value, op, name)
@@ -470,7 +470,12 @@ def one_number(op: str, name: str, value: Any, x: View) -> float | View:
         check_shape(op, name, s, (1,))
     check_dtype(op, name, s, (float32,))
     check_device(op, x, **{name: s})
-    return float(s.numpy().reshape(-1)[0]) if s.is_cpu else s
+    return s
+
+
+def host_number(given: float | View) -> float:
+    """The number, where it is one or lies in an array on the CPU."""
+    return float(given.numpy().reshape(-1)[0]) if isinstance(given, View) else given
 
 
 def dense_out(op: str, name: str, given: Any, shape: tuple[int, ...], kinds: tuple[DType, ...], x: View) -> View:

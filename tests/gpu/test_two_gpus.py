@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, into_shape, wrapper_cases
+from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, has_arrays, kept_order, received, wrapper_cases
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -45,7 +45,7 @@ def placed(value, device):
     if not isinstance(value, np.ndarray):
         return value
     with cupy.cuda.Device(device):
-        made = on_gpu(value)
+        made = kept_order(value, on_gpu)
         cupy.cuda.get_current_stream().synchronize()
         return made
 
@@ -53,15 +53,13 @@ def placed(value, device):
 def arguments(key, rng):
     row = OPERATORS[key[0]]
     kwargs = CASES[key](Case(rng, "bfloat16"))
-    if row.into:
-        kwargs[row.into] = np.zeros(into_shape(row, kwargs), np.uint8)
-    return row, kwargs
+    return row, kwargs | received(row, kwargs)
 
 
 def results(row, kwargs):
     """What a call returns or overwrites."""
     made = row.function(**kwargs)
-    changed = [kwargs[n] for n in (*filter(None, (row.into,)), *row.mutated) if kwargs.get(n) is not None]
+    changed = [kwargs[n] for n in (*row.receivers, *row.mutated) if kwargs.get(n) is not None]
     return [x for x in flat((made, *changed)) if x is not None]
 
 
@@ -110,11 +108,7 @@ def test_wrapper_on_the_gpu_that_is_not_current(rng, key):
 def test_arrays_of_both_gpus_are_refused(rng, key):
     """No kernel is launched that would read over there, or fault where the GPUs are not peers."""
     row, kwargs = arguments(key, rng)
-    arrays = [
-        n
-        for n, v in kwargs.items()
-        if isinstance(v, np.ndarray) or (isinstance(v, tuple) and isinstance(v[0], np.ndarray))
-    ]
+    arrays = [n for n, v in kwargs.items() if has_arrays(v)]
     if len(arrays) < 2 or key[0] == "segment_packbits":  # reads its offsets on the host, wherever they are
         pytest.skip("one array")
     for elsewhere in arrays:
