@@ -444,10 +444,11 @@ def kept_order(value: np.ndarray, make: Any) -> Any:
 
 
 def llama_notebook() -> dict[str, Any]:
-    """The names that the notebook of the Llama decode step in JAX defines, without its last cell, which runs it."""
+    """What the notebook of the Llama decode step in JAX defines before the cell that runs it."""
     path = Path(__file__).parents[1] / "notebooks" / "05_llama_decode_in_jax.ipynb"
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
     names: dict[str, Any] = {"__name__": "notebook"}
-    for cell in cells[:-1]:
+    first = next(i for i, c in enumerate(cells) if any("run(steps" in line for line in c["source"]))
+    for cell in cells[:first]:
         exec(compile("".join(cell["source"]), path.name, "exec", dont_inherit=True), names)
     return names

@@ -110,7 +110,7 @@ def has_several(key):
     return key[0] != "segment_packbits" and sum(map(has_arrays, kwargs.values())) > 1
 
 
-@pytest.mark.parametrize("key", filter(has_several, CASES), ids="-".join)
+@pytest.mark.parametrize("key", list(filter(has_several, CASES)), ids="-".join)
 def test_arrays_of_two_gpus_are_refused(rng, key):
     """Whichever argument lies elsewhere: no kernel is launched that would read another GPU's memory."""
     row, kwargs = OPERATORS[key[0]], CASES[key](Case(rng, "bfloat16"))
