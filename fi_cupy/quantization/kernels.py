@@ -25,6 +25,7 @@ from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppValue, KernelSpec
 from fi_cupy.prefill_kernel import fast_div
+from fi_cupy.workspace import device_of
 
 #: Two values a byte; no framework has the type, so arrays of it are bytes.
 float4_e2m1fn = DType("float4_e2m1fn", "e2m1", "fi::E2m1", 1, uint8.np)
@@ -399,7 +400,8 @@ def absolute_max(op: str, x: View) -> View:
 
     tokens, stride = token_rows(op, "input", x)
     result = x.empty((1,), float32)
-    runtime.memsetAsync(result.ptr, 0, 4, x.stream())
+    with device_of(x):
+        runtime.memsetAsync(result.ptr, 0, 4, x.stream())
     launch_absolute_max(x, result, tokens, stride)
     return result
 
