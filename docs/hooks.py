@@ -126,8 +126,8 @@ def _format(value: float) -> str:
 
 #: Said where the limit that a copy sets was passed.
 _OVER = (
-    " The limit of copies is that of the driver's own copy, which kernels pass, most of all those that read more than "
-    "they write."
+    " Shares above 100 %: the limit of copies is that of the driver's own copy, which kernels pass; fp8 products are "
+    "held against bf16's."
 )
 
 
