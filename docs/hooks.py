@@ -106,9 +106,36 @@ def _api_page(module_name: str, seen: set[str]) -> str:
             continue
         seen.add(identifier)
         lines += [f"::: {identifier}", ""]
+    if module_name == "interop":
+        lines += _frameworks()
     if elsewhere:
         lines += ["Described elsewhere: " + ", ".join(elsewhere) + ".", ""]
     return "\n".join(lines)
+
+
+def _frameworks() -> list[str]:
+    """The modules of the frameworks, which are read without being imported, and the names that two of them share."""
+    from fi_cupy.interop.table import ALIASES, OPERATORS
+    from fi_cupy.interop.wrappers import WRAPPERS
+
+    lines = []
+    for name in ("jax", "torch", "transformers"):
+        members = "[register]" if name == "transformers" else "false"
+        lines += [f"::: fi_cupy.interop.{name}", "    options:", f"      members: {members}"]
+        lines += ["      show_root_full_path: true", ""]
+    modules = sorted({row.module.split(".")[0] for row in OPERATORS.values()})
+    lines += ["## In interop.jax and interop.torch", "", "| of | operators |", "|---|---|"]
+    for module in modules:
+        names = [n for n, row in OPERATORS.items() if row.module.split(".")[0] == module]
+        names += [n for n, target in ALIASES.items() if target in names]
+        lines.append(f"| [`{module}`]({_page_of(module)}) | {', '.join(f'`{n}`' for n in sorted(names))} |")
+    lines += ["", "Planned wrappers: " + ", ".join(f"`{n}`" for n in sorted(WRAPPERS)) + ", and `LogitsPipe`.", ""]
+    return lines
+
+
+def _page_of(module: str) -> str:
+    """The API page that describes a module's functions."""
+    return {"speculative": "sampling.md"}.get(module, f"{module}.md")
 
 
 def _api_index(modules: list[str]) -> str:

@@ -19,8 +19,8 @@ Differences from ``fi_cupy``'s own functions:
   inside the jitted function, and nothing is transposed.
 * `jax.vmap` and `jax.grad` are refused.
 
-Example
--------
+Examples
+--------
 >>> import jax, jax.numpy as jnp
 >>> from fi_cupy.interop import jax as fj
 >>> norm = jax.jit(lambda x, w: fj.rmsnorm(x, w) + 1)
