@@ -74,26 +74,32 @@ struct HopperEpilogue {
   }
 };
 
-// What is added to a box of 64 columns and the factors of its columns: the lane's pairs of the box's eight n8 tiles, asked for in
-// one go. One after the other they cost a latency each (fp8 with a factor a column: 96 us of 1,079 at 8192 cubed).
+// What is added to the columns of a box of 64 and their factors: the lane's pairs of the box's eight n8 tiles, asked for in one go
+// (with factors in two, for the registers). One after the other they cost a latency each (fp8 with a factor a column: 96 us of 1,079 at 8192 cubed).
 template <class Config>
 struct HopperColumns {
   static constexpr bool kVectors = Config::kScale == HopperScale::vectors;
-  float factor[kVectors ? 16 : 1], offset[16];
+  static constexpr int kTiles = kVectors ? 4 : 8;
+  float factor[kVectors ? 2 * kTiles : 1], offset[2 * kTiles];
 
   FI_DEVICE void load(const HopperEpilogue<Config, false>& epilogue, uint32_t column, uint32_t n) {
+    if constexpr (kVectors) {
+      if (epilogue.params.b_scale_column == 0) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const uint32_t at = column + i / 2 * 8 + i % 2;
-      if constexpr (kVectors) factor[i] = at < n ? epilogue.b_scale[at * uint32_t(epilogue.params.b_scale_column)] : 0.f;
-      offset[i] = 0.f;
+        for (int i = 0; i < 2 * kTiles; ++i) factor[i] = epilogue.b_scale[0];
+      } else {
+        const float* const from = epilogue.b_scale + column;
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) factor[i] = column + i / 2 * 8 < n ? from[i / 2 * 8 + i % 2] : 0.f;
+      }
     }
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) offset[i] = 0.f;
     if (epilogue.bias == nullptr) return;
+    const auto* const from = epilogue.bias + column;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const uint32_t at = column + i / 2 * 8 + i % 2;
-      if (at < n) offset[i] = to_float(epilogue.bias[at]);
-    }
+    for (int i = 0; i < 2 * kTiles; ++i)
+      if (column + i / 2 * 8 < n) offset[i] = to_float(from[i / 2 * 8 + i % 2]);
   }
   FI_DEVICE float2 apply(float2 sum, int pair, float scale) const {
     if constexpr (kVectors) sum.x *= scale * factor[2 * pair], sum.y *= scale * factor[2 * pair + 1];
@@ -226,7 +232,7 @@ FI_DEVICE void store_boxes(const HopperGemmParams& params, const HopperGemmTile&
   // Bias, residual and factors of columns come a box at a time; gated products, which have none as a rule, ask pair by pair.
   constexpr bool kAhead = !kPlain && !Config::kGated;
   HopperResidual<Out> residual;
-  const bool adds = kAhead && params.residual != nullptr;
+  const bool adds = kAhead && Config::kScale == HopperScale::none && params.residual != nullptr;  // fp8 products have none
   auto ask = [&](int box) {
     if constexpr (kAhead)
       if (adds) residual.load(epilogue.residual, params.residual_stride, m, tile.m_end, n + box * 64, params.n);
@@ -236,7 +242,11 @@ FI_DEVICE void store_boxes(const HopperGemmParams& params, const HopperGemmTile&
   for (int box = 0; box < Shape::kWarpOutN / 64; ++box) {
     if (n + box * 64 >= params.n) break;
     HopperColumns<Config> columns;
-    if constexpr (kAhead) columns.load(epilogue, n + box * 64 + 2 * t, params.n);
+    auto look = [&](int j) {
+      if constexpr (kAhead)
+        if (j % columns.kTiles == 0) columns.load(epilogue, n + box * 64 + 8 * j + 2 * t, params.n);
+    };
+    look(0);
     if (leader) {
       if (box == 0)
         ptx::tma_store_wait_read<0>();  // the tile before may have ended with either buffer
@@ -250,6 +260,7 @@ FI_DEVICE void store_boxes(const HopperGemmParams& params, const HopperGemmTile&
     }
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
+      if (j > 0) look(j);
       const uint32_t at = to + box % 2 * 8192 + ((j + lane / 16) ^ (lane & 7)) * 16;
       uint32_t words[4], more[4] = {};
       if constexpr (!kPlain && Config::kGated) asm volatile("" ::: "memory");  // later loads would take the registers of several
@@ -259,7 +270,7 @@ FI_DEVICE void store_boxes(const HopperGemmParams& params, const HopperGemmTile&
         const int chunk = box * 8 + j + q / 2, h = q % 2;
         float2 v;
         if constexpr (kAhead) {
-          v = columns.apply(make_float2(d[4 * chunk + 2 * h], d[4 * chunk + 2 * h + 1]), j + q / 2, scale[h]);
+          v = columns.apply(make_float2(d[4 * chunk + 2 * h], d[4 * chunk + 2 * h + 1]), (j + q / 2) % columns.kTiles, scale[h]);
           const auto add = Vec<Out, 2>::load(&more[q]);
           v.x += to_float(add[0]), v.y += to_float(add[1]);
         } else {
