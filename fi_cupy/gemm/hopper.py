@@ -78,8 +78,8 @@ CHOICES = {
     VECTORS: (BROAD, PROMOTED, PROMOTED_SMALL),
     BLOCKS: (TALL, BROAD, PROMOTED, PROMOTED_SMALL),
 }
-#: What tiles reach of the tensor cores' rate where sums leave them, TFLOP/s at 8192 cubed over 1,480. In blocks: while a
-#: warpgroup adds its sums up others multiply, and three hide it better than two.
+#: What tiles reach of the tensor cores' rate where sums leave them: TFLOP/s at 8192 cubed over 1,480. In blocks,
+#: while a warpgroup adds its sums up others multiply, and three hide it better than two.
 SPEED: dict[str, dict[HopperTile, float]] = {
     NONE: {},
     VECTORS: {BROAD: 0.79, PROMOTED: 0.66, PROMOTED_SMALL: 0.5},
