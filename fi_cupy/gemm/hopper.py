@@ -353,7 +353,8 @@ def launch_hopper_mm(
 
 def grouped_tile(rows: int, segments: int, n: int, k_bytes: int, sms: int, **options: Any) -> HopperTile:
     """The tile for segments of an average length (their own lengths are on the device); options as of `hopper_tile`."""
-    return hopper_tile(max(1, _up(rows, segments)), n, k_bytes, sms, batch=segments, **options)
+    segments = min(segments, rows)  # no more have any: a token for two of eight experts
+    return hopper_tile(_up(rows, segments), n, k_bytes, sms, batch=segments, **options)
 
 
 def launch_hopper_grouped(
