@@ -282,4 +282,4 @@ def test_the_measured_few_row_configurations():
     assert hopper_rows.rows_tile(64, 4096, 4096, 132)[:3] == (64, 32, 1)
     assert hopper_rows.rows_tile(64, 14336, 8192, 132)[:3] == (64, 128, 1)
     assert hopper_rows.rows_tile(64, 4096, 28672, 132)[:3] == (64, 64, 2)
-    assert hopper_rows.rows_tile(16, 28672, 8192, 132)[:3] == (16, 64, 1)
+    assert hopper_rows.rows_tile(16, 28672, 8192, 132)[:3] == (16, 128, 1)
