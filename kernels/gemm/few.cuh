@@ -53,10 +53,9 @@ struct FewShape {
 };
 
 // The partial tiles of a CTA's warps, in shared memory when it returns. mma(c, a, b) multiplies fragments; `scales` has a factor for
-// each step of 64 units and row of a (`FewUnscaled`: none), loaded a ring's depth ahead. waited() runs when the kernel before has ended.
-template <class Config, class Mma, class Scales, class Waited>
-FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Config>::Partial& partial, Mma mma, Scales& scales,
-                            Waited waited) {
+// each step of 64 units and row of a (`FewUnscaled`: none), loaded a ring's depth ahead.
+template <class Config, class Mma, class Scales>
+FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Config>::Partial& partial, Mma mma, Scales& scales) {
   constexpr int kATiles = Config::kATiles, kWTiles = Config::kWTiles, kDepth = Config::kDepth;
   constexpr bool kWide = Config::kWide, kGated = Config::kGated, kAhead = Config::kAhead;
   constexpr int kRows = FewShape<Config>::kRows, kColumns = FewShape<Config>::kColumns, kPitch = FewShape<Config>::kPitch;
@@ -95,7 +94,6 @@ FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Confi
   for (int d = 0; d < kDepth; ++d) fill(ring[d], warp * 64 + d * kStride);
 
   ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
-  waited();
   const uint16_t* a[kATiles];
   bool a_row[kATiles];
 #pragma unroll
@@ -203,29 +201,17 @@ FI_DEVICE void gemm_few(const GemmParams& params) {
   const FewOperands operands{static_cast<const uint16_t*>(params.a) + blockIdx.z * params.a_batch,
                              static_cast<const uint16_t*>(params.b) + blockIdx.z * params.b_batch,
                              params.a_stride, params.b_stride, params.m, params.n, params.k};
-  const uint32_t n_first = blockIdx.x * Shape::kColumns, m_first = blockIdx.y * Shape::kRows;
-  // Pair e of the tile's elements. What is added to this thread's first comes while the products are computed.
-  auto row_of = [&](uint32_t e) { return m_first + e / (Shape::kColumns / 2); };
-  auto column_of = [&](uint32_t e) { return n_first + e % (Shape::kColumns / 2) * 2; };
-  auto added_to = [&](uint32_t e) {
-    const typename Config::Epilogue epilogue(params);
-    return make_float2(epilogue.added(row_of(e), column_of(e)), epilogue.added(row_of(e), column_of(e) + 1));
-  };
-  constexpr bool kEarly = !Config::kGated && !(Config::kWide && Config::kATiles > 1);  // those have no register to spare
-  float2 added = make_float2(0.f, 0.f);
   FewUnscaled unscaled;
   few_partials<Config>(
       operands, partial,
-      [](float(&c)[4], const uint32_t(&fa)[4], const uint32_t(&fb)[2]) { ptx::mma_m16n8k16<T>(c, fa, fb); }, unscaled, [&] {
-        const uint32_t e = threadIdx.x;
-        if (kEarly && e < Shape::kRows * Shape::kColumns / 2 && row_of(e) < params.m && column_of(e) < params.n)
-          added = added_to(e);
-      });
+      [](float(&c)[4], const uint32_t(&fa)[4], const uint32_t(&fb)[2]) { ptx::mma_m16n8k16<T>(c, fa, fb); }, unscaled);
 
+  const uint32_t n_first = blockIdx.x * Shape::kColumns, m_first = blockIdx.y * Shape::kRows;
   const typename Config::Epilogue epilogue(params);
   Out* out = static_cast<Out*>(params.out) + blockIdx.z * params.out_batch;
   for (uint32_t e = threadIdx.x; e < Shape::kRows * Shape::kColumns / 2; e += Shape::kThreads) {
-    const uint32_t row = row_of(e), column = column_of(e), r = row - m_first, c = column - n_first;
+    const uint32_t r = e / (Shape::kColumns / 2), c = e % (Shape::kColumns / 2) * 2;
+    const uint32_t row = m_first + r, column = n_first + c;
     if (row >= params.m || column >= params.n) continue;
     Out* to = out + row * params.out_stride + column;
     if constexpr (Config::kGated) {
@@ -234,8 +220,7 @@ FI_DEVICE void gemm_few(const GemmParams& params) {
       store2(to, epilogue.gated(gate.x, up.x, row, column), epilogue.gated(gate.y, up.y, row, column + 1));
     } else {
       const float2 sum = Shape::total(partial, r, c);
-      if (!kEarly || e != threadIdx.x) added = added_to(e);
-      store2(to, sum.x + added.x, sum.y + added.y);
+      store2(to, epilogue(sum.x, row, column), epilogue(sum.y, row, column + 1));
     }
   }
 }

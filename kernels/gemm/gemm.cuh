@@ -39,12 +39,13 @@ struct BiasEpilogue {
         n(params.n) {
     if (residual) residual += blockIdx.z * params.residual_batch;
   }
-  FI_DEVICE float operator()(float sum, uint32_t row, uint32_t column) const { return sum + added(row, column); }
-  // What is added: for kernels short enough to show a load's latency, which ask for it before the products.
-  FI_DEVICE float added(uint32_t row, uint32_t column) const {
-    const float sum = bias ? to_float(bias[column]) : 0.f;
-    return residual ? sum + to_float(residual[row * residual_stride + column]) : sum;
+  FI_DEVICE float operator()(float sum, uint32_t row, uint32_t column) const {
+    if (bias) sum += to_float(bias[column]);
+    if (residual) sum += to_float(residual[row * residual_stride + column]);
+    return sum;
   }
+  // What is added, for a kernel that asks for it before the products.
+  FI_DEVICE float added(uint32_t row, uint32_t column) const { return (*this)(0.f, row, column); }
   // silu(gate) * up of two sums, of columns `column` and `column + n`.
   FI_DEVICE float gated(float gate, float up, uint32_t row, uint32_t column) const {
     if (bias) gate += to_float(bias[column]), up += to_float(bias[column + n]);
