@@ -12,7 +12,7 @@ from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, bfloat16, float8_e4m3fn
 from fi_cupy.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 from fi_cupy.jit.kernel import Kernel, load_kernel
 from fi_cupy.jit.spec import CppType, KernelSpec
-from fi_cupy.plan.prefill import PrefillTiles, TileKind, choose_tiles, narrow_tiles
+from fi_cupy.plan.prefill import TAIL_HEADS, PrefillTiles, TileKind, choose_tiles, narrow_tiles
 from fi_cupy.plan.workspace import WorkspaceLayout
 from fi_cupy.prefill_hopper import (
     HopperTiles,
@@ -272,6 +272,11 @@ class Geometry:
     def hopper(self) -> HopperTiles | None:
         """The Hopper kernel's tiles, or None for the portable kernel."""
         return self.tiles if isinstance(self.tiles, HopperTiles) else None
+
+    @property
+    def split_tail(self) -> bool:
+        """For ``plan_prefill(split_tail=)``."""
+        return self.hopper is not None and self.num_kv_heads <= TAIL_HEADS
 
     def grid(self, num_items: int) -> tuple[int, int, int]:
         """Grid of the kernel: every item once a kv head; the Hopper kernel's CTAs may take many."""

@@ -42,6 +42,16 @@ struct HopperShape {
   static constexpr int kSRegs = kTileKv / 2, kORegs = Config::kHeadDimVO / 2, kSteps = kTileKv / 16;
 };
 
+// How many lanes of a warp arrive at a slot's barriers.
+#ifdef FI_ONE_LANE
+constexpr int kSlotLanes = 1;
+#else
+constexpr int kSlotLanes = 32;
+#endif
+FI_DEVICE void arrive_by_lanes(uint32_t barrier) {
+  if (int(thread_again() & 31) < kSlotLanes) ptx::mbarrier_arrive(barrier);
+}
+
 struct alignas(16) HopperSlot {
   PrefillItem item;
   int32_t kv_head;
@@ -213,8 +223,8 @@ FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared,
       if (lane < int(sizeof(PrefillItem) / 4)) reinterpret_cast<int*>(&to.item)[lane] = word;
       if (lane == 0) to.kv_head = kv_head, to.more = claims;
       __syncwarp();
+      arrive_by_lanes(ptx::smem_address(&shared.slot_full[slot.at]));
       if (lane == 0) {
-        ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_full[slot.at]));
         if constexpr (Config::kQueryBoxes) {
           const uint32_t barrier = ptx::smem_address(&shared.q_full[slot.at]);
           const int token = to.item.q_row + item_row(to.item, Shape::kTileQ) / int(params.group.divisor);
@@ -233,10 +243,9 @@ FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared,
   }
   if (claims || !published) {
     take_slot();
-    if (lane == 0) {
-      shared.slots[slot.at].item.qo_len = -1;
-      ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_full[slot.at]));
-    }
+    if (lane == 0) shared.slots[slot.at].item.qo_len = -1;
+    __syncwarp();
+    arrive_by_lanes(ptx::smem_address(&shared.slot_full[slot.at]));
   }
 }
 
@@ -255,7 +264,7 @@ FI_DEVICE void produce_v(const Params& params, HopperShared<Config>& shared, uin
     load_tiles<Config, true>(params, shared, smem + HopperShape<Config>::kV, stage, tail_phase, from.item, from.kv_head, [] {});
     if (!more) break;
     __syncwarp();
-    if (lane_id() == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_empty[slot.at]));
+    arrive_by_lanes(ptx::smem_address(&shared.slot_empty[slot.at]));
     slot.advance();
   }
 }
