@@ -69,7 +69,8 @@ def test_every_visible_pair_is_computed_once(
     kv_len, base = np.diff(kv), kv[:-1] + 1000 * np.arange(len(lens))
     plan = plan_prefill(
         qo, kv_len, base, group=group, num_kv_heads=kv_heads, tile_q=tile_q, tile_kv=tile_kv, slots=slots,
-        causal=causal, window_left=window, split_keys=split, disable_split=disable, align_end=align_end, split_tail=tail,
+        causal=causal, window_left=window, split_keys=split, disable_split=disable, align_end=align_end,
+        split_tail=tail,
     )  # fmt: skip
     batch = list(zip(qo[:-1].tolist(), base.tolist(), strict=True))
     counts = seen_by(plan.items, plan.num_slots, plan.num_split, group, tile_q, batch, tile_kv, align_end)

@@ -73,7 +73,11 @@ def run(c: Case) -> None:
     if c.page_size:
         lens = np.diff(kv)
         indptr = np.concatenate([[0], np.cumsum(-(-lens // c.page_size))]).astype(np.int32)
-        table = indptr, rng.permutation(indptr[-1]).astype(np.int32), np.where(lens > 0, (lens - 1) % c.page_size + 1, 1)
+        table = (
+            indptr,
+            rng.permutation(indptr[-1]).astype(np.int32),
+            np.where(lens > 0, (lens - 1) % c.page_size + 1, 1),
+        )
         k, v = (normal(rng, (int(indptr[-1]), c.page_size, HEADS, d)) for d in c.dims)
         wrapper = prefill.BatchPrefillWithPagedKVCacheWrapper(space, backend="fa3")
         wrapper.plan(
@@ -89,7 +93,10 @@ def run(c: Case) -> None:
         want = batch_prefill_ragged(*(x.astype(np.float64) for x in (q, k, v)), qo, kv, **options)
     planned = wrapper._planned
     assert planned.geometry.spec == spec_of(c)
-    print(f"{planned.work.num_items} items, {planned.work.num_split} split, grid", planned.geometry.grid(planned.work.num_items))
+    print(
+        f"{planned.work.num_items} items, {planned.work.num_split} split, grid",
+        planned.geometry.grid(planned.work.num_items),
+    )
     assert_close(to_float64(out), want[0], to_dtype("bfloat16"), "product")
 
 
