@@ -389,8 +389,8 @@ FI_DEVICE void prefill_hopper(const Params& params) {
     }
     for (int s = 0; s < Shape::kSlots; ++s) {
       ptx::mbarrier_init(ptx::smem_address(&shared.q_full[s]), 1);
-      ptx::mbarrier_init(ptx::smem_address(&shared.slot_full[s]), kSlotLanes);
-      ptx::mbarrier_init(ptx::smem_address(&shared.slot_empty[s]), kSlotLanes * (1 + kConsumerWarps));
+      ptx::mbarrier_init(ptx::smem_address(&shared.slot_full[s]), 32);
+      ptx::mbarrier_init(ptx::smem_address(&shared.slot_empty[s]), 32 * (1 + kConsumerWarps));
     }
     ptx::mbarrier_init_fence();
   } else if (threadIdx.x == kConsumerWarps * 32) {
@@ -431,7 +431,7 @@ FI_DEVICE void prefill_hopper(const Params& params) {
         item(more);
         ptx::fence_proxy_async();  // the output lay where the copy engine writes the Q after the next
         __syncwarp();
-        arrive_by_lanes(ptx::smem_address(&shared.slot_empty[slot.at]));
+        ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_empty[slot.at]));
         slot.advance();
       }
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from fi_cupy import prefill_hopper
@@ -58,21 +60,29 @@ def test_every_shape_fits_a_multiprocessor():
         ((16 * 128, 128, 77 * 8), 1),  # one head: its stride means nothing
     ],
 )
-def test_a_paged_maps_units_reach_every_page_and_head(encoded, strides, heads):
-    pages, page_size = 40, 16
+@pytest.mark.parametrize("page_size", [8, 16, 24, 64, 80])
+def test_a_paged_maps_units_reach_every_box(encoded, strides, heads, page_size):
+    pages, rows = 40, box_rows(page_size, USUAL.tile_kv)
     _, numbers = map_values(
         USUAL, "bfloat16", 1 << 20, 100, (heads * 128, 128, 1), 1, heads, 2 << 20, 3 << 20, strides, strides, pages,
         page_size,
     )  # fmt: skip
-    page_units, head_units = numbers[4:6]
-    assert numbers[:4] == (heads, heads, pages, 16) and numbers[6:] == numbers[4:6]
+    page_units, head_units, rows8_units = numbers[5:8]
+    assert numbers[:5] == (heads, heads, pages, rows, 64) and numbers[8:] == numbers[5:8]
     (name, address, extents, steps, box), values = encoded[1], encoded[2]
-    assert (name, address, values[1]) == ("bfloat16", 2 << 20, 3 << 20) and box == (64, 8, 2, 2, 1)
+    assert (name, address, values[1]) == ("bfloat16", 2 << 20, 3 << 20) and box == (64, 8, 2, rows // 8, 1)
     assert all(step % 16 == 0 for step in steps) and extents[:4] == (64, 8, 2, page_size // 8)
-    for page in (0, 1, pages - 1):
-        for head in range(heads):
-            unit = page * page_units + head * head_units
-            assert unit < extents[4] and unit * steps[3] == 2 * (page * strides[0] + head * strides[2])
+    for page, head, token in itertools.product((0, 1, pages - 1), range(heads), range(0, page_size - rows + 1, rows)):
+        unit = page * page_units + head * head_units + token // 8 * rows8_units
+        assert unit < extents[4] and unit * steps[3] == 2 * (page * strides[0] + head * strides[2] + token * strides[1])
+
+
+@pytest.mark.parametrize(("group", "rows"), [(1, 64), (4, 64), (64, 64), (3, 192), (96, 192), (5, 64)])
+def test_queries_come_64_rows_at_a_time_if_the_group_divides_them(encoded, group, rows):
+    strides = 0, 128, 128
+    _, numbers = map_values(USUAL, "bfloat16", 1 << 20, 9, (group * 128, 128, 1), group, 1, 1, 1, strides, strides, 9, 0)
+    fit = 1 if group == 5 else group  # which does not divide the tile: gathered
+    assert numbers[4] == rows and encoded[0][4] == (64, fit, rows // fit, 1, 1)
 
 
 def test_pages_without_a_usable_common_stride_are_refused(encoded):
@@ -141,6 +151,7 @@ def test_heads_that_run_together_divide_all(heads, head_bytes, together):
 def test_keys_that_run_together_fit_the_l2():
     """Requests side by side with 8 heads of 512 bytes a token; none where the L2 holds the batch."""
     assert block_keys(USUAL, 32, 16, 16384, 132) == (16 << 20) // (8 * 512) == 4096
+    assert block_keys(USUAL, 32, 64, 16384, 132) == 8 * 256  # 64 requests times heads, half as many as CTAs
     assert block_keys(USUAL, 32, 16, 1024, 132) is None and block_keys(USUAL, 1, 200, 32768, 132) is None
     assert block_keys(TILES[64, 64], 3, 100, 1 << 20, 132) == (16 << 20) // (3 * 256)
     assert block_keys(TILES[256, 256], 8, 100, 1 << 20, 132) * 8 * 1024 <= 16 << 20
