@@ -22,7 +22,18 @@ PARAMS = ParamsStruct(
     [
         *PORTABLE_PARAMS.fields,
         *((f"{x}_map", "tensormap") for x in "qkv"),
-        *((name, "u32") for name in ("num_items", "num_kv_heads", "heads_together", "kv_rows", "box_rows", "q_box_rows")),
+        *(
+            (name, "u32")
+            for name in (
+                "num_items",
+                "num_kv_heads",
+                "heads_together",
+                "kv_rows",
+                "box_rows",
+                "box_warps",
+                "q_box_rows",
+            )
+        ),
         *((f"{x}_{of}_units", "u32") for x in "kv" for of in ("page", "head", "rows8")),
     ],
 )
@@ -261,6 +272,11 @@ def box_rows(page_size: int, tile_kv: int) -> int:
     return math.gcd(page_size, tile_kv)
 
 
+def box_warps(rows: int) -> int:
+    """Warps that start the copies of a paged tile of K, and of V: copies of 8 tokens are too many for one."""
+    return 1
+
+
 @lru_cache(maxsize=1024)
 def heads_together(num_kv_heads: int, head_bytes: int) -> int:
     """kv heads whose work is handed out side by side, longest first: a divisor of `num_kv_heads`.
@@ -286,8 +302,8 @@ def block_keys(tiles: HopperTiles, num_kv_heads: int, requests: int, keys: int, 
     Longest first puts the tiles of a request's rows as far apart as there are requests times heads together. With half
     as many of those as CTAs or fewer, several tiles of a request run at a time and read the same keys (8x2048 and
     4x4096 of 32 heads lose 4 % in blocks). With more, each tile of rows reads its keys from memory again: blocks
-    gain 8 % for 16x1024 of 32 heads, 24 % for 32x512, 29 % for 64x256, 5 % for 16x1024 of 32/8 heads (H100). A block is no
-    more than half as many requests times heads as CTAs: for 64x256 that is 8 MB, 2.3 % faster than 16.
+    gain 8 % for 16x1024 of 32 heads, 24 % for 32x512, 29 % for 64x256, 5 % for 16x1024 of 32/8 heads (H100). A block
+    is no more requests times heads than half the CTAs: for 64x256 that is 8 MB, 2.3 % faster than 16.
     """
     row = 2 * (tiles.head_dim_qk + tiles.head_dim_vo)
     heads = heads_together(num_kv_heads, row * keys)
@@ -327,7 +343,7 @@ def map_values(
     extent = max(kv_extent, 1)
     # A cache's pages count whether this batch uses them or not, which is at worst the rule for long prompts.
     head_bytes = 2 * (tiles.head_dim_qk + tiles.head_dim_vo) * kv_extent * max(page_size, 1)
-    order = num_kv_heads, heads_together(num_kv_heads, head_bytes), kv_extent, rows, q_rows
+    order = num_kv_heads, heads_together(num_kv_heads, head_bytes), kv_extent, rows, box_warps(rows), q_rows
     if not page_size:
         keys = [
             _encode(

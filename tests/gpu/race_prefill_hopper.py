@@ -3,7 +3,7 @@
     FI_CUPY_LINEINFO=1 compute-sanitizer --tool racecheck --kernel-name kernel_substring=prefill_hopper \
         python tests/gpu/race_prefill_hopper.py ragged
 
-Instances: see CASES; "compile" builds them all.
+Instances: see CASES; "compile" builds them all, "control" is a kernel with a race that the tool must see.
 """
 
 from __future__ import annotations
@@ -100,8 +100,26 @@ def run(c: Case) -> None:
     assert_close(to_float64(out), want[0], to_dtype("bfloat16"), "product")
 
 
+def control() -> None:
+    """Threads read what others have written, with nothing in between."""
+    import cupy
+
+    code = """extern "C" __global__ void prefill_hopper_control(int* out) {
+        __shared__ int shared[64];
+        shared[threadIdx.x] = threadIdx.x;
+        out[threadIdx.x] = shared[63 - threadIdx.x];
+    }"""
+    out = cupy.zeros(64, cupy.int32)
+    cupy.RawKernel(code, "prefill_hopper_control")((1,), (64,), (out,))
+    cupy.cuda.runtime.deviceSynchronize()
+
+
 def main() -> None:
     name = sys.argv[1]
+    if name == "control":
+        control()
+        print("right")
+        return
     if name == "compile":
         from fi_cupy.jit.build import build_many
 
