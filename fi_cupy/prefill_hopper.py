@@ -22,18 +22,8 @@ PARAMS = ParamsStruct(
     [
         *PORTABLE_PARAMS.fields,
         *((f"{x}_map", "tensormap") for x in "qkv"),
-        *(
-            (name, "u32")
-            for name in (
-                "num_items",
-                "num_kv_heads",
-                "heads_together",
-                "kv_rows",
-                "box_rows",
-                "box_warps",
-                "q_box_rows",
-            )
-        ),
+        *((name, "u32") for name in ("num_items", "num_kv_heads", "heads_together")),
+        *((f"{name}_rows", "u32") for name in ("kv", "box", "q_box")),
         *((f"{x}_{of}_units", "u32") for x in "kv" for of in ("page", "head", "rows8")),
     ],
 )
@@ -185,6 +175,9 @@ def load_of(requests: int, group: int, tokens: int, keys: int, causal: bool, win
 _SHORT_COST = 0.74
 #: The estimate is not better than this: the other kernel must promise as much.
 _GAIN = 0.95
+#: Items of so many keys take the same time, start and end: whole rounds of them count. 12x128 of 32/8 heads is 2.2 rounds
+#: of 192 rows or 2.9 of 128: 19.7 us and 17.2.
+_ALIKE_KEYS = 256
 #: Key tiles are split when a multiprocessor's even share is half of the longest item or less, from so many keys on.
 _SPLIT_KEYS = 1024
 
@@ -196,6 +189,9 @@ def wants_short_tiles(load: Load, num_kv_heads: int, slots: int) -> bool:
     Measured (H100, 32 heads, causal, 128-row over 192-row): 1x512 0.97, 1x1024 0.83; 4x4096 1.11, 16x1024 over 8 kv
     heads 1.13.
     """
+    if load.keys <= _ALIKE_KEYS:
+        tall, short = (-(-load.items(tile_q) * num_kv_heads // slots) for tile_q in (192, 128))
+        return _SHORT_COST * short < _GAIN * tall
     seen = max(1 - load.tokens / (2 * load.keys), 0.5) if load.causal and load.keys else 1.0
     tall, short = (load.items(tile_q) * num_kv_heads * seen / slots for tile_q in (192, 128))
     if tall <= 0.5 and load.keys >= _SPLIT_KEYS:  # splitting evens it out
@@ -272,11 +268,6 @@ def box_rows(page_size: int, tile_kv: int) -> int:
     return math.gcd(page_size, tile_kv)
 
 
-def box_warps(rows: int) -> int:
-    """Warps that start the copies of a paged tile of K, and of V: copies of 8 tokens are too many for one."""
-    return 1
-
-
 @lru_cache(maxsize=1024)
 def heads_together(num_kv_heads: int, head_bytes: int) -> int:
     """kv heads whose work is handed out side by side, longest first: a divisor of `num_kv_heads`.
@@ -343,7 +334,7 @@ def map_values(
     extent = max(kv_extent, 1)
     # A cache's pages count whether this batch uses them or not, which is at worst the rule for long prompts.
     head_bytes = 2 * (tiles.head_dim_qk + tiles.head_dim_vo) * kv_extent * max(page_size, 1)
-    order = num_kv_heads, heads_together(num_kv_heads, head_bytes), kv_extent, rows, box_warps(rows), q_rows
+    order = num_kv_heads, heads_together(num_kv_heads, head_bytes), kv_extent, rows, q_rows
     if not page_size:
         keys = [
             _encode(

@@ -2,7 +2,7 @@
 // copy engine (TMA), register hand-over between warpgroups.
 // One CTA computes work items of attention/prefill.cuh (PrefillItem means the same): kTileQ = 64 * kConsumers packed rows
 // of one kv head over one range of keys, from the last tile of keys to the first. Each consumer warpgroup owns 64 rows; two
-// (or four) producer warps keep kStages tiles of K and of V in flight (prefill_hopper_load.cuh).
+// producer warps keep kStages tiles of K and of V in flight (prefill_hopper_load.cuh).
 // Grid: one CTA an item and kv head, or one a multiprocessor, which then claims one piece of work after the other and loads
 // the next one's Q, K and V under the current one's end. Longest items first inside `heads_together` kv heads, whose K and V
 // then share L2.
@@ -377,7 +377,6 @@ FI_DEVICE void prefill_hopper(const Params& params) {
   // The same for a whole warpgroup and warp; the shuffle tells the compiler.
   const int warpgroup = __shfl_sync(kFullMask, threadIdx.x / 128, 0), warp = __shfl_sync(kFullMask, threadIdx.x / 32, 0);
   constexpr int kConsumerWarps = 4 * Shape::kConsumers;
-  const int producers = Config::kPaged ? 2 * params.box_warps : 2;
 
   ptx::grid_launch_dependents();
   if (threadIdx.x == 0) {
@@ -391,7 +390,7 @@ FI_DEVICE void prefill_hopper(const Params& params) {
     for (int s = 0; s < Shape::kSlots; ++s) {
       ptx::mbarrier_init(ptx::smem_address(&shared.q_full[s]), 1);
       ptx::mbarrier_init(ptx::smem_address(&shared.slot_full[s]), 32);
-      ptx::mbarrier_init(ptx::smem_address(&shared.slot_empty[s]), 32 * (producers - 1 + kConsumerWarps));
+      ptx::mbarrier_init(ptx::smem_address(&shared.slot_empty[s]), 32 * (1 + kConsumerWarps));
     }
     ptx::mbarrier_init_fence();
   } else if (threadIdx.x == kConsumerWarps * 32) {
@@ -401,13 +400,8 @@ FI_DEVICE void prefill_hopper(const Params& params) {
   }
   // Items are the plan's, which no kernel writes: their latency passes while the kernel in front ends.
   int word = 0, kv_head = 0;
-#ifdef FI_LATE_ITEM
-  ptx::grid_wait();
-#endif
   if (warp == kConsumerWarps) word = item_word(params, blockIdx.x, kv_head);
-#ifndef FI_LATE_ITEM
   ptx::grid_wait();
-#endif
   __syncthreads();  // barriers: initialised by the first thread, used by all
 
   if (warpgroup == Shape::kConsumers) {
@@ -415,13 +409,7 @@ FI_DEVICE void prefill_hopper(const Params& params) {
     if (warp == kConsumerWarps)
       produce_items<Config>(params, shared, base, word, kv_head);
     else if (warp == kConsumerWarps + 1)
-      produce_more<Config, true, false>(params, shared, base);
-#ifdef FI_HELPERS
-    if constexpr (Config::kPaged) {
-      if (warp == kConsumerWarps + 2 && producers == 4) produce_more<Config, false, true>(params, shared, base);
-      if (warp == kConsumerWarps + 3 && producers == 4) produce_more<Config, true, true>(params, shared, base);
-    }
-#endif
+      produce_v<Config>(params, shared, base);
   } else {
     ptx::raise_registers<Config::kConsumerRegs>();
     Ring<Config::kSlots> slot;

@@ -22,7 +22,6 @@ struct PrefillHopperParams : PrefillParams {
   uint32_t heads_together;  // kv heads whose work is handed out side by side; divides num_kv_heads
   uint32_t kv_rows;   // contiguous: tokens of k and v, past which the copy engine writes zeros
   uint32_t box_rows;  // paged: tokens a box, a multiple of 8 that divides page_size and kTileKv
-  uint32_t box_warps;  // paged: warps that start the boxes of a tile of K, and of V: 1 or 2
   uint32_t q_box_rows;  // 64, or kTileQ where the group does not divide 64
   uint32_t k_page_units, k_head_units, k_rows8_units, v_page_units, v_head_units, v_rows8_units;
 };
@@ -60,7 +59,7 @@ struct alignas(16) HopperShared {
   // Every lane that writes a slot's words arrives, and every lane that has read them: one lane behind __syncwarp would do,
   // costs as much, and is an order that compute-sanitizer's racecheck does not follow.
   uint64_t slot_full[Config::kSlots];   // the first producer (32)
-  uint64_t slot_empty[Config::kSlots];  // the other producers and the consumers (32 a warp)
+  uint64_t slot_empty[Config::kSlots];  // the second producer and the consumers (32 a warp)
   uint64_t tail;                        // expected bytes of a V tile that reaches past the request's last key (1)
   uint32_t arrived[4];                  // join_parts, a word a consumer warpgroup
   HopperSlot slots[Config::kSlots];
@@ -88,16 +87,15 @@ struct HopperBoxes {
 };
 
 // Tiles last - 1 down to first of an item's K or V, by one warp, through the ring of stages at `smem`. `meanwhile` is called
-// once, when the first three are under way. With two warps a side the second starts the second half of a tile's boxes, but
-// for a tile with rows to be cleared; the first one alone says how many bytes are to come, before or after some have.
-template <class Config, bool kIsV, bool kSecond, class Params, class Meanwhile>
+// once, when the first three are under way.
+template <class Config, bool kIsV, class Params, class Meanwhile>
 FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, uint32_t smem, Ring<Config::kStages>& stage,
                           uint32_t& tail_phase, const PrefillItem& shared_item, int kv_head, const Meanwhile& meanwhile) {
   using Shape = HopperShape<Config>;
   constexpr int kTileKv = Config::kTileKv, kPanels = kIsV ? Shape::kPanelsVO : Shape::kPanelsQK;
   constexpr int kBytes = kIsV ? Shape::kVBytes : Shape::kKBytes, kRows8 = kIsV ? Shape::kVRows8 : Shape::kKRows8;
   const int lane = lane_id(), kv_base = shared_item.kv_base, kv_len = shared_item.kv_len;
-  const int box_rows = kSecond ? 8 : params.box_rows;
+  const int box_rows = params.box_rows;
   const int last = ceil_div(shared_item.kv_end, kTileKv), tiles = last - shared_item.kv_begin / kTileKv;
   const uint32_t full = ptx::smem_address(kIsV ? shared.v_full : shared.k_full);
   const uint32_t empty = ptx::smem_address(kIsV ? shared.v_empty : shared.k_empty);
@@ -136,31 +134,26 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
       const int box_bytes = box_rows * kPanels * 128;
       const int begin = boxes.page * (kIsV ? params.v_page_units : params.k_page_units) + boxes.inside;
       const int count = __popc(__ballot_sync(kFullMask, lane * box_rows < min(kTileKv, kv_len - start)));
-      if (!kSecond && lane == 0) ptx::mbarrier_arrive_expect(barrier, box_bytes * count);
-#ifdef FI_HELPERS
-      const int half = params.box_warps == 1 || tail ? count : (count + 1) / 2, end = kSecond ? count : half;
-#else
-      const int half = 0, end = count;
-#endif
+      if (lane == 0) ptx::mbarrier_arrive_expect(barrier, box_bytes * count);
       // Shuffles of several boxes at a time, so that their latencies overlap: with one box at a time a tile of ten took
       // 1,200 cycles to hand out.
       constexpr int kTogether = 5;
 #pragma unroll 1
-      for (int first = kSecond ? half : 0; first < end; first += kTogether) {
+      for (int first = 0; first < count; first += kTogether) {
         int unit[kTogether];
 #pragma unroll
         for (int b = 0; b < kTogether; ++b) unit[b] = __shfl_sync(kFullMask, begin, first + b);
         if (ptx::elect_one())
 #pragma unroll
           for (int b = 0; b < kTogether; ++b)
-            if (first + b < end)
+            if (first + b < count)
               ptx::tma_load_5d(address + (first + b) * box_bytes, map, barrier, 0, 0, 0, 0, unit[b]);
       }
     } else if (lane == 0) {
       ptx::mbarrier_arrive_expect(barrier, kBytes);
       ptx::tma_load_4d(address, map, barrier, 0, kv_base + start, 0, kv_head);
     }
-    if (kIsV && !kSecond && tail) {
+    if (kIsV && tail) {
       ptx::mbarrier_wait(barrier, tail_phase);
       tail_phase ^= 1;
       for (int chunk = lane; chunk < tail_rows * 8; chunk += 32) {
@@ -174,8 +167,8 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
       ptx::fence_proxy_async();
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(full + stage.at * 8);
+      tail = false;
     }
-    tail = false;
     stage.advance();
     start -= kTileKv;
     if (i == min(2, tiles - 1)) meanwhile();
@@ -190,11 +183,7 @@ FI_DEVICE void load_queries(const Params& params, HopperShared<Config>& shared, 
   using Shape = HopperShape<Config>;
   const PrefillItem& item = shared.slots[at].item;
   const int group = params.group.divisor, rows = params.q_box_rows, row0 = item_row(item, Shape::kTileQ);
-#ifdef FI_ALL_ROWS
-  const int first = 0, last = Shape::kTileQ / rows;
-#else
   const int first = max(-row0, 0) / rows, last = min(ceil_div(item.qo_len * group - row0, rows), Shape::kTileQ / rows);
-#endif
   const uint32_t barrier = ptx::smem_address(&shared.q_full[at]), to = smem + at * Shape::kQBytes;
   ptx::mbarrier_arrive_expect(barrier, (last - first) * rows * Shape::kPanelsQK * 128);
 #pragma unroll 1
@@ -249,7 +238,7 @@ FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared,
       if (lane == 0) {
         if constexpr (Config::kQueryBoxes) load_queries<Config>(params, shared, smem, slot.at, kv_head);
       }
-      load_tiles<Config, false, false>(params, shared, smem + Shape::kK, stage, no_tail, to.item, kv_head, fetch);
+      load_tiles<Config, false>(params, shared, smem + Shape::kK, stage, no_tail, to.item, kv_head, fetch);
       slot.advance();
       published = true;
     } else {
@@ -266,9 +255,9 @@ FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared,
   }
 }
 
-// The other producers: V, and the second warps of K and V.
-template <class Config, bool kIsV, bool kSecond, class Params>
-FI_DEVICE void produce_more(const Params& params, HopperShared<Config>& shared, uint32_t smem) {
+// The second producer: V.
+template <class Config, class Params>
+FI_DEVICE void produce_v(const Params& params, HopperShared<Config>& shared, uint32_t smem) {
   Ring<Config::kSlots> slot;
   Ring<Config::kStages> stage;
   uint32_t tail_phase = 0;
@@ -278,8 +267,7 @@ FI_DEVICE void produce_more(const Params& params, HopperShared<Config>& shared, 
     const HopperSlot& from = shared.slots[slot.at];
     if (from.item.qo_len < 0) break;
     const bool more = from.more;
-    load_tiles<Config, kIsV, kSecond>(params, shared, smem + (kIsV ? HopperShape<Config>::kV : HopperShape<Config>::kK), stage,
-                                      tail_phase, from.item, from.kv_head, [] {});
+    load_tiles<Config, true>(params, shared, smem + HopperShape<Config>::kV, stage, tail_phase, from.item, from.kv_head, [] {});
     if (!more) break;
     __syncwarp();
     ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_empty[slot.at]));
