@@ -16,7 +16,7 @@ from fi_cupy.dtypes import FP8_TYPES, DType
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
 from fi_cupy.kv_cache import as_fp8, row_alignment
 from fi_cupy.page_table import check_offsets
-from fi_cupy.plan.prefill import PrefillPlan, max_items, pad, plan_prefill, tail_items
+from fi_cupy.plan.prefill import PrefillPlan, max_items, pad, plan_prefill
 from fi_cupy.plan_run import PlanRun
 from fi_cupy.prefill_hopper import block_keys, load_of
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
@@ -119,7 +119,7 @@ class BatchPrefill(PlanRun):
             mask_offsets=None if p.mask is None else p.mask.offsets,
             narrow=None if self._lowered is None else self._lowered.narrow({}),
             block_keys=None if g.hopper is None else block_keys(g.hopper, g.num_kv_heads, batch, keys, g.slots),
-            align_end=g.hopper is not None and p.options.causal, split_tail=g.split_tail,
+            align_end=g.hopper is not None and p.options.causal, split_tail=g.split_tail(1 if self._graph else 2),
         )  # fmt: skip
         if not self._graph:
             return schedule, schedule.num_slots
@@ -142,7 +142,7 @@ class BatchPrefill(PlanRun):
         if p.fixed_split is not None:
             tiles = p.total_rows * g.group // g.tiles.tile_q + len(p.kv_len)
             return tiles * (self._most_keys(p) // p.fixed_split + 1)
-        return tail_items(g.num_kv_heads, g.slots) if g.hopper is not None else -(-g.slots // g.num_kv_heads)
+        return -(-g.slots // g.num_kv_heads)
 
     def _most_keys(self, p: Any) -> int:
         """Keys that one request may have in graph mode."""

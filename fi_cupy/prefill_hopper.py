@@ -175,8 +175,8 @@ def load_of(requests: int, group: int, tokens: int, keys: int, causal: bool, win
 _SHORT_COST = 0.74
 #: The estimate is not better than this: the other kernel must promise as much.
 _GAIN = 0.95
-#: Items of so many keys take the same time, start and end: whole rounds of them count. 12x128 of 32/8 heads is 2.2 rounds
-#: of 192 rows or 2.9 of 128: 19.7 us and 17.2.
+#: Items of so many keys take the same time, start and end: whole rounds of them count. 12x128 of 32/8 heads is 2.2
+#: rounds of 192 rows or 2.9 of 128: 19.7 us and 17.2.
 _ALIKE_KEYS = 256
 #: Key tiles are split when a multiprocessor's even share is half of the longest item or less, from so many keys on.
 _SPLIT_KEYS = 1024
@@ -190,8 +190,8 @@ def wants_short_tiles(load: Load, num_kv_heads: int, slots: int) -> bool:
     heads 1.13.
     """
     if load.keys <= _ALIKE_KEYS:
-        tall, short = (-(-load.items(tile_q) * num_kv_heads // slots) for tile_q in (192, 128))
-        return _SHORT_COST * short < _GAIN * tall
+        rounds = [-(-load.items(tile_q) * num_kv_heads // slots) for tile_q in (192, 128)]
+        return _SHORT_COST * rounds[1] < _GAIN * rounds[0]
     seen = max(1 - load.tokens / (2 * load.keys), 0.5) if load.causal and load.keys else 1.0
     tall, short = (load.items(tile_q) * num_kv_heads * seen / slots for tile_q in (192, 128))
     if tall <= 0.5 and load.keys >= _SPLIT_KEYS:  # splitting evens it out

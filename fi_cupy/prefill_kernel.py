@@ -273,10 +273,11 @@ class Geometry:
         """The Hopper kernel's tiles, or None for the portable kernel."""
         return self.tiles if isinstance(self.tiles, HopperTiles) else None
 
-    @property
-    def split_tail(self) -> bool:
-        """For ``plan_prefill(split_tail=)``."""
-        return self.hopper is not None and self.num_kv_heads <= TAIL_HEADS
+    def split_tail(self, rounds: int = 2) -> int:
+        """For ``plan_prefill(split_tail=)``: as many items as are so many rounds of all multiprocessors."""
+        if self.hopper is None or self.num_kv_heads > TAIL_HEADS:
+            return 0
+        return rounds * -(-self.slots // self.num_kv_heads)
 
     def grid(self, num_items: int) -> tuple[int, int, int]:
         """Grid of the kernel: every item once a kv head; the Hopper kernel's CTAs may take many."""

@@ -170,7 +170,7 @@ def plan_prefill(
     narrow: Callable[..., tuple[Ints, Ints]] | None = None,
     block_keys: int | None = None,
     align_end: bool = False,
-    split_tail: bool = False,
+    split_tail: int = 0,
 ) -> PrefillPlan:
     """Make the work list.
 
@@ -203,8 +203,9 @@ def plan_prefill(
     align_end : bool
         A request's last tile is full, and its first one may not be: under a causal mask that one sees the fewest keys
         (1024 rows in tiles of 192 over tiles of 80 keys: 43 of them instead of 51). The Hopper kernel reads row_shift.
-    split_tail : bool
-        Items that start last, when not every multiprocessor has one more to do, may be split (see `_tail_chunks`).
+    split_tail : int
+        So many items may be added by splitting those that start last, when not every multiprocessor has one more to do
+        (see `_tail_chunks`).
     """
     # Every request's fields once, then a copy of the row for each of its tiles: few NumPy calls of about 1 us each.
     batch = len(kv_len)
@@ -233,7 +234,7 @@ def plan_prefill(
         block = _blocks(kv_len, block_keys, int(np.maximum.reduce(whole, initial=0)) + 1)[request]
     place = block - whole
     if split is None and split_tail and split_keys is None and not disable_split:
-        split = _tail_chunks(whole, place, begin, num_kv_heads, tile_kv, slots)
+        split = _tail_chunks(whole, place, begin, num_kv_heads, tile_kv, slots, split_tail)
     num_slots = num_split = 0
     if split is not None:
         if not isinstance(block, int):
@@ -332,15 +333,12 @@ _MOST_TAIL_CHUNKS = 8
 TAIL_HEADS = 8
 
 
-def tail_items(num_kv_heads: int, slots: int) -> int:
-    """Items that `_tail_chunks` adds at most."""
-    return 2 * -(-slots // num_kv_heads)
-
-
 def _tail_chunks(
-    tiles: Ints, place: Ints, begin: Ints, num_kv_heads: int, tile_kv: int, slots: int
+    tiles: Ints, place: Ints, begin: Ints, num_kv_heads: int, tile_kv: int, slots: int, most: int
 ) -> tuple[Ints, Ints, Ints] | None:
     """(where the first chunk starts, keys a chunk, chunks) of every item, if those that start last are to be split.
+
+    No more than `most` items are added.
 
     `slots` multiprocessors take items of about the same length; when every one has had as many as there are whole
     rounds, some have one more to do and the others wait: 688 items of a 4096-token chunk of a prompt on 132 take the
@@ -355,7 +353,7 @@ def _tail_chunks(
     share = len(tiles) * num_kv_heads * longest / slots
     best, chunks = longest * -(-pieces // slots) - share / 64, 1
     for n in range(2, _MOST_TAIL_CHUNKS + 1):
-        if longest * tile_kv < n * MIN_CHUNK_KEYS or count * (n - 1) > tail_items(num_kv_heads, slots):
+        if longest * tile_kv < n * MIN_CHUNK_KEYS or count * (n - 1) > most:
             break
         time = -(-longest // n) * -(-pieces * n // slots) + TAIL_COST + TAIL_CHUNK_COST * n
         if time < best:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fi_cupy.plan.prefill import ITEM_WORDS, choose_tiles, max_items, pad, plan_prefill, smem_bytes, tail_items
+from fi_cupy.plan.prefill import ITEM_WORDS, choose_tiles, max_items, pad, plan_prefill, smem_bytes
 from fi_cupy.prefill_kernel import _GPUS, Problem, fast_div, geometry, prefill_spec
 from fi_cupy.reference.masks import positional_mask
 
@@ -58,7 +58,7 @@ def seen_by(items, num_slots, num_split, group, tile_q, batch, tile_kv, align_en
     split=st.one_of(st.none(), st.integers(1, 500)),
     disable=st.booleans(),
     align_end=st.booleans(),
-    tail=st.booleans(),
+    tail=st.integers(0, 100),
 )
 def test_every_visible_pair_is_computed_once(
     lens, group, kv_heads, tile_q, tile_kv, slots, causal, window, split, disable, align_end, tail
@@ -87,7 +87,7 @@ def test_every_visible_pair_is_computed_once(
     if disable:
         assert plan.num_slots == 0
     elif split is None:
-        most = tail_items(kv_heads, slots) if tail else -(-slots // kv_heads)
+        most = max(tail, -(-slots // kv_heads))
         assert len(plan.items) <= max_items(int(qo[-1]), len(lens), group, tile_q, most)
 
 
@@ -149,7 +149,7 @@ def test_the_last_round_of_items_is_split(batch):
     """Chunks of long prompts of 32/8 heads: within 5 % of the even share, where whole items leave 11 to 33 % idle."""
     requests, rows, keys = batch
     finish = []
-    for tail in (False, True):
+    for tail in (0, 34):
         plan = plan_prefill(
             np.arange(requests + 1) * rows, np.full(requests, keys), np.arange(requests) * keys, group=4,
             num_kv_heads=8, tile_q=192, tile_kv=80, slots=132, causal=True, align_end=True, split_tail=tail,
@@ -166,7 +166,7 @@ def test_prompts_that_end_with_short_items_are_not(batch):
         group=4, num_kv_heads=8, tile_q=192, tile_kv=80, slots=132, causal=True, align_end=True,
     )  # fmt: skip
     args = np.arange(requests + 1) * rows, np.full(requests, keys), np.arange(requests) * keys
-    whole, tail = plan_prefill(*args, **options), plan_prefill(*args, **options, split_tail=True)
+    whole, tail = plan_prefill(*args, **options), plan_prefill(*args, **options, split_tail=34)
     assert tail.num_split == whole.num_split == 0 and (tail.items == whole.items).all()
 
 
