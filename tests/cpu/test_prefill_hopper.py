@@ -10,6 +10,7 @@ from fi_cupy import prefill_hopper
 from fi_cupy.dtypes import bfloat16, float8_e4m3fn
 from fi_cupy.errors import UnsupportedError
 from fi_cupy.prefill_hopper import (
+    FINE_TILES,
     SHORT_TILES,
     TILES,
     Load,
@@ -42,7 +43,7 @@ def encoded(monkeypatch):
 
 
 def test_every_shape_fits_a_multiprocessor():
-    tables = (TILES, SHORT_TILES, prefill_hopper._CAPPED_TILES, prefill_hopper._VARIANT_TILES)
+    tables = (TILES, SHORT_TILES, FINE_TILES, prefill_hopper._CAPPED_TILES, prefill_hopper._VARIANT_TILES)
     for tiles in (tiles for table in tables for tiles in table.values()):
         assert tiles.smem_bytes <= 227 * 1024
         registers = tiles.producer_regs + tiles.consumers * tiles.consumer_regs
@@ -129,9 +130,29 @@ def test_one_cta_a_multiprocessor_takes_all_the_work():
     assert wide.grid(1000) == (8000, 1, 1)
 
 
-def test_short_tiles_have_the_keys_and_so_the_bits_of_tall_ones():
+def test_short_tiles_have_the_keys_and_so_the_bits_of_fine_or_tall_ones():
     for dims, tiles in SHORT_TILES.items():
-        assert tiles.tile_kv == TILES[dims].tile_kv and tiles.tile_q == 128 < TILES[dims].tile_q
+        tall = FINE_TILES.get(dims, TILES[dims])
+        assert tiles.tile_kv == tall.tile_kv and tiles.tile_q == 128 < tall.tile_q == TILES[dims].tile_q
+
+
+@pytest.mark.parametrize(
+    ("shape", "causal", "fine"),
+    [
+        ((32, 512, 512, 32, 32), True, True),
+        ((16, 1024, 1024, 32, 32), True, True),
+        ((8, 2048, 2048, 32, 32), True, True),
+        ((4, 4096, 4096, 32, 32), True, False),
+        ((16, 1024, 1024, 32, 32), False, False),
+        ((16, 1024, 1024, 32, 8), True, False),
+    ],
+)
+def test_short_prompts_have_fine_tiles(shape, causal, fine):
+    requests, tokens, keys, heads, kv_heads = shape
+    load = load_of(requests, heads // kv_heads, requests * tokens, requests * keys, causal, -1)
+    p = Problem(heads, kv_heads, 128, 128, bfloat16, False, False, False, False)
+    tiles = geometry(p, load.rows, TYPICAL["90a"], load).hopper
+    assert tiles is (FINE_TILES if fine else TILES)[128, 128]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +200,8 @@ def test_few_long_requests_go_longest_first_of_all():
         ((1, 96, 65536, 32, 8, 128), 192),  # and 384 two tall ones
         ((1, 1024, 1024, 32, 8, 64), 128),
         ((1, 2048, 2048, 9, 3, 64), 192),  # 3 heads a group do not divide 128
-        ((16, 64, 64, 32, 8, 128), 0),
+        ((16, 64, 64, 32, 8, 128), 128),
+        ((12, 128, 128, 32, 8, 128), 128),  # whole rounds of items: 3 of 192 rows, 3 of 128
         ((16, 128, 128, 9, 3, 64), 192),
         ((1, 16, 65536, 32, 8, 128), 0),
         ((1, 1024, 1024, 16, 16, 256), 128),
@@ -199,7 +221,7 @@ def test_who_gets_which_tiles(shape, height):
     assert geometry(p, load.rows, device).hopper is TILES[dim, dim]
     assert geometry(p, load.rows, TYPICAL["80"], load) is geometry(p, load.rows, TYPICAL["80"])
     if height == 0:
-        assert too_little(p, TILES[dim, dim], load, device.num_sms) in g.choice
+        assert too_little(load) in g.choice
         assert geometry(p._replace(backend="fa3"), load.rows, device, load).hopper is not None
 
 

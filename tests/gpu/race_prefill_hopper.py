@@ -37,6 +37,7 @@ class Case(NamedTuple):
 
 CASES = {
     "ragged": Case(),
+    "fine": Case(group=1),
     "gathered": Case(group=5),
     "page8": Case(page_size=8),
     "page16": Case(page_size=16),
@@ -51,8 +52,8 @@ HEADS = 2  # of keys and values
 
 
 def spec_of(c: Case):
-    dims = {**prefill_hopper.SHORT_TILES} if c.short else {**prefill_hopper.TILES}
-    tiles = dims[c.dims]
+    kinds = prefill_hopper.TILES, prefill_hopper.SHORT_TILES, prefill_hopper.FINE_TILES
+    tiles = kinds[1 if c.short else 2 if c.group == 1 else 0][c.dims]
     return prefill_hopper.hopper_spec(
         bfloat16, tiles, paged=c.page_size > 0, query_boxes=tiles.tile_q % c.group == 0, soft_cap=c.cap > 0
     )

@@ -190,6 +190,7 @@ def test_both_heights_of_tiles_give_the_same_bits(rng, monkeypatch, dim, group):
     q, k, v = (normal(rng, (int(n), h, dim)) for n, h in ((qo[-1], 3 * group), (kv[-1], 3), (kv[-1], 3)))
     want = batch_prefill_ragged(*(x.astype(np.float64) for x in (q, k, v)), qo, kv, causal=True)
     gpu, results, heights = [on_gpu(x) for x in (q, k, v)], [], []
+    monkeypatch.setattr(prefill_kernel, "wants_fine_tiles", lambda load: True)  # with the keys of the short ones
     for short in (False, True):
         monkeypatch.setattr(prefill_kernel, "wants_short_tiles", lambda *given, short=short: short)
         prefill_kernel.geometry.cache_clear()
