@@ -18,7 +18,7 @@ from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.dtypes import float32
 from fi_cupy.errors import PlanError
 from fi_cupy.mla_kernel import HOPPER_TILES, Call, Costs, Geometry, Problem, choose_tiles, launch_more
-from fi_cupy.plan.mla import plan_mla
+from fi_cupy.plan.mla import WAITS, plan_mla
 from fi_cupy.prefill_plan import Options, Work, launch_values
 from fi_cupy.reference.mla import mla_paged
 from fi_cupy.scales import Scales
@@ -145,7 +145,7 @@ def ctas(request, monkeypatch):
 def test_split_keys(rng, tiles, page_size, slots, ctas):
     batch = Batch(rng, [1, 2], [330, 200], 16, page_size)
     out, lse, plan = run(batch, geometry(16, page_size, tiles), PLAIN, slots=slots)
-    assert plan.num_slots >= 2 and (plan.items[:, 13] == (len(plan.items) <= slots)).all()
+    assert plan.num_slots >= 2 and (plan.items[:, WAITS] == (len(plan.items) <= slots)).all()
     check(out, lse, *batch.reference(PLAIN), "bfloat16")
 
 
