@@ -37,6 +37,7 @@ PARAMS = ParamsStruct(
         ("q_pe_stride_h", "i64"),
         ("pe_ratio", "f32"),
         ("lse_factor", "f32"),
+        ("table_ready", "u32"),
     ],
 )
 #: The same, then 32 frequencies as opaque blocks of 16.
@@ -71,7 +72,7 @@ class MlaHopperTiles(NamedTuple):
 
     tile_q: int = 64
     tile_kv: int = 64
-    smem_bytes: int = 3 * 9 * 64 * 128 + 1248  # q, two tiles, struct MlaHopperShared
+    smem_bytes: int = 3 * 9 * 64 * 128 + 1280  # q, two tiles, struct MlaHopperShared
 
 
 HOPPER_TILES = MlaHopperTiles()
@@ -169,7 +170,7 @@ def hopper_spec(
             ("kTokenScales", token_scales),
             ("Logits", CppType(f"fi::PrefillLogits<{flags}>")),
         ),
-        threads=384,
+        threads=384 if kv is dtype else 512,
         min_blocks=1,
         smem_bytes=HOPPER_TILES.smem_bytes,
         spills=""
@@ -341,9 +342,12 @@ def check_problem(op: str, p: Problem, head_dim_ckv: int, head_dim_kpe: int, on_
 
 def launch_more(
     g: Geometry, x: View, x_pe: View, caches: list[View], token_scales: View | None, pe_ratio: float,
-    lse_factor: float, turns: tuple[bytes, ...],
+    lse_factor: float, table_ready: bool, turns: tuple[bytes, ...],
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The fields of the kernel's struct behind those of the prefill kernel's."""
+    """The fields of the kernel's struct behind those of the prefill kernel's.
+
+    `table_ready`: whether the page numbers came with the work items, and not from a kernel in front.
+    """
     more: tuple[Any, ...] = turns
     if g.hopper:
         ckv, kpe = ((c.ptr, c.strides[0], c.strides[1]) for c in caches)
@@ -351,7 +355,7 @@ def launch_more(
         more = hopper_maps(x.dtype.name, g.problem.page_size, caches[0].shape[0], ckv, kpe) if boxes else NO_MAPS
     return (
         x_pe.ptr, 0 if token_scales is None else token_scales.ptr, x_pe.strides[0], x_pe.strides[1], pe_ratio,
-        lse_factor, *more,
+        lse_factor, int(table_ready), *more,
     )  # fmt: skip
 
 
@@ -366,7 +370,7 @@ def hopper_maps(
     """The tensor maps of the caches, (address, page and token stride in elements) each, and the rows of a box."""
     rows = math.gcd(page_size, HOPPER_TILES.tile_kv)
     maps = []
-    for (address, page, token), panels, box in ((ckv, CKV // 64, 2), (kpe, 1, 1)):
+    for (address, page, token), panels, box in ((ckv, CKV // 64, 1), (kpe, 1, 1)):
         extents = (64, 8, panels, page_size // 8, max(pages, 1))
         strides = (2 * token, 128, 16 * token, 2 * page if pages > 1 else 16)
         maps.append(encode_map(dtype, address, extents, strides, (64, 8, box, rows // 8, 1)))

@@ -29,8 +29,8 @@ class Costs(NamedTuple):
     traffic: float
 
 
-#: Word of an item (PrefillItem::unused[0]) that says whether all chunks of its tile run at a time, so that they may wait
-#: for each other.
+#: Word of an item (PrefillItem::unused[0]) that says whether all chunks of its tile run at a time, and may wait for each
+#: other.
 WAITS = 14
 #: Most chunks of a tile: their weights lie in the memory of q when they are joined.
 MOST_CHUNKS = 256

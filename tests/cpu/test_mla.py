@@ -290,7 +290,7 @@ def test_maps_of_the_caches(monkeypatch, page_size, rows):
         == rows
     )
     (_, address, extents, strides, box), kpe = calls
-    assert (address, extents) == (1 << 20, (64, 8, 8, page_size // 8, 7)) and box == (64, 8, 2, rows // 8, 1)
+    assert (address, extents) == (1 << 20, (64, 8, 8, page_size // 8, 7)) and box == (64, 8, 1, rows // 8, 1)
     assert strides == (1152, 128, 8 * 1152, page_size * 1152)
     assert kpe[2:] == ((64, 8, 1, page_size // 8, 7), (128, 128, 1024, page_size * 128), (64, 8, 1, rows // 8, 1))
     hopper_maps.cache_clear()

@@ -100,7 +100,7 @@ def run(batch, g, options, *, slots=7, costs=CHEAP, scales=UNSCALED, ratio=1.0, 
             g, work, x, *parts, *strides, out, lse, options, scales, indices.ptr, batch.page_size, 0, 0
         )
         tokens = None if token_scales is None else view(token_scales)
-        more = launch_more(g, x, x_pe, parts, tokens, ratio, lse_factor, turns)
+        more = launch_more(g, x, x_pe, parts, tokens, ratio, lse_factor, launches > 1, turns)
         spec = g.spec(Call(options.sm_scale > 0, kind if out_dtype else None, token_scales is not None))
         emulate._kernel(spec, 0).launch(work.num_items, 0, *values, *more)
         assert not counters.array.any()
