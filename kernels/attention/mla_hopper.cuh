@@ -48,6 +48,7 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
   float o[2][64];  // of this warpgroup's quarters
 #pragma unroll
   for (int i = 0; i < 128; ++i) o[i >> 6][i & 63] = 0.f;
+  float(&all)[128] = reinterpret_cast<float(&)[128]>(o);
   MlaRowState state{{-FI_INF, -FI_INF}, {0.f, 0.f}, {-FI_INF, -FI_INF}, {0.f, 0.f}};
   uint32_t p[kMlaKeys / 16][4];
 
@@ -70,7 +71,10 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
       ptx::Wgmma<T, kMlaKeys>::ss(s, q_desc + 8 * (kMlaPanel / 16) + step * 2, kpe_desc + step * 2, 1);
     ptx::wgmma_commit();
   };
-  // p v of both quarters, a group each, so that the first becomes free before the second.
+  // p v of both quarters. Of this warpgroup's own weights a group each, so that the first becomes free before the second; of
+  // the other's, which come from shared memory, in one, so that they are read once. (Other producers need more registers, and
+  // ptxas wants some for this that are not left.)
+  constexpr bool kBoth = Config::kLoad == MlaLoad::kBoxes;
   auto multiply_own = [&] {
     ptx::wgmma_fence();
 #pragma unroll
@@ -83,23 +87,33 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
   };
   auto multiply_other = [&] {
     ptx::wgmma_fence();
-#pragma unroll
-    for (int q = 0; q < 2; ++q) {
+    if constexpr (kBoth) {
 #pragma unroll
       for (int step = 0; step < kMlaKeys / 16; ++step)
-        ptx::Wgmma<T, 128>::st(o[q], p_other + step * 2, v_other + q * (kMlaQuarter / 16) + step * (2 * 1024 / 16), 1);
+        ptx::Wgmma<T, 256>::st(all, p_other + step * 2, v_other + step * (2 * 1024 / 16), 1);
       ptx::wgmma_commit();
+    } else {
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+#pragma unroll
+        for (int step = 0; step < kMlaKeys / 16; ++step)
+          ptx::Wgmma<T, 128>::st(o[q], p_other + step * 2, v_other + q * (kMlaQuarter / 16) + step * (2 * 1024 / 16), 1);
+        ptx::wgmma_commit();
+      }
     }
   };
   auto release = [&](int stage, int quarter) {
     if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.empty[stage][quarter]));
   };
+  // The first quarter's product is done, if it is one of its own; then both.
   auto first_done = [&](int stage) {
+    if (kBoth && stage != kWg) return;
     ptx::wgmma_wait<1>();
     release(stage, 2 * kWg);
   };
   auto done = [&](int stage) {
     ptx::wgmma_wait<0>();
+    if (kBoth && stage != kWg) release(stage, 2 * kWg);
     release(stage, 2 * kWg + 1);
     ptx::wgmma_arrived(o[0]);
     ptx::wgmma_arrived(o[1]);
@@ -260,7 +274,6 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
     const int row = warp_row + h * 8 + (lane >> 2);
     total.m[0][h] = state.m[h], total.d[0][h] = shared.d[0][row] + shared.d[1][row];
   }
-  float(&all)[128] = reinterpret_cast<float(&)[128]>(o);
   if (item.num_chunks > 1) {  // Q's memory is free: both warpgroups' products are done
     MlaJoin<Config, kMlaRows, 256, 32>::run(params, shared, reinterpret_cast<float*>(memory), all, total, scale,
                                             warp_row + (lane >> 2), kWg * 256 + 2 * (lane & 3), kWg == 0 && (lane & 3) == 0,

@@ -131,17 +131,17 @@ struct MlaRows {
     entry = start + row - params.page_size.quotient(start + row) * params.page_size.divisor;
     return __shfl_sync(kFullMask, row < 32 ? page[0] : page[1], row & 31);
   }
-  // To L2: by two warps, a row a thread.
-  template <int kBytes, class Params>
+  // 16-bit rows to L2: by two warps, a row a thread.
+  template <class Params>
   FI_DEVICE void prefetch(const Params& params, const PrefillItem& item, int start) const {
     const int row = threadIdx.x & 63, token = start + row;
     if (token >= item.kv_len) return;
     const int entry = token - params.page_size.quotient(token) * params.page_size.divisor;
     const int64_t at = row < 32 ? page[0] : page[1];
-    const uint8_t* const ckv = static_cast<const uint8_t*>(params.k) + (at * params.k_stride_page + entry * params.k_stride_n) * kBytes;
+    const uint8_t* const ckv = static_cast<const uint8_t*>(params.k) + (at * params.k_stride_page + entry * params.k_stride_n) * 2;
 #pragma unroll
-    for (int j = 0; j < kMlaCkv * kBytes; j += 128) ptx::prefetch_l2(ckv + j);
-    ptx::prefetch_l2(static_cast<const uint8_t*>(params.v) + (at * params.v_stride_page + entry * params.v_stride_n) * kBytes);
+    for (int j = 0; j < 2 * kMlaCkv; j += 128) ptx::prefetch_l2(ckv + j);
+    ptx::prefetch_l2(static_cast<const uint8_t*>(params.v) + (at * params.v_stride_page + entry * params.v_stride_n) * 2);
   }
 };
 
@@ -196,8 +196,8 @@ FI_DEVICE void gather_mla(const Params& params, MlaHopperShared& shared, uint8_t
     }
     if (i + 2 < tiles) {
       rows.find(params, item, start - 2 * kMlaKeys);
-      if (item.q_tile % 2 == 0)
-        rows.template prefetch<2>(params, item, start - 2 * kMlaKeys);
+      // Tiles of rows that lie side by side have the same keys: one of two does it for both.
+      if (item.q_tile % 2 == 0) rows.prefetch(params, item, start - 2 * kMlaKeys);
     }
   }
 }

@@ -11,7 +11,4 @@ FI_DEVICE void cp_async_arrive(uint32_t barrier) {
 // The line of 128 bytes into L2 alone.
 FI_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Some time for other warps.
-FI_DEVICE void yield() { asm volatile("nanosleep.u32 100;" ::: "memory"); }
-
 }  // namespace fi::ptx

@@ -3,9 +3,4 @@
 namespace fi::ptx {
 inline void cp_async_arrive(uint32_t barrier) { mbarrier_arrive(barrier); }
 inline void prefetch_l2(const void*) {}
-inline void yield() {
-  emulator::current->at = "yield";
-  emulator::ready.push_back(emulator::current);
-  emulator::pause();
-}
 }  // namespace fi::ptx
