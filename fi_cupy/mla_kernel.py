@@ -319,14 +319,13 @@ def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry
     fp8 = problem.kv in FP8_TYPES
     smem_per_block = 65536 if device.code_number < 80 else device.smem_per_block
     tiles, ctas = choose_tiles(min(packed_rows, 64), smem_per_block, fp8), 1
-    half = device.smem_per_sm // 2 - 1024
-    if fp8 and packed_rows <= FEW_ROWS and half >= LEAST_FP8:  # one CTA widens while the other one multiplies
-        tiles, ctas = choose_tiles(packed_rows, half, True), 2
+    if fp8 and packed_rows <= FEW_ROWS and 2 * (FEW_FP8.smem_bytes + 1024) <= device.smem_per_sm:
+        tiles, ctas = FEW_FP8, 2  # one CTA widens while the other one multiplies
     return Geometry(problem, tiles, f"the portable kernel (mma.sync): {reason}", ctas * device.num_sms)
 
 
-#: Shared memory of a CTA of 16 rows that can have two fp8 tiles of 32 keys in flight.
-LEAST_FP8 = smem_bytes(1, 4, 32, 2, True)
+#: The CTA of 16 rows and fp8 keys of which a multiprocessor runs two, where it has the memory.
+FEW_FP8 = MlaTiles(1, 4, 32, 2, smem_bytes(1, 4, 32, 2, True))
 #: Rows a request up to which the portable kernel's tile of 16 rows is the better one: it reads memory all the time.
 FEW_ROWS = 16
 
@@ -407,7 +406,6 @@ def kernel_specs() -> list[KernelSpec]:
         tensors={"bias": "float32"},
     ).lowered()
     few = {arch: choose_tiles(16, size, False) for arch, size in _SMEM.items()}
-    fp8 = choose_tiles(16, (_SMEM[90] + 1024) // 2 - 1024, True)  # two CTAs a multiprocessor
     with_variant = Problem(128, float16, float8_e5m2, 16, variant=biased)
     call = Call(out=float8_e4m3fn, token_scales=True)
     specs = [
@@ -416,7 +414,7 @@ def kernel_specs() -> list[KernelSpec]:
         mla_spec(bfloat16, few[90]),
         mla_spec(bfloat16, choose_tiles(64, _SMEM[80], False)),
         mla_spec(bfloat16, choose_tiles(64, _SMEM[90], True), kv=float8_e4m3fn),
-        Geometry(with_variant, fp8, "", 132).spec(call),
+        Geometry(with_variant, FEW_FP8, "", 264).spec(call),
         mla_spec(bfloat16, few[90], rope=True, soft_cap=True),
         hopper_spec(bfloat16),
         hopper_spec(bfloat16, gather=True),

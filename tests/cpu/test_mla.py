@@ -10,9 +10,9 @@ import pytest
 
 from fi_cupy import decode, errors, mla, mla_kernel
 from fi_cupy.attention import explain
-from fi_cupy.dtypes import bfloat16
+from fi_cupy.dtypes import bfloat16, float8_e4m3fn
 from fi_cupy.jit import define_variant
-from fi_cupy.mla_kernel import HOPPER_TILES, Problem, choose_tiles, geometry, hopper_maps, smem_bytes
+from fi_cupy.mla_kernel import FEW_FP8, HOPPER_TILES, Problem, choose_tiles, geometry, hopper_maps, smem_bytes
 from fi_cupy.profiles import TYPICAL
 
 SCALE, HEADS, PAGE = 192**-0.5, 3, 4
@@ -278,6 +278,15 @@ def test_what_goes_to_the_portable_kernel(other, rows, reason):
         with pytest.raises(errors.UnsupportedError, match=reason):
             geometry(problem(**other, backend="fa3"), rows, device)
     assert not geometry(problem(), 128, TYPICAL["100a"]).hopper
+
+
+def test_few_rows_of_fp8_run_two_ctas_a_multiprocessor():
+    fp8 = problem(kv=float8_e4m3fn)
+    g = geometry(fp8, 16, TYPICAL["90a"])
+    assert not g.hopper and g.tiles == FEW_FP8 and g.slots == 2 * TYPICAL["90a"].num_sms
+    assert 2 * (g.tiles.smem_bytes + 1024) <= TYPICAL["90a"].smem_per_sm
+    assert geometry(fp8, 16, TYPICAL["80"]).slots == TYPICAL["80"].num_sms  # not enough memory for two
+    assert geometry(problem(), 16, TYPICAL["90a"]).slots == TYPICAL["90a"].num_sms
 
 
 @pytest.mark.parametrize(("page_size", "rows"), [(8, 8), (16, 16), (24, 8), (64, 64), (96, 32), (256, 64)])

@@ -17,7 +17,7 @@ from fi_cupy import decode, mla, mla_batch, mla_kernel, plan_run, prefill_batch
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.dtypes import float32
 from fi_cupy.errors import PlanError
-from fi_cupy.mla_kernel import HOPPER_TILES, Call, Costs, Geometry, Problem, choose_tiles, launch_more
+from fi_cupy.mla_kernel import FEW_FP8, HOPPER_TILES, Call, Costs, Geometry, Problem, choose_tiles, launch_more
 from fi_cupy.plan.mla import WAITS, plan_mla
 from fi_cupy.prefill_plan import Options, Work, launch_values
 from fi_cupy.reference.mla import mla_paged
@@ -181,7 +181,7 @@ def test_hopper_split_keys(rng, maps, ctas):
 
 
 @pytest.mark.parametrize("tokens", [False, True])
-@pytest.mark.parametrize("tiles", [choose_tiles(16, 101376, True), HOPPER_TILES], ids=["portable", "hopper"])
+@pytest.mark.parametrize("tiles", [FEW_FP8, HOPPER_TILES], ids=["portable", "hopper"])
 def test_fp8(rng, tiles, tokens):
     batch = Batch(rng, [1, 2], [50, 271], 7, 8, kv="float8_e4m3fn")
     scales = rng.uniform(0.5, 2.0, (*batch.cache.shape[:2], 4)).astype(np.float32) if tokens else None

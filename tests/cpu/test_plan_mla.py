@@ -78,6 +78,13 @@ def test_chunks_of_even_batches(count, tiles, chunks):
     assert best_chunks(count, tiles, 132, COSTS) == chunks
 
 
+@pytest.mark.parametrize(("share", "chunks"), [(1, 1), (2, 2)])
+def test_halves_do_not_read_memory_faster(share, chunks):
+    """64 items of 64 tiles fill half of the device, but as many different keys are all that the memory gives."""
+    costs = COSTS._replace(memory=0.0163)
+    assert best_chunks(64, 64, 132, costs, share) == chunks and best_chunks(64, 64, 132, COSTS) == 2
+
+
 def test_few_items_are_split_until_joining_costs_more():
     one = best_chunks(2, 64, 132, COSTS)
     assert 16 <= one <= 32
