@@ -12,6 +12,7 @@ from fi_cupy.errors import DTypeError, UnsupportedError
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
+from fi_cupy.prefill_kernel import fast_div
 from fi_cupy.reference import cascade as reference
 
 _PAIR = ParamsStruct(
@@ -37,7 +38,9 @@ _PAIR = ParamsStruct(
         ("so_stride_n", "i64"),
         ("so_stride_h", "i64"),
         ("items", "u32"),
-        ("heads", "u32"),
+        ("heads.divisor", "u32"),
+        ("heads.magic", "u32"),
+        ("heads.shift", "u32"),
     ],
 )
 _STATES = ParamsStruct(
@@ -54,7 +57,9 @@ _STATES = ParamsStruct(
         ("s_stride_i", "i64"),
         ("s_stride_h", "i64"),
         ("items", "u32"),
-        ("heads", "u32"),
+        ("heads.divisor", "u32"),
+        ("heads.magic", "u32"),
+        ("heads.shift", "u32"),
         ("states", "u32"),
     ],
 )
@@ -160,7 +165,8 @@ def _launch_pair(
     per_cta = spec.threads // (dim // vec) * _UNROLL
     load_kernel(spec, va.device).launch(
         -(-items // per_cta), va.stream(), va.ptr, vb.ptr, sa.ptr, sb.ptr, vo.ptr, so.ptr,
-        0 if mask is None else mask.ptr, *strides, *sa.strides, *sb.strides, *so.strides, items, heads,
+        0 if mask is None else mask.ptr, *strides, *sa.strides, *sb.strides, *so.strides, items,
+        *fast_div(max(heads, 1)),
     )  # fmt: skip
 
 
@@ -295,7 +301,7 @@ def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
         per_cta = spec.threads // (dim // vec)
         load_kernel(spec, vv.device).launch(
             -(-items // per_cta), vv.stream(), vv.ptr, sv.ptr, out.ptr, lse.ptr, sn, si, sh, *sv.strides,
-            items, heads, states,
+            items, *fast_div(max(heads, 1)), states,
         )  # fmt: skip
     return out.result(), lse.result()
 

@@ -62,16 +62,6 @@ FI_DEVICE void rope(const RopeParams& params) {
                                       : k_out + (head - params.num_qo_heads) * params.k_out_stride_h;
   };
 
-  int64_t position = 0;
-  if constexpr (Config::kSegments) {
-    const I* indptr = static_cast<const I*>(params.indptr);
-    const int segment = warp_find_segment(indptr, int(params.batch), token);
-    // Tokens outside every segment stay as they are: position 0.
-    if (segment >= 0) position = int64_t(static_cast<const I*>(params.positions)[segment]) + token - indptr[segment];
-  } else {
-    position = static_cast<const I*>(params.positions)[token];
-  }
-
   V a[kUnroll], b[kUnroll];
   auto load = [&](uint32_t first) {
 #pragma unroll
@@ -84,7 +74,19 @@ FI_DEVICE void rope(const RopeParams& params) {
       }
     }
   };
+
+  // The position is asked for first and looked at last: everything else of the token is under way by then.
+  I raw = 0;
+  if constexpr (!Config::kSegments) raw = static_cast<const I*>(params.positions)[token];
   load(threadIdx.x);
+  keep_until_here(raw);
+  int64_t position = raw;
+  if constexpr (Config::kSegments) {
+    const I* indptr = static_cast<const I*>(params.indptr);
+    const int segment = warp_find_segment(indptr, int(params.batch), token);
+    // Tokens outside every segment stay as they are: position 0.
+    if (segment >= 0) position = int64_t(static_cast<const I*>(params.positions)[segment]) + token - indptr[segment];
+  }
 
 #pragma unroll
   for (int pair = threadIdx.x; pair < kHalf; pair += kThreads) {
