@@ -58,6 +58,8 @@ _PARAMS = ParamsStruct(
     ],
 )
 _NO_TURNS = (bytes(128),) * _BLOCKS
+#: Up to this many a thread's own instructions, not the memory, are what takes the time.
+_FEW_TOKENS = 256
 
 
 @lru_cache(maxsize=256)
@@ -67,16 +69,21 @@ def rope_spec(
     rotary_dim: int,
     vec: int,
     threads: int,
+    unroll: int = 2,
     *,
     rest: int = 0,
     interleave: bool = False,
     segments: bool = False,
     cache: bool = False,
 ) -> KernelSpec:
-    """The kernel for `rotary_dim` features read `vec` at a time; `rest` features after them are copied."""
+    """The kernel for `rotary_dim` features read `vec` at a time; `rest` features after them are copied.
+
+    A thread takes `unroll` units (two vectors each) of a token at a time.
+    """
     form = ("_interleave" if interleave else "") + ("_segments" if segments else "") + ("_cache" if cache else "")
+    form += f"_{dtype.tag}_{index.tag}_d{rotary_dim}" + (f"r{rest}" if rest else "")
     return KernelSpec(
-        symbol=f"rope{form}_{dtype.tag}_{index.tag}_d{rotary_dim}{f'r{rest}' if rest else ''}_v{vec}_t{threads}",
+        symbol=f"rope{form}_v{vec}_t{threads}u{unroll}",
         header="rope.cuh",
         function="rope",
         params=_PARAMS,
@@ -87,6 +94,7 @@ def rope_spec(
             ("kVec", vec),
             ("kRest", rest),
             ("kThreads", threads),
+            ("kUnroll", unroll),
             ("kInterleave", interleave),
             ("kSegments", segments),
             ("kCache", cache),
@@ -102,11 +110,14 @@ def kernel_specs() -> list[KernelSpec]:
         for dim, heads in shapes:
             threads = _threads(heads * dim // 16)
             specs.append(rope_spec(dtype, int32, dim, 8, threads))
+            if dtype is float16:  # the same code but for the conversions
+                continue
             specs.append(rope_spec(dtype, int64, dim, 8, threads))
             specs.append(rope_spec(dtype, int32, dim, 8, threads, interleave=True))
             specs.append(rope_spec(dtype, int32, dim, 8, threads, segments=True))
             specs.append(rope_spec(dtype, int64, dim, 8, threads, cache=True))
             specs.append(rope_spec(dtype, int64, dim, 8, threads, cache=True, interleave=True))
+    specs.append(rope_spec(bfloat16, int32, 128, 8, *_shape(1, 320)[:2]))
     specs.append(rope_spec(float32, int32, 128, 4, 256))
     specs.append(rope_spec(bfloat16, int32, 64, 8, 96, rest=64))
     return specs + rope_quantize_kernel.kernel_specs()
@@ -116,6 +127,18 @@ def _threads(units: int) -> int:
     """Threads of a token's CTA: two units a thread, as few rounds as 256 threads allow, all of them full."""
     rounds = max(1, -(-units // 512))
     return max(32, -(-units // (64 * rounds)) * 32)
+
+
+def _shape(tokens: int, units: int) -> tuple[int, int, int]:
+    """(threads, units a thread at a time, CTAs a token). Few tokens: small CTAs of one unit a thread, many a token."""
+    if tokens <= _FEW_TOKENS:
+        return 64, 1, -(-units // 64)
+    return _threads(units), 2, 1
+
+
+def model_specs(rotary_dim: int, units: int) -> list[KernelSpec]:
+    """The kernels of few and of many tokens that a bf16 model takes."""
+    return [rope_spec(bfloat16, int32, rotary_dim, 8, *_shape(n, units)[:2]) for n in (1, _FEW_TOKENS + 1)]
 
 
 #: rotary_dim, rope_scale, rope_theta, and Llama 3.1's (low_freq_factor, high_freq_factor, old_context_len) or None.
@@ -197,12 +220,13 @@ def _launch(
     steps = half | rest | qs | ks | qos | kos | qn | kn | qon | kon
     common = q.ptr | k.ptr | q_out.ptr | k_out.ptr | steps * size | 16
     vec = (common & -common) // size or 1
+    threads, unroll, parts = _shape(q.shape[0], (num_q + num_k) * (half // vec))
     spec = rope_spec(
-        q.dtype, positions.dtype, rotary_dim, vec, _threads((num_q + num_k) * (half // vec)), rest=rest,
+        q.dtype, positions.dtype, rotary_dim, vec, threads, unroll, rest=rest,
         interleave=interleave, segments=indptr is not None, cache=cos_sin is not None,
     )  # fmt: skip
     load_kernel(spec, q.device).launch(
-        q.shape[0], q.stream(), *turns, q.ptr, k.ptr, q_out.ptr, k_out.ptr, positions.ptr,
+        (q.shape[0], parts, 1), q.stream(), *turns, q.ptr, k.ptr, q_out.ptr, k_out.ptr, positions.ptr,
         0 if indptr is None else indptr.ptr, 0 if cos_sin is None else cos_sin.ptr,
         qn, qs, kn, ks, qon, qos, kon, kos, 0 if cos_sin is None else cos_sin.strides[0],
         num_q, num_k, 0 if indptr is None else positions.shape[0],

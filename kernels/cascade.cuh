@@ -65,15 +65,15 @@ FI_DEVICE void merge_pair(const MergePairParams& params) {
       const float base = top == -FI_INF ? 0.f : top;
       const float wa = math::ptx_exp2(sa[n] - base), wb = math::ptx_exp2(sb[n] - base);
       const float total = wa + wb, inverse = total > 0.f ? __frcp_rn(total) : 0.f;
+      const float left = wa * inverse, right = wb * inverse;
+      // A state that weighs nothing may hold anything, NaN included. NaN weights are passed on.
+      if (wa == 0.f) a[n] = V{};
+      if (wb == 0.f) b[n] = V{};
       float x[kVec], y[kVec];
       a[n].to_floats(x);
       b[n].to_floats(y);
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        // A state that weighs nothing may hold anything, NaN included. NaN weights are passed on.
-        const float left = wa == 0.f ? 0.f : wa * x[j], right = wb == 0.f ? 0.f : wb * y[j];
-        x[j] = (left + right) * inverse;
-      }
+      for (int j = 0; j < kVec; ++j) x[j] = fmaf(left, x[j], right * y[j]);
       V::from_floats(x).store(static_cast<T*>(params.v_out) + row[n] * params.vo_stride_n + head[n] * params.vo_stride_h +
                               column);
       if (column == 0)
