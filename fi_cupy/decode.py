@@ -21,6 +21,7 @@ from fi_cupy.decode_kernel import (
     kernel_specs,
     logit_floats,
     output_view,
+    shares_of,
     sinks_view,
     why_not,
 )
@@ -528,13 +529,14 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
         else:
             indices, ready = p.indices.ptr, 0
         assert self._plan_buffer is not None
-        x, kv, o = c.x, c.kv, c.o
+        x, kv, o, g = c.x, c.kv, c.o, p.geometry
+        k, v = token_strides(kv.k, self._layout), token_strides(kv.v, self._layout)
         return (
             x.ptr, kv.k.ptr, kv.v.ptr, o.ptr, 0 if c.s is None else c.s.ptr, p.items_ptr, indices,
             0 if c.sink is None else c.sink.ptr, p.partial_out, p.partial_md, self._plan_buffer.counters_ptr,
             x.strides[0], x.strides[1], o.strides[0], o.strides[1],
-            *token_strides(kv.k, self._layout), *token_strides(kv.v, self._layout),
-            *p.counts, ready, 0, 0, 0, 0, *logit_floats(p.sm_scale * c.scales.logit, p.logits_soft_cap),
+            *k, *v, *p.counts, ready, g.slots, shares_of(k, v, p.num_kv_heads, p.head_dim, g.blocks_per_kv), 0, 0, 0, 0,
+            *logit_floats(p.sm_scale * c.scales.logit, p.logits_soft_cap),
             c.scales.output, *c.scales.kernel_values(),
         )  # fmt: skip
 
