@@ -63,7 +63,8 @@ NOT_TRACED = {
     *("e2m1_and_ufp8sf_scale_to_float", "mxfp4_dequantize", "mxfp8_dequantize_host"),  # checks of results
     *("mm_fp8", "bmm_fp8", "mm_bf16_swiglu"),  # column-major operands, which XLA does not have
     *("fp4_quantize", "nvfp4_quantize", "mxfp4_quantize", "silu_and_mul_nvfp4_quantize", "per_token_group_quant_8bit"),
-    *("rope_quantize_fp8", "mla_rope_quantize_fp8", "rope_quantize_fp8_append_paged_kv_cache", "cutlass_fused_moe"),
+    *("rope_quantize_fp8", "mla_rope_quantize_fp8", "rope_quantize_fp8_append_paged_kv_cache"),
+    *("rope_append_paged_kv_cache", "cutlass_fused_moe"),
     *("fused_topk_deepseek", "fp8_blockscale_gemm_sm90"),
 }  # fmt: skip
 
