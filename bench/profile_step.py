@@ -1,11 +1,12 @@
 """Where the time of a decode step goes, and what the engine makes of it: random weights, SmolLM2-135M's sizes.
 
-``python bench/profile_step.py [speed] [parts] [kernels] [prefix]``; without an argument all of them.
+``python bench/profile_step.py [speed] [parts] [kernels] [prefix] [shared]``; without an argument all of them.
 
 * speed: tokens a second of the engine, greedy and sampled, and the captured step replayed without the host.
 * parts: the captured step with one operator left out at a time; the difference is what it costs.
 * kernels: every kernel of a step by CUPTI, through torch's profiler.
 * prefix: attention over a shared prefix in one decode launch and as a cascade.
+* shared: what the engine makes of requests that share their prompt.
 """
 
 from __future__ import annotations
@@ -183,9 +184,8 @@ def kernels(model: Llama) -> None:
         total = sum(row[1] for row in spent.values()) / steps
         print(f"step of {batch}: {len(events) / steps:.0f} kernels, {total:.0f} us from end to end", flush=True)
         for name, (count, us, dur) in sorted(spent.items(), key=lambda x: -x[1][1]):
-            print(
-                f"  {count / steps:4.0f} x {us / count:6.2f} us = {us / steps:6.1f} us ({dur / count:5.2f})  {name[:90]}"
-            )
+            each = f"{count / steps:4.0f} x {us / count:6.2f} us = {us / steps:6.1f} us ({dur / count:5.2f})"
+            print(f"  {each}  {name[:90]}")
 
 
 def _graph_time(run: Callable[[], Any], repeat: int = 20, rounds: int = 20) -> float:
@@ -244,12 +244,35 @@ def prefix() -> None:
             print(f"{qo}/{kv} d{d}, {batch:2d} requests, decode / cascade us: {', '.join(row)}", flush=True)
 
 
+def shared(model: Llama) -> None:
+    """64 requests that share a prompt of so many tokens: tokens a second without sharing, with, and as a cascade."""
+    for length in (256, 1024, 4096):
+        rng, row = np.random.default_rng(0), []
+        ids = rng.integers(3, model.config.vocab_size, length).tolist()
+        for name, options in {
+            "no": {"share_prefixes": False}, "pages": {"cascade_bytes": 1 << 60}, "cascade": {"cascade_bytes": 0},
+        }.items():  # fmt: skip
+            engine = Engine(
+                model, max_batch=64, max_prefill_tokens=4096, num_pages=64 * (length + NEW + 16) // 16, **options
+            )
+            for i in range(64):
+                engine.submit([*ids, 5 + i], SamplingParams(NEW, ignore_eos=True))
+            engine.run()
+            s = engine.stats
+            step = next(reversed(engine._steps.values()))
+            us = _replay_time(engine, next(iter(step._replays.values())), 50)
+            rates = f"{s.decode_tokens / s.decode_seconds:,.0f} tok/s (replayed {us:.0f} us)"
+            row.append(f"{name} {rates}, prompts {s.prefill_seconds * 1e3:.0f} ms")
+        print(f"64 requests, {length} tokens shared: {'; '.join(row)}", flush=True)
+
+
 def main() -> None:
-    wanted = sys.argv[1:] or ["speed", "parts", "kernels", "prefix"]
+    wanted = sys.argv[1:] or ["speed", "parts", "kernels", "prefix", "shared"]
     model = random_llama(CupyBackend())
     for name in wanted:
         try:
-            prefix() if name == "prefix" else {"speed": speed, "parts": parts, "kernels": kernels}[name](model)
+            functions = {"speed": speed, "parts": parts, "kernels": kernels, "shared": shared}
+            prefix() if name == "prefix" else functions[name](model)
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
 

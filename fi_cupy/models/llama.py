@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fi_cupy import gemm, lookup, norm, page, rope
+from fi_cupy import gemm, lookup, norm, rope
 from fi_cupy.models.backend import NumpyBackend
 from fi_cupy.models.loader import GGUFModel, LlamaConfig
 
@@ -40,18 +40,18 @@ class Layer:
 class Batch:
     """The tokens of one pass, and where their keys and values go.
 
-    `kv_indptr`, `kv_indices` and `kv_last_page_len` describe the cache *after* this pass, as
-    `fi_cupy.page.append_paged_kv_cache` and the attention wrappers want it. A batch index of -1 marks a row of padding.
+    `kv_indptr` and `kv_indices` name the pages *after* this pass, as `fi_cupy.page.append_paged_kv_cache` wants it, and
+    `cache_positions` count from the first of them: less than `positions` by what a cascade has on its first level.
+    A batch index of -1 marks a row of padding.
     """
 
     tokens: Array  # [n] int32
     positions: Array  # [n] int32
+    cache_positions: Array  # [n] int32
     batch_indices: Array  # [n] int32
     kv_indptr: Array
     kv_indices: Array
-    kv_last_page_len: Array
-    attention: Any  # a planned decode or prefill wrapper
-    kv_scale: float | None = None  # of the cache: `PagedKVCache.scale`
+    attention: Any  # a planned decode, cascade or prefill wrapper
 
 
 class Workspace:
@@ -109,7 +109,7 @@ class Llama:
         self.output_norm = output_norm
         self.lm_head = lm_head
         self._embedding = embedding
-        self._cos_sin = self._scaled_cos_sin_cache()
+        self._cos_sin = self._cos_sin_cache()
 
     @classmethod
     def load(cls, gguf: GGUFModel, backend: NumpyBackend) -> Llama:
@@ -144,22 +144,14 @@ class Llama:
             backend.synchronize()
         return model
 
-    def _scaled_cos_sin_cache(self) -> Array | None:
-        """Cosines and sines of every position for a model whose frequencies have factors of their own."""
+    def _cos_sin_cache(self) -> Array:
+        """Cosines and sines of every position, ``[context_length, head_dim]`` float32."""
         c = self.config
-        if c.rope_factors is None:
-            return None
-        frequencies = c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim) / np.array(c.rope_factors)
+        frequencies = c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
+        if c.rope_factors is not None:
+            frequencies = frequencies / np.array(c.rope_factors)
         angles = np.arange(c.context_length)[:, None] / c.rope_scale * frequencies
         return self.backend.array(np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
-
-    def _rotate(self, q: Array, k: Array, positions: Array) -> None:
-        c = self.config
-        if self._cos_sin is None:
-            rope.apply_rope_pos_ids_inplace(q, k, positions, rope_scale=c.rope_scale, rope_theta=c.rope_theta)
-            return
-        flat_q, flat_k = q.reshape(len(q), -1), k.reshape(len(k), -1)
-        rope.apply_rope_with_cos_sin_cache_inplace(positions, flat_q, flat_k, c.head_dim, self._cos_sin)
 
     def gather_rows(self, source: Array, rows: Array, out: Array) -> None:
         """``out[i] = source[rows[i]]``."""
@@ -191,23 +183,15 @@ class Llama:
         attention = ws.attention.reshape(n, qo * d)
         residual, x = ws.residual, ws.hidden
         self.gather_rows(self._embedding, batch.tokens, residual)
-        norm.rmsnorm(residual, self.layers[0].attn_norm, c.rms_norm_eps, out=x)
+        norm.rmsnorm(residual, self.layers[0].attn_norm, c.rms_norm_eps, out=x, enable_pdl=pdl)
         next_norms = [layer.attn_norm for layer in self.layers[1:]] + [self.output_norm]
         for layer, cache, next_norm in zip(self.layers, kv_cache, next_norms, strict=True):
             gemm.mm_bf16(x, layer.qkv, pdl=pdl, out=ws.qkv)
-            self._rotate(q, k, batch.positions)
-            page.append_paged_kv_cache(
-                k,
-                v,
-                batch.batch_indices,
-                batch.positions,
-                cache,
-                batch.kv_indices,
-                batch.kv_indptr,
-                batch.kv_last_page_len,
-                k_scale=batch.kv_scale,
-                v_scale=batch.kv_scale,
-            )
+            # The tables were on the device before the pass began, so they may be read ahead of the projection's end.
+            rope.rope_append_paged_kv_cache(
+                q, k, None, None, v, self._cos_sin, batch.positions, cache, batch.kv_indices, batch.kv_indptr,
+                batch.batch_indices, batch.cache_positions, page_size=cache[0].shape[1], q_rope_out=q, enable_pdl=pdl,
+            )  # fmt: skip
             batch.attention.run(q, cache, out=ws.attention)
             gemm.mm_bf16(attention, layer.attn_output, pdl=pdl, out=x)
             norm.fused_add_rmsnorm(x, residual, layer.ffn_norm, c.rms_norm_eps, enable_pdl=pdl)
