@@ -25,7 +25,8 @@ from fi_cupy.models.tokenizer import Tokenizer
 class GenerationStats:
     """What a run did and how long it took.
 
-    Token counts are sums over the batch; `prefill_seconds` and `decode_seconds` are wall-clock time in the running
+    Token counts are sums over the batch; `shared_tokens` of the prompts' were in the cache when their turn came, since
+    another prompt begins alike, and `cascade_steps` of the decode steps attended to those once for all; `prefill_seconds` and `decode_seconds` are wall-clock time in the running
     engine, with compiling, loading and the capture of graphs counted in `load_seconds` and `setup_seconds` instead.
     `compile_seconds` is the part of it that NVRTC took, and `kernels_compiled` how many kernels that was.
     """
@@ -34,12 +35,14 @@ class GenerationStats:
     device: str
     model: str
     prompt_tokens: int
+    shared_tokens: int
     generated_tokens: int
     load_seconds: float
     setup_seconds: float
     prefill_seconds: float
     decode_seconds: float
     decode_tokens: int
+    cascade_steps: int
     compile_seconds: float
     kernels_compiled: int
     texts: tuple[str, ...]
@@ -48,8 +51,8 @@ class GenerationStats:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens a second."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Prompt tokens a second, of those that were run."""
+        return (self.prompt_tokens - self.shared_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -77,6 +80,7 @@ def run_generate(
     model: str | None = None,
     kv_dtype: str = "auto",
     tune: bool = False,
+    share_prefix: bool = True,
     stream: TextIO | None = None,
 ) -> GenerationStats:
     """Continue a prompt, or answer it, and write the text as it comes.
@@ -102,6 +106,9 @@ def run_generate(
     tune : bool
         Measure the products and the decode kernels of this run while it is set up (`fi_cupy.autotuner`), and keep the
         choices for later runs where the kernel cache can be written.
+    share_prefix : bool
+        Compute the prompt once for the whole batch, and attend to it once where it is long: see
+        `fi_cupy.models.engine.Engine`.
     stream : text file, optional
         Where to write; by default standard output.
 
@@ -153,6 +160,7 @@ def run_generate(
         max_prefill_tokens=min(2048, batch * max(length, 1)),
         stop_ids=tokenizer.stop_ids,
         kv_dtype=kv_dtype,
+        share_prefixes=share_prefix,
     )
     load_seconds = time.perf_counter() - start
     print(
@@ -183,12 +191,14 @@ def run_generate(
         device=chosen.device_name,
         model=str(path),
         prompt_tokens=batch * length,
+        shared_tokens=engine.stats.shared_tokens,
         generated_tokens=sum(len(request.output_ids) for request in requests),
         load_seconds=load_seconds,
         setup_seconds=setup_seconds,
         prefill_seconds=engine.stats.prefill_seconds,
         decode_seconds=engine.stats.decode_seconds,
         decode_tokens=engine.stats.decode_tokens,
+        cascade_steps=engine.stats.cascade_steps,
         compile_seconds=seconds,
         kernels_compiled=int(kernels),
         texts=tuple(tokenizer.decode(request.output_ids) for request in requests),
@@ -206,8 +216,9 @@ def _write_summary(out: TextIO, stats: GenerationStats) -> None:
     else:
         for i, text in enumerate(others, start=1):
             print(f"[copy {i}]\n{text}", file=out)
+    shared = f" ({stats.shared_tokens} shared{', a cascade' * (stats.cascade_steps > 0)})" * (stats.shared_tokens > 0)
     print(
-        f"[prompt: {stats.prompt_tokens} tokens, {stats.prefill_tokens_per_second:.1f} tokens/s | "
+        f"[prompt: {stats.prompt_tokens} tokens{shared}, {stats.prefill_tokens_per_second:.1f} tokens/s | "
         f"generated: {stats.generated_tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s | "
         f"compiled: {stats.kernels_compiled} kernels in {stats.compile_seconds:.2f} s, "
         f"set-up {stats.setup_seconds:.1f} s]",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tiny_llama import TinyLlama
 
 from fi_cupy.models.backend import NumpyBackend
 from fi_cupy.models.engine import Engine
+from fi_cupy.models.generate import run_generate
 from fi_cupy.models.kv_cache import PagedKVCache, page_table, page_tables
 from fi_cupy.models.llama import Llama
 from fi_cupy.models.loader import GGUFModel, LlamaConfig
@@ -188,3 +192,16 @@ def test_page_tables_without_the_first_level() -> None:
     assert indptr.tolist() == [0, 2, 4, 5, 5]
     assert indices.tolist() == [2, 7, 5, 6, 3]
     assert last.tolist() == [1, 1, 2, 1]
+
+
+def test_generate_reports_what_is_shared(tmp_path: Path) -> None:
+    path, written = str(TINY.write(tmp_path / "tiny.gguf")), []
+    for share in (True, False):
+        out = io.StringIO()
+        stats = run_generate(
+            "hello world" * 12, max_tokens=6, batch=3, backend="numpy", model=path, share_prefix=share, stream=out
+        )
+        assert stats.shared_tokens == (2 * 32 if share else 0) and stats.cascade_steps == 0
+        assert (f"tokens ({stats.shared_tokens} shared), " in out.getvalue()) == share
+        written.append(stats.token_ids)
+    assert written[0] == written[1] and len(written[0]) == 3
