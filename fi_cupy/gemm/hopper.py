@@ -29,7 +29,7 @@ PARAMS = ParamsStruct(
         *((f"a_scale_{x}", "i64") for x in ("batch", "row", "k")),
         *((f"b_scale_{x}", "i64") for x in ("batch", "column", "k")),
         *((x, "u32") for x in ("m", "n", "k", "batch", "a_step", "b_step", "first_half", "second_half")),
-        *((x, "u32") for x in ("wide_indptr", "wide_indices", "raster")),
+        *((x, "u32") for x in ("wide_indptr", "wide_indices", "raster", "whole", "pieces")),
     ],
 )
 NONE, VECTORS, BLOCKS = "none", "vectors", "blocks"
@@ -140,29 +140,53 @@ def _up(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def last_round(tiles: int, ctas: int, warps_m: int) -> tuple[int, int]:
+    """(whole, pieces): tiles from number `whole` on are computed in that many pieces of whole warpgroups' rows.
+
+    A last round of few tiles leaves the other multiprocessors idle: 704 tiles of 192 x 128 on 132 are 5.3 rounds, so the
+    last 44 are shared out in pieces of 64 rows.
+    """
+    rest = tiles % ctas
+    if tiles <= ctas or rest == 0:
+        return tiles, 1
+    pieces = min(warps_m, ctas // rest)
+    return (tiles - rest, pieces) if pieces > 1 else (tiles, 1)
+
+
 #: Bytes a cycle that shared memory takes in or gives out.
 _SMEM_BYTES = 128
 #: Cycles of a tile beside its products: the part of prologue and epilogue that nothing hides.
 _TILE_CYCLES = 1500
 
 
-def block_cycles(tile: HopperTile) -> float:
+def block_cycles(tile: HopperTile, warpgroups: int = 0) -> float:
     """Cycles of a tile's products over 128 bytes of k: the tensor cores' (4096 FLOP of 16 bits), or shared memory's.
 
     Every product of 64 rows reads 2 KB of a and its columns of b, and the copy engine writes each operand once:
     128 x 256 just keeps the tensor cores busy, 128 x 192 to 0.92, 192 x 128 to 0.86, 128 x 128 to 0.8 (measured 0.82).
+    `warpgroups` that multiply, by default all: a piece of a tile.
     """
-    warpgroups = tile.warps_m * tile.warps_n
-    reads = 4 * warpgroups * (2048 + tile.block_n // tile.warps_n * 32)
+    busy, columns = warpgroups or tile.warps_m * tile.warps_n, tile.block_n // tile.warps_n
+    reads = 4 * busy * (2048 + columns * 32)
     writes = (tile.block_m + tile.block_n) * 128
-    return max(tile.block_m * tile.block_n / 32, (reads + writes) / _SMEM_BYTES)
+    return max(busy * 64 * columns / 32, (reads + writes) / _SMEM_BYTES)
+
+
+#: Cycles between the products of a warpgroup over 128 bytes of k whose sums leave the tensor cores, hidden by others only.
+_PROMOTE_CYCLES = 250
 
 
 def _cost(tile: HopperTile, tiles: int, blocks: int, sms: int) -> float:
     """Cycles of the busiest multiprocessor."""
     speed = PROMOTED_SPEED.get(tile)
     cycles = block_cycles(tile) if speed is None else tile.block_m * tile.block_n / 32 / speed
-    return _up(tiles, sms) * (blocks * cycles + _TILE_CYCLES)
+    whole, pieces = last_round(tiles, min(tiles, sms), tile.warps_m)
+    rounds = float(_up(tiles, sms))
+    if pieces > 1:
+        warpgroups = _up(tile.warps_m, pieces)
+        part = block_cycles(tile, warpgroups) + (_PROMOTE_CYCLES if speed is not None and warpgroups == 1 else 0)
+        rounds += min(1.0, part / cycles) - 1
+    return rounds * (blocks * cycles + _TILE_CYCLES)
 
 
 @lru_cache(maxsize=4096)
@@ -218,8 +242,10 @@ Matrix = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
 
 
 @lru_cache(maxsize=4096)
-def _maps(spec: KernelSpec, a: Matrix, w: Matrix, out: Matrix) -> tuple[bytes, bytes, bytes, int, int]:
-    """Maps of a, b and out for the boxes of `spec`, and whether a and b have a matrix for each of a batch."""
+def _maps(
+    spec: KernelSpec, a: Matrix, w: Matrix, out: Matrix, batch: int, ctas: int
+) -> tuple[bytes, bytes, bytes, int, int, int, int]:
+    """Maps of a, b and out for the boxes of `spec`, whether a and b have a matrix for each of a batch, `last_round`."""
     config: dict[str, Any] = dict(spec.config)
     kind_a, kind_b = config["TA"], config["TB"]
     inner = 128 // kind_a.itemsize
@@ -231,7 +257,9 @@ def _maps(spec: KernelSpec, a: Matrix, w: Matrix, out: Matrix) -> tuple[bytes, b
         b_map = _matrix_map(kind_b, *w, inner, columns)
     out_map = _matrix_map(config["Out"], *out, 64, 64) if config["kBulkStore"] else a_map  # any valid one if not used
     steps = [int(len(shape) == 3 and strides[0] != 0) for _, shape, strides in (a, w)]
-    return a_map, b_map, out_map, steps[0], steps[1]
+    n = config["kBlockN"] // (2 if config["kGated"] else 1)
+    tiles = batch * _up(out[1][-2], config["kBlockM"]) * _up(out[1][-1], n)
+    return a_map, b_map, out_map, steps[0], steps[1], *last_round(tiles, ctas, config["kWarpsM"])
 
 
 def _batch_stride(x: View | None) -> int:
@@ -250,8 +278,9 @@ def launch(
 ) -> None:  # fmt: skip
     """Launch `spec`, whose options the arguments fit; `batch` is that of the matrices, or the number of segments."""
     (m, n), k = out.shape[-2:], a.shape[-1]
-    a_map, b_map, out_map, a_step, b_step = _maps(
-        spec, (a.ptr, a.shape, a.strides), (w.ptr, w.shape, w.strides), (out.ptr, out.shape, out.strides)
+    a_map, b_map, out_map, a_step, b_step, whole, pieces = _maps(
+        spec, (a.ptr, a.shape, a.strides), (w.ptr, w.shape, w.strides), (out.ptr, out.shape, out.strides), batch,
+        grid if isinstance(grid, int) else grid[0],
     )
     load_kernel(spec, a.device).launch(
         grid, a.stream(),
@@ -266,7 +295,7 @@ def launch(
         n if gate_second else 0, 0 if gate_second else n,
         int(indptr is not None and indptr.dtype is int64),
         int(weight_indices is not None and weight_indices.dtype is int64),
-        RASTER, pdl=pdl,
+        RASTER, whole, pieces, pdl=pdl,
     )  # fmt: skip
 
 

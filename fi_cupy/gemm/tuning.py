@@ -164,6 +164,11 @@ def _hopper(p: MmProblem) -> Iterator[Candidate]:
             if split <= max(1, blocks // 4):
                 spec = hopper_rows.rows_spec(tile, p.dtype, p.dtype, p.out, row_major_b=p.row_major_b)
                 yield Candidate(spec, rows, block_n, "plane")
+    elif p.m <= 1024 and p.k < 2048:  # too short for a large tile's prologue: two or three small CTAs a multiprocessor
+        for block_n, room in itertools.product((64, 128), (hopper_rows._SHARING, 68 << 10)):
+            tile = hopper_rows.RowsTile(64, block_n, 1, room // (128 * (64 + block_n)))
+            spec = hopper_rows.rows_spec(tile, p.dtype, p.dtype, p.out, row_major_b=p.row_major_b)
+            yield Candidate(spec, 64, block_n, "plane")
     if p.m > 16:
         for shape in (hopper.LARGE, hopper.MIDDLE, hopper.WIDE, hopper.SMALL, hopper.TINY):
             columns = shape.block_n // shape.warps_n

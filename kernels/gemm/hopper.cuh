@@ -92,15 +92,15 @@ FI_DEVICE void sum_promoted(HopperGemmConsumer<Config>& consumer, const HopperGe
 #pragma unroll 1
     for (uint32_t i = 0; i < count; ++i) {
       consumer.wait();
-      if constexpr (Shape::kBlocks) {
-        const uint32_t stage = consumer.ring.at;
+      const uint32_t stage = consumer.ring.at;
+      consumer.multiply(d, i != 0);
+      if constexpr (Shape::kBlocks) {  // read while the tensor cores are busy
 #pragma unroll
         for (int g = 0; g < Shape::kScalesB; ++g) {
           const float b = shared.b_scale[stage][g];
           scale[0][g] = shared.a_scale[stage][row] * b, scale[1][g] = shared.a_scale[stage][row + 8] * b;
         }
       }
-      consumer.multiply(d, i != 0);
       if (Config::kPromote > 1) {
         ptx::wgmma_wait<1>();
         if (i != 0) consumer.release(last);
@@ -136,6 +136,7 @@ FI_DEVICE void consume_tiles(const HopperGemmParams& params, HopperGemmShared<Co
       consumer.skip(blocks);
       continue;
     }
+    if (params.residual != nullptr) prefetch_residual<Config>(params, tile, m, n);
     float d[Shape::kRegs];
     if constexpr (Config::kPromote == 0)
       sum_tile<Config>(consumer, d, blocks);

@@ -27,6 +27,7 @@ struct HopperGemmParams {
   uint32_t first_half, second_half;  // gated: columns of b where the gate and the up projection start
   uint32_t wide_indptr, wide_indices;  // whether they are 64-bit
   uint32_t raster;                   // tile rows that are handed out together
+  uint32_t whole, pieces;            // dense: tiles from number `whole` on are `pieces` pieces of whole warpgroups' rows
 };
 
 enum class HopperScale {
@@ -104,8 +105,9 @@ struct HopperGemmTile {
   uint32_t batch, weight;   // of a and out, of b
 };
 
-// Tile numbers to tiles. Dense: batch by batch, `raster` tile rows at a time, m fastest inside. Grouped: segment by segment;
-// a warp looks at 32 segments at a time, and the numbers it asks for ascend.
+// Tile numbers to tiles. Dense: batch by batch, `raster` tile rows at a time, m fastest inside; where the last round would leave
+// most CTAs idle, its tiles are shared out in pieces. Grouped: segment by segment; a warp looks at 32 segments at a time, and the
+// numbers it asks for ascend.
 template <class Config>
 struct HopperGemmWalk {
   using Shape = HopperGemmShape<Config>;
@@ -145,10 +147,19 @@ struct HopperGemmWalk {
   // Grouped: a whole warp with one number.
   FI_DEVICE bool find(uint32_t number, HopperGemmTile& tile) {
     if constexpr (!Config::kGrouped) {
+      uint32_t above = 0, rows = Config::kBlockM;  // of the tile, before and in this piece
+      if (Config::kWarpsM > 1 && number >= params.whole) {
+        const uint32_t rest = number - params.whole, in_tiles = rest / params.pieces;
+        rows = ceil_div<uint32_t>(Config::kWarpsM, params.pieces) * 64;
+        above = (rest - in_tiles * params.pieces) * rows;
+        rows = min(rows, Config::kBlockM - above);
+        number = params.whole + in_tiles;
+      }
       const uint32_t tiles_m = tiles_of(params.m), per_batch = tiles_m * tiles_n, batch = number / per_batch;
       if (batch >= params.batch) return false;
       inside(number - batch * per_batch, tiles_m, tile);
-      tile.m_end = params.m, tile.batch = tile.weight = batch;
+      tile.m_first += above, tile.m_end = min(params.m, tile.m_first + rows);
+      tile.batch = tile.weight = batch;
       return true;
     } else {
       uint32_t holders;

@@ -128,6 +128,7 @@ FI_DEVICE void gemm_hopper_rows(const HopperGemmParams& params) {
       ring.advance();
     }
   } else {
+    if (params.residual != nullptr) prefetch_residual<Config>(params, tile, tile.m_first, tile.n_first);
     float d[Shape::kRegs];
     if (first < last) {
       HopperGemmConsumer<Config> consumer(shared, smem, 0, 0);

@@ -2,6 +2,7 @@
 // Two ways: 16-byte stores of each row's owner (any Out, any row), or 64 x 64 boxes through shared memory and the copy engine.
 #pragma once
 #include "gemm/hopper_load.cuh"
+#include "ptx/gather.cuh"
 #include "ptx/mma.cuh"
 #include "common/math.cuh"
 #include "common/vec.cuh"
@@ -60,10 +61,9 @@ struct HopperEpilogue {
     } else {
       v = linear(v, column, scale, there);
     }
-    if (!kPlain && residual != nullptr) {
-      const Out* const add = residual + row * params.residual_stride + column;
-      v.x += there ? to_float(add[0]) : 0.f;
-      v.y += there ? to_float(add[1]) : 0.f;
+    if (!kPlain && residual != nullptr && there) {
+      const auto add = Vec<Out, 2>::load(residual + row * params.residual_stride + column);
+      v.x += to_float(add[0]), v.y += to_float(add[1]);
     }
     return v;
   }
@@ -73,6 +73,80 @@ struct HopperEpilogue {
     return finish(make_float2(d[i], d[i + 1]), make_float2(d[i + kUp], d[i + 1 + kUp]), row, column, scale, there);
   }
 };
+
+// What is added to the columns of a box of 64 and their factors: the lane's pairs of the box's eight n8 tiles, asked for in one go
+// (with factors in two, for the registers). One after the other they cost a latency each (fp8 with a factor a column: 96 us of 1,079 at 8192 cubed).
+template <class Config>
+struct HopperColumns {
+  static constexpr bool kVectors = Config::kScale == HopperScale::vectors;
+  static constexpr int kTiles = kVectors ? 4 : 8;
+  float factor[kVectors ? 2 * kTiles : 1], offset[2 * kTiles];
+
+  FI_DEVICE void load(const HopperEpilogue<Config, false>& epilogue, uint32_t column, uint32_t n) {
+    if constexpr (kVectors) {
+      if (epilogue.params.b_scale_column == 0) {
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) factor[i] = epilogue.b_scale[0];
+      } else {
+        const float* const from = epilogue.b_scale + column;
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) factor[i] = column + i / 2 * 8 < n ? from[i / 2 * 8 + i % 2] : 0.f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) offset[i] = 0.f;
+    if (epilogue.bias == nullptr) return;
+    const auto* const from = epilogue.bias + column;
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i)
+      if (column + i / 2 * 8 < n) offset[i] = to_float(from[i / 2 * 8 + i % 2]);
+  }
+  FI_DEVICE float2 apply(float2 sum, int pair, float scale) const {
+    if constexpr (kVectors) sum.x *= scale * factor[2 * pair], sum.y *= scale * factor[2 * pair + 1];
+    sum.x += offset[2 * pair], sum.y += offset[2 * pair + 1];
+    return sum;
+  }
+};
+
+// The residual of a box of 64 x 64: each warp's own 16 rows, 16 bytes a lane, four rows an instruction. On its way while the box
+// before is stored; `put` lays it where the box will be built, so that a lane finds its fragments by ldmatrix.
+template <class Out>
+struct HopperResidual {
+  uint4 held[4];
+
+  FI_DEVICE static uint32_t in_row(int i) { return (warp_id() & 3) * 16 + i * 4 + lane_id() / 8; }
+  FI_DEVICE void load(const Out* residual, int64_t stride, uint32_t m, uint32_t m_end, uint32_t n, uint32_t n_end) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t row = m + in_row(i), column = n + lane_id() % 8 * 8;
+      held[i] = row < m_end && column < n_end ? *reinterpret_cast<const uint4*>(residual + row * stride + column)
+                                              : make_uint4(0, 0, 0, 0);
+    }
+  }
+  FI_DEVICE void put(uint32_t buffer) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t row = in_row(i), at = buffer + row * 128 + (lane_id() % 8 ^ (row & 7)) * 16;
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(held[i].x), "r"(held[i].y), "r"(held[i].z),
+                   "r"(held[i].w)
+                   : "memory");
+    }
+    __syncwarp();
+  }
+};
+
+// The lines of a warpgroup's part of the residual into L2, while its products are computed.
+template <class Config>
+FI_DEVICE void prefetch_residual(const HopperGemmParams& params, const HopperGemmTile& tile, uint32_t m, uint32_t n) {
+  using Out = typename Config::Out;
+  constexpr int kLine = 128 / sizeof(Out), kLines = ceil_div(HopperGemmShape<Config>::kWarpOutN, kLine);
+  const Out* const residual = static_cast<const Out*>(params.residual) + tile.batch * params.residual_batch;
+#pragma unroll 1
+  for (int i = threadIdx.x % 128; i < 64 * kLines; i += 128) {
+    const uint32_t row = m + i / kLines, column = n + i % kLines * kLine;
+    if (row < tile.m_end && column < params.n) ptx::prefetch_l2(residual + row * params.residual_stride + column);
+  }
+}
 
 template <bool kValue>
 struct Flag {
@@ -155,9 +229,24 @@ FI_DEVICE void store_boxes(const HopperGemmParams& params, const HopperGemmTile&
   const uint32_t to = buffers + (warp * 16 + lane % 16) * 128;
   const bool leader = (threadIdx.x & 127) == 0;
   auto sync = [&] { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory"); };
+  // Bias, residual and factors of columns come a box at a time; gated products, which have none as a rule, ask pair by pair.
+  constexpr bool kAhead = !kPlain && !Config::kGated;
+  HopperResidual<Out> residual;
+  const bool adds = kAhead && Config::kScale == HopperScale::none && params.residual != nullptr;  // fp8 products have none
+  auto ask = [&](int box) {
+    if constexpr (kAhead)
+      if (adds) residual.load(epilogue.residual, params.residual_stride, m, tile.m_end, n + box * 64, params.n);
+  };
+  ask(0);
 #pragma unroll
   for (int box = 0; box < Shape::kWarpOutN / 64; ++box) {
     if (n + box * 64 >= params.n) break;
+    HopperColumns<Config> columns;
+    auto look = [&](int j) {
+      if constexpr (kAhead)
+        if (j % columns.kTiles == 0) columns.load(epilogue, n + box * 64 + 8 * j + 2 * t, params.n);
+    };
+    look(0);
     if (leader) {
       if (box == 0)
         ptx::tma_store_wait_read<0>();  // the tile before may have ended with either buffer
@@ -165,19 +254,32 @@ FI_DEVICE void store_boxes(const HopperGemmParams& params, const HopperGemmTile&
         ptx::tma_store_wait_read<1>();
     }
     sync();  // the leader has seen this buffer's last store read it
+    if (adds) {
+      residual.put(buffers + box % 2 * 8192);
+      if (box + 1 < Shape::kWarpOutN / 64) ask(box + 1);
+    }
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
-      if (!kPlain) asm volatile("" ::: "memory");  // loads for later columns would take the registers of several
-      uint32_t words[4];
+      if (j > 0) look(j);
+      const uint32_t at = to + box % 2 * 8192 + ((j + lane / 16) ^ (lane & 7)) * 16;
+      uint32_t words[4], more[4] = {};
+      if constexpr (!kPlain && Config::kGated) asm volatile("" ::: "memory");  // later loads would take the registers of several
+      if (adds) ptx::ldmatrix_x4(more, at);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int chunk = box * 8 + j + q / 2, h = q % 2;
-        const int column = n + 2 * t + 8 * chunk;
-        const bool inside = there[h] && column < int(params.n);
-        const float2 v = epilogue.pair(d, 4 * chunk + 2 * h, row + 8 * h, column, scale[h], inside);
+        float2 v;
+        if constexpr (kAhead) {
+          v = columns.apply(make_float2(d[4 * chunk + 2 * h], d[4 * chunk + 2 * h + 1]), (j + q / 2) % columns.kTiles, scale[h]);
+          const auto add = Vec<Out, 2>::load(&more[q]);
+          v.x += to_float(add[0]), v.y += to_float(add[1]);
+        } else {
+          const int column = n + 2 * t + 8 * chunk;
+          v = epilogue.pair(d, 4 * chunk + 2 * h, row + 8 * h, column, scale[h], there[h] && column < int(params.n));
+        }
         words[q] = ptx::pack2<Out>(v.x, v.y);
       }
-      ptx::stmatrix_x4(to + box % 2 * 8192 + ((j + lane / 16) ^ (lane & 7)) * 16, words[0], words[1], words[2], words[3]);
+      ptx::stmatrix_x4(at, words[0], words[1], words[2], words[3]);
     }
     ptx::fence_proxy_async();
     sync();  // the box is in shared memory

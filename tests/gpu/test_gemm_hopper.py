@@ -121,6 +121,29 @@ def test_batched(rng, tile):
     out.check(a64 @ w64[0].T)
 
 
+@pytest.mark.parametrize("m", [1650, 1600], ids=["ragged", "empty piece"])
+def test_last_round_in_pieces(rng, m):
+    """A few tiles more than multiprocessors: the last are shared out in pieces of 64 rows, also one without rows."""
+    sms = device_info(0).num_sms
+    n, k = (-(-sms // 13) * 256, 72)
+    assert hopper.last_round(13 * (n // 256), sms, 2)[1] == 2
+    (a, a64), (w, w64), (add, add64) = operand(rng, (m, k)), operand(rng, (n, k)), operand(rng, (m, n))
+    bias, bias64 = operand(rng, (n,))
+    for plus in (None, add):
+        out = Output((m, n))
+        hopper.launch_hopper_mm(out.view, a, w, tile=LARGE, bias=bias if plus else None, residual=plus)
+        out.check(a64 @ w64.T + (0 if plus is None else add64 + bias64))
+    m = m * 192 // 128
+    (a, a64), (w, w64) = operand(rng, (m, 256), E4), operand(rng, (n // 2, 256), E4)
+    sa, sb = (rng.uniform(0.5, 2, (x, 2)).astype(np.float32) for x in (m, n // 256))
+    for tile in (TALL, BROAD, PROMOTED):
+        out = Output((m, n // 2))
+        hopper.launch_hopper_fp8_blocks(
+            out.view, a, w, *(view(on_gpu(x)) for x in (sa, sb)), scale_major_mode="K", tile=tile
+        )
+        out.check((a64 * spread(sa, 1, 128)) @ (w64 * spread(sb, 128, 128)).T)
+
+
 def test_residual_in_place_and_same_bits(rng):
     (a, a64), (w, w64), (_, x64) = (operand(rng, s) for s in ((300, 512), (520, 512), (300, 520)))
     want = a64 @ w64.T + x64
@@ -197,7 +220,7 @@ def test_fp8(rng, types, vectors):
         sb = rng.uniform(0.5, 2, n if vectors else 1).astype(np.float32)
         bias, bias64 = operand(rng, (n,))
         want = a64 @ w64.T * sa[:, None] * sb + bias64
-        for fast, tiles in ((True, (LARGE, SMALL)), (False, (PROMOTED, PROMOTED_SMALL))):
+        for fast, tiles in ((True, (LARGE, SMALL)), (False, (PROMOTED, PROMOTED_SMALL, TALL, BROAD))):
             for tile in tiles:
                 out = Output((m, n))
                 hopper.launch_hopper_fp8(
