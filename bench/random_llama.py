@@ -23,23 +23,19 @@ def random_llama(backend: NumpyBackend, config: LlamaConfig = SMOLLM2, *, logit_
     def weight(rows: int, columns: int, scale: float) -> Any:
         return backend.weight(rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(scale))
 
-    def norm() -> Any:
-        return backend.weight(np.ones(c.hidden_size, np.float32))
-
     with backend.active():
         small = c.hidden_size**-0.5
         layers = [
             Layer(
-                attn_norm=norm(),
                 qkv=weight(c.qkv_size, c.hidden_size, small).T,
                 attn_output=weight(c.hidden_size, c.num_qo_heads * c.head_dim, small).T,
-                ffn_norm=norm(),
                 gate_up=weight(2 * c.intermediate_size, c.hidden_size, small).T,
                 down=weight(c.hidden_size, c.intermediate_size, small).T,
             )
             for _ in range(c.num_layers)
         ]
         embedding = weight(c.vocab_size, c.hidden_size, logit_scale * small)
-        model = Llama(c, backend, embedding, layers, norm(), embedding.T)
+        norm = backend.weight(np.ones(c.hidden_size, np.float32))
+        model = Llama(c, backend, embedding, layers, norm, embedding.T)
         backend.synchronize()
     return model

@@ -77,8 +77,14 @@ def kernel_specs() -> list[KernelSpec]:
     return [
         rope_quantize_spec(bfloat16, int32, float8_e4m3fn, 8, paged=True),
         rope_quantize_spec(bfloat16, int32, float8_e4m3fn, 8, interleave=True),
-        rope_quantize_spec(bfloat16, int32, bfloat16, 8, paged=True, early=True),
-        rope_quantize_spec(bfloat16, int32, float8_e4m3fn, 8, paged=True, q_out=bfloat16, early=True),
+        *append_specs(bfloat16),
+    ]
+
+
+def append_specs(dtype: DType) -> list[KernelSpec]:
+    """What `rope_append_paged_kv_cache` takes for queries of a 16-bit type: a cache of the same, and of fp8."""
+    return [
+        rope_quantize_spec(dtype, int32, out, 8, paged=True, q_out=dtype, early=True) for out in (dtype, float8_e4m3fn)
     ]
 
 

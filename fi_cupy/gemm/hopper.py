@@ -279,7 +279,11 @@ def launch(
     """Launch `spec`, whose options the arguments fit; `batch` is that of the matrices, or the number of segments."""
     (m, n), k = out.shape[-2:], a.shape[-1]
     a_map, b_map, out_map, a_step, b_step, whole, pieces = _maps(
-        spec, (a.ptr, a.shape, a.strides), (w.ptr, w.shape, w.strides), (out.ptr, out.shape, out.strides), batch,
+        spec,
+        (a.ptr, a.shape, a.strides),
+        (w.ptr, w.shape, w.strides),
+        (out.ptr, out.shape, out.strides),
+        batch,
         grid if isinstance(grid, int) else grid[0],
     )
     load_kernel(spec, a.device).launch(

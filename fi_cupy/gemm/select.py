@@ -45,6 +45,9 @@ PARAMS = ParamsStruct(
         ("residual_batch", "i64"),
     ],
 )
+RMS_PARAMS = ParamsStruct(
+    "GemmRmsParams", [*((f"product.{name}", kind) for name, kind in PARAMS.fields), ("eps", "f32")]
+)
 Grid = tuple[int, int, int]
 
 #: From two rows on the tensor cores read the weight as fast as the CUDA cores do, and cost nothing per row.
@@ -73,13 +76,13 @@ def _slow_bf16(dtype: DType, device: DeviceInfo) -> bool:
 
 def _spec(
     name: str, function: str, dtype: DType, out: DType, threads: int, config: tuple[tuple[str, ConfigValue], ...],
-    *, smem: int = 0, min_blocks: int = 0, min_arch: int = 75,
+    *, smem: int = 0, min_blocks: int = 0, min_arch: int = 75, params: ParamsStruct = PARAMS,
 ) -> KernelSpec:  # fmt: skip
     return KernelSpec(
         symbol=f"{function}_{dtype.tag}{'' if out is dtype else f'_o{out.tag}'}_{name}",
         header=f"gemm/{function.removeprefix('gemm_')}.cuh",
         function=function,
-        params=PARAMS,
+        params=params,
         config=(
             ("T", dtype),
             ("Out", out),
@@ -111,18 +114,22 @@ def rows_spec(
 @lru_cache(maxsize=256)
 def few_spec(
     dtype: DType, out: DType, a_tiles: int, w_tiles: int, depth: int, warps_k: int, *, wide: bool = False,
-    ahead: bool = False, gated: bool = False, min_blocks: int = 0,
+    ahead: bool = False, gated: bool = False, min_blocks: int = 0, rms: bool = False,
 ) -> KernelSpec:  # fmt: skip
-    """The tensor-core kernel with the weight as left operand; Config of ``kernels/gemm/few.cuh``."""
+    """The tensor-core kernel with the weight as left operand; Config of ``kernels/gemm/few.cuh``.
+
+    `rms`: rows of a are divided by their root mean square (``kernels/gemm/few_rms.cuh``).
+    """
     return _spec(
         f"{8 * a_tiles}x{16 * w_tiles}{'w' * wide}_d{depth}_w{warps_k}{'a' * ahead}{'_gated' * gated}"
-        f"{f'_b{min_blocks}' if min_blocks else ''}", "gemm_few", dtype, out, 32 * warps_k,
+        f"{f'_b{min_blocks}' if min_blocks else ''}", "gemm_few" + "_rms" * rms, dtype, out, 32 * warps_k,
         (
             ("kATiles", a_tiles), ("kWTiles", w_tiles), ("kWide", wide), ("kGated", gated), ("kAhead", ahead),
             ("kDepth", depth), ("kWarpsK", warps_k),
         ),
         min_blocks=min_blocks,
         min_arch=80 if dtype is bfloat16 else 75,  # Turing's tensor cores have no bf16
+        params=RMS_PARAMS if rms else PARAMS,
     )  # fmt: skip
 
 
@@ -354,6 +361,27 @@ def _few(config: FewConfig, dtype: DType, out: DType, gated: bool = False) -> Ke
     return few_spec(dtype, out, a_tiles, w_tiles, depth, warps_k, wide=wide, ahead=ahead, gated=gated)
 
 
+def select_rms_kernel(
+    m: int,
+    n: int,
+    k: int,
+    device: DeviceInfo,
+    dtype: DType = bfloat16,
+    out: DType = bfloat16,
+    *,
+    gated: bool = False,
+    pdl: bool = False,
+) -> tuple[KernelSpec, Grid] | None:
+    """The kernel and the grid for a product of few rows that are divided by their root mean square; None for others."""
+    if m > FEW_MAX or _slow_bf16(dtype, device):
+        return None
+    c = few_config(m, 2 * n if gated else n, k, pdl=pdl and device.has_pdl)
+    spec = few_spec(
+        dtype, out, c.a_tiles, c.w_tiles, c.depth, c.warps_k, wide=c.wide, ahead=c.ahead, gated=gated, rms=True
+    )
+    return spec, (_up(n, (8 if gated else 16) * c.w_tiles), 1, 1)
+
+
 def select_gated_kernel(
     m: int, n: int, k: int, device: DeviceInfo, dtype: DType = bfloat16, out: DType = bfloat16
 ) -> tuple[KernelSpec, Grid] | None:
@@ -446,6 +474,9 @@ def kernel_specs() -> list[KernelSpec]:
         add(m, 4096, 4096)
     add(1, 14336, 4096)
     add(1, 4096, 14336)
+    for gated in (False, True):
+        rms = select_rms_kernel(1, 1536 if gated else 960, 576, H100, gated=gated, pdl=True)
+        specs += [rms[0]] if rms is not None else []
     add(4096, 4096, 4096, _B200, row_major_b=True)
     for m in (1, 16, 4096):
         add(m, 4096, 4096, _B200, float16)

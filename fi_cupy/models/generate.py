@@ -25,10 +25,11 @@ from fi_cupy.models.tokenizer import Tokenizer
 class GenerationStats:
     """What a run did and how long it took.
 
-    Token counts are sums over the batch; `shared_tokens` of the prompts' were in the cache when their turn came, since
-    another prompt begins alike, and `cascade_steps` of the decode steps attended to those once for all; `prefill_seconds` and `decode_seconds` are wall-clock time in the running
-    engine, with compiling, loading and the capture of graphs counted in `load_seconds` and `setup_seconds` instead.
-    `compile_seconds` is the part of it that NVRTC took, and `kernels_compiled` how many kernels that was.
+    Token counts are sums over the batch. `shared_tokens` of the prompts' were in the cache when their turn came, since
+    another prompt begins alike, and `cascade_steps` of the decode steps attended to those once for all requests.
+    `prefill_seconds` and `decode_seconds` are wall-clock time in the running engine, with compiling, loading and the
+    capture of graphs counted in `load_seconds` and `setup_seconds` instead. `compile_seconds` is the part of it that
+    NVRTC took, and `kernels_compiled` how many kernels that was.
     """
 
     backend: str

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fi_cupy import gemm, lookup, norm, rope
+from fi_cupy.gemm.dense import takes_rms
 from fi_cupy.models.backend import NumpyBackend
 from fi_cupy.models.loader import GGUFModel, LlamaConfig
 
@@ -26,12 +27,13 @@ def padded_vocab(size: int) -> int:
 
 @dataclass(frozen=True)
 class Layer:
-    """One block's weights on the device; a projection is the transposed view ``[in, out]`` of ``[out, in]`` memory."""
+    """One block's weights on the device; a projection is the transposed view ``[in, out]`` of ``[out, in]`` memory.
 
-    attn_norm: Array
+    The weights of the two norms are in `qkv` and `gate_up`, whose inputs they would multiply.
+    """
+
     qkv: Array
     attn_output: Array
-    ffn_norm: Array
     gate_up: Array
     down: Array
 
@@ -110,6 +112,7 @@ class Llama:
         self.lm_head = lm_head
         self._embedding = embedding
         self._cos_sin = self._cos_sin_cache()
+        self._ones = backend.weight(np.ones(config.hidden_size, np.float32))
 
     @classmethod
     def load(cls, gguf: GGUFModel, backend: NumpyBackend) -> Llama:
@@ -124,11 +127,9 @@ class Llama:
                 w = gguf.layer(i)
                 layers.append(
                     Layer(
-                        attn_norm=backend.weight(w.attn_norm),
-                        qkv=projection(w.qkv),
+                        qkv=projection(w.qkv * w.attn_norm),
                         attn_output=projection(w.attn_output),
-                        ffn_norm=backend.weight(w.ffn_norm),
-                        gate_up=projection(w.gate_up),
+                        gate_up=projection(w.gate_up * w.ffn_norm),
                         down=projection(w.down),
                     )
                 )
@@ -175,7 +176,7 @@ class Llama:
         """
         c = self.config
         n, qo, kv, d = ws.rows, c.num_qo_heads, c.num_kv_heads, c.head_dim
-        pdl = self.backend.pdl
+        pdl, eps = self.backend.pdl, c.rms_norm_eps
         q, k, v = (
             ws.qkv[:, start * d : (start + heads) * d].reshape(n, heads, d)
             for start, heads in ((0, qo), (qo, kv), (qo + kv, kv))
@@ -183,21 +184,31 @@ class Llama:
         attention = ws.attention.reshape(n, qo * d)
         residual, x = ws.residual, ws.hidden
         self.gather_rows(self._embedding, batch.tokens, residual)
-        norm.rmsnorm(residual, self.layers[0].attn_norm, c.rms_norm_eps, out=x, enable_pdl=pdl)
-        next_norms = [layer.attn_norm for layer in self.layers[1:]] + [self.output_norm]
-        for layer, cache, next_norm in zip(self.layers, kv_cache, next_norms, strict=True):
-            gemm.mm_bf16(x, layer.qkv, pdl=pdl, out=ws.qkv)
+        # Products of few rows normalise their input and add to the residual themselves; to those of many rows the norm
+        # comes normalised, by a kernel that adds, too.
+        few = takes_rms(residual)
+        source, norm_eps, added = (residual, eps, residual) if few else (x, None, None)
+        if not few:
+            norm.rmsnorm(residual, self._ones, eps, out=x, enable_pdl=pdl)
+        for layer, cache in zip(self.layers, kv_cache, strict=True):
+            gemm.mm_bf16(source, layer.qkv, pdl=pdl, out=ws.qkv, rms_eps=norm_eps)
             # The tables were on the device before the pass began, so they may be read ahead of the projection's end.
             rope.rope_append_paged_kv_cache(
                 q, k, None, None, v, self._cos_sin, batch.positions, cache, batch.kv_indices, batch.kv_indptr,
                 batch.batch_indices, batch.cache_positions, page_size=cache[0].shape[1], q_rope_out=q, enable_pdl=pdl,
             )  # fmt: skip
             batch.attention.run(q, cache, out=ws.attention)
-            gemm.mm_bf16(attention, layer.attn_output, pdl=pdl, out=x)
-            norm.fused_add_rmsnorm(x, residual, layer.ffn_norm, c.rms_norm_eps, enable_pdl=pdl)
-            gemm.mm_bf16_swiglu(x, layer.gate_up, pdl=pdl, out=ws.activation)
-            gemm.mm_bf16(ws.activation, layer.down, pdl=pdl, out=x)
-            norm.fused_add_rmsnorm(x, residual, next_norm, c.rms_norm_eps, enable_pdl=pdl)
+            gemm.mm_bf16(attention, layer.attn_output, pdl=pdl, out=source, residual=added)
+            if not few:
+                norm.fused_add_rmsnorm(x, residual, self._ones, eps, enable_pdl=pdl)
+            gemm.mm_bf16_swiglu(source, layer.gate_up, pdl=pdl, out=ws.activation, rms_eps=norm_eps)
+            gemm.mm_bf16(ws.activation, layer.down, pdl=pdl, out=source, residual=added)
+            if not few and layer is not self.layers[-1]:
+                norm.fused_add_rmsnorm(x, residual, self._ones, eps, enable_pdl=pdl)
+        if few:
+            norm.rmsnorm(residual, self.output_norm, eps, out=x, enable_pdl=pdl)
+        else:
+            norm.fused_add_rmsnorm(x, residual, self.output_norm, eps, enable_pdl=pdl)
         return x
 
     def logits(self, hidden: Array, out: Array) -> Array:
