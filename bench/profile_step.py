@@ -1,11 +1,12 @@
 """Where the time of a decode step goes, and what the engine makes of it: random weights, SmolLM2-135M's sizes.
 
-``python bench/profile_step.py [speed] [parts] [kernels] [prefix] [shared]``; without an argument all of them.
+``python bench/profile_step.py [speed] [parts] [kernels] [prefix] [levels] [shared]``; without an argument all of them.
 
 * speed: tokens a second of the engine, greedy and sampled, and the captured step replayed without the host.
 * parts: the captured step with one operator left out at a time; the difference is what it costs.
 * kernels: every kernel of a step by CUPTI, through torch's profiler.
 * prefix: attention over a shared prefix in one decode launch and as a cascade.
+* levels: the parts of such a cascade.
 * shared: what the engine makes of requests that share their prompt.
 """
 
@@ -23,13 +24,14 @@ import cupy
 import numpy as np
 from random_llama import random_llama
 
-from fi_cupy import gemm, lookup, norm, page, rope
+from fi_cupy import cascade, gemm, lookup, norm, rope
 from fi_cupy.cascade_attention import MultiLevelCascadeAttentionWrapper
 from fi_cupy.decode import BatchDecodeWithPagedKVCacheWrapper
 from fi_cupy.models.backend import CupyBackend
-from fi_cupy.models.engine import Engine
+from fi_cupy.models.engine import Engine, EngineStats
 from fi_cupy.models.llama import Llama
 from fi_cupy.models.sampler import SamplingParams
+from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
 from fi_cupy.testing.bench import random_array
 
 PROMPT, NEW = 40, 128
@@ -136,15 +138,12 @@ def parts(model: Llama) -> None:
         never: Callable[..., bool] = lambda *a, **k: False  # noqa: E731
         by_in = lambda n, k: lambda a, w, *x, **y: tuple(w.shape) != (k, n)  # noqa: E731
         cases: dict[str, tuple[list[tuple[Any, str]], Callable[..., bool]]] = {
-            "rope": ([(rope, n) for n in dir(rope) if n.startswith("apply_rope") and n.endswith("inplace")], never),
-            "append": ([(page, "append_paged_kv_cache")], never),
             "attention": ([(decode, "run"), (MultiLevelCascadeAttentionWrapper, "run")], never),
+            "rope+append": ([(rope, "rope_append_paged_kv_cache")], never),
             "add+norm": ([(norm, "fused_add_rmsnorm")], never),
             "swiglu": ([(gemm, "mm_bf16_swiglu")], never),
             "argmax": ([(lookup, "argmax")], never),
         }
-        if hasattr(rope, "rope_append_paged_kv_cache"):
-            cases["rope+append"] = ([(rope, "rope_append_paged_kv_cache")], never)
         for name, (n, k) in {
             "qkv": (c.qkv_size, c.hidden_size), "output": (c.hidden_size, c.num_qo_heads * c.head_dim),
             "down": (c.hidden_size, c.intermediate_size), "lm_head": (c.vocab_size, c.hidden_size),
@@ -244,35 +243,80 @@ def prefix() -> None:
             print(f"{qo}/{kv} d{d}, {batch:2d} requests, decode / cascade us: {', '.join(row)}", flush=True)
 
 
+def levels() -> None:
+    """The parts of a cascade alone: the first level with chunks of so many pages, the second level, the merge."""
+    page, own, work = 16, 128, cupy.empty((64 << 20,), np.uint8)
+    for qo, kv, d in ((9, 3, 64), (32, 8, 128)):
+        for batch in (16, 64):
+            for shared in (1024, 4096):
+                pages = shared // page
+                cache = random_array((pages + batch * own // page, 2, page, kv, d), "bfloat16", 1)
+                q = random_array((batch, qo, d), "bfloat16", 2)
+                out, other = cupy.empty_like(q), cupy.empty_like(q)
+                lse = cupy.empty((batch, qo), np.float32)
+                row = []
+                for split in (None, 64, 32, 16, 8):
+                    first = BatchPrefillWithPagedKVCacheWrapper(work)
+                    first.plan(
+                        [0, batch], [0, pages], np.arange(pages, dtype=np.int32), [page], qo, kv, d, page,
+                        q_data_type="bfloat16", fixed_split_size=split,
+                    )  # fmt: skip
+                    us = _graph_time(lambda w=first, q=q, c=cache, o=out, s=lse: w.run(q, c, out=o, lse=s))
+                    row.append(f"{split}: {us:.1f}")
+                last = BatchDecodeWithPagedKVCacheWrapper(work)
+                n = own // page
+                last.plan(
+                    np.arange(batch + 1, dtype=np.int32) * n, pages + np.arange(batch * n, dtype=np.int32),
+                    np.full(batch, page, np.int32), qo, kv, d, page, q_data_type="bfloat16",
+                )  # fmt: skip
+                us = _graph_time(lambda w=last, q=q, c=cache, o=other, s=lse: w.run(q, c, out=o, lse=s))
+                merge = _graph_time(lambda a=out, b=other, s=lse: cascade.merge_state_in_place(a, s, b, s))
+                text = f"first level {', '.join(row)}; second {us:.1f}; merge {merge:.1f} us"
+                print(f"{qo}/{kv} d{d}, {batch} requests, {shared} shared: {text}", flush=True)
+
+
 def shared(model: Llama) -> None:
     """64 requests that share a prompt of so many tokens: tokens a second without sharing, with, and as a cascade."""
-    for length in (256, 1024, 4096):
+    for length in (256, 1024, 2048, 4096):
         rng, row = np.random.default_rng(0), []
         ids = rng.integers(3, model.config.vocab_size, length).tolist()
         for name, options in {
             "no": {"share_prefixes": False}, "pages": {"cascade_bytes": 1 << 60}, "cascade": {"cascade_bytes": 0},
         }.items():  # fmt: skip
             engine = Engine(
-                model, max_batch=64, max_prefill_tokens=4096, num_pages=64 * (length + NEW + 16) // 16, **options
+                model, max_batch=64, max_prefill_tokens=8192, num_pages=64 * (length + NEW + 16) // 16, **options
             )
             for i in range(64):
                 engine.submit([*ids, 5 + i], SamplingParams(NEW, ignore_eos=True))
+            start = time.perf_counter()
+            while engine._waiting or engine._prefilling or len(engine._in_flight) > 1:
+                engine._decode_turn = False  # prompts first, so that every decode step has 64 rows
+                engine.step()
+            engine.backend.synchronize()
+            prompts = time.perf_counter() - start
+            engine.step()  # the capture
+            step = next(reversed(engine._steps.values()))
+            with engine.backend.active():
+                engine.backend.synchronize()
+                start = time.perf_counter()
+                for _ in range(50):
+                    step.prepare(engine._running, engine._groups)
+                host = (time.perf_counter() - start) / 50
+            engine.stats = EngineStats()
             engine.run()
             s = engine.stats
-            step = next(reversed(engine._steps.values()))
-            us = _replay_time(engine, next(iter(step._replays.values())), 50)
-            rates = f"{s.decode_tokens / s.decode_seconds:,.0f} tok/s (replayed {us:.0f} us)"
-            row.append(f"{name} {rates}, prompts {s.prefill_seconds * 1e3:.0f} ms")
+            rate = s.decode_tokens / s.decode_seconds
+            row.append(f"{name} {rate:,.0f} tok/s (host {host * 1e6:.0f} us), prompts {prompts * 1e3:.0f} ms")
         print(f"64 requests, {length} tokens shared: {'; '.join(row)}", flush=True)
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["speed", "parts", "kernels", "prefix", "shared"]
+    wanted = sys.argv[1:] or ["speed", "parts", "kernels", "prefix", "levels", "shared"]
     model = random_llama(CupyBackend())
     for name in wanted:
         try:
             functions = {"speed": speed, "parts": parts, "kernels": kernels, "shared": shared}
-            prefix() if name == "prefix" else functions[name](model)
+            {"prefix": prefix, "levels": levels}[name]() if name in ("prefix", "levels") else functions[name](model)
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
 

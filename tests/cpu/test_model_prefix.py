@@ -175,10 +175,10 @@ def test_groups() -> None:
 
 
 def test_a_cascade_must_save_enough() -> None:
-    prefix = list(range(100))
-    table, full = page_table([[*prefix, 1000 + i] for i in range(64)]), np.full(64, 100, np.int32)
+    prefix = list(range(128))
+    table, full = page_table([[*prefix, 1000 + i] for i in range(64)]), np.full(64, 128, np.int32)
     token = 2 * 3 * 64 * 2  # SmolLM2 in bf16
-    saved = 63 * 1600 * token
+    saved = 63 * 2048 * token
     assert find_groups(table, full, token, 16) is not None and saved > MIN_SAVED_BYTES
     assert find_groups(table, full, token, 16, saved) is not None
     assert find_groups(table, full, token, 16, saved + 1) is None

@@ -427,13 +427,13 @@ def test_rope_append_keeps_queries(rng, dtype, kind, layout, is_neox):
             got = x.get() if dtype != "bfloat16" else x.view(np.uint16).get().view(want_q.dtype)
             assert np.abs(got[:, :heads].astype(np.float32) - want_q.astype(np.float32)).max() <= 0.04
             assert (got[:, heads:] == qkv[:, heads:]).all()
-            for g, w in zip(on_device, want, strict=True):
+            for g, w, before in zip(on_device, want, caches, strict=True):
                 if kind is not None:
                     nearly(g, w)
                 else:
                     near = g.get() if dtype != "bfloat16" else g.view(np.uint16).get().view(w.dtype)
                     assert np.abs(near.astype(np.float32) - w.astype(np.float32)).max() <= 0.04
-                g[...] = on_gpu(caches[0])
+                g[...] = on_gpu(before)
 
 
 def test_graph_capture(rng):
