@@ -117,8 +117,8 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
             specs.append(select_mm_kernel(m, shape.vocab, h, device, out=float32, pdl=pdl)[0])
         specs.append(gated_spec(m, shape.intermediate, h, device))
         for n, gated in ((products[0][0], False), (shape.intermediate, True)):
-            found = [select_rms_kernel(m, n, h, device, gated=gated, pdl=pdl) for pdl in (False, True)]
-            specs += [chosen[0] for chosen in found if chosen is not None]
+            both = [select_rms_kernel(m, n, h, device, gated=gated, pdl=pdl) for pdl in (False, True)]
+            specs += [chosen[0] for chosen in both if chosen is not None]
     for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         problem = decode_kernel.Problem(
             batch, qo, kv, d, bfloat16, bfloat16, bfloat16, shape.page_size % 16 == 0, False, False, False, False

@@ -15,11 +15,11 @@ from fi_cupy.models.kv_cache import Int32
 
 #: Most groups of one step. More would leave tiles of few queries.
 MAX_GROUPS = 4
-#: Bytes of keys and values of one layer that a cascade must save from being read again. Those come from the L2 cache, at
-#: about 4.5 TB/s; the cascade's two launches more (a tiled one over the prefix, and the merge) take 12 to 20 µs. On an
-#: H100, decode against cascade: 64 requests with 9/3 heads of 64 that share 1024 keys (48 MB saved) 19.7 and 21.5 µs,
-#: 2048 keys 33.3 and 22.3; with 32/8 heads of 128 and 512 keys (126 MB) 38.5 and 26.4, 16 requests and 2048 keys (120 MB)
-#: 31.6 and 33.1.
+#: Bytes of keys and values of one layer that a cascade must save from being read again. Those come from the L2 cache,
+#: at about 4.5 TB/s; the cascade's two launches more (a tiled one over the prefix, and the merge) take 12 to 20 µs. On
+#: an H100, decode and cascade: 64 requests with 9/3 heads of 64 that share 1024 keys (48 MB saved) 19.7 and 21.5 µs,
+#: 2048 keys 33.3 and 22.3; with 32/8 heads of 128 and 512 keys (126 MB) 38.5 and 26.4, 16 requests and 2048 keys
+#: (120 MB) 31.6 and 33.1.
 MIN_SAVED_BYTES = 80 << 20
 
 
