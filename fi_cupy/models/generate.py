@@ -82,6 +82,7 @@ def run_generate(
     kv_dtype: str = "auto",
     tune: bool = False,
     share_prefix: bool = True,
+    ignore_eos: bool = False,
     stream: TextIO | None = None,
 ) -> GenerationStats:
     """Continue a prompt, or answer it, and write the text as it comes.
@@ -110,6 +111,8 @@ def run_generate(
     share_prefix : bool
         Compute the prompt once for the whole batch, and attend to it once where it is long: see
         `fi_cupy.models.engine.Engine`.
+    ignore_eos : bool
+        Go on after an end-of-text token, up to `max_tokens`: every step of a measurement then has the whole batch.
     stream : text file, optional
         Where to write; by default standard output.
 
@@ -135,7 +138,7 @@ def run_generate(
         raise ModelError(f"batch is {batch}, expected at least 1")
     if kv_dtype not in KV_DTYPES:
         raise ModelError(f"kv_dtype is {kv_dtype!r}, expected one of {', '.join(KV_DTYPES)}")
-    params = SamplingParams(max_tokens, temperature, top_p, top_k, seed)
+    params = SamplingParams(max_tokens, temperature, top_p, top_k, seed, ignore_eos)
     path = model if model is not None else default_model_path()
     chosen, why = select_backend(backend)
     if tune and not chosen.captures:
