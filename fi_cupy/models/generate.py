@@ -26,7 +26,7 @@ class GenerationStats:
     """What a run did and how long it took.
 
     Token counts are sums over the batch. `shared_tokens` of the prompts' were in the cache when their turn came, since
-    another prompt begins alike, and `cascade_steps` of the decode steps attended to those once for all requests.
+    another prompt begins alike, and `cascade_steps` of the `decode_steps` attended to those once for all requests.
     `prefill_seconds` and `decode_seconds` are wall-clock time in the running engine, with compiling, loading and the
     capture of graphs counted in `load_seconds` and `setup_seconds` instead. `compile_seconds` is the part of it that
     NVRTC took, and `kernels_compiled` how many kernels that was.
@@ -43,6 +43,7 @@ class GenerationStats:
     prefill_seconds: float
     decode_seconds: float
     decode_tokens: int
+    decode_steps: int
     cascade_steps: int
     compile_seconds: float
     kernels_compiled: int
@@ -202,6 +203,7 @@ def run_generate(
         prefill_seconds=engine.stats.prefill_seconds,
         decode_seconds=engine.stats.decode_seconds,
         decode_tokens=engine.stats.decode_tokens,
+        decode_steps=engine.stats.decode_steps,
         cascade_steps=engine.stats.cascade_steps,
         compile_seconds=seconds,
         kernels_compiled=int(kernels),
@@ -221,9 +223,12 @@ def _write_summary(out: TextIO, stats: GenerationStats) -> None:
         for i, text in enumerate(others, start=1):
             print(f"[copy {i}]\n{text}", file=out)
     shared = f" ({stats.shared_tokens} shared{', a cascade' * (stats.cascade_steps > 0)})" * (stats.shared_tokens > 0)
+    # Texts that end early leave a batch with fewer rows, whose steps take almost as long.
+    rows = stats.decode_tokens / max(stats.decode_steps, 1)
+    mean = f" ({stats.decode_steps} steps of {rows:.1f} rows)" * (len(stats.texts) > 1)
     print(
         f"[prompt: {stats.prompt_tokens} tokens{shared}, {stats.prefill_tokens_per_second:.1f} tokens/s | "
-        f"generated: {stats.generated_tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s | "
+        f"generated: {stats.generated_tokens} tokens{mean}, {stats.decode_tokens_per_second:.1f} tokens/s | "
         f"compiled: {stats.kernels_compiled} kernels in {stats.compile_seconds:.2f} s, "
         f"set-up {stats.setup_seconds:.1f} s]",
         file=out,
