@@ -92,8 +92,8 @@ def names() -> tuple[str, ...]:
 
 def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
     """The kernels that serving a model takes on `device`: batches of 1 to 256 requests, prompts of any length."""
-    from fi_cupy import decode_kernel, lookup, norm, prefill_kernel, rope_quantize_kernel, sampling_kernels
-    from fi_cupy.dtypes import bfloat16, float32
+    from fi_cupy import decode_kernel, lookup, norm, page, prefill_kernel, rope, rope_quantize_kernel, sampling_kernels
+    from fi_cupy.dtypes import bfloat16, float32, int32
     from fi_cupy.gemm.select import gated_spec, select_mm_kernel, select_rms_kernel
     from fi_cupy.prefill_hopper import Load
 
@@ -103,7 +103,10 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
         norm.norm_spec(bfloat16, bfloat16, bfloat16, h, 8),
         norm.norm_spec(bfloat16, bfloat16, bfloat16, h, 8, residual=True),
         *lookup.kernel_specs(),
-        *rope_quantize_kernel.append_specs(bfloat16),
+        rope.rope_spec(bfloat16, int32, d, 8, rope._threads((qo + kv) * d // 16)),
+        *(page.append_spec(2 * d, 2 * d, 16, unroll) for unroll in (1, 4)),
+        *rope_quantize_kernel.append_specs(bfloat16),  # both in one
+        *sampling_kernels.kernel_specs()[:6],  # softmax and draws from float32 logits
     ]
     for rows in (1, 16, 64, 256):  # draws from float32 logits over a temperature
         for kind, launch in (("none", "draw"), ("top_p", "reject"), ("all", "select")):
