@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fi_cupy.dtypes import DType, bfloat16, float8_e4m3fn
 from fi_cupy.gemm.hopper import Scale, block_scales, vector_scale
@@ -62,7 +62,7 @@ def _launch(
 ) -> None:
     (m, n), k = out.shape[-2:], a.shape[-1]
     batch = a.shape[0] if a.ndim == 3 else 1
-    config = dict(spec.config)
+    config: dict[str, Any] = dict(spec.config)
     grid = (-(-n // (16 * config["kWTiles"])), -(-m // (8 * config["kATiles"])), batch)
     load_kernel(spec, a.device).launch(
         grid, a.stream(), a.ptr, w.ptr, 0 if bias is None else bias.ptr, out.ptr, a_scale[0], b_scale[0],
@@ -78,7 +78,7 @@ def launch_few_fp8(
     """`hopper.launch_hopper_fp8` for up to 16 rows, on any architecture from sm_89 on; sums are exact in fp32."""
     if out.size == 0:
         return
-    config = config or few_fp8_config(*out.shape[-2:], a.shape[-1])
+    config = config or few_fp8_config(out.shape[-2], out.shape[-1], a.shape[-1])
     spec = few_fp8_spec(config, a.dtype, w.dtype, out.dtype)
     _launch(spec, out, a, w, bias, vector_scale(a_scale), vector_scale(b_scale), pdl)
 
@@ -90,7 +90,7 @@ def launch_few_fp8_blocks(
     """`hopper.launch_hopper_fp8_blocks` for up to 16 rows of one product."""
     if out.size == 0:
         return
-    config = config or few_fp8_config(*out.shape, a.shape[1])
+    config = config or few_fp8_config(out.shape[0], out.shape[1], a.shape[1])
     spec = few_fp8_spec(config, a.dtype, w.dtype, out.dtype, blocks=True)
     _launch(spec, out, a, w, None, *block_scales(a_scale, b_scale, scale_major_mode), pdl)
 

@@ -143,8 +143,8 @@ def _up(a: int, b: int) -> int:
 def last_round(tiles: int, ctas: int, warps_m: int) -> tuple[int, int]:
     """(whole, pieces): tiles from number `whole` on are computed in that many pieces of whole warpgroups' rows.
 
-    A last round of few tiles leaves the other multiprocessors idle: 704 tiles of 192 x 128 on 132 are 5.3 rounds, so the
-    last 44 are shared out in pieces of 64 rows.
+    A last round of few tiles leaves the other multiprocessors idle: 704 tiles of 192 x 128 on 132 are 5.3 rounds, so
+    the last 44 are shared out in pieces of 64 rows.
     """
     rest = tiles % ctas
     if tiles <= ctas or rest == 0:
@@ -172,7 +172,7 @@ def block_cycles(tile: HopperTile, warpgroups: int = 0) -> float:
     return max(busy * 64 * columns / 32, (reads + writes) / _SMEM_BYTES)
 
 
-#: Cycles between the products of a warpgroup over 128 bytes of k whose sums leave the tensor cores, hidden by others only.
+#: Cycles between the products of a warpgroup whose sums leave the tensor cores every 128 of k; others hide them.
 _PROMOTE_CYCLES = 250
 
 
@@ -180,7 +180,7 @@ def _cost(tile: HopperTile, tiles: int, blocks: int, sms: int) -> float:
     """Cycles of the busiest multiprocessor."""
     speed = PROMOTED_SPEED.get(tile)
     cycles = block_cycles(tile) if speed is None else tile.block_m * tile.block_n / 32 / speed
-    whole, pieces = last_round(tiles, min(tiles, sms), tile.warps_m)
+    pieces = last_round(tiles, min(tiles, sms), tile.warps_m)[1]
     rounds = float(_up(tiles, sms))
     if pieces > 1:
         warpgroups = _up(tile.warps_m, pieces)
@@ -417,7 +417,8 @@ def launch_hopper_fp8(
 
 def launch_hopper_fp8_blocks(
     out: View, a: View, w: View, a_scale: View, b_scale: View, *, scale_major_mode: str = "MN",
-    indptr: View | None = None, weight_indices: View | None = None, pdl: bool = False, tile: HopperTile | None = None,
+    indptr: View | None = None, weight_indices: View | None = None, rows: int = 0, pdl: bool = False,
+    tile: HopperTile | None = None,
 ) -> None:  # fmt: skip
     """fp8 product with a factor for 128 of k of every row of a, and for 128 x 128 of w; grouped with `indptr`.
 
@@ -428,14 +429,19 @@ def launch_hopper_fp8_blocks(
     w : View, [n, k]; grouped [weights, n, k]
     a_scale, b_scale : View, float32
         "K": ``[m, k / 128]`` and ``[ceil(n / 128), k / 128]``; "MN": both transposed. Grouped: b_scale with a leading
-        axis of weights.
+        axis of weights. Any strides.
+    weight_indices : View, [segments], int32 or int64
+        Segments of a negative number are left out.
+    rows : int
+        Of a segment with rows, to expect; 0: all segments are alike.
     """
     m, n = out.shape
     segments = 1 if indptr is None else indptr.shape[0] - 1
     if m == 0 or segments <= 0:
         return
     sms = device_info(a.device).num_sms
-    tile = tile or grouped_tile(m, segments, n, a.shape[1], sms, sums=BLOCKS)
+    alike = w.shape[0] if rows else segments
+    tile = tile or grouped_tile(rows * alike or m, alike, n, a.shape[1], sms, sums=BLOCKS)
     spec = hopper_spec(tile, a.dtype, w.dtype, out.dtype, scale=BLOCKS, promote=1, grouped=indptr is not None)
     scale_a, scale_b = block_scales(a_scale, b_scale, scale_major_mode)
     tiles = _up(m, tile.block_m) * _up(n, tile.block_n)

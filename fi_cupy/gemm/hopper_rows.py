@@ -23,9 +23,21 @@ class RowsTile(NamedTuple):
     stages: int
 
     def smem_bytes(self, scale: str) -> int:
-        """Operands, and struct HopperGemmShared."""
+        """Operands, struct HopperGemmShared, and the other ranks' sums."""
         shared = 16 * self.stages + 4 * (self.stages * 64 if scale == BLOCKS else 1) + 4 * self.stages
-        return 128 * self.stages * (self.rows + self.block_n) + -(-shared // 8) * 8
+        inbox = inbox_bytes(self.rows, self.block_n, self.split)
+        return 128 * self.stages * (self.rows + self.block_n) + -(-shared // 16) * 16 + inbox
+
+
+def inbox_bytes(rows: int, block_n: int, split: int) -> int:
+    """What the other ranks of a cluster send to one: their part of its columns, in fp32, of whole warps' 16 rows."""
+    return (split - 1) * (block_n // split) * 64 * _up(rows, 16)
+
+
+def stages_in(room: int, rows: int, block_n: int, split: int) -> int:
+    """Stages of a ring of `room` bytes, less where the other ranks' sums would not fit beside it."""
+    inbox = max(0, inbox_bytes(rows, block_n, split) - _BESIDE[room])
+    return (room - inbox) // (128 * (rows + block_n))
 
 
 @lru_cache(maxsize=512)
@@ -60,6 +72,8 @@ def rows_spec(
 
 #: Shared memory of a CTA that has its multiprocessor to itself, and of one of two.
 _ALONE, _SHARING = 208 << 10, 104 << 10
+#: What is left beside such a ring and its barriers (5 KB) of 227 KB, or of half of 226.
+_BESIDE = {_ALONE: 14 << 10, _SHARING: 4 << 10}
 
 
 @lru_cache(maxsize=4096)
@@ -80,7 +94,7 @@ def rows_tile(m: int, n: int, k_bytes: int, sms: int, *, batch: int = 1, gated: 
             if split > 1 and (split > blocks // 4 or _up(out_n, block_n) * calls >= sms):
                 continue
             ctas, share = _up(out_n, block_n) * calls * split, _up(blocks, split)
-            sharing = _SHARING // (128 * (rows + block_n))
+            sharing = stages_in(_SHARING, rows, block_n, split)
             alone = ctas <= sms and share > sharing  # a short share of k needs no deeper ring
             # Time goes with the busiest multiprocessor's part of the weight. A cluster costs about a microsecond, in
             # which a multiprocessor reads 20 KB, and more where k is short (960 x 576 at m = 64: 4.3 us in clusters of
@@ -88,7 +102,8 @@ def rows_tile(m: int, n: int, k_bytes: int, sms: int, *, batch: int = 1, gated: 
             waves, cluster = _up(ctas, sms), 40_000 if blocks < 16 else 20_000
             cost = waves * (block_n * share * 128 + split // 2 * cluster) * (1 if waves == 1 else 1.05)
             if best is None or cost < best[0]:
-                best = cost, RowsTile(rows, block_n, split, _ALONE // (128 * (rows + block_n)) if alone else sharing)
+                stages = stages_in(_ALONE, rows, block_n, split) if alone else sharing
+                best = cost, RowsTile(rows, block_n, split, stages)
     assert best is not None
     return best[1]
 

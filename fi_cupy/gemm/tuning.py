@@ -160,7 +160,8 @@ def _hopper(p: MmProblem) -> Iterator[Candidate]:
     if p.m <= select.HOPPER_ROWS_MAX:
         rows = next(r for r in (8, 16, 32, 64) if p.m <= r)
         for block_n, split, room in itertools.product((64, 128), (1, 2, 4), (hopper_rows._ALONE, hopper_rows._SHARING)):
-            tile = hopper_rows.RowsTile(rows, block_n, split, room // (128 * (rows + block_n)))
+            stages = hopper_rows.stages_in(room, rows, block_n, split)
+            tile = hopper_rows.RowsTile(rows, block_n, split, stages)
             if split <= max(1, blocks // 4):
                 spec = hopper_rows.rows_spec(tile, p.dtype, p.dtype, p.out, row_major_b=p.row_major_b)
                 yield Candidate(spec, rows, block_n, "plane")

@@ -18,7 +18,7 @@ struct HopperGemmParams {
   const float* a_scale;   // a row (and 128 of k); kScale none: null
   const float* b_scale;   // a column; in blocks: 128 columns and 128 of k
   const void* indptr;     // grouped: first row of every segment and the end, [segments + 1]
-  const void* weight_indices;  // grouped: [segments], or null: segment s has weight s
+  const void* weight_indices;  // grouped: [segments], or null: segment s has weight s; one below 0: its rows are left out
   int64_t out_stride, out_batch, residual_stride, residual_batch, bias_batch;  // elements, as all strides
   int64_t a_scale_batch, a_scale_row, a_scale_k, b_scale_batch, b_scale_column, b_scale_k;
   uint32_t m, n, k;       // n: columns of out; k: bytes of a row of a
@@ -123,6 +123,10 @@ struct HopperGemmWalk {
     return params.wide_indptr ? uint32_t(static_cast<const int64_t*>(params.indptr)[i])
                               : static_cast<const uint32_t*>(params.indptr)[i];
   }
+  FI_DEVICE int32_t weight_of(uint32_t segment) const {
+    return params.wide_indices ? int32_t(static_cast<const int64_t*>(params.weight_indices)[segment])
+                               : static_cast<const int32_t*>(params.weight_indices)[segment];
+  }
   FI_DEVICE static uint32_t tiles_of(uint32_t rows) { return ceil_div<uint32_t>(rows, Config::kBlockM); }
   FI_DEVICE void load_window() {
     const uint32_t segment = window + lane_id();
@@ -130,6 +134,8 @@ struct HopperGemmWalk {
     // Offsets are what a kernel before this one may have written: none leads past the rows that are there.
     if (segment < params.batch) first = min(offset(segment), params.m), end = min(offset(segment + 1), params.m);
     end = max(end, first);
+    // Rows of a segment with a negative weight are nobody's.
+    if (params.weight_indices != nullptr && segment < params.batch && weight_of(segment) < 0) end = first;
     uint32_t sum = tiles_of(end - first) * tiles_n;
 #pragma unroll
     for (int step = 1; step < kWarpSize; step *= 2) {
@@ -179,10 +185,7 @@ struct HopperGemmWalk {
       inside(number - start, tiles_m, tile);
       tile.m_first += from, tile.m_end = to, tile.batch = 0;
       const uint32_t segment = window + lane;
-      tile.weight = segment;
-      if (params.weight_indices != nullptr)
-        tile.weight = params.wide_indices ? uint32_t(static_cast<const int64_t*>(params.weight_indices)[segment])
-                                          : static_cast<const uint32_t*>(params.weight_indices)[segment];
+      tile.weight = params.weight_indices != nullptr ? weight_of(segment) : segment;
       return true;
     }
   }

@@ -343,7 +343,7 @@ FEW_FP8 = [FewConfig(1, 1, 2, 3, False, True), FewConfig(1, 1, 2, 2, True, False
 @needs_emulator
 @pytest.mark.parametrize("config", FEW_FP8, ids=str)
 def test_few_rows_of_fp8(rng, place, config):
-    """Rows and columns past the end, a k that is no multiple of a step, factors of both kinds in either order of axes."""
+    """Rows and columns past the end, a k that is no multiple of a step, factors of both kinds in either order."""
     m, n, k = 8 * config.a_tiles - 3, 136, 656
     a, b = fp8_values(rng, (m, k)), fp8_values(rng, (n, k), E5M2)
     sa, sb = (rng.random(x).astype(np.float32) + 0.1 for x in (m, n))

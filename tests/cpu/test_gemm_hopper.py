@@ -134,6 +134,28 @@ def test_raster_visits_every_tile_once(tiles_m, tiles_n):
     assert seen == {(i, j) for i in range(tiles_m) for j in range(tiles_n)}
 
 
+@given(tiles_m=st.integers(1, 70), tiles_n=st.integers(1, 40), warps_m=st.integers(1, 3), short=st.integers(0, 191))
+def test_last_round_visits_every_row_once(tiles_m, tiles_n, warps_m, short):
+    """HopperGemmWalk.find of dense products: whole tiles, then pieces, none larger than what is left of the matrix."""
+    block, ctas, tiles = 64 * warps_m, 132, tiles_m * tiles_n
+    m = tiles_m * block - short % block
+    whole, pieces = hopper.last_round(tiles, min(ctas, tiles), warps_m)
+    assert whole % ctas == 0 or pieces == 1
+    assert whole + (tiles - whole) * pieces <= up(tiles, ctas) * ctas, "another round"
+    seen = np.zeros((m, tiles_n), int)
+    for number in range(whole + (tiles - whole) * pieces):
+        above, rows, tile = 0, block, number
+        if number >= whole:
+            rest = number - whole
+            tile, rows = whole + rest // pieces, up(warps_m, pieces) * 64
+            above = rest % pieces * rows
+            rows = min(rows, block - above)
+        row, column = inside(tile, tiles_m, tiles_n, hopper.RASTER)
+        first = row * block + above
+        seen[first : min(m, first + rows), column] += 1
+    assert (seen == 1).all()
+
+
 class Walk:
     """HopperGemmWalk of a warp: a window of 32 segments, running sums of their tiles."""
 

@@ -218,6 +218,42 @@ def test_group_groupwise(rng, major, lengths):
     check_rows(out, want, "bfloat16")
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("k", [256, 400])
+def test_rows_with_their_groups_number(rng, aligned, k):
+    """Groups in any order, some without rows, padding between; k = 400 goes to the portable kernel."""
+    groups, n, blocks = 12, 264, -(-k // 128)
+    order, lengths = rng.permutation(groups), rng.integers(0, 200, groups)
+    padding = [int(-c % 128 if aligned else c % 3) for c in lengths]
+    numbers = np.repeat(
+        np.stack([order, np.full(groups, -1)], 1).ravel(), np.stack([lengths, padding], 1).ravel()
+    ).astype(np.int32)
+    m = len(numbers)
+    a, b = fp8(rng, (m, k)), fp8(rng, (groups, n, k))
+    sa, sb = rng.random((m, blocks)).astype(np.float32), rng.random((groups, 3, blocks)).astype(np.float32)
+    want = reference.gemm.grouped_rows(a, b, f64(sa), f64(sb), numbers, (1, 128, 128), np.full((m, n), np.nan))
+    for scales in (on_gpu(sa), on_gpu(np.ascontiguousarray(sa.T)).T):
+        out = poisoned((m, n), "bfloat16")
+        gemm.group_deepgemm_fp8_nt_groupwise(on_gpu(a), on_gpu(b), scales, on_gpu(sb), on_gpu(numbers), out=out)
+        got, inside = to_float64(out), numbers >= 0
+        assert_close(got[inside], want[inside], "bfloat16", "product")
+        assert np.isnan(got[~inside]).all(), "rows of no group were written"
+
+
+@pytest.mark.parametrize("expected", [1, 100])
+def test_groups_padded_to_one_length(rng, expected):
+    groups, m, n, k = 9, 150, 264, 384
+    counts = np.array([0, 150, 1, 64, 65, 149, 400, -3, 128], np.int32)
+    a, b = fp8(rng, (groups, m, k)), fp8(rng, (groups, n, k))
+    sa, sb = rng.random((groups, m, 3)).astype(np.float32), rng.random((groups, 3, 3)).astype(np.float32)
+    numbers = reference.gemm.masked_numbers(counts, m)
+    flat = (a.reshape(-1, k), b, f64(sa).reshape(-1, 3), f64(sb), numbers, (1, 128, 128))
+    want = reference.gemm.grouped_rows(*flat, np.full((groups * m, n), np.nan))
+    out = poisoned((groups, m, n), "bfloat16")
+    gemm.batch_deepgemm_fp8_nt_groupwise(*map(on_gpu, (a, b, sa, sb, counts)), expected, out=out)
+    check_rows(out.reshape(-1, n), want, "bfloat16")
+
+
 @pytest.mark.parametrize("m", [1, 7, 8, 9, 16])
 @pytest.mark.parametrize("config", [None, FewConfig(2, 1, 2, 8, True, False), FewConfig(1, 1, 3, 4, False, False)])
 def test_few_rows_of_fp8(rng, m, config):
