@@ -474,9 +474,7 @@ def kernel_specs() -> list[KernelSpec]:
         add(m, 4096, 4096)
     add(1, 14336, 4096)
     add(1, 4096, 14336)
-    for gated in (False, True):
-        rms = select_rms_kernel(1, 1536 if gated else 960, 576, H100, gated=gated, pdl=True)
-        specs += [rms[0]] if rms is not None else []
+    specs.append(few_spec(bfloat16, bfloat16, 1, 1, 2, 8, wide=True, ahead=True, gated=True, rms=True))
     add(4096, 4096, 4096, _B200, row_major_b=True)
     for m in (1, 16, 4096):
         add(m, 4096, 4096, _B200, float16)
