@@ -5,6 +5,7 @@
 // experts, so that the lowest lane with the largest value holds the lowest number. Shared memory: none. Bytes moved: the scores once.
 // Architecture: any.
 #pragma once
+#include "common/math.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 #include "ptx/pdl.cuh"
@@ -47,7 +48,7 @@ FI_DEVICE void load_part(const T* p, int count, bool vectors, float (&out)[N]) {
     if (i < count) out[i] = to_float(p[i]);
 }
 
-FI_DEVICE float routing_sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+FI_DEVICE float routing_sigmoid(float x) { return math::ptx_rcp(1.f + expf(-x)); }
 
 // Config: T, Bias, Out, kWarps, kPer
 template <class Config>

@@ -141,9 +141,14 @@ def _multiply_rms(
 
 
 def takes_rms(a: Any) -> bool:
-    """Whether `mm_bf16` and `mm_bf16_swiglu` take `rms_eps` with this `a`: few rows on a GPU, any on the CPU."""
+    """Whether products of `a` should normalise its rows themselves: where a GPU's kernel does.
+
+    CPU arrays, for which `rms_eps` is never refused, follow the usual GPU, so that both round at the same places.
+    """
     x = view(a, "takes_rms", "a")
-    return x.is_cpu or select_rms_kernel(max(x.shape[0], 1), 8, 8, device_info(x.device), x.dtype) is not None
+    if x.is_cpu:
+        return x.shape[0] <= FEW_MAX
+    return select_rms_kernel(max(x.shape[0], 1), 8, 8, device_info(x.device), x.dtype) is not None
 
 
 def _rms_eps(op: str, rms_eps: float | None, row_major_b: bool) -> float | None:

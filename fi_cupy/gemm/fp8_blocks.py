@@ -10,6 +10,7 @@ from fi_cupy.checks import check_device, check_dtype, check_ndim, check_shape
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, float8_e4m3fn, uint8
 from fi_cupy.errors import ArgumentError, ShapeError
+from fi_cupy.gemm import few_fp8
 from fi_cupy.gemm.group import SCALE_STEP, Scales, launch_group
 from fi_cupy.gemm.hopper import launch_hopper_fp8_blocks
 from fi_cupy.gemm.hopper_rows import launch_rows_fp8_blocks
@@ -78,11 +79,14 @@ def _run(
         return
     k, device = a.shape[1], device_info(a.device)
     plain = a.dtype is w.dtype is float8_e4m3fn and (gn, gk) == (SCALE_STEP, SCALE_STEP) and k % SCALE_STEP == 0
-    if plain and a.shape[0] and on_hopper(device, w.shape[-2], a, w, out):
+    few = plain and indptr is None and few_fp8.takes(device, a.shape[0])
+    if few or (plain and a.shape[0] and on_hopper(device, w.shape[-2], a, w, out)):
         stored = (swapped(sa), swapped(sb)) if major == "MN" else (sa, sb)
         if gm != 1:  # the Hopper kernels read a multiplier a row, MN-major best
             stored, major = (expand_scales(a, sa, gm), swapped(sb)), "MN"
-        if indptr is None and a.shape[0] <= HOPPER_ROWS_MAX:
+        if few:
+            few_fp8.launch_few_fp8_blocks(out, a, w, *stored, scale_major_mode=major)
+        elif indptr is None and a.shape[0] <= HOPPER_ROWS_MAX:
             launch_rows_fp8_blocks(out, a, w, *stored, scale_major_mode=major)
         else:
             launch_hopper_fp8_blocks(

@@ -29,7 +29,7 @@ PARAMS = ParamsStruct(
         *((f"a_scale_{x}", "i64") for x in ("batch", "row", "k")),
         *((f"b_scale_{x}", "i64") for x in ("batch", "column", "k")),
         *((x, "u32") for x in ("m", "n", "k", "batch", "a_step", "b_step", "first_half", "second_half")),
-        *((x, "u32") for x in ("wide_indptr", "wide_indices", "raster", "whole", "pieces")),
+        *((x, "u32") for x in ("wide_indptr", "wide_indices", "raster", "early", "whole", "pieces")),
     ],
 )
 NONE, VECTORS, BLOCKS = "none", "vectors", "blocks"
@@ -73,13 +73,17 @@ PROMOTED = HopperTile(128, 128, 2, 1, 5, True)
 PROMOTED_SMALL = HopperTile(64, 128, 1, 2, 8, False)
 TALL = HopperTile(192, 128, 3, 1, 4, True)
 BROAD = HopperTile(128, 192, 2, 1, 4, True)
-#: What they reach of the tensor cores' rate with scales in blocks: while a warpgroup adds its sums up others multiply,
-#: and three hide it better than two (8192 cubed: 1,065 TFLOP/s in 192 x 128, 1,040 in 128 x 192, 804 in 128 x 128).
-PROMOTED_SPEED = {TALL: 0.72, BROAD: 0.70, PROMOTED: 0.57, PROMOTED_SMALL: 0.43}
 CHOICES = {
-    NONE: (LARGE, MIDDLE, WIDE, SMALL, TINY),
-    VECTORS: (PROMOTED, PROMOTED_SMALL),
+    NONE: (LARGE, BROAD, MIDDLE, WIDE, SMALL, TINY),
+    VECTORS: (BROAD, PROMOTED, PROMOTED_SMALL),
     BLOCKS: (TALL, BROAD, PROMOTED, PROMOTED_SMALL),
+}
+#: What tiles reach of the tensor cores' rate where sums leave them: TFLOP/s at 8192 cubed over 1,480. In blocks,
+#: while a warpgroup adds its sums up others multiply, and three hide it better than two.
+SPEED: dict[str, dict[HopperTile, float]] = {
+    NONE: {},
+    VECTORS: {BROAD: 0.79, PROMOTED: 0.66, PROMOTED_SMALL: 0.5},
+    BLOCKS: {TALL: 0.72, BROAD: 0.70, PROMOTED: 0.65, PROMOTED_SMALL: 0.43},
 }
 
 #: Blocks of 128 of k after which fp8 sums without `fast_accum` leave the tensor cores.
@@ -149,8 +153,9 @@ def last_round(tiles: int, ctas: int, warps_m: int) -> tuple[int, int]:
     rest = tiles % ctas
     if tiles <= ctas or rest == 0:
         return tiles, 1
-    pieces = min(warps_m, ctas // rest)
-    return (tiles - rest, pieces) if pieces > 1 else (tiles, 1)
+    if ctas // rest < warps_m or warps_m == 1:  # pieces of several warpgroups take as long as the tile
+        return tiles, 1
+    return tiles - rest, warps_m
 
 
 #: Bytes a cycle that shared memory takes in or gives out.
@@ -168,7 +173,7 @@ def block_cycles(tile: HopperTile, warpgroups: int = 0) -> float:
     """
     busy, columns = warpgroups or tile.warps_m * tile.warps_n, tile.block_n // tile.warps_n
     reads = 4 * busy * (2048 + columns * 32)
-    writes = (tile.block_m + tile.block_n) * 128
+    writes = (64 * _up(busy, tile.warps_n) + tile.block_n) * 128
     return max(busy * 64 * columns / 32, (reads + writes) / _SMEM_BYTES)
 
 
@@ -176,15 +181,14 @@ def block_cycles(tile: HopperTile, warpgroups: int = 0) -> float:
 _PROMOTE_CYCLES = 250
 
 
-def _cost(tile: HopperTile, tiles: int, blocks: int, sms: int) -> float:
+def _cost(tile: HopperTile, tiles: int, blocks: int, sms: int, sums: str) -> float:
     """Cycles of the busiest multiprocessor."""
-    speed = PROMOTED_SPEED.get(tile)
+    speed = SPEED[sums].get(tile)
     cycles = block_cycles(tile) if speed is None else tile.block_m * tile.block_n / 32 / speed
     pieces = last_round(tiles, min(tiles, sms), tile.warps_m)[1]
     rounds = float(_up(tiles, sms))
     if pieces > 1:
-        warpgroups = _up(tile.warps_m, pieces)
-        part = block_cycles(tile, warpgroups) + (_PROMOTE_CYCLES if speed is not None and warpgroups == 1 else 0)
+        part = block_cycles(tile, 1) + (0 if speed is None else _PROMOTE_CYCLES)
         rounds += min(1.0, part / cycles) - 1
     return rounds * (blocks * cycles + _TILE_CYCLES)
 
@@ -201,12 +205,12 @@ def hopper_tile(
     choices: tuple[HopperTile, ...] = CHOICES[sums]
     # A warpgroup's columns: quads of n8 tiles of out, and whole panels of 64 of an n-contiguous b.
     least = 32 * (1 + gated) * (1 + row_major_b)
-    choices = tuple(t for t in choices if t.block_n // t.warps_n >= least)
+    choices = tuple(t for t in choices if t.block_n // t.warps_n >= least and not (gated and t.block_n % 128))
     blocks = _up(k_bytes, 128)
 
     def cost(tile: HopperTile) -> float:
         columns = tile.block_n // (2 if gated else 1)
-        return _cost(tile, _up(m, tile.block_m) * _up(n, columns) * batch, blocks, sms)
+        return _cost(tile, _up(m, tile.block_m) * _up(n, columns) * batch, blocks, sms, sums)
 
     return min(choices, key=cost)
 
@@ -249,7 +253,7 @@ def _maps(
     config: dict[str, Any] = dict(spec.config)
     kind_a, kind_b = config["TA"], config["TB"]
     inner = 128 // kind_a.itemsize
-    a_map = _matrix_map(kind_a, *a, inner, config["kRowsA"])
+    a_map = _matrix_map(kind_a, *a, inner, min(64, config["kRowsA"]))
     if config["kRowMajorB"]:
         b_map = _matrix_map(kind_b, *w, 64, 64)
     else:
@@ -299,12 +303,14 @@ def launch(
         n if gate_second else 0, 0 if gate_second else n,
         int(indptr is not None and indptr.dtype is int64),
         int(weight_indices is not None and weight_indices.dtype is int64),
-        RASTER, whole, pieces, pdl=pdl,
+        RASTER, _ALL if pdl else 0, whole, pieces, pdl=pdl,
     )  # fmt: skip
 
 
 #: Tile rows that are handed out together: 132 CTAs then work on 16 tile rows and 8 tile columns.
 RASTER = 16
+#: More stages than any ring has.
+_ALL = 64
 
 
 def _dense(
@@ -347,7 +353,8 @@ def launch_hopper_mm(
 
 def grouped_tile(rows: int, segments: int, n: int, k_bytes: int, sms: int, **options: Any) -> HopperTile:
     """The tile for segments of an average length (their own lengths are on the device); options as of `hopper_tile`."""
-    return hopper_tile(max(1, _up(rows, segments)), n, k_bytes, sms, batch=segments, **options)
+    segments = min(segments, rows)  # no more have any: a token for two of eight experts
+    return hopper_tile(_up(rows, segments), n, k_bytes, sms, batch=segments, **options)
 
 
 def launch_hopper_grouped(

@@ -9,7 +9,7 @@
 namespace fi {
 
 struct HopperGemmParams {
-  // a: (k, row, batch, 1), box (128 bytes, kRowsA). b: k-contiguous (k, column, weight, 1), box (128 bytes, kBoxN);
+  // a: (k, row, batch, 1), box (128 bytes, kBoxM). b: k-contiguous (k, column, weight, 1), box (128 bytes, kBoxN);
   // n-contiguous (column, k, weight, 1), box (64, 64). out: (column, row, batch, 1), box (64, 64).
   ptx::TensorMap a_map, b_map, out_map;
   void* out;
@@ -27,6 +27,7 @@ struct HopperGemmParams {
   uint32_t first_half, second_half;  // gated: columns of b where the gate and the up projection start
   uint32_t wide_indptr, wide_indices;  // whether they are 64-bit
   uint32_t raster;                   // tile rows that are handed out together
+  uint32_t early;                    // gemm_hopper_rows: stages of b that are requested before a is there
   uint32_t whole, pieces;            // dense: tiles from number `whole` on are `pieces` pieces of whole warpgroups' rows
 };
 
@@ -39,7 +40,8 @@ enum class HopperScale {
 // Config: TA, TB, Out, Bias, kBlockM, kBlockN, kStages, kWarpsM, kWarpsN (consumer warpgroups along m and n; each has 64 rows),
 // kPromote (blocks of k after which the tensor cores' sums are added to others in full fp32; 0: never), kScale,
 // kRowMajorB, kGrouped, kGated, kBulkStore (16-bit Out through shared memory and the copy engine), kProducerRegs, kConsumerRegs,
-// kRowsA (rows of a in shared memory; past them products read what comes next, into rows that nobody stores).
+// kRowsA (rows of a in shared memory, copied in boxes of up to 64; past them products read what comes next, into rows that nobody
+// stores).
 template <class Config>
 struct HopperGemmShape {
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kStages = Config::kStages;
@@ -50,6 +52,7 @@ struct HopperGemmShape {
   static constexpr int kBoxesB = Config::kRowMajorB ? kBlockN / 64 : Config::kGated ? 2 * Config::kWarpsN : 1;
   static constexpr int kBoxN = kBlockN / kBoxesB;
   static constexpr int kABytes = Config::kRowsA * 128, kBBytes = kBlockN * 128;
+  static constexpr int kBoxesA = ceil_div(Config::kRowsA, 64), kBoxM = Config::kRowsA / kBoxesA;
   static constexpr bool kBlocks = Config::kScale == HopperScale::blocks;
   static constexpr int kStoreBytes = Config::kBulkStore ? kConsumers * 2 * 8192 : 0;
   static constexpr int kB = kStages * kABytes, kStore = kB + kStages * kBBytes, kShared = kStore + kStoreBytes;
@@ -224,14 +227,21 @@ FI_DEVICE void produce_operands(const HopperGemmParams& params, HopperGemmShared
 #pragma unroll 1
   for (uint32_t number = blockIdx.x; walk.find(number, tile); number += gridDim.x) {
     const int batch = tile.batch * params.a_step, weight = tile.weight * params.b_step;
+    // Rows of warpgroups that this tile has no rows for stay as they are.
+    const uint32_t rows = tile.m_end > tile.m_first ? tile.m_end - tile.m_first : 0;
+    const uint32_t boxes = min(ceil_div<uint32_t>(rows, Shape::kBoxM), uint32_t(Shape::kBoxesA));
 #pragma unroll 1
     for (uint32_t block = 0; block < blocks; ++block) {
       ptx::mbarrier_wait(empty + ring.at * 8, ring.phase ^ 1);
       if (lane_id() == 0) {
         const uint32_t barrier = full + ring.at * 8;
         const int k = block * Shape::kBlockK;
-        ptx::mbarrier_arrive_expect(barrier, Shape::kABytes + Shape::kBBytes);
-        ptx::tma_load_4d(smem + ring.at * Shape::kABytes, params.a_map, barrier, k, tile.m_first, batch, 0);
+        ptx::mbarrier_arrive_expect(barrier, boxes * (Shape::kBoxM * 128) + Shape::kBBytes);
+#pragma unroll
+        for (int i = 0; i < Shape::kBoxesA; ++i)
+          if (i < boxes)
+            ptx::tma_load_4d(smem + ring.at * Shape::kABytes + i * Shape::kBoxM * 128, params.a_map, barrier, k,
+                             tile.m_first + i * Shape::kBoxM, batch, 0);
         load_b<Config>(params, smem + Shape::kB + ring.at * Shape::kBBytes, barrier, k, tile.n_first, weight);
       }
       ring.advance();

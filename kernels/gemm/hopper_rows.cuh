@@ -12,7 +12,8 @@
 
 namespace fi {
 
-// One warp: blocks [first, last) of k. The first ones of b are requested by `start`, before any other warp or kernel is waited for.
+// One warp: blocks [first, last) of k. A dependent launch requests the first ones of b by `start`, before any other warp or kernel is
+// waited for. Any other asks for a and b in turn: behind a ring full of b the first block of a would come microseconds late.
 template <class Config>
 struct RowsProducer {
   using Shape = HopperGemmShape<Config>;
@@ -36,13 +37,16 @@ struct RowsProducer {
   }
   FI_DEVICE void start() const {
     if (lane_id() == 0)
-      for (uint32_t i = 0; i < ahead; ++i) load_weight(i, first + i);
+      for (uint32_t i = 0; i < min(ahead, params.early); ++i) load_weight(i, first + i);
     __syncwarp();
   }
   FI_DEVICE void run() const {
     ptx::grid_wait();
     if (lane_id() == 0)
-      for (uint32_t i = 0; i < ahead; ++i) load_rows(i, first + i);
+      for (uint32_t i = 0; i < ahead; ++i) {
+        if (i >= params.early) load_weight(i, first + i);
+        load_rows(i, first + i);
+      }
     __syncwarp();
     GemmRing<Config::kStages> ring;
     ring.phase = 1;
@@ -195,7 +199,9 @@ FI_DEVICE void gemm_hopper_rows(const HopperGemmParams& params) {
     }
     ptx::grid_wait();  // what the epilogue reads, and out, are the kernel's in front until now
     if constexpr (Config::kSplit == 1) {
-      store_sums<Config>(params, tile, d, tile.m_first, tile.n_first, 0, 0);
+      HopperAhead<Config> ahead;
+      ahead.plain = HopperFactors<Config>::plain(params);  // nothing was asked for: it was not there yet
+      store_sums<Config>(params, tile, d, ahead, tile.m_first, tile.n_first, 0, 0);
     } else {
       constexpr int kInboxAt = round_up<int>(Shape::kShared + sizeof(HopperGemmShared<Config>), 16);
       float own[RowsJoin<Config>::kPart];

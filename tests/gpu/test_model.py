@@ -59,6 +59,18 @@ def texts(lengths: list[int]) -> list[list[int]]:
     return [rng.integers(3, len(TINY.tokens), n).tolist() for n in lengths]
 
 
+def cpu_steps(tiny: GGUFModel, ids: list[int], tokens: list[int], **options: Any) -> list[np.ndarray]:
+    """Logits of the CPU's engine in bf16, step by step, which goes on with these tokens whatever it would take."""
+    engine = Engine(Llama.load(tiny, NumpyBackend(ml_dtypes.bfloat16)), max_batch=1, **options)
+    engine.submit(ids, SamplingParams(len(tokens)))
+    logits = []
+    for token in tokens:
+        engine.step()
+        logits.append(engine.logits[0, :VOCAB].copy())
+        engine.tokens[0] = token
+    return logits
+
+
 def test_logits_follow_the_cpu_in_bf16(tiny: GGUFModel, llama: Llama) -> None:
     """Step by step: the GPU's token is fed to both, and every step's logits agree."""
     (ids,) = texts([37])
@@ -70,12 +82,7 @@ def test_logits_follow_the_cpu_in_bf16(tiny: GGUFModel, llama: Llama) -> None:
         on_gpu.append(gpu.logits[0, :VOCAB].get())
     on_gpu.append(gpu.logits[0, :VOCAB].get())
     del on_gpu[20:]
-    cpu = Llama.load(tiny, NumpyBackend(ml_dtypes.bfloat16))
-    for step, got in enumerate(on_gpu):
-        engine = Engine(cpu, max_batch=1)
-        engine.submit(ids + request.output_ids[:step], SamplingParams(1))
-        engine.run()
-        want = engine.logits[0, :VOCAB]
+    for step, (got, want) in enumerate(zip(on_gpu, cpu_steps(tiny, ids, request.output_ids), strict=True)):
         scale = np.abs(want).max()
         assert np.abs(got - want).max() < 0.03 * scale, f"step {step}"
         assert np.abs(got - TINY.logits(ids + request.output_ids[:step])[-1]).max() < 0.12 * scale, f"step {step}"
@@ -221,12 +228,8 @@ def test_fp8_cache_follows_the_cpu(tiny: GGUFModel, llama: Llama) -> None:
     while gpu.step():
         on_gpu.append(gpu.logits[0, :VOCAB].get())
     on_gpu.append(gpu.logits[0, :VOCAB].get())
-    cpu = Llama.load(tiny, NumpyBackend(ml_dtypes.bfloat16))
-    for step, got in enumerate(on_gpu[:12]):
-        engine = Engine(cpu, max_batch=1, kv_dtype="fp8")
-        engine.submit(ids + request.output_ids[:step], SamplingParams(1))
-        engine.run()
-        want = engine.logits[0, :VOCAB]
+    steps = zip(on_gpu[:12], cpu_steps(tiny, ids, request.output_ids, kv_dtype="fp8"), strict=True)
+    for step, (got, want) in enumerate(steps):
         # A key that lies between two e4m3 numbers may round either way where the two sides' bf16 differ.
         assert np.abs(got - want).max() < 0.1 * np.abs(want).max(), f"step {step}"
 
