@@ -94,7 +94,7 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
     """The kernels that serving a model takes on `device`: batches of 1 to 256 requests, prompts of any length."""
     from fi_cupy import decode_kernel, lookup, norm, page, prefill_kernel, rope, rope_quantize_kernel, sampling_kernels
     from fi_cupy.dtypes import bfloat16, float32, int32
-    from fi_cupy.gemm.select import gated_spec, select_mm_kernel, select_rms_kernel
+    from fi_cupy.gemm.select import gated_spec, select_mm_kernel, select_rms_kernel, with_residual
     from fi_cupy.prefill_hopper import Load
 
     h, d, kv = shape.hidden, shape.head_dim, shape.num_kv_heads
@@ -116,7 +116,8 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
     products = [((qo + 2 * kv) * d, h), (h, qo * d), (h, shape.intermediate)]
     for m in (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096):
         for pdl in (False, True):  # as the demo model launches where the device can, and as others may not
-            specs += [select_mm_kernel(m, n, k, device, pdl=pdl)[0] for n, k in products]
+            made = [select_mm_kernel(m, n, k, device, pdl=pdl)[0] for n, k in products]
+            specs += [*made, *(with_residual(spec) for spec in made[1:])]
             specs.append(select_mm_kernel(m, shape.vocab, h, device, out=float32, pdl=pdl)[0])
         specs.append(gated_spec(m, shape.intermediate, h, device))
         for n, gated in ((products[0][0], False), (shape.intermediate, True)):

@@ -15,7 +15,7 @@ from fi_cupy.gemm import hopper, hopper_rows
 from fi_cupy.gemm.group import launch_group
 from fi_cupy.gemm.operands import swapped
 from fi_cupy.gemm.route import on_hopper
-from fi_cupy.gemm.select import FEW_MAX, HOPPER_ROWS_MAX, select_gated_kernel, select_rms_kernel
+from fi_cupy.gemm.select import FEW_MAX, HOPPER_ROWS_MAX, select_gated_kernel, select_rms_kernel, with_residual
 from fi_cupy.gemm.tuning import choose_mm_kernel
 from fi_cupy.jit.kernel import load_kernel
 
@@ -109,7 +109,7 @@ def _multiply(
     if spec.params is hopper.PARAMS:
         hopper.launch(spec, grid, out, a, w, batch=batch, bias=bias, residual=residual, pdl=pdl)
         return
-    load_kernel(spec, a.device).launch(
+    load_kernel(spec if residual is None else with_residual(spec), a.device).launch(
         grid, a.stream(),
         a.ptr, b.ptr, 0 if bias is None else bias.ptr, out.ptr,
         a.strides[-2], b.strides[-2] if row_major_b else b.strides[-1], out.strides[-2],

@@ -15,6 +15,7 @@ The times in the comments were measured on an H100 with bf16 weights that do not
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -106,7 +107,7 @@ def rows_spec(
         32 * warps_k * warps_n,
         (
             ("kM", m), ("kLanes", lanes), ("kRows", rows), ("kDepth", depth), ("kWarpsK", warps_k),
-            ("kWarpsN", warps_n), ("kAhead", ahead),
+            ("kWarpsN", warps_n), ("kAhead", ahead), ("kResidual", False),
         ),
     )  # fmt: skip
 
@@ -125,12 +126,24 @@ def few_spec(
         f"{f'_b{min_blocks}' if min_blocks else ''}", "gemm_few" + "_rms" * rms, dtype, out, 32 * warps_k,
         (
             ("kATiles", a_tiles), ("kWTiles", w_tiles), ("kWide", wide), ("kGated", gated), ("kAhead", ahead),
-            ("kDepth", depth), ("kWarpsK", warps_k),
+            ("kDepth", depth), ("kWarpsK", warps_k), ("kResidual", False),
         ),
         min_blocks=min_blocks,
         min_arch=80 if dtype is bfloat16 else 75,  # Turing's tensor cores have no bf16
         params=RMS_PARAMS if rms else PARAMS,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def with_residual(spec: KernelSpec) -> KernelSpec:
+    """The kernel for a call that has a residual: one of few rows asks for it early, where others would wait at the end.
+
+    Its registers would cost the plain product some of its loads in flight, so it is an instance of its own.
+    """
+    if spec.function not in ("gemm_rows", "gemm_few"):
+        return spec
+    config = tuple((name, True if name == "kResidual" else value) for name, value in spec.config)
+    return replace(spec, symbol=f"{spec.symbol}_residual", config=config)
 
 
 def rows_config(k: int) -> tuple[int, int, int, int, int]:

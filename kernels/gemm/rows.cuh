@@ -12,7 +12,7 @@
 
 namespace fi {
 
-// Config: T, Out, Epilogue, kM (rows of a, at least m), kLanes (8, 16 or 32), kRows, kDepth, kWarpsK, kWarpsN, kAhead
+// Config: T, Out, Epilogue, kM (rows of a, at least m), kLanes (8, 16 or 32), kRows, kDepth, kWarpsK, kWarpsN, kAhead, kResidual (there is one)
 template <class Config>
 FI_DEVICE void gemm_rows(const GemmParams& params) {
   using T = typename Config::T;
@@ -65,6 +65,12 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) load_a(ahead[d], k_first + d * kStride);
   }
+  uint32_t held = 0;
+  if constexpr (Config::kResidual) {  // that of a thread's first element is on its way while the product is computed
+    const typename Config::Epilogue epilogue(params);
+    const uint32_t row = threadIdx.x / kColumns, column = n_first + threadIdx.x % kColumns;
+    if (row < min(params.m, uint32_t(kM)) && column < params.n) held = epilogue.residual_bits(row, column);
+  }
 
   float sum[kM][kRows] = {};
   for (uint32_t base = k_first; base < params.k; base += kDepth * kStride) {
@@ -106,7 +112,13 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
     float total = 0.f;
 #pragma unroll
     for (int i = 0; i < kWarpsK; ++i) total += partial[i][row][c];
-    out[row * params.out_stride + column] = from_float<Out>(epilogue(total, row, column));
+    if constexpr (Config::kResidual) {
+      const uint32_t bits = e == threadIdx.x ? held : epilogue.residual_bits(row, column);
+      total = epilogue.plus(total, epilogue.residual_of(make_uint2(bits, 0)).x, column);
+    } else {
+      total = epilogue(total, row, column);
+    }
+    out[row * params.out_stride + column] = from_float<Out>(total);
   }
 }
 

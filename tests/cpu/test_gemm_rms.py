@@ -10,7 +10,7 @@ from fi_cupy import errors, gemm
 from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import bfloat16, float16
 from fi_cupy.gemm import dense
-from fi_cupy.gemm.select import FEW_MAX, H100, select_rms_kernel
+from fi_cupy.gemm.select import FEW_MAX, H100, select_mm_kernel, select_rms_kernel, with_residual
 from fi_cupy.testing.generators import normal
 
 EPS = 1e-5
@@ -55,6 +55,23 @@ def test_kernel(rng, m, n, k, dtype):
             close(wide, exact(x, w[:n]), 1e-4)
 
 
+@pytest.mark.skipif(not available(), reason="the emulator needs g++ on x86-64")
+@pytest.mark.parametrize("out", ["bfloat16", "float32"])
+@pytest.mark.parametrize("m,n,k", [(1, 40, 1096), (5, 40, 72)], ids=str)
+def test_residual_is_asked_for_early(rng, m, n, k, out):
+    """By both kernels of few rows, in place and beside the result, with a bias."""
+    x, w, bias = normal(rng, (m, k), "bfloat16"), normal(rng, (n, k), "bfloat16"), normal(rng, (n,), "bfloat16")
+    residual = normal(rng, (m, n), out)
+    want = x.astype(np.float64) @ w.astype(np.float64).T + bias.astype(np.float64) + residual.astype(np.float64)
+    with emulated(HOPPER, dense):
+        for pdl in (False, True):
+            in_place = device(residual.copy())
+            gemm.mm_bf16(device(x), device(w).T, device(bias), pdl=pdl, out=in_place, residual=in_place)
+            close(in_place, want)
+            beside = gemm.mm_bf16(device(x), device(w).T, device(bias), out_dtype=out, residual=device(residual))
+            assert np.asarray(beside).tobytes() == np.asarray(in_place).tobytes() or pdl
+
+
 def test_reference_on_the_cpu(rng):
     x, w = normal(rng, (20, 24), "float32"), normal(rng, (32, 24), "float32")
     close(gemm.mm_bf16(x, w.T, rms_eps=EPS), exact(x, w), 1e-5)
@@ -74,6 +91,17 @@ def test_eps_out_of_range(eps):
         gemm.mm_bf16(x, np.ones((8, 8), np.float32).T, rms_eps=eps)
     with pytest.raises(errors.ArgumentError, match=r"mm_bf16_swiglu: rms_eps is .*, expected a number of at least 0"):
         gemm.mm_bf16_swiglu(x, np.ones((16, 8), np.float32).T, rms_eps=eps)
+
+
+def test_instances_with_a_residual():
+    for m, k in ((1, 4096), (8, 4096), (64, 4096)):
+        spec, _ = select_mm_kernel(m, 4096, k, H100)
+        made = with_residual(spec)
+        if spec.function in ("gemm_rows", "gemm_few"):
+            assert made.symbol == f"{spec.symbol}_residual" and dict(made.config)["kResidual"] is True
+            assert dict(spec.config)["kResidual"] is False
+        else:
+            assert made is spec
 
 
 def test_what_few_rows_are():

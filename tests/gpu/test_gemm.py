@@ -56,6 +56,23 @@ def test_values(rng, m, nk):
     assert same_bits(out, again)
 
 
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("m", [1, 2, 8, 16, 17, 64, 200])
+def test_residual_in_place_behind_its_writer(rng, m, out_dtype):
+    """A dependent launch asks for the residual as soon as it may: not before the kernel in front has written it."""
+    for n, k in [(8, 8), (576, 576), (576, 1536), (264, 4104), (4096, 4096)]:
+        a, a64 = padded(rng, m, k, "bfloat16")
+        w, w64 = padded(rng, n, k, "bfloat16")
+        bias, residual = normal(rng, (n,), "bfloat16"), on_gpu(normal(rng, (m, n), out_dtype))
+        want = a64 @ w64.T + bias.astype(np.float64) + to_float64(residual)
+        for pdl in (False, True):
+            out = cupy.zeros_like(residual)
+            for _ in range(2):
+                out[...] = residual
+                mm_bf16(a, w.T, on_gpu(bias), pdl=pdl, out=out, residual=out)
+            assert_close(to_float64(out), want, out_dtype, "product")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("m", [1, 3, 8, 9, 16])
 def test_rows_over_their_root_mean_square(rng, m, dtype):
