@@ -1,8 +1,9 @@
 """Where the time of a decode step goes, and what the engine makes of it: random weights, SmolLM2-135M's sizes.
 
-``python bench/profile_step.py [speed] [parts] [kernels] [prefix] [levels] [shared]``; without an argument all of them.
+``python bench/profile_step.py [speed] [drain] [parts] [kernels] [prefix] [levels] [shared]``; by default all.
 
 * speed: tokens a second of the engine, greedy and sampled, and the captured step replayed without the host.
+* drain: texts that end one after the other.
 * parts: the captured step with one operator left out at a time; the difference is what it costs.
 * kernels: every kernel of a step by CUPTI, through torch's profiler.
 * prefix: attention over a shared prefix in one decode launch and as a cascade.
@@ -101,6 +102,29 @@ def speed(model: Llama) -> None:
         host = (time.perf_counter() - start) / 200
         engine.backend.synchronize()
     print(f"host: prepare of 64 rows {host * 1e6:.0f} us", flush=True)
+
+
+def drain(model: Llama) -> None:
+    """64 drawn texts that end after 80 tokens on average, at most 256: steps captured beforehand, and when met."""
+    vocab = model.config.vocab_size
+    stops = np.random.default_rng(0).permutation(vocab)[: vocab // 80].tolist()
+    for prepared in (True, False):
+        engine = Engine(model, max_batch=64, max_prefill_tokens=2048, stop_ids=stops)
+        ids = np.random.default_rng(1).integers(3, vocab, PROMPT).tolist()
+        params = [SamplingParams(256, temperature=1.0, seed=i) for i in range(64)]
+        if prepared:
+            engine.warm_up([(ids, p) for p in params])
+        for p in params:
+            engine.submit(ids, p)
+        start = time.perf_counter()
+        engine.run()
+        s, seconds = engine.stats, time.perf_counter() - start
+        print(
+            f"texts that end, captured {'before' if prepared else 'when met'}: {s.decode_tokens} tokens in {s.decode_steps} "
+            f"steps, {s.decode_tokens / s.decode_seconds:,.0f} tok/s, {s.captures} captures {s.capture_seconds:.2f} s, "
+            f"{seconds:.2f} s in all",
+            flush=True,
+        )
 
 
 def _without(targets: list[tuple[Any, str]], keep: Callable[..., bool], run: Callable[[], float]) -> float:
@@ -311,11 +335,11 @@ def shared(model: Llama) -> None:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["speed", "parts", "kernels", "prefix", "levels", "shared"]
+    wanted = sys.argv[1:] or ["speed", "drain", "parts", "kernels", "prefix", "levels", "shared"]
     model = random_llama(CupyBackend())
     for name in wanted:
         try:
-            functions = {"speed": speed, "parts": parts, "kernels": kernels, "shared": shared}
+            functions = {"speed": speed, "parts": parts, "kernels": kernels, "shared": shared, "drain": drain}
             {"prefix": prefix, "levels": levels}[name]() if name in ("prefix", "levels") else functions[name](model)
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
