@@ -120,8 +120,8 @@ def drain(model: Llama) -> None:
         engine.run()
         s, seconds = engine.stats, time.perf_counter() - start
         print(
-            f"texts that end, captured {'before' if prepared else 'when met'}: {s.decode_tokens} tokens in {s.decode_steps} "
-            f"steps, {s.decode_tokens / s.decode_seconds:,.0f} tok/s, {s.captures} captures {s.capture_seconds:.2f} s, "
+            f"texts that end, captured {'before' if prepared else 'when met'}: {s.decode_tokens} tokens in "
+            f"{s.decode_steps} steps, {s.decode_tokens / s.decode_seconds:,.0f} tok/s, {s.captures} captures {s.capture_seconds:.2f} s, "
             f"{seconds:.2f} s in all",
             flush=True,
         )
