@@ -119,10 +119,10 @@ def drain(model: Llama) -> None:
         start = time.perf_counter()
         engine.run()
         s, seconds = engine.stats, time.perf_counter() - start
+        when, rate = "before" if prepared else "when met", s.decode_tokens / s.decode_seconds
         print(
-            f"texts that end, captured {'before' if prepared else 'when met'}: {s.decode_tokens} tokens in "
-            f"{s.decode_steps} steps, {s.decode_tokens / s.decode_seconds:,.0f} tok/s, {s.captures} captures {s.capture_seconds:.2f} s, "
-            f"{seconds:.2f} s in all",
+            f"texts that end, captured {when}: {s.decode_tokens} tokens in {s.decode_steps} steps, {rate:,.0f} tok/s, "
+            f"{s.captures} captures {s.capture_seconds:.2f} s, {seconds:.2f} s in all",
             flush=True,
         )
 
