@@ -55,14 +55,16 @@ _PARAMS = ParamsStruct(
     ],
 )
 _THREADS = 128
-_UNROLL = 1
+#: Accesses a thread, whose pages are looked up together: 23.0 us for 8192 tokens of 8 x 128, 23.5 with one, 24.1 with
+#: four.
+_UNROLL = 2
 
 
 @lru_cache(maxsize=256)
 def append_spec(dtype: DType, cache: DType, dim_a: int, dim_b: int, vec: int, unroll: int = 1) -> KernelSpec:
     """The kernel that casts rows of `dim_a` and `dim_b` elements a head, `vec` an access.
 
-    One access a thread: many threads hide the look-up of a page better than several accesses each (H100).
+    Two accesses a thread at most: many threads hide the look-up of a page better than several accesses each (H100).
     """
     return KernelSpec(
         symbol=f"append_quantized_{dtype.tag}_{cache.tag}_{dim_a}_{dim_b}_v{vec}{f'u{unroll}' if unroll > 1 else ''}",
@@ -84,7 +86,7 @@ def append_spec(dtype: DType, cache: DType, dim_a: int, dim_b: int, vec: int, un
 
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: a head dimension of 128, and MLA's 512 + 64."""
-    return [append_spec(bfloat16, float8_e4m3fn, a, b, 8) for a, b in ((128, 128), (512, 64))]
+    return [append_spec(bfloat16, float8_e4m3fn, a, b, 8, _UNROLL) for a, b in ((128, 128), (512, 64))]
 
 
 class Cast(NamedTuple):

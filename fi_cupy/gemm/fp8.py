@@ -71,7 +71,7 @@ def _scaled(
     if a.ndim == 3 and a.shape[0] > _MAX_BATCH:
         raise UnsupportedError(f"{op}: a has shape {a.shape}, expected a batch of at most {_MAX_BATCH}; split it")
     dense, device = vector_stride(a_scale) in (0, 1) and vector_stride(b_scale) in (0, 1), device_info(a.device)
-    if dense and few_fp8.takes(device, a.shape[-2]):
+    if dense and few_fp8.takes(device, a.shape[-2], w.shape[-2]):
         few_fp8.launch_few_fp8(out, a, w, _flat(a_scale), _flat(b_scale), bias=bias)
         return
     if dense and on_hopper(device, w.shape[-2], a, w, out):

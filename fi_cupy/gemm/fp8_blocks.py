@@ -79,7 +79,7 @@ def _run(
         return
     k, device = a.shape[1], device_info(a.device)
     plain = a.dtype is w.dtype is float8_e4m3fn and (gn, gk) == (SCALE_STEP, SCALE_STEP) and k % SCALE_STEP == 0
-    few = plain and indptr is None and few_fp8.takes(device, a.shape[0])
+    few = plain and indptr is None and few_fp8.takes(device, a.shape[0], w.shape[-2])
     if few or (plain and a.shape[0] and on_hopper(device, w.shape[-2], a, w, out)):
         stored = (swapped(sa), swapped(sb)) if major == "MN" else (sa, sb)
         if gm != 1:  # the Hopper kernels read a multiplier a row, MN-major best

@@ -78,12 +78,12 @@ CHOICES = {
     VECTORS: (BROAD, PROMOTED, PROMOTED_SMALL),
     BLOCKS: (TALL, BROAD, PROMOTED, PROMOTED_SMALL),
 }
-#: What tiles reach of the tensor cores' rate where sums leave them: TFLOP/s at 8192 cubed over 1,480. In blocks,
-#: while a warpgroup adds its sums up others multiply, and three hide it better than two.
+#: What tiles reach of the tensor cores' rate where sums leave them (fp8, beside 128 x 256 where they stay). In blocks
+#: 192 x 128 and 128 x 192 hide a warpgroup's additions behind others' products, 128 x 128 behind its own.
 SPEED: dict[str, dict[HopperTile, float]] = {
     NONE: {},
-    VECTORS: {BROAD: 0.79, PROMOTED: 0.66, PROMOTED_SMALL: 0.5},
-    BLOCKS: {TALL: 0.72, BROAD: 0.70, PROMOTED: 0.65, PROMOTED_SMALL: 0.43},
+    VECTORS: {BROAD: 0.90, PROMOTED: 0.885, PROMOTED_SMALL: 0.6},
+    BLOCKS: {TALL: 0.73, BROAD: 0.735, PROMOTED: 0.73, PROMOTED_SMALL: 0.5},
 }
 
 #: Blocks of 128 of k after which fp8 sums without `fast_accum` leave the tensor cores.
@@ -177,8 +177,8 @@ def block_cycles(tile: HopperTile, warpgroups: int = 0) -> float:
     return max(busy * 64 * columns / 32, (reads + writes) / _SMEM_BYTES)
 
 
-#: Cycles between the products of a warpgroup whose sums leave the tensor cores every 128 of k; others hide them.
-_PROMOTE_CYCLES = 250
+#: Cycles between the products of a warpgroup of which others would hide the additions.
+_ADDITIONS = {NONE: 0, VECTORS: 60, BLOCKS: 250}
 
 
 def _cost(tile: HopperTile, tiles: int, blocks: int, sms: int, sums: str) -> float:
@@ -188,7 +188,7 @@ def _cost(tile: HopperTile, tiles: int, blocks: int, sms: int, sums: str) -> flo
     pieces = last_round(tiles, min(tiles, sms), tile.warps_m)[1]
     rounds = float(_up(tiles, sms))
     if pieces > 1:
-        part = block_cycles(tile, 1) + (0 if speed is None else _PROMOTE_CYCLES)
+        part = block_cycles(tile, 1) + _ADDITIONS[sums]
         rounds += min(1.0, part / cycles) - 1
     return rounds * (blocks * cycles + _TILE_CYCLES)
 

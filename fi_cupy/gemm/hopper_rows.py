@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import FP8_TYPES, DType, bfloat16, float8_e4m3fn
@@ -35,9 +35,9 @@ def inbox_bytes(rows: int, block_n: int, split: int) -> int:
 
 
 def stages_in(room: int, rows: int, block_n: int, split: int) -> int:
-    """Stages of a ring of `room` bytes, less where the other ranks' sums would not fit beside it."""
+    """Stages of a ring of `room` bytes, less where the other ranks' sums do not fit beside it; one a lane at most."""
     inbox = max(0, inbox_bytes(rows, block_n, split) - _BESIDE[room])
-    return (room - inbox) // (128 * (rows + block_n))
+    return min(32, (room - inbox) // (128 * (rows + block_n)))
 
 
 @lru_cache(maxsize=512)
@@ -76,34 +76,50 @@ _ALONE, _SHARING = 208 << 10, 104 << 10
 _BESIDE = {_ALONE: 14 << 10, _SHARING: 4 << 10}
 
 
-@lru_cache(maxsize=4096)
-def rows_tile(m: int, n: int, k_bytes: int, sms: int, *, batch: int = 1, gated: bool = False) -> RowsTile:
-    """The tile for m rows of a: one CTA a multiprocessor with the deepest ring, or two where one leaves many idle.
+def widths(gated: bool, row_major_b: bool, sums: str) -> tuple[int, ...]:
+    """Columns of w that a tile may have."""
+    if gated or row_major_b:
+        return 64, 128  # 32 columns of out, and whole panels of an n-contiguous w
+    return (32, 64, 128) if sums == BLOCKS else (32, 64, 96, 128)
 
-    Measured through a probe (bf16, H100): 4096 x 4096 at m = 16 in clusters of two, 128 CTAs, 14.4 us, of four with two
-    CTAs a multiprocessor 16.2; 14336 x 4096 at m = 64 in 112 CTAs of 128 columns 42.3, in 224 of 64 columns 43.0.
+
+#: Bytes that a multiprocessor takes in while the memory reads one for each: 100 against 23 of 3.05 TB/s a nanosecond.
+_INTAKE = 4.35
+#: What a cluster costs, as bytes that a multiprocessor would take in meanwhile: 0.7 us; four CTAs twice that, and more
+#: where multiprocessors must be free together (4096 x 4096 at m = 16: 14.6 us against 10.2 in twos).
+_CLUSTER = 70_000
+
+
+@lru_cache(maxsize=4096)
+def rows_tile(
+    m: int, n: int, k_bytes: int, sms: int, *, batch: int = 1, gated: bool = False, row_major_b: bool = False,
+    sums: str = NONE,
+) -> RowsTile:  # fmt: skip
+    """The tile for m rows of a: w comes at the memory's rate, or as a multiprocessor takes in its parts of a and w.
+
+    Fp8 on an H100, m = 64: 4096 x 4096 in tiles of 32 columns 9.8 us, 64 9.9, 64 in clusters of two 10.5, 128 10.7;
+    14336 x 4096 of 128 columns 23.6, 64 23.8, 32 25.2. All of k in flight at once helps short products; else two rings
+    that share a multiprocessor do as well as one of twice the size, and with 16 rows better (9.4 against 10.6).
     """
     rows = next(r for r in (8, 16, 32, 64) if m <= r or r == 64)
     calls = _up(m, rows) * batch
     out_n, blocks = n * (2 if gated else 1), _up(k_bytes, 128)
+    memory = batch * out_n * blocks * 128 / sms * _INTAKE
     best: tuple[float, RowsTile] | None = None
-    for block_n in (64, 128):
-        for split in (1, 2, 4):
-            # Every rank needs some blocks of k; and where there are CTAs enough, clusters only cost (28672 x 4096 at
-            # m = 16: 82.0 us alone, 84.4 in twos).
+    for block_n in widths(gated, row_major_b, sums):
+        for split in (1, 2, 4) if block_n % 64 == 0 else (1,):
+            # Every rank needs some blocks of k; and where there are CTAs enough, clusters only cost.
             if split > 1 and (split > blocks // 4 or _up(out_n, block_n) * calls >= sms):
                 continue
             ctas, share = _up(out_n, block_n) * calls * split, _up(blocks, split)
-            sharing = stages_in(_SHARING, rows, block_n, split)
-            alone = ctas <= sms and share > sharing  # a short share of k needs no deeper ring
-            # Time goes with the busiest multiprocessor's part of the weight. A cluster costs about a microsecond, in
-            # which a multiprocessor reads 20 KB, and more where k is short (960 x 576 at m = 64: 4.3 us in clusters of
-            # two, 2.5 without); where several CTAs come to one, the ring of each is half as deep.
-            waves, cluster = _up(ctas, sms), 40_000 if blocks < 16 else 20_000
-            cost = waves * (block_n * share * 128 + split // 2 * cluster) * (1 if waves == 1 else 1.05)
+            intake = _up(ctas, sms) * share * (rows + block_n) * 128
+            cost = (
+                max(memory, intake) + 0.2 * intake + split // 2 * _CLUSTER * (3 if split == 4 and 2 * ctas > sms else 1)
+            )
+            sharing, alone = (stages_in(room, rows, block_n, split) for room in (_SHARING, _ALONE))
+            deep = ctas <= sms and share > sharing and (rows > 16 or share <= 16 or 3 * ctas <= sms)
             if best is None or cost < best[0]:
-                stages = stages_in(_ALONE, rows, block_n, split) if alone else sharing
-                best = cost, RowsTile(rows, block_n, split, stages)
+                best = cost, RowsTile(rows, block_n, split, alone if deep else sharing)
     assert best is not None
     return best[1]
 
@@ -114,12 +130,12 @@ def rows_grid(tile: RowsTile, out: tuple[int, ...], batch: int, gated: bool = Fa
     return _up(n, tile.block_n // (2 if gated else 1)) * tile.split, _up(m, tile.rows), batch
 
 
-def _chosen(out: View, a: View, tile: RowsTile | None, gated: bool = False) -> tuple[RowsTile, int]:
+def _chosen(out: View, a: View, tile: RowsTile | None, **options: Any) -> tuple[RowsTile, int]:
     """(tile, batch)."""
     batch = a.shape[0] if len(a.shape) == 3 else 1
     if tile is None:
         sms, (m, n) = device_info(a.device).num_sms, out.shape[-2:]
-        tile = rows_tile(m, n, a.shape[-1] * a.dtype.itemsize, sms, batch=batch, gated=gated)
+        tile = rows_tile(m, n, a.shape[-1] * a.dtype.itemsize, sms, batch=batch, **options)
     return tile, batch
 
 
@@ -130,7 +146,7 @@ def launch_rows_mm(
     """`hopper.launch_hopper_mm` for few rows. With `pdl` w must be constant."""
     if out.size == 0:
         return
-    tile, batch = _chosen(out, a, tile, gated)
+    tile, batch = _chosen(out, a, tile, gated=gated, row_major_b=row_major_b)
     launch(
         rows_spec(tile, a.dtype, w.dtype, out.dtype, row_major_b=row_major_b, gated=gated),
         rows_grid(tile, out.shape, batch, gated), out, a, w, batch=batch, bias=bias, residual=residual,
@@ -145,7 +161,7 @@ def launch_rows_fp8(
     """`hopper.launch_hopper_fp8` for few rows."""
     if out.size == 0:
         return
-    tile, batch = _chosen(out, a, tile)
+    tile, batch = _chosen(out, a, tile, sums=VECTORS)
     launch(
         rows_spec(tile, a.dtype, w.dtype, out.dtype, scale=VECTORS, promote=0 if fast_accum else PROMOTE),
         rows_grid(tile, out.shape, batch), out, a, w, batch=batch, bias=bias,
@@ -160,7 +176,7 @@ def launch_rows_fp8_blocks(
     """`hopper.launch_hopper_fp8_blocks` for few rows of one product."""
     if out.size == 0:
         return
-    tile, batch = _chosen(out, a, tile)
+    tile, batch = _chosen(out, a, tile, sums=BLOCKS)
     scale_a, scale_b = block_scales(a_scale, b_scale, scale_major_mode)
     launch(
         rows_spec(tile, a.dtype, w.dtype, out.dtype, scale=BLOCKS, promote=1),
@@ -172,11 +188,12 @@ def kernel_specs() -> list[KernelSpec]:
     """The canonical instances."""
     bf, e4 = bfloat16, float8_e4m3fn
     return [
-        rows_spec(RowsTile(16, 64, 2, 20), bf, bf, bf),
+        rows_spec(RowsTile(64, 32, 1, 17), bf, bf, bf),
         rows_spec(RowsTile(64, 64, 2, 13), bf, bf, bf),
+        rows_spec(RowsTile(64, 96, 1, 10), bf, bf, bf),
         rows_spec(RowsTile(64, 128, 1, 8), bf, bf, bf),
         rows_spec(RowsTile(16, 64, 2, 20), bf, bf, bf, row_major_b=True),
         rows_spec(RowsTile(16, 128, 1, 11), bf, bf, bf, gated=True),
-        rows_spec(RowsTile(16, 64, 2, 20), e4, e4, bf, scale=VECTORS, promote=PROMOTE),
-        rows_spec(RowsTile(16, 64, 2, 20), e4, e4, bf, scale=BLOCKS, promote=1),
+        rows_spec(RowsTile(64, 32, 1, 17), e4, e4, bf, scale=VECTORS, promote=PROMOTE),
+        rows_spec(RowsTile(64, 32, 1, 17), e4, e4, bf, scale=BLOCKS, promote=1),
     ]

@@ -159,10 +159,12 @@ def _hopper(p: MmProblem) -> Iterator[Candidate]:
     blocks = -(-p.k * p.dtype.itemsize // 128)
     if p.m <= select.HOPPER_ROWS_MAX:
         rows = next(r for r in (8, 16, 32, 64) if p.m <= r)
-        for block_n, split, room in itertools.product(
-            (32, 64, 96, 128), (1, 2, 4), (hopper_rows._ALONE, hopper_rows._SHARING)
-        ):
-            if block_n % 64 and (split > 1 or p.row_major_b):
+        widths, rooms = (
+            hopper_rows.widths(False, p.row_major_b, hopper.NONE),
+            (hopper_rows._ALONE, hopper_rows._SHARING),
+        )
+        for block_n, split, room in itertools.product(widths, (1, 2, 4), rooms):
+            if block_n % 64 and split > 1:
                 continue
             stages = hopper_rows.stages_in(room, rows, block_n, split)
             tile = hopper_rows.RowsTile(rows, block_n, split, stages)
@@ -170,7 +172,7 @@ def _hopper(p: MmProblem) -> Iterator[Candidate]:
                 spec = hopper_rows.rows_spec(tile, p.dtype, p.dtype, p.out, row_major_b=p.row_major_b)
                 yield Candidate(spec, rows, block_n, "plane")
     elif p.m <= 1024 and p.k < 2048:  # too short for a large tile's prologue: two or three small CTAs a multiprocessor
-        for block_n, room in itertools.product((64, 96), (hopper_rows._SHARING, hopper_rows._ALONE)):
+        for block_n, room in itertools.product((32, 64, 96), (hopper_rows._SHARING, hopper_rows._ALONE)):
             if block_n % 64 and p.row_major_b:
                 continue
             tile = hopper_rows.RowsTile(64, block_n, 1, hopper_rows.stages_in(room, 64, block_n, 1))

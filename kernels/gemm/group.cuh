@@ -61,6 +61,7 @@ FI_DEVICE GroupTile find_group_tile(const GroupParams& params, uint32_t index) {
       begin = max(read_index(params.indptr, s, wide), int64_t(0));
       end = min(read_index(params.indptr, s + 1, wide), int64_t(params.m));
     }
+    if (__shfl_sync(kFullMask, begin, 0) >= params.m) break;  // the segments that are left have no rows
     if (params.indices && s < params.groups && read_index(params.indices, s, params.wide & 2) < 0) end = begin;
     const uint32_t tiles = end > begin ? uint32_t((end - begin + kBlockM - 1) / kBlockM) : 0;
     uint32_t sum = tiles;

@@ -64,6 +64,7 @@ struct HopperGemmShape {
   // Scales of b a tile and block of k: one, or one for each 64 columns of a tile that is not inside a block of 128.
   static constexpr int kScalesB = kBlocks && kBlockN > 128 ? kBlockN / 64 : 1;
   static_assert(!kBlocks || Config::kPromote == 1, "scales in blocks are applied every 128 of k");
+  static_assert(!kBlocks || 128 % kBlockN == 0 || kBlockN % 64 == 0, "64 columns of a tile are inside a block of 128");
   static_assert(kScalesB == 1 || (Config::kWarpsN == 1 && kBlockN % 64 == 0), "all scales are every warpgroup's");
 };
 
@@ -178,6 +179,7 @@ struct HopperGemmWalk {
         window += kWarpSize;
         if (window >= params.batch) return false;
         load_window();
+        if (__shfl_sync(kFullMask, first, 0) >= params.m) return false;  // the segments that are left have no rows
       }
       // Through REDUX: results in uniform registers keep the loops and stages of the caller uniform.
       const int lane = __ffs(holders) - 1;

@@ -137,12 +137,13 @@ FI_DEVICE void store_joined(const HopperGemmParams& params, const HopperGemmTile
         const int i = 4 * (j + q) + 2 * h;
         const float2 v = epilogue.finish(make_float2(own[i], own[i + 1]), make_float2(own[i + kUp], own[i + 1 + kUp]), row, column,
                                          scale, inside);
-        if constexpr (kQuads)
+        if constexpr (sizeof(Out) == 4) {
+          if (inside) *reinterpret_cast<float2*>(out + column) = v;
+        } else if constexpr (kQuads) {
           words[q] = ptx::pack2<Out>(v.x, v.y);
-        else if (inside && sizeof(Out) == 4)
-          *reinterpret_cast<float2*>(out + column) = v;
-        else if (inside)
-          *reinterpret_cast<uint32_t*>(out + column) = ptx::pack2<Out>(v.x, v.y);
+        } else {
+          if (inside) *reinterpret_cast<uint32_t*>(out + column) = ptx::pack2<Out>(v.x, v.y);
+        }
       }
       if constexpr (kQuads) {
         const uint4 chunk = gather_chunk(words);

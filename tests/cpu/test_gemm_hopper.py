@@ -40,7 +40,7 @@ def test_dense_choices_cover_the_matrix(m, n, k, batch, row_major):
     spec, grid = select_mm_kernel(m, n, k, H100, bfloat16, float32, row_major_b=row_major, batch=batch)
     config = dict(spec.config)
     if spec.function == "gemm_hopper_rows":
-        assert m <= 64
+        assert m <= 64 or (m <= 1024 and k < 2048 and grid[0] * grid[1] * grid[2] <= 132)
         assert grid == (up(n, config["kBlockN"]) * config["kSplit"], up(m, config["kRowsA"]), batch)
         assert spec.cluster == (config["kSplit"] if config["kSplit"] > 1 else 0)
         assert 64 * (config["kBlockN"] + 8) * 4 <= config["kStages"] * (config["kBlockN"] + config["kRowsA"]) * 128
@@ -57,8 +57,11 @@ def test_dense_choices_cover_the_matrix(m, n, k, batch, row_major):
 def test_large_products_take_large_tiles_and_few_tiles_are_made_smaller():
     assert hopper_tile(8192, 8192, 16384, 132) is LARGE and hopper_tile(4096, 4096, 8192, 132) is LARGE
     assert hopper_tile(128, 4096, 8192, 132).block_m == 64
-    assert hopper_tile(8192, 8192, 8192, 132, sums=BLOCKS) is hopper.TALL
-    assert hopper_tile(1024, 4096, 4096, 132, sums=BLOCKS) is hopper.PROMOTED
+    for sums in (VECTORS, BLOCKS):
+        assert hopper_tile(8192, 8192, 8192, 132, sums=sums) is hopper.BROAD
+        assert hopper_tile(4096, 4096, 4096, 132, sums=sums) is hopper.PROMOTED
+        assert hopper_tile(1024, 4096, 4096, 132, sums=sums) is hopper.PROMOTED
+    assert hopper_tile(4096, 7168, 2048, 132, sums=BLOCKS) is hopper.TALL
     for m in (100, 500, 1000, 3000):
         for options in ({"gated": True}, {"row_major_b": True}, {"gated": True, "row_major_b": True}):
             tile = hopper_tile(m, 512, 1024, 132, **options)
@@ -276,7 +279,7 @@ def test_few_rows_share_k_without_idle_ranks(m, n, k, batch):
 
 
 def test_the_measured_few_row_configurations():
-    assert hopper_rows.rows_tile(16, 4096, 8192, 132)[:3] == (16, 64, 2)
+    assert hopper_rows.rows_tile(64, 4096, 4096, 132)[:3] == (64, 32, 1)
     assert hopper_rows.rows_tile(64, 14336, 8192, 132)[:3] == (64, 128, 1)
     assert hopper_rows.rows_tile(64, 4096, 28672, 132)[:3] == (64, 64, 2)
-    assert hopper_rows.rows_tile(16, 28672, 8192, 132)[:3] == (16, 64, 1)
+    assert hopper_rows.rows_tile(16, 28672, 8192, 132)[:3] == (16, 128, 1)

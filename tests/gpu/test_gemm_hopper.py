@@ -340,7 +340,7 @@ def test_few_rows_batched_and_fp8(rng, tile):
         (a, a64), (w, w64) = operand(rng, (m, k), E4), operand(rng, (n, k), E4)
         sa = rng.uniform(0.5, 2, (m, k // 128)).astype(np.float32)
         sb = rng.uniform(0.5, 2, (-(-n // 128), k // 128)).astype(np.float32)
-        for mode in ("K", "MN"):
+        for mode in ("K", "MN") if 128 % tile.block_n == 0 else ():
             given = (sa, sb) if mode == "K" else (np.ascontiguousarray(sa.T), np.ascontiguousarray(sb.T))
             out = Output((m, n))
             hopper_rows.launch_rows_fp8_blocks(
