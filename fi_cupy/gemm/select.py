@@ -189,8 +189,8 @@ def few_config(m: int, n: int, k: int, *, batch: int = 1, pdl: bool = False) -> 
     if pdl and not long and a_tiles == 1 and k < 1024:
         # The weight is requested while the predecessor ends, so that whole lines count for more than few rounds: n, k =
         # 3072, 576 at m = 8 in 2.5 us against 3.3, at m = 1 in 2.3 against 3.0 by `gemm_rows`.
-        # So few CTAs as of n = 576 wait for each other's warps less: a step of the demo model, which has 30 of these with a
-        # residual, takes 374 us with 5 warps of narrow loads, 384 with 8 of wide ones.
+        # Of a narrow product fewer warps have less to add up: a step of the demo model, which has 30 of n, k = 576, 576
+        # with a residual, takes 374 us with 5 warps of narrow loads, 384 with 8 of wide ones.
         if n <= 640 and steps > 2:
             return FewConfig(1, 1, 2, _up(steps, 2), False, True)
         warps = min(8, steps)
