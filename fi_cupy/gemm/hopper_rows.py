@@ -85,21 +85,23 @@ def widths(gated: bool, row_major_b: bool, sums: str) -> tuple[int, ...]:
 
 #: Bytes that a multiprocessor takes in while the memory reads one for each: 100 against 23 of 3.05 TB/s a nanosecond.
 _INTAKE = 4.35
-#: What a cluster costs, as bytes that a multiprocessor would take in meanwhile: 0.7 us; four CTAs twice that, and more
-#: where multiprocessors must be free together (4096 x 4096 at m = 16: 14.6 us against 10.2 in twos).
-_CLUSTER = 70_000
+#: What a cluster costs, as bytes that a multiprocessor would take in meanwhile: 0.7 us for a long k, 1.3 for a short
+#: one; four CTAs twice that, and more where many must start together (4096 x 4096 at m = 16: 14.6 us, 10.2 in twos).
+_CLUSTER = 130_000
 
 
 @lru_cache(maxsize=4096)
 def rows_tile(
     m: int, n: int, k_bytes: int, sms: int, *, batch: int = 1, gated: bool = False, row_major_b: bool = False,
-    sums: str = NONE,
+    sums: str = NONE, pdl: bool = False,
 ) -> RowsTile:  # fmt: skip
     """The tile for m rows of a: w comes at the memory's rate, or as a multiprocessor takes in its parts of a and w.
 
     Fp8 on an H100, m = 64: 4096 x 4096 in tiles of 32 columns 9.8 us, 64 9.9, 64 in clusters of two 10.5, 128 10.7;
-    14336 x 4096 of 128 columns 23.6, 64 23.8, 32 25.2. All of k in flight at once helps short products; else two rings
-    that share a multiprocessor do as well as one of twice the size, and with 16 rows better (9.4 against 10.6).
+    14336 x 4096 of 128 columns 23.6, 64 23.8, 32 25.2. A ring that leaves room for another CTA starts sooner: 576 x 576
+    at m = 64 3.7 against 4.2, fp8 4096 x 4096 at m = 16 9.4 against 10.6; a long k with more rows wants the deep one
+    (1024 x 576 x 1536: 6.9 against 8.2), and so does a dependent launch, which fills it while its predecessor ends
+    (2.3 against 2.5), on as many multiprocessors as that one leaves: half.
     """
     rows = next(r for r in (8, 16, 32, 64) if m <= r or r == 64)
     calls = _up(m, rows) * batch
@@ -112,12 +114,13 @@ def rows_tile(
             if split > 1 and (split > blocks // 4 or _up(out_n, block_n) * calls >= sms):
                 continue
             ctas, share = _up(out_n, block_n) * calls * split, _up(blocks, split)
-            intake = _up(ctas, sms) * share * (rows + block_n) * 128
+            intake = _up(2 * ctas if pdl else ctas, sms) * share * (rows + block_n) * 128
             cost = (
                 max(memory, intake) + 0.2 * intake + split // 2 * _CLUSTER * (3 if split == 4 and 2 * ctas > sms else 1)
             )
             sharing, alone = (stages_in(room, rows, block_n, split) for room in (_SHARING, _ALONE))
-            deep = ctas <= sms and share > sharing and (rows > 16 or share <= 16 or 3 * ctas <= sms)
+            longer = share > 2 * sharing if rows > 16 else 3 * ctas <= sms
+            deep = ctas <= sms and share > sharing and (pdl or longer)
             if best is None or cost < best[0]:
                 best = cost, RowsTile(rows, block_n, split, alone if deep else sharing)
     assert best is not None
@@ -146,7 +149,7 @@ def launch_rows_mm(
     """`hopper.launch_hopper_mm` for few rows. With `pdl` w must be constant."""
     if out.size == 0:
         return
-    tile, batch = _chosen(out, a, tile, gated=gated, row_major_b=row_major_b)
+    tile, batch = _chosen(out, a, tile, gated=gated, row_major_b=row_major_b, pdl=pdl)
     launch(
         rows_spec(tile, a.dtype, w.dtype, out.dtype, row_major_b=row_major_b, gated=gated),
         rows_grid(tile, out.shape, batch, gated), out, a, w, batch=batch, bias=bias, residual=residual,
@@ -161,7 +164,7 @@ def launch_rows_fp8(
     """`hopper.launch_hopper_fp8` for few rows."""
     if out.size == 0:
         return
-    tile, batch = _chosen(out, a, tile, sums=VECTORS)
+    tile, batch = _chosen(out, a, tile, sums=VECTORS, pdl=pdl)
     launch(
         rows_spec(tile, a.dtype, w.dtype, out.dtype, scale=VECTORS, promote=0 if fast_accum else PROMOTE),
         rows_grid(tile, out.shape, batch), out, a, w, batch=batch, bias=bias,
@@ -176,7 +179,7 @@ def launch_rows_fp8_blocks(
     """`hopper.launch_hopper_fp8_blocks` for few rows of one product."""
     if out.size == 0:
         return
-    tile, batch = _chosen(out, a, tile, sums=BLOCKS)
+    tile, batch = _chosen(out, a, tile, sums=BLOCKS, pdl=pdl)
     scale_a, scale_b = block_scales(a_scale, b_scale, scale_major_mode)
     launch(
         rows_spec(tile, a.dtype, w.dtype, out.dtype, scale=BLOCKS, promote=1),

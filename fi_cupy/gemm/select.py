@@ -446,7 +446,7 @@ def _hopper_kernel(
         # takes `gemm_stream` 3.3 us, 4.8 here, with dependent launch 4.1 and 3.4.
         if not pdl or m > HOPPER_ROWS_MAX:
             return None
-    few = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms, batch=batch, row_major_b=row_major_b)
+    few = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms, batch=batch, row_major_b=row_major_b, pdl=pdl)
     # More rows, too, where k is so short that a large tile is all prologue and epilogue, and small ones are one wave:
     # 256 x 576 x 576 3.7 us against 4.4, 1024 x 576 x 576 4.6 against 5.0.
     ctas = _up(n, few.block_n) * few.split * _up(m, 64) * batch

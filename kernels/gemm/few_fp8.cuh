@@ -73,10 +73,10 @@ FI_DEVICE void gemm_few_fp8(const FewFp8Params& params) {
   };
   if constexpr (Config::kBlocks) {
     FewBlockScales<Config> scales(params);
-    few_partials<Config>(operands, partial, mma, scales, [] {});
+    few_partials<Config>(operands, partial, mma, scales);
   } else {
     FewUnscaled unscaled;
-    few_partials<Config>(operands, partial, mma, unscaled, [] {});
+    few_partials<Config>(operands, partial, mma, unscaled);
   }
 
   const uint32_t n_first = blockIdx.x * Shape::kColumns, m_first = blockIdx.y * Shape::kRows;

@@ -51,11 +51,10 @@ struct BiasEpilogue {
         n(params.n) {
     if (residual) residual += blockIdx.z * params.residual_batch;
   }
-  FI_DEVICE float operator()(float sum, uint32_t row, uint32_t column) const { return sum + added(row, column); }
-  // What is added: for kernels short enough to show a load's latency, which ask for it before the products.
-  FI_DEVICE float added(uint32_t row, uint32_t column) const {
-    const float sum = bias ? to_float(bias[column]) : 0.f;
-    return residual ? sum + to_float(residual[row * residual_stride + column]) : sum;
+  FI_DEVICE float operator()(float sum, uint32_t row, uint32_t column) const {
+    if (bias) sum += to_float(bias[column]);
+    if (residual) sum += to_float(residual[row * residual_stride + column]);
+    return sum;
   }
   // The same with the residual asked for early: its bits, of one element or of two (column even), and what they mean.
   FI_DEVICE uint32_t residual_bits(uint32_t row, uint32_t column) const {
