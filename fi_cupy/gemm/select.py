@@ -379,16 +379,9 @@ def _few(config: FewConfig, dtype: DType, out: DType, gated: bool = False) -> Ke
 
 
 def select_rms_kernel(
-    m: int,
-    n: int,
-    k: int,
-    device: DeviceInfo,
-    dtype: DType = bfloat16,
-    out: DType = bfloat16,
-    *,
-    gated: bool = False,
-    pdl: bool = False,
-) -> tuple[KernelSpec, Grid] | None:
+    m: int, n: int, k: int, device: DeviceInfo, dtype: DType = bfloat16, out: DType = bfloat16, *,
+    gated: bool = False, pdl: bool = False,
+) -> tuple[KernelSpec, Grid] | None:  # fmt: skip
     """The kernel and the grid for a product of few rows that are divided by their root mean square; None for others."""
     if m > FEW_MAX or _slow_bf16(dtype, device):
         return None
