@@ -69,6 +69,13 @@ def cases(device: DeviceInfo) -> list[BenchCase]:
     table += [_case(m, n, k) for n, k in SMALL for m in (1, 8, 64)]
     if device.has_pdl:
         table += [_case(m, n, k, pdl=True) for n, k in SMALL for m in (1, 64)]
+        table += [
+            _case(
+                m, 960, 576, name=f"mm_bf16 of normalised rows m{m} n960 k576 pdl", peer=False,
+                fn=lambda s: mm_bf16(s[0], s[1].T, pdl=True, out=s[2], rms_eps=1e-5),
+            )
+            for m in (1, 8)
+        ]  # fmt: skip
     table += [_case(m, n, k) for n, k in SMALL[:4] for m in (256, 1024)]
     table += [_case(m, 4096, 4096) for m in (128, 256, 1024, 4096)]
     table.append(_case(8192, 8192, 8192))

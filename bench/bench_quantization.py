@@ -115,6 +115,25 @@ def _rope_append(tokens: int) -> BenchCase:
     )  # fmt: skip
 
 
+def _rope_append_step(tokens: int) -> BenchCase:
+    def make(i: int) -> dict[str, Any]:
+        t = _table(tokens, tokens, 16, i)
+        caches = [random_array((t["pages"], 16, 3, 64), "bfloat16", i + j) for j in range(2)]
+        qkv = random_array((tokens, 15, 64), "bfloat16", i)
+        return t | {"qkv": qkv, "caches": tuple(caches), "cos_sin": _cos_sin(8192, 64)}
+
+    def run(s: dict[str, Any]) -> Any:
+        x = s["qkv"]
+        return rope.rope_append_paged_kv_cache(
+            x[:, :9], x[:, 9:12], None, None, x[:, 12:], s["cos_sin"], s["p"], s["caches"], s["indices"], s["indptr"],
+            s["b"], s["p"], q_rope_out=x[:, :9], enable_pdl=True,
+        )  # fmt: skip
+
+    return bench_case(
+        f"rope_append {tokens} tokens 9/3 heads d64 bf16 pdl", run, make_inputs=make, bytes=2 * tokens * 15 * 64 * 2
+    )
+
+
 def _mla_rope(tokens: int) -> BenchCase:
     def make(i: int) -> tuple[Any, ...]:
         import cupy
@@ -192,6 +211,7 @@ def cases(device: DeviceInfo) -> list[BenchCase]:
         _silu("silu_and_mul + group quant 128", lambda s: group(s[0], fuse_silu_and_mul=True), 5 + 4 / 128),
         _append(8192),
         _rope_append(8192),
+        *(_rope_append_step(tokens) for tokens in (1, 64)),
         _mla_rope(2048),
         _mla_rope(64),
         _norm("rmsnorm_quant", False),

@@ -1,6 +1,7 @@
 """Tokens a second of transformers' `generate` with fi_cupy's attention and with sdpa's, on a model of random weights.
 
-``python bench/generate_transformers.py [new tokens]``: a Llama of SmolLM2-135M's sizes in bf16, greedy, dynamic cache.
+``python bench/generate_transformers.py [new tokens [batch:prompt ...]]``: a Llama of SmolLM2-135M's sizes in bf16,
+greedy, dynamic cache.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ SIZES = {
 
 def main() -> None:
     new = int(sys.argv[1]) if len(sys.argv) > 1 else 64
+    cases = [tuple(map(int, case.split(":"))) for case in sys.argv[2:]] or [(1, 128), (16, 512), (64, 1024)]
     ours.register()
-    for batch, prompt in ((1, 128), (16, 512), (64, 1024)):
+    for batch, prompt in cases:
         ids = torch.randint(2, 49152, (batch, prompt), device="cuda")
         row = []
         for attention in ("sdpa", "fi_cupy"):

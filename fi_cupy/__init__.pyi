@@ -145,6 +145,7 @@ from .rope import (
     apply_rope_with_cos_sin_cache as apply_rope_with_cos_sin_cache,
     apply_rope_with_cos_sin_cache_inplace as apply_rope_with_cos_sin_cache_inplace,
     mla_rope_quantize_fp8 as mla_rope_quantize_fp8,
+    rope_append_paged_kv_cache as rope_append_paged_kv_cache,
     rope_quantize_fp8 as rope_quantize_fp8,
     rope_quantize_fp8_append_paged_kv_cache as rope_quantize_fp8_append_paged_kv_cache,
 )

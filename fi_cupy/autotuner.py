@@ -318,7 +318,9 @@ class AutoTuner:
             key.startswith(_prefix(op)) for table in self._tables.values() for key in table
         ):
             self._missed.add((op, shapes))
-            log.warning("%s: no tuned choice covers the shapes %s; the default runs", op, shapes)
+            # A file of choices covers some shapes and not others, which is nobody's fault: only who tunes is told.
+            level = logging.WARNING if choice.current().tuning else logging.DEBUG
+            log.log(level, "%s: no tuned choice covers the shapes %s; the default runs", op, shapes)
 
     # --- files -------------------------------------------------------------------------------------------------------
 

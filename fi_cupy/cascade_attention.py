@@ -206,7 +206,7 @@ class MultiLevelCascadeAttentionWrapper:
         kv_data_type: Any = None,
         *,
         non_blocking: bool = True,
-        fixed_split_size: int | None = None,
+        fixed_split_size: int | Sequence[int | None] | None = None,
         disable_split_kv: bool = False,
     ) -> None:
         """Make the schedules of all levels and send them to the GPU.
@@ -231,7 +231,7 @@ class MultiLevelCascadeAttentionWrapper:
             Keys to the left of the query's own, in the whole sequence, that are seen; -1: all. Levels before the last
             that it cuts take a custom mask of ``queries * keys`` bits, made here on the host.
         fixed_split_size, disable_split_kv
-            As in `BatchPrefillWithPagedKVCacheWrapper.plan`, for each level.
+            As in `BatchPrefillWithPagedKVCacheWrapper.plan`, for each level; a sequence of sizes has one a level.
 
         Raises
         ------
@@ -269,6 +269,10 @@ class MultiLevelCascadeAttentionWrapper:
         }  # fmt: skip
         for name, arrays in tables.items():
             _check_levels(op, name, arrays, count)
+        splits = common.get("fixed_split_size")
+        if not isinstance(splits, Sequence):
+            splits = [splits] * count
+        _check_levels(op, "fixed_split_size", splits, count)
         if count > 1 and pos_encoding_mode != "NONE":
             raise UnsupportedError(
                 f"{op}: pos_encoding_mode is {pos_encoding_mode!r}, expected 'NONE': a level does not know positions "
@@ -296,7 +300,7 @@ class MultiLevelCascadeAttentionWrapper:
         for i, level in enumerate(self._levels):
             level.choose(op, i, masks[i] is None and bool((np.diff(qo[i]) == 1).all()))
             is_last = i == count - 1
-            options = {**common, "window_left": window_left if is_last else -1}
+            options = {**common, "window_left": window_left if is_last else -1, "fixed_split_size": splits[i]}
             args: tuple[Any, ...] = (
                 kv_indptr[i],
                 kv_indices_arr[i],

@@ -366,6 +366,10 @@ def render(spec: str) -> None:
 )
 @click.option("--backend", type=click.Choice(["auto", "cuda", "numpy"]), default="auto", show_default=True)
 @click.option("--kv-dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True, help="Of the cache.")
+@click.option(
+    "--share-prefix/--no-share-prefix", default=True, show_default=True, help="Compute a batch's common prompt once."
+)
+@click.option("--ignore-eos", is_flag=True, help="Go on to --max-tokens, for measurements.")
 @click.option("--tune", is_flag=True, help="Measure this run's kernels first, and keep the choices.")
 @click.option("--model", type=click.Path(path_type=str), help="A GGUF file. [default: SmolLM2-135M-Instruct]")
 def generate(prompt: str, **options: Any) -> None:

@@ -92,9 +92,11 @@ def names() -> tuple[str, ...]:
 
 def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
     """The kernels that serving a model takes on `device`: batches of 1 to 256 requests, prompts of any length."""
-    from fi_cupy import decode_kernel, lookup, norm, page, prefill_kernel, rope_kernel, sampling
+    from fi_cupy import (
+        decode_kernel, lookup, norm, page, prefill_kernel, rope_kernel, rope_quantize_kernel, sampling_kernels,
+    )  # fmt: skip
     from fi_cupy.dtypes import bfloat16, float32
-    from fi_cupy.gemm.select import gated_spec, select_mm_kernel
+    from fi_cupy.gemm.select import gated_spec, select_mm_kernel, select_rms_kernel, with_residual
     from fi_cupy.prefill_hopper import Load
 
     h, d, kv = shape.hidden, shape.head_dim, shape.num_kv_heads
@@ -105,16 +107,24 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
         *lookup.kernel_specs(),
         *rope_kernel.model_specs(d, (qo + kv) * d // 16),
         *(page.append_spec(2 * d, 2 * d, 16, unroll) for unroll in (1, 4)),
-        *sampling.kernel_specs()[
-            :6
-        ],  # softmax and draws from float32 logits, without a filter and with top-k and top-p
+        *rope_quantize_kernel.append_specs(bfloat16),  # both in one
+        *sampling_kernels.kernel_specs()[:6],  # softmax and draws from float32 logits
     ]
+    for rows in (1, 16, 64, 256):  # draws from float32 logits over a temperature
+        for kind, launch in (("none", "draw"), ("top_p", "reject"), ("all", "select")):
+            found = sampling_kernels.launch_shape(launch, rows, shape.vocab, device)
+            room = sampling_kernels.room(shape.vocab)
+            specs.append(sampling_kernels.sample_spec(float32, True, kind, room, found, scaled=True))
     products = [((qo + 2 * kv) * d, h), (h, qo * d), (h, shape.intermediate)]
     for m in (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096):
         for pdl in (False, True):  # as the demo model launches where the device can, and as others may not
-            specs += [select_mm_kernel(m, n, k, device, pdl=pdl)[0] for n, k in products]
+            made = [select_mm_kernel(m, n, k, device, pdl=pdl)[0] for n, k in products]
+            specs += [*made, *(with_residual(spec) for spec in made[1:])]
             specs.append(select_mm_kernel(m, shape.vocab, h, device, out=float32, pdl=pdl)[0])
         specs.append(gated_spec(m, shape.intermediate, h, device))
+        for n, gated in ((products[0][0], False), (shape.intermediate, True)):
+            both = [select_rms_kernel(m, n, h, device, gated=gated, pdl=pdl) for pdl in (False, True)]
+            specs += [chosen[0] for chosen in both if chosen is not None]
     for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         problem = decode_kernel.Problem(
             batch, qo, kv, d, bfloat16, bfloat16, bfloat16, shape.page_size % 16 == 0, False, False, False, False

@@ -18,6 +18,9 @@ from fi_cupy.rope_quantize import (
     mla_rope_quantize_fp8 as mla_rope_quantize_fp8,
 )
 from fi_cupy.rope_quantize import (
+    rope_append_paged_kv_cache as rope_append_paged_kv_cache,
+)
+from fi_cupy.rope_quantize import (
     rope_quantize_fp8 as rope_quantize_fp8,
 )
 from fi_cupy.rope_quantize import (

@@ -7,19 +7,19 @@ from typing import Any
 from fi_cupy import rope_quantize_kernel as kernel
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
-from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, INDEX_TYPES, DType, float8_e4m3fn, float32, int32, uint8
+from fi_cupy.dtypes import FLOAT_TYPES, FP8_TYPES, HALF_TYPES, INDEX_TYPES, DType, float8_e4m3fn, float32, int32, uint8
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, ShapeError
 from fi_cupy.kv_cache import check_layout, token_strides
 from fi_cupy.reference import rope as reference
 
 
-def _fp8_like(op: str, name: str, given: Any, x: View, kind: DType) -> View:
+def _out_like(op: str, name: str, given: Any, x: View, kind: DType) -> View:
     if given is None:
         return x.empty(x.shape, kind)
     o = view(given, op, name).writable(op, name)
     check_shape(op, name, o, x.shape)
-    check_dtype(op, name, o, (kind, uint8))
+    check_dtype(op, name, o, (kind, uint8) if kind in FP8_TYPES else (kind,))
     check_inner(op, name, o)
     check_device(op, x, **{name: o})
     return o.typed(kind)
@@ -39,12 +39,14 @@ def _kind(op: str, quantize_dtype: Any, given: tuple[Any, ...]) -> DType:
     return kind
 
 
-def _inputs(op: str, arrays: dict[str, Any], cos_sin_cache: Any, pos_ids: Any) -> tuple[dict[str, View], View, View]:
+def _inputs(
+    op: str, arrays: dict[str, Any], cos_sin_cache: Any, pos_ids: Any, kinds: tuple[DType, ...] = HALF_TYPES
+) -> tuple[dict[str, View], View, View]:
     """The arrays that there are (the first is q_rope), the cache of cosines, and the positions; checked."""
     views = {name: view(x, op, name) for name, x in arrays.items() if x is not None}
     q = views["q_rope"]
     check_ndim(op, "q_rope", q, 3)
-    check_dtype(op, "q_rope", q, HALF_TYPES)
+    check_dtype(op, "q_rope", q, kinds)
     table, pos = view(cos_sin_cache, op, "cos_sin_cache"), view(pos_ids, op, "pos_ids")
     for name, x in views.items():
         check_ndim(op, name, x, *((3,) if name.startswith("q") else (2, 3)))
@@ -197,7 +199,7 @@ def _rope_quantize(
     outs: dict[str, View] = {}
     for name, out in zip(_NAMES, given, strict=True):
         if name in views:
-            outs[name] = _fp8_like(op, f"{name}_out", out, views[name], kind)
+            outs[name] = _out_like(op, f"{name}_out", out, views[name], kind)
         elif out is not None:
             raise ArgumentError(f"{op}: {name}_out is given, expected {name} with it")
     if table.is_cpu:
@@ -235,26 +237,32 @@ def _cache_sections(
     """(k_rope, k_nope, v) with their places in the caches: GQA's (keys, values) or MLA's (ckv, kpe)."""
     k_rope, k_nope, v = views["k_rope"], views.get("k_nope"), views.get("v")
     first, second = caches
+    size = first.dtype.itemsize
     if v is None:  # MLA: no head dimension in the caches
-        ckv, kpe = ((c.strides[0], c.strides[1], 0) for c in caches)
+        ckv, kpe = ((c.strides[0] * size, c.strides[1] * size, 0) for c in caches)
         return [
             kernel.Section(k_rope, second, scale, kpe, paged=True),
             None if k_nope is None else kernel.Section(k_nope, first, scale, ckv, paged=True),
             None,
         ]
-    places = [token_strides(c, layout) for c in caches]
+    places: list[tuple[int, int, int]] = []
+    for c in caches:
+        page, token, head = token_strides(c, layout)
+        places.append((page * size, token * size, head * size))
     return [
         kernel.Section(k_rope, first, scale, places[0], paged=True),
         None
         if k_nope is None
-        else kernel.Section(k_nope, first, scale, places[0], offset=k_rope.shape[-1], paged=True),
+        else kernel.Section(k_nope, first, scale, places[0], offset=k_rope.shape[-1] * size, paged=True),
         kernel.Section(v, second, scale, places[1], paged=True),
     ]
 
 
 def _checked_caches(
-    op: str, views: dict[str, View], paged_kv_cache: Any, kind: DType | None, page_size: int, layout: str
-) -> tuple[View, View]:
+    op: str, views: dict[str, View], paged_kv_cache: Any, kind: DType | None, page_size: int, layout: str,
+    others: tuple[DType, ...] = (),
+) -> tuple[View, View]:  # fmt: skip
+    """(keys, values), or (ckv, kpe), of `kind` or any fp8 type, or of one of the `others`."""
     if not isinstance(paged_kv_cache, (tuple, list)) or len(paged_kv_cache) != 2:
         raise ArgumentError(f"{op}: paged_kv_cache is a {type(paged_kv_cache).__name__}, expected a pair of arrays")
     q, k, v = views["q_rope"], views["k_rope"], views.get("v")
@@ -266,7 +274,7 @@ def _checked_caches(
         (nope, rope) if v is None else (rope + nope, v.shape[-1]), strict=True,
     ):  # fmt: skip
         c = view(given, op, name).writable(op, name)
-        check_dtype(op, name, c, (*FP8_TYPES, uint8) if kind is None else (kind, uint8))
+        check_dtype(op, name, c, (*others, *FP8_TYPES, uint8) if kind is None else (kind, uint8))
         check_inner(op, name, c)
         check_device(op, q, **{name: c})
         if v is None:
@@ -338,39 +346,125 @@ def rope_quantize_fp8_append_paged_kv_cache(
     ------
     flashinfer.rope.rope_quantize_fp8_append_paged_kv_cache.
     """
-    op = "rope_quantize_fp8_append_paged_kv_cache"
+    return _rope_append(
+        "rope_quantize_fp8_append_paged_kv_cache", (q_rope, k_rope, q_nope, k_nope, v), cos_sin_cache, pos_ids,
+        paged_kv_cache, (batch_indices, positions, kv_indices, kv_indptr), is_neox, quantize_dtype, quant_scale_q,
+        quant_scale_kv, page_size, kv_layout, (q_rope_out, q_nope_out), enable_pdl,
+    )  # fmt: skip
+
+
+def rope_append_paged_kv_cache(
+    q_rope: Any,
+    k_rope: Any,
+    q_nope: Any,
+    k_nope: Any,
+    v: Any,
+    cos_sin_cache: Any,
+    pos_ids: Any,
+    paged_kv_cache: tuple[Any, Any],
+    kv_indices: Any,
+    kv_indptr: Any,
+    batch_indices: Any,
+    positions: Any,
+    is_neox: bool = True,
+    quant_scale_kv: float = 1.0,
+    page_size: int = 16,
+    kv_layout: str = "NHD",
+    q_rope_out: Any = None,
+    q_nope_out: Any = None,
+    enable_pdl: bool = False,
+) -> tuple[Any, Any]:
+    """Rotate the rope parts of q and k, and write keys and values into a paged cache; one launch.
+
+    `rope_quantize_fp8_append_paged_kv_cache` for queries that keep their type. What is not said here is as there.
+
+    Parameters
+    ----------
+    q_rope : array, [nnz, num_qo_heads, rope_dim], float16, bfloat16 or float32
+        May be `q_rope_out` itself.
+    k_rope, q_nope, k_nope, v, cos_sin_cache, pos_ids, is_neox, page_size, kv_layout
+    paged_kv_cache : (array, array)
+        Of the type of `q_rope`, or fp8 (or its bytes, uint8).
+    kv_indices, kv_indptr, batch_indices, positions : array, int32
+    quant_scale_kv : float
+        Multiplied with k and v before the cast to fp8; other caches take no factor but 1.
+    q_rope_out, q_nope_out : array, optional
+        Written instead of new arrays.
+    enable_pdl : bool
+        Programmatic dependent launch (sm_90 and later): the kernel starts before its predecessor in the stream has
+        ended and reads the page table, the positions and `cos_sin_cache` at once; the rest waits. Only for tables that
+        the predecessor does not write.
+
+    Returns
+    -------
+    (q_rope_out, q_nope_out)
+        The type of `q_rope`; None for what is None.
+
+    Raises
+    ------
+    ArgumentError, ShapeError, DTypeError, DeviceError, LayoutError, ImmutableArrayError
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fi_cupy.rope import rope_append_paged_kv_cache
+    >>> q, cache = np.ones((1, 1, 2), np.float32), np.zeros((1, 2, 1, 2), np.float32)
+    >>> table = np.array([[0.0, 1.0]], np.float32)                                               # a quarter turn
+    >>> zero, pages = np.zeros(1, np.int32), np.array([0, 1], np.int32)
+    >>> rope_append_paged_kv_cache(q, q, None, None, q, table, zero, (cache, cache.copy()), zero, pages, zero, zero,
+    ...                            page_size=2)[0]
+    array([[[-1.,  1.]]], dtype=float32)
+    >>> cache[0, 0]
+    array([[-1.,  1.]], dtype=float32)
+    """
+    return _rope_append(
+        "rope_append_paged_kv_cache", (q_rope, k_rope, q_nope, k_nope, v), cos_sin_cache, pos_ids, paged_kv_cache,
+        (batch_indices, positions, kv_indices, kv_indptr), is_neox, None, 1.0, quant_scale_kv, page_size, kv_layout,
+        (q_rope_out, q_nope_out), enable_pdl, keep_q=True,
+    )  # fmt: skip
+
+
+def _rope_append(
+    op: str, given: tuple[Any, ...], cos_sin_cache: Any, pos_ids: Any, paged_kv_cache: Any, table: tuple[Any, ...],
+    is_neox: bool, quantize_dtype: Any, quant_scale_q: float, quant_scale_kv: float, page_size: int, kv_layout: str,
+    q_outs: tuple[Any, Any], enable_pdl: bool, keep_q: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Both functions that append. `keep_q`: queries keep their type, and the cache may have it, too."""
     check_layout(op, kv_layout)
-    arrays = dict(zip((*_NAMES, "v"), (q_rope, k_rope, q_nope, k_nope, v), strict=True))
-    views, table, pos = _inputs(op, arrays, cos_sin_cache, pos_ids)
+    arrays = dict(zip((*_NAMES, "v"), given, strict=True))
+    views, angles, pos = _inputs(op, arrays, cos_sin_cache, pos_ids, FLOAT_TYPES if keep_q else HALF_TYPES)
     q, k = views["q_rope"], views["k_rope"]
-    if v is None and len(k.shape) == 3 and k.shape[1] != 1:
+    if "v" not in views and len(k.shape) == 3 and k.shape[1] != 1:
         raise ShapeError(f"{op}: k_rope has shape {k.shape}, expected one head where v is None (MLA)")
-    if v is not None and views["v"].shape[:-1] != k.shape[:-1]:
+    if "v" in views and views["v"].shape[:-1] != k.shape[:-1]:
         raise ShapeError(f"{op}: v has shape {views['v'].shape}, expected {k.shape[:-1]} before its last dimension")
     named = None if quantize_dtype is None else _kind(op, quantize_dtype, ())
-    caches = _checked_caches(op, views, paged_kv_cache, named, page_size, kv_layout)
+    others = (q.dtype,) if keep_q else ()
+    caches = _checked_caches(op, views, paged_kv_cache, named, page_size, kv_layout, others)
     kind, scales = caches[0].dtype, _scales(op, quant_scale_q, quant_scale_kv)
-    tokens = (q.shape[0],)
+    if kind not in FP8_TYPES and quant_scale_kv != 1:
+        raise ArgumentError(f"{op}: quant_scale_kv is {quant_scale_kv}, expected 1 for a cache of {kind.name}")
+    q_kind, tokens = q.dtype if keep_q else kind, (q.shape[0],)
     pages = (
-        _page_index(op, "batch_indices", batch_indices, q, tokens),
-        _page_index(op, "positions", positions, q, tokens),
-        _page_index(op, "kv_indices", kv_indices, q),
-        _page_index(op, "kv_indptr", kv_indptr, q),
+        _page_index(op, "batch_indices", table[0], q, tokens),
+        _page_index(op, "positions", table[1], q, tokens),
+        _page_index(op, "kv_indices", table[2], q),
+        _page_index(op, "kv_indptr", table[3], q),
     )
     outs = {
-        n: _fp8_like(op, f"{n}_out", out, views[n], kind)
-        for n, out in (("q_rope", q_rope_out), ("q_nope", q_nope_out))
+        n: _out_like(op, f"{n}_out", out, views[n], q_kind)
+        for n, out in zip(("q_rope", "q_nope"), q_outs, strict=True)
         if n in views
     }
-    if q_nope is None and q_nope_out is not None:
+    if "q_nope" not in views and q_outs[1] is not None:
         raise ArgumentError(f"{op}: q_nope_out is given, expected q_nope with it")
     if q.is_cpu:
-        rows = _host_positions(op, pos, table)
+        rows = _host_positions(op, pos, angles)
         a, b, c, d, e = (_host(views, n) for n in (*_NAMES, "v"))
         batch, cached, indices, indptr = (p.numpy() for p in pages)
         results = reference.rope_quantize_fp8_append_paged_kv_cache_(
-            a, b, c, d, e, table.numpy(), rows, (caches[0].numpy(), caches[1].numpy()), indices, indptr, batch,
-            cached, is_neox, kind.np, scales[0], scales[1], kv_layout,
+            a, b, c, d, e, angles.numpy(), rows, (caches[0].numpy(), caches[1].numpy()), indices, indptr, batch,
+            cached, is_neox, kind.np, *scales, kv_layout, q_kind.np,
         )  # fmt: skip
         for name, values in zip(("q_rope", "q_nope"), results, strict=True):
             if values is not None:
@@ -379,10 +473,10 @@ def rope_quantize_fp8_append_paged_kv_cache(
         k_rope_to, k_nope_to, v_to = _cache_sections(op, views, caches, scales[1], kv_layout)
         q_to = [kernel.plain(views[n], outs[n], scales[0]) if n in outs else None for n in ("q_rope", "q_nope")]
         kernel.launch(
-            [q_to[0], k_rope_to, q_to[1], k_nope_to, v_to], table, pos, kind, not is_neox, pages, page_size,
-            bool(enable_pdl),
+            [q_to[0], k_rope_to, q_to[1], k_nope_to, v_to], angles, pos, kind, not is_neox, pages, page_size,
+            bool(enable_pdl), q_out=q_kind, early=keep_q,
         )  # fmt: skip
     return (
-        outs["q_rope"].result() if q_rope_out is None else q_rope_out,
-        None if q_nope is None else (outs["q_nope"].result() if q_nope_out is None else q_nope_out),
+        outs["q_rope"].result() if q_outs[0] is None else q_outs[0],
+        None if "q_nope" not in views else (outs["q_nope"].result() if q_outs[1] is None else q_outs[1]),
     )

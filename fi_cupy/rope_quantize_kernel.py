@@ -1,4 +1,4 @@
-"""The kernel of rope fused with a cast to fp8 (and with a paged append): its parameters, instances and launch."""
+"""The kernel of rope fused with a cast to fp8 and with a paged append: its parameters, instances and launch."""
 
 from __future__ import annotations
 
@@ -41,13 +41,16 @@ _THREADS = 128
 
 @lru_cache(maxsize=128)
 def rope_quantize_spec(
-    dtype: DType, index: DType, out: DType, vec: int, *, interleave: bool = False, paged: bool = False, unroll: int = 1
-) -> KernelSpec:
+    dtype: DType, index: DType, out: DType, vec: int, *, interleave: bool = False, paged: bool = False,
+    unroll: int = 1, q_out: DType | None = None, early: bool = False,
+) -> KernelSpec:  # fmt: skip
     """The kernel that rotates and casts `vec` elements an access, twice `unroll` accesses a thread.
 
-    With more than one, registers leave fewer threads to hide the look-ups: 64 and 82 µs instead of 60 (H100).
+    With more than one, registers leave fewer threads to hide the look-ups: 64 and 82 µs instead of 60 (H100). `q_out`
+    is the type of q's outputs, by default `out`; `early` looks tables up before it waits for its predecessor.
     """
-    form = ("_interleave" if interleave else "") + ("_append" if paged else "")
+    form = ("_interleave" if interleave else "") + ("_append" if paged else "") + ("_early" if early else "")
+    form += "" if q_out in (None, out) else f"_q{q_out.tag}"
     return KernelSpec(
         symbol=f"rope_quantize{form}_{dtype.tag}_{index.tag}_{out.tag}_v{vec}x{unroll}",
         header="rope_quantize.cuh",
@@ -56,10 +59,12 @@ def rope_quantize_spec(
         config=(
             ("T", dtype),
             ("I", index),
+            ("Q", q_out or out),
             ("O", out),
             ("kVec", vec),
             ("kInterleave", interleave),
             ("kPaged", paged),
+            ("kEarly", early),
             ("kUnroll", unroll),
             ("kThreads", _THREADS),
         ),
@@ -72,6 +77,14 @@ def kernel_specs() -> list[KernelSpec]:
     return [
         rope_quantize_spec(bfloat16, int32, float8_e4m3fn, 8, paged=True),
         rope_quantize_spec(bfloat16, int32, float8_e4m3fn, 8, interleave=True),
+        *append_specs(bfloat16),
+    ]
+
+
+def append_specs(dtype: DType) -> list[KernelSpec]:
+    """What `rope_append_paged_kv_cache` takes for queries of a 16-bit type: a cache of the same, and of fp8."""
+    return [
+        rope_quantize_spec(dtype, int32, out, 8, paged=True, q_out=dtype, early=True) for out in (dtype, float8_e4m3fn)
     ]
 
 
@@ -100,19 +113,20 @@ class Section(NamedTuple):
     paged: bool = False
 
     def alignment(self) -> int:
-        """Every address and extent ORed together: bytes of the input, elements of the output."""
+        """Every address and extent ORed together, each as bytes of the input."""
         size, strides = self.x.dtype.itemsize, self.x.strides[:-1]
         both = self.x.ptr | self.x.shape[-1] // 2 * size
         for step in strides:
             both |= step * size
         for step in (self.out.ptr, self.offset, *self.to):
-            both |= step * size
+            both |= step * (size // self.out.dtype.itemsize)
         return both
 
 
 def plain(x: View, out: View, scale: float) -> Section:
-    head = out.strides[1] if len(out.shape) == 3 else 0
-    return Section(x, out, scale, (out.strides[0], 0, head))
+    size = out.dtype.itemsize
+    head = out.strides[1] * size if len(out.shape) == 3 else 0
+    return Section(x, out, scale, (out.strides[0] * size, 0, head))
 
 
 def launch(
@@ -124,8 +138,11 @@ def launch(
     pages: tuple[View, View, View, View] | None = None,
     page_size: int = 1,
     pdl: bool = False,
+    *,
+    q_out: DType | None = None,
+    early: bool = False,
 ) -> None:
-    """Launch over (q_rope, k_rope, q_nope, k_nope, v); those that are None have no work."""
+    """Launch over (q_rope, k_rope, q_nope, k_nope, v); those that are None have no work. See `rope_quantize_spec`."""
     assert sections[0] is not None  # q_rope is always there
     q = sections[0].x
     size = q.dtype.itemsize
@@ -154,8 +171,8 @@ def launch(
     if total >= 1 << 31:
         raise ShapeError(f"rope_quantize: {q.shape[0]} tokens are {total} units of work, expected less than 2^31")
     spec = rope_quantize_spec(
-        q.dtype, pos.dtype, kind, vec, interleave=interleave, paged=pages is not None
-    )  # fmt: skip
+        q.dtype, pos.dtype, kind, vec, interleave=interleave, paged=pages is not None, q_out=q_out, early=early
+    )
     addresses = (0, 0, 0, 0) if pages is None else tuple(p.ptr for p in pages)
     config: dict[str, Any] = dict(spec.config)
     load_kernel(spec, q.device).launch(

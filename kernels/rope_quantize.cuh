@@ -1,9 +1,10 @@
 // Rotary position embedding from a cos/sin cache, fused with a cast to fp8 and with writing keys and values into pages:
-//   out = fp8(rotated(x) * scale)      (the scale multiplies)
+//   out = fp8(rotated(x) * scale)      (the scale multiplies; 16-bit types, too, where nothing is quantised)
 // A token's work is up to five sections: q and k that rotate, q and k that do not, and v. A unit is two vectors of kVec
 // elements of one head, half a row apart: the two halves of kVec pairs, or kVec / 2 whole pairs in each; what does not
 // rotate is cut up alike. One CTA computes kThreads * kUnroll units of the flattened (token, section, head, unit) list;
-// grid = units / those. Data are loaded before cosines, sines and the page are looked up.
+// grid = units / those. Data are loaded before cosines, sines and the page are looked up; with kEarly the look-ups come
+// first, in front of the wait for the kernel before this one, which then wrote neither the tables nor the positions.
 // Shared memory: none. Bytes moved: the inputs once, a byte an element out. Architecture: any.
 #pragma once
 #include "page.cuh"
@@ -40,23 +41,77 @@ struct RopeQuantizeParams {
   uint32_t page_size;
 };
 
-// Config: T, I (of positions), O, kVec, kInterleave, kPaged, kUnroll, kThreads
+// Elements of a unit's half as O, `at` elements behind `to`.
+template <typename O, int N>
+FI_DEVICE void store_cast(const float (&x)[N], uint8_t* to, uint32_t at) {
+  if constexpr (sizeof(O) == 1) {
+    quant::store<O>(x, to + at);
+  } else {
+    Vec<O, N>::from_floats(x).store(to + at * sizeof(O));
+  }
+}
+
+// Config: T, I (of positions), Q (of q's outputs), O (of the others), kVec, kInterleave, kPaged, kEarly, kUnroll, kThreads
 template <class Config>
 FI_DEVICE void rope_quantize(const RopeQuantizeParams& params) {
   using T = typename Config::T;
+  using Q = typename Config::Q;
+  using O = typename Config::O;
   using V = Vec<T, Config::kVec>;
   constexpr int kVec = Config::kVec, kUnroll = Config::kUnroll, kThreads = Config::kThreads;
   constexpr bool kAdjacent = Config::kInterleave && kVec == 1;  // the pair is two neighbouring one-element vectors
   constexpr uint32_t kNone = 0xffffffffu;
 
+  constexpr bool kEarly = Config::kEarly;
+  static_assert(!kEarly || kUnroll == 1, "cosines and sines of one unit are held");
+
   ptx::grid_launch_dependents();
-  ptx::grid_wait();
+  if constexpr (!kEarly) ptx::grid_wait();
 
   V a[kUnroll], b[kUnroll];
   uint32_t token[kUnroll], which[kUnroll], head[kUnroll], slot[kUnroll];
   // Elements from a row's start to the unit's first and second vector.
   auto first = [&](int n) { return slot[n] * (kAdjacent ? 2 : kVec); };
   auto second = [&](int n) { return first(n) + (kAdjacent ? 1 : params.section[which[n]].units.divisor * kVec); };
+  auto load = [&](int n) {
+    const RopeSection& section = params.section[which[n]];
+    const T* x = static_cast<const T*>(section.x) + token[n] * section.x_stride_n + head[n] * section.x_stride_h;
+    if constexpr (kEarly) {  // written while this kernel already runs: not by way of the read-only path
+      a[n] = V::load(x + first(n));
+      b[n] = V::load(x + second(n));
+    } else {
+      a[n] = load_streaming<V>(x + first(n));
+      b[n] = load_streaming<V>(x + second(n));
+    }
+  };
+  // Where the head's row goes; null: nowhere.
+  auto find = [&](int n) -> uint8_t* {
+    const RopeSection& section = params.section[which[n]];
+    uint8_t* out = section.out + head[n] * section.out_stride_h;
+    if (!Config::kPaged || !section.paged) return out + token[n] * section.out_stride_n;
+    int64_t page;
+    uint32_t row;
+    if (!find_row(params.batch_indices, params.cache_positions, params.kv_indices, params.kv_indptr, params.batch,
+                  params.page_size, token[n], page, row))
+      return nullptr;
+    return out + page * section.out_stride_n + row * section.out_stride_row;
+  };
+  // Of the unit's pairs; interleaved, those of the first vector and then those of the second.
+  constexpr int kPairs = Config::kInterleave && !kAdjacent ? kVec / 2 : kVec;
+  auto angles = [&](int n, float(&c)[kVec], float(&s)[kVec]) {
+    const uint32_t half = params.section[which[n]].units.divisor * kVec;
+    const float* cosines =
+        params.cos_sin + int64_t(static_cast<const typename Config::I*>(params.positions)[token[n]]) * params.cos_sin_stride;
+    const float* sines = cosines + half;
+#pragma unroll
+    for (int part = 0; part < kVec / kPairs; ++part) {
+      const uint32_t at = slot[n] * kPairs + part * (half / 2);
+      load_floats(cosines + at, reinterpret_cast<float(&)[kPairs]>(c[part * kPairs]));
+      load_floats(sines + at, reinterpret_cast<float(&)[kPairs]>(s[part * kPairs]));
+    }
+  };
+  float c[kVec], s[kVec];
+  uint8_t* early_out = nullptr;
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
     const uint32_t i = blockIdx.x * (kThreads * kUnroll) + n * kThreads + threadIdx.x;
@@ -66,59 +121,42 @@ FI_DEVICE void rope_quantize(const RopeQuantizeParams& params) {
       uint32_t rest = i - token[n] * params.token_units.divisor;
       which[n] = 0;
 #pragma unroll
-      for (int s = 0; s < kRopeSections - 1; ++s) which[n] += rest >= params.section[s].end;
-      const RopeSection& section = params.section[which[n]];
+      for (int k = 0; k < kRopeSections - 1; ++k) which[n] += rest >= params.section[k].end;
       if (which[n]) rest -= params.section[which[n] - 1].end;
-      head[n] = section.units.quotient(rest);
-      slot[n] = rest - head[n] * section.units.divisor;
-      const T* x = static_cast<const T*>(section.x) + token[n] * section.x_stride_n + head[n] * section.x_stride_h;
-      a[n] = load_streaming<V>(x + first(n));
-      b[n] = load_streaming<V>(x + second(n));
+      head[n] = params.section[which[n]].units.quotient(rest);
+      slot[n] = rest - head[n] * params.section[which[n]].units.divisor;
+      if constexpr (!kEarly) {
+        load(n);
+      } else {
+        early_out = find(n);
+        if (which[n] < 2) angles(n, c, s);
+      }
     }
+  }
+  if constexpr (kEarly) {
+    ptx::grid_wait();
+    if (token[0] != kNone) load(0);
   }
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
     if (token[n] == kNone) continue;
-    const RopeSection& section = params.section[which[n]];
-    uint8_t* out = section.out;
-    if (Config::kPaged && section.paged) {
-      int64_t page;
-      uint32_t row;
-      if (!find_row(params.batch_indices, params.cache_positions, params.kv_indices, params.kv_indptr, params.batch,
-                    params.page_size, token[n], page, row))
-        continue;
-      out += page * section.out_stride_n + row * section.out_stride_row;
-    } else {
-      out += token[n] * section.out_stride_n;
-    }
-    out += head[n] * section.out_stride_h;
+    uint8_t* out = kEarly ? early_out : find(n);
+    if (!out) continue;
     float x[kVec], y[kVec];
     quant::to_floats(a[n], x);
     quant::to_floats(b[n], y);
     if (which[n] < 2) {
-      const uint32_t half = section.units.divisor * kVec;
-      const float* cosines =
-          params.cos_sin + int64_t(static_cast<const typename Config::I*>(params.positions)[token[n]]) * params.cos_sin_stride;
-      const float* sines = cosines + half;
+      if constexpr (!kEarly) angles(n, c, s);
       if constexpr (Config::kInterleave && !kAdjacent) {
-        constexpr int kPairs = kVec / 2;
-        float cx[kPairs], sx[kPairs], cy[kPairs], sy[kPairs];
-        load_floats(cosines + slot[n] * kPairs, cx);
-        load_floats(sines + slot[n] * kPairs, sx);
-        load_floats(cosines + half / 2 + slot[n] * kPairs, cy);
-        load_floats(sines + half / 2 + slot[n] * kPairs, sy);
 #pragma unroll
         for (int j = 0; j < kPairs; ++j) {
           const float x0 = x[2 * j], x1 = x[2 * j + 1], y0 = y[2 * j], y1 = y[2 * j + 1];
-          x[2 * j] = x0 * cx[j] - x1 * sx[j];
-          x[2 * j + 1] = x1 * cx[j] + x0 * sx[j];
-          y[2 * j] = y0 * cy[j] - y1 * sy[j];
-          y[2 * j + 1] = y1 * cy[j] + y0 * sy[j];
+          x[2 * j] = x0 * c[j] - x1 * s[j];
+          x[2 * j + 1] = x1 * c[j] + x0 * s[j];
+          y[2 * j] = y0 * c[kPairs + j] - y1 * s[kPairs + j];
+          y[2 * j + 1] = y1 * c[kPairs + j] + y0 * s[kPairs + j];
         }
       } else {
-        float c[kVec], s[kVec];
-        load_floats(cosines + slot[n] * kVec, c);
-        load_floats(sines + slot[n] * kVec, s);
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
           const float x0 = x[j], y0 = y[j];
@@ -127,10 +165,16 @@ FI_DEVICE void rope_quantize(const RopeQuantizeParams& params) {
         }
       }
     }
+    const float scale = params.section[which[n]].scale;
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) x[j] *= section.scale, y[j] *= section.scale;
-    quant::store<typename Config::O>(x, out + first(n));
-    quant::store<typename Config::O>(y, out + second(n));
+    for (int j = 0; j < kVec; ++j) x[j] *= scale, y[j] *= scale;
+    if (!is_same_v<Q, O> && (which[n] == 0 || which[n] == 2)) {
+      store_cast<Q>(x, out, first(n));
+      store_cast<Q>(y, out, second(n));
+    } else {
+      store_cast<O>(x, out, first(n));
+      store_cast<O>(y, out, second(n));
+    }
   }
 }
 

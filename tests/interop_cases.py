@@ -230,14 +230,18 @@ def _rotated(c: Case, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _rotated_pages(c: Case, mla: bool) -> dict[str, Any]:
+def _rotated_pages(c: Case, mla: bool, cached: Any = _fp8) -> dict[str, Any]:
     shapes = ((6, 4, 64), (6, 4, 32)) if mla else ((6, 4, 2, 96), (6, 4, 2, 64))
     made = _rotated(
-        c, v=None if mla else _half(c, 3, 2, 64), paged_kv_cache=tuple(_fp8(c, *s) for s in shapes),
+        c, v=None if mla else _half(c, 3, 2, 64), paged_kv_cache=tuple(cached(c, *s) for s in shapes),
         kv_indices=c.ids(4, 1, 2), kv_indptr=c.ids(0, 2, 3), batch_indices=c.ids(0, 0, 1), positions=c.ids(3, 4, 2),
         page_size=4,
     )  # fmt: skip
     return made | ({"k_rope": _half(c, 3, 32), "k_nope": _half(c, 3, 64), "q_nope": None} if mla else {})
+
+
+def _kept(made: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in made.items() if name != "quant_scale_q"}
 
 
 def _moe(c: Case, fp8: bool) -> dict[str, Any]:
@@ -298,6 +302,8 @@ CASES |= {
     ("mla_rope_quantize_fp8", ""): lambda c: _rotated(c, k_rope=_half(c, 3, 32), k_nope=_half(c, 3, 64)),
     ("rope_quantize_fp8_append_paged_kv_cache", ""): lambda c: _rotated_pages(c, False),
     ("rope_quantize_fp8_append_paged_kv_cache", "mla"): lambda c: _rotated_pages(c, True),
+    ("rope_append_paged_kv_cache", ""): lambda c: _kept(_rotated_pages(c, False, _half)),
+    ("rope_append_paged_kv_cache", "fp8"): lambda c: _kept(_rotated_pages(c, False)),
     ("fused_topk_deepseek", ""): lambda c: {
         "scores": c.f32(5, 32), "bias": c.f32(32), "n_group": 4, "topk_group": 2, "topk": 3,
         "routed_scaling_factor": 2.5,

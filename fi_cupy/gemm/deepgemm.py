@@ -173,6 +173,7 @@ def batch_deepgemm_fp8_nt_groupwise(
     groups, m, k = x.shape
     n = w.shape[1]
     check_shape(op, "b", w, (groups, n, k), "= (a.shape[0], n, a.shape[2])")
+    check_device(op, x, b=w)
     check_columns(op, "b", w.shape, n)
     _, gn, gk = sizes = _sizes(op, scale_granularity_mnk, k)
     if not isinstance(expected_m, int) or expected_m < 0:

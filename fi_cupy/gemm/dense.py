@@ -10,12 +10,12 @@ from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import FLOAT_TYPES, HALF_TYPES
 from fi_cupy.dtypes import dtype as to_dtype
-from fi_cupy.errors import DTypeError, LayoutError, ShapeError, UnsupportedError
+from fi_cupy.errors import ArgumentError, DTypeError, LayoutError, ShapeError, UnsupportedError
 from fi_cupy.gemm import hopper, hopper_rows
 from fi_cupy.gemm.group import launch_group
 from fi_cupy.gemm.operands import swapped
 from fi_cupy.gemm.route import on_hopper
-from fi_cupy.gemm.select import HOPPER_ROWS_MAX, select_gated_kernel
+from fi_cupy.gemm.select import FEW_MAX, HOPPER_ROWS_MAX, select_gated_kernel, select_rms_kernel, with_residual
 from fi_cupy.gemm.tuning import choose_mm_kernel
 from fi_cupy.jit.kernel import load_kernel
 
@@ -109,13 +109,56 @@ def _multiply(
     if spec.params is hopper.PARAMS:
         hopper.launch(spec, grid, out, a, w, batch=batch, bias=bias, residual=residual, pdl=pdl)
         return
-    load_kernel(spec, a.device).launch(
+    load_kernel(spec if residual is None else with_residual(spec), a.device).launch(
         grid, a.stream(),
         a.ptr, b.ptr, 0 if bias is None else bias.ptr, out.ptr,
         a.strides[-2], b.strides[-2] if row_major_b else b.strides[-1], out.strides[-2],
         a.strides[0] if batched else 0, b.strides[0] if batched else 0, out.strides[0] if batched else 0,
         m, n, k, 0 if residual is None else residual.ptr, 0 if residual is None else residual.strides[-2], 0, pdl=pdl,
     )  # fmt: skip
+
+
+def _multiply_rms(
+    op: str, a: View, w: View, bias: View | None, residual: View | None, out: View, rms_eps: float, gated: bool,
+    pdl: bool,
+) -> None:  # fmt: skip
+    """Rows of a divided by their root mean square; w: [n, k], or [2 n, k] if gated."""
+    (m, k), n, device = a.shape, out.shape[1], device_info(a.device)
+    if m == 0:
+        return
+    chosen = select_rms_kernel(m, n, k, device, a.dtype, out.dtype, gated=gated, pdl=pdl)
+    if chosen is None:
+        raise UnsupportedError(
+            f"{op}: rms_eps is given with {m} rows of {a.dtype.name} on {device.arch}, expected at most {FEW_MAX}, "
+            "and tensor cores that have the type; apply fi_cupy.norm.rmsnorm first"
+        )
+    spec, grid = chosen
+    load_kernel(spec, a.device).launch(
+        grid, a.stream(), a.ptr, w.ptr, 0 if bias is None else bias.ptr, out.ptr, a.strides[0], w.strides[0],
+        out.strides[0], 0, 0, 0, m, n, k, 0 if residual is None else residual.ptr,
+        0 if residual is None else residual.strides[0], 0, rms_eps, pdl=pdl,
+    )  # fmt: skip
+
+
+def takes_rms(a: Any) -> bool:
+    """Whether products of `a` should normalise its rows themselves: where a GPU's kernel does.
+
+    CPU arrays, for which `rms_eps` is never refused, follow the usual GPU, so that both round at the same places.
+    """
+    x = view(a, "takes_rms", "a")
+    if x.is_cpu:
+        return x.shape[0] <= FEW_MAX
+    return select_rms_kernel(max(x.shape[0], 1), 8, 8, device_info(x.device), x.dtype) is not None
+
+
+def _rms_eps(op: str, rms_eps: float | None, row_major_b: bool) -> float | None:
+    if rms_eps is None:
+        return None
+    if not 0 <= rms_eps < float("inf"):
+        raise ArgumentError(f"{op}: rms_eps is {rms_eps}, expected a number of at least 0")
+    if row_major_b:
+        raise LayoutError(f"{op}: rms_eps is given with a b dense along n, expected stride 1 along k: pass weight.T")
+    return float(rms_eps)
 
 
 def _check_backend(op: str, backend: str) -> None:
@@ -149,7 +192,7 @@ def _residual(op: str, residual: Any, out: View) -> View | None:
 
 def mm_bf16(
     a: Any, b: Any, bias: Any = None, pdl: bool = False, out: Any = None, out_dtype: Any = None, backend: str = "auto",
-    *, residual: Any = None,
+    *, residual: Any = None, rms_eps: float | None = None,
 ) -> Any:  # fmt: skip
     """Matrix product of 16-bit operands: ``a @ b + bias + residual``, accumulated in fp32 and rounded once.
 
@@ -174,6 +217,10 @@ def mm_bf16(
         measured (`fi_cupy.autotuner`).
     residual : array, [m, n], dtype of the result, optional
         Added before the rounding; may be `out` itself. Rows may be strided, by multiples of 16 bytes.
+    rms_eps : float, optional
+        Multiply ``a / sqrt(mean(a², of a row) + rms_eps)`` instead of a, unrounded: an RMSNorm whose weight b has taken
+        in (``weight * norm_weight``). For a column-major b and, on a GPU, at most 16 rows of a type that its tensor
+        cores have (`fi_cupy.gemm.dense.takes_rms`).
 
     Returns
     -------
@@ -204,21 +251,25 @@ def mm_bf16(
     add = _bias(op, bias, x, n, "= b.shape[1:]")
     o = _output(op, x, (x.shape[0], n), out, out_dtype)
     plus = _residual(op, residual, o)
+    eps = _rms_eps(op, rms_eps, row_major_b and not x.is_cpu)
     if x.is_cpu:
         o.write(
             reference.gemm.mm(
                 x.numpy(), w.numpy(), None if add is None else add.numpy(), o.dtype.np,
-                None if plus is None else plus.numpy(),
+                None if plus is None else plus.numpy(), eps,
             )
         )  # fmt: skip
+    elif eps is not None:
+        _multiply_rms(op, x, swapped(w), add, plus, o, eps, False, bool(pdl))
     else:
         _multiply(op, x, w, add, plus, o, row_major_b, bool(pdl), batched=False)
     return o.result() if out is None else out
 
 
 def mm_bf16_swiglu(
-    a: Any, b: Any, *, pdl: bool = False, out: Any = None, bias: Any = None, out_dtype: Any = None
-) -> Any:
+    a: Any, b: Any, *, pdl: bool = False, out: Any = None, bias: Any = None, out_dtype: Any = None,
+    rms_eps: float | None = None,
+) -> Any:  # fmt: skip
     """Gated product in one launch: ``silu(a @ gate) * (a @ up)`` with ``gate, up = b[:, :n], b[:, n:]``.
 
     Parameters
@@ -234,6 +285,8 @@ def mm_bf16_swiglu(
         Added to both products before the activation.
     out_dtype : dtype, optional
         By default that of `out`, else of `a`.
+    rms_eps : float, optional
+        As in `mm_bf16`.
 
     Returns
     -------
@@ -257,8 +310,11 @@ def mm_bf16_swiglu(
         raise ShapeError(f"{op}: b has shape {w.shape}, expected a last dimension that is a multiple of 16")
     add = _bias(op, bias, x, 2 * n, "= b.shape[1:]")
     o = _output(op, x, (x.shape[0], n), out, out_dtype)
+    eps = _rms_eps(op, rms_eps, False)
     if x.is_cpu:
-        o.write(reference.gemm.mm_swiglu(x.numpy(), w.numpy(), None if add is None else add.numpy(), o.dtype.np))
+        o.write(reference.gemm.mm_swiglu(x.numpy(), w.numpy(), None if add is None else add.numpy(), o.dtype.np, eps))
+    elif eps is not None:
+        _multiply_rms(op, x, swapped(w), add, None, o, eps, True, bool(pdl))
     elif x.shape[0]:
         _multiply_gated(x, swapped(w), add, o, bool(pdl))
     return o.result() if out is None else out

@@ -15,6 +15,7 @@ The times in the comments were measured on an H100 with bf16 weights that do not
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -45,6 +46,9 @@ PARAMS = ParamsStruct(
         ("residual_batch", "i64"),
     ],
 )
+RMS_PARAMS = ParamsStruct(
+    "GemmRmsParams", [*((f"product.{name}", kind) for name, kind in PARAMS.fields), ("eps", "f32")]
+)
 Grid = tuple[int, int, int]
 
 #: From two rows on the tensor cores read the weight as fast as the CUDA cores do, and cost nothing per row.
@@ -73,13 +77,13 @@ def _slow_bf16(dtype: DType, device: DeviceInfo) -> bool:
 
 def _spec(
     name: str, function: str, dtype: DType, out: DType, threads: int, config: tuple[tuple[str, ConfigValue], ...],
-    *, smem: int = 0, min_blocks: int = 0, min_arch: int = 75,
+    *, smem: int = 0, min_blocks: int = 0, min_arch: int = 75, params: ParamsStruct = PARAMS,
 ) -> KernelSpec:  # fmt: skip
     return KernelSpec(
         symbol=f"{function}_{dtype.tag}{'' if out is dtype else f'_o{out.tag}'}_{name}",
         header=f"gemm/{function.removeprefix('gemm_')}.cuh",
         function=function,
-        params=PARAMS,
+        params=params,
         config=(
             ("T", dtype),
             ("Out", out),
@@ -103,7 +107,7 @@ def rows_spec(
         32 * warps_k * warps_n,
         (
             ("kM", m), ("kLanes", lanes), ("kRows", rows), ("kDepth", depth), ("kWarpsK", warps_k),
-            ("kWarpsN", warps_n), ("kAhead", ahead),
+            ("kWarpsN", warps_n), ("kAhead", ahead), ("kResidual", False),
         ),
     )  # fmt: skip
 
@@ -111,19 +115,35 @@ def rows_spec(
 @lru_cache(maxsize=256)
 def few_spec(
     dtype: DType, out: DType, a_tiles: int, w_tiles: int, depth: int, warps_k: int, *, wide: bool = False,
-    ahead: bool = False, gated: bool = False, min_blocks: int = 0,
+    ahead: bool = False, gated: bool = False, min_blocks: int = 0, rms: bool = False,
 ) -> KernelSpec:  # fmt: skip
-    """The tensor-core kernel with the weight as left operand; Config of ``kernels/gemm/few.cuh``."""
+    """The tensor-core kernel with the weight as left operand; Config of ``kernels/gemm/few.cuh``.
+
+    `rms`: rows of a are divided by their root mean square (``kernels/gemm/few_rms.cuh``).
+    """
     return _spec(
         f"{8 * a_tiles}x{16 * w_tiles}{'w' * wide}_d{depth}_w{warps_k}{'a' * ahead}{'_gated' * gated}"
-        f"{f'_b{min_blocks}' if min_blocks else ''}", "gemm_few", dtype, out, 32 * warps_k,
+        f"{f'_b{min_blocks}' if min_blocks else ''}", "gemm_few" + "_rms" * rms, dtype, out, 32 * warps_k,
         (
             ("kATiles", a_tiles), ("kWTiles", w_tiles), ("kWide", wide), ("kGated", gated), ("kAhead", ahead),
-            ("kDepth", depth), ("kWarpsK", warps_k),
+            ("kDepth", depth), ("kWarpsK", warps_k), ("kResidual", False),
         ),
         min_blocks=min_blocks,
         min_arch=80 if dtype is bfloat16 else 75,  # Turing's tensor cores have no bf16
+        params=RMS_PARAMS if rms else PARAMS,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def with_residual(spec: KernelSpec) -> KernelSpec:
+    """The kernel for a call that has a residual: one of few rows asks for it early, where others would wait at the end.
+
+    Its registers would cost the plain product some of its loads in flight, so it is an instance of its own.
+    """
+    if spec.function not in ("gemm_rows", "gemm_few"):
+        return spec
+    config = tuple((name, True if name == "kResidual" else value) for name, value in spec.config)
+    return replace(spec, symbol=f"{spec.symbol}_residual", config=config)
 
 
 def rows_config(k: int) -> tuple[int, int, int, int, int]:
@@ -169,6 +189,10 @@ def few_config(m: int, n: int, k: int, *, batch: int = 1, pdl: bool = False) -> 
     if pdl and not long and a_tiles == 1 and k < 1024:
         # The weight is requested while the predecessor ends, so that whole lines count for more than few rounds: n, k =
         # 3072, 576 at m = 8 in 2.5 us against 3.3, at m = 1 in 2.3 against 3.0 by `gemm_rows`.
+        # Of a narrow product fewer warps have less to add up: a step of the demo model, which has 30 of n, k = 576, 576
+        # with a residual, takes 374 us with 5 warps of narrow loads, 384 with 8 of wide ones.
+        if n <= 640 and steps > 2:
+            return FewConfig(1, 1, 2, _up(steps, 2), False, True)
         warps = min(8, steps)
         return FewConfig(1, 1, min(2, _up(steps, warps)), warps, True, True)
     # As many warps as there are steps: n, k = 576, 576 at m = 8 in 2.4 µs by 9 warps against 2.7 by 3 warps of 3 steps.
@@ -354,6 +378,20 @@ def _few(config: FewConfig, dtype: DType, out: DType, gated: bool = False) -> Ke
     return few_spec(dtype, out, a_tiles, w_tiles, depth, warps_k, wide=wide, ahead=ahead, gated=gated)
 
 
+def select_rms_kernel(
+    m: int, n: int, k: int, device: DeviceInfo, dtype: DType = bfloat16, out: DType = bfloat16, *,
+    gated: bool = False, pdl: bool = False,
+) -> tuple[KernelSpec, Grid] | None:  # fmt: skip
+    """The kernel and the grid for a product of few rows that are divided by their root mean square; None for others."""
+    if m > FEW_MAX or _slow_bf16(dtype, device):
+        return None
+    c = few_config(m, 2 * n if gated else n, k, pdl=pdl and device.has_pdl)
+    spec = few_spec(
+        dtype, out, c.a_tiles, c.w_tiles, c.depth, c.warps_k, wide=c.wide, ahead=c.ahead, gated=gated, rms=True
+    )
+    return spec, (_up(n, (8 if gated else 16) * c.w_tiles), 1, 1)
+
+
 def select_gated_kernel(
     m: int, n: int, k: int, device: DeviceInfo, dtype: DType = bfloat16, out: DType = bfloat16
 ) -> tuple[KernelSpec, Grid] | None:
@@ -449,6 +487,7 @@ def kernel_specs() -> list[KernelSpec]:
         add(m, 4096, 4096)
     add(1, 14336, 4096)
     add(1, 4096, 14336)
+    specs.append(few_spec(bfloat16, bfloat16, 1, 1, 2, 8, wide=True, ahead=True, gated=True, rms=True))
     add(4096, 4096, 4096, _B200, row_major_b=True)
     for m in (1, 16, 4096):
         add(m, 4096, 4096, _B200, float16)

@@ -185,7 +185,10 @@ def _calls(row: Operator | PlannedWrapper, r: Row, out: Row | None) -> list[str]
     if not row.out:
         return [f"return one_or_all({call})"]
     if isinstance(row, Operator) and row.updates:  # torch does not functionalise an operator that does both
-        made = [f"if {o} is None and {x} is not None: {o} = fp8_like({x}, quantize_dtype, paged_kv_cache)"
+        like = "fp8_like({}, quantize_dtype, paged_kv_cache)"
+        if "quantize_dtype" not in r.by_name:  # the queries keep their type; their strides may be a larger tensor's
+            like = "torch.empty({0}.shape, dtype={0}.dtype, device={0}.device)"
+        made = [f"if {o} is None and {x} is not None: {o} = {like.format(x)}"
                 for o, x in zip(row.out, row.absent, strict=True)]  # fmt: skip
         return [*made, call, f"return {', '.join(row.out)}"]
     lines = []

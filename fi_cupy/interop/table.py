@@ -322,6 +322,11 @@ def _rotated_append(a: Mapping[str, Any]) -> tuple[Result | str | None, ...]:
     return (*made, "paged_kv_cache")
 
 
+def _rotated_kept(a: Mapping[str, Any]) -> tuple[Result | str | None, ...]:
+    kept = (None if a[n] is None else Result(a[n].shape, a[n].dtype) for n in ("q_rope", "q_nope"))
+    return (*kept, "paged_kv_cache")
+
+
 def _rotating_casts() -> list[Operator]:
     arrays, nope = (*_ROTATED, "cos_sin_cache", "pos_ids"), ("q_nope", "k_nope")
     pages = ("kv_indices", "kv_indptr", "batch_indices", "positions")
@@ -333,10 +338,15 @@ def _rotating_casts() -> list[Operator]:
             )
             for name in ("rope_quantize_fp8", "mla_rope_quantize_fp8")
         ),
-        Operator(
-            "rope", "rope_quantize_fp8_append_paged_kv_cache", (*arrays, "v", "paged_kv_cache", *pages),
-            _rotated_append, mutated=("paged_kv_cache",), out=("q_rope_out", "q_nope_out"), optional=(*nope, "v"),
-            absent=("q_rope", "q_nope"),
+        *(
+            Operator(
+                "rope", name, (*arrays, "v", "paged_kv_cache", *pages), made, mutated=("paged_kv_cache",),
+                out=("q_rope_out", "q_nope_out"), optional=(*nope, "v"), absent=("q_rope", "q_nope"),
+            )
+            for name, made in (
+                ("rope_quantize_fp8_append_paged_kv_cache", _rotated_append),
+                ("rope_append_paged_kv_cache", _rotated_kept),
+            )
         ),
     ]  # fmt: skip
 

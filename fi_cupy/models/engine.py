@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from fi_cupy.decode import BatchDecodeWithPagedKVCacheWrapper
 from fi_cupy.models import ModelError, sampler
 from fi_cupy.models.backend import Fetch, Step
+from fi_cupy.models.decode_step import DecodeStep
 from fi_cupy.models.kv_cache import PagedKVCache, cache_dtype, page_table, page_tables, pages_for
 from fi_cupy.models.llama import Batch, Llama, Workspace, padded_vocab
+from fi_cupy.models.prefix import Groups, find_groups
 from fi_cupy.models.requests import Inputs, Request, RunningBatch, sampling_fields
-from fi_cupy.models.sampler import SamplingParams
+from fi_cupy.models.sampler import Mode, SamplingParams
 from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper
 
 Array = Any
@@ -33,12 +34,18 @@ WORKSPACE_BYTES = 32 << 20
 
 @dataclass
 class EngineStats:
-    """Tokens and wall-clock seconds of each kind of step; captures are counted apart."""
+    """Tokens and wall-clock seconds of each kind of step; captures are counted apart.
+
+    `shared_tokens` are prompt tokens that another prompt has brought into the cache, `cascade_steps` the decode steps
+    that attended to a shared prefix once for all its requests.
+    """
 
     prefill_tokens: int = 0
+    shared_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_steps: int = 0
+    cascade_steps: int = 0
     decode_seconds: float = 0.0
     captures: int = 0
     capture_seconds: float = 0.0
@@ -51,78 +58,6 @@ class _Launch:
     rows: list[Request]
     ids: Fetch
     prompt_tokens: int
-
-
-class _DecodeStep:
-    """The decode step for `rows` requests: fixed arrays, a planned wrapper, and a capture for each way of sampling."""
-
-    def __init__(self, engine: Engine, rows: int) -> None:
-        backend, table_size = engine.backend, max(engine.cache.num_pages, 1)
-        self.rows = rows
-        self._engine = engine
-        self.inputs = Inputs(
-            backend, {"positions": (np.int32, rows), "batch_indices": (np.int32, rows), **sampling_fields(rows)}
-        )
-        indptr = backend.zeros((rows + 1,), np.int32)
-        indices = backend.zeros((table_size,), np.int32)
-        last_page_len = backend.zeros((rows,), np.int32)
-        self.wrapper = BatchDecodeWithPagedKVCacheWrapper(
-            engine.attention_workspace,
-            use_cuda_graph=True,
-            paged_kv_indptr_buffer=indptr,
-            paged_kv_indices_buffer=indices,
-            paged_kv_last_page_len_buffer=last_page_len,
-        )
-        device = self.inputs.device
-        self._batch = Batch(
-            tokens=engine.tokens[:rows],
-            positions=device["positions"],
-            batch_indices=device["batch_indices"],
-            kv_indptr=indptr,
-            kv_indices=indices,
-            kv_last_page_len=last_page_len,
-            attention=self.wrapper,
-            kv_scale=engine.cache.scale,
-        )
-        self._ws = engine.workspace.first(rows)
-        self._replays: dict[bool, Step] = {}
-
-    def prepare(self, running: RunningBatch) -> None:
-        """Plan and upload for a step in which each request's newest token enters the cache."""
-        engine, c = self._engine, self._engine.model.config
-        indptr, indices, last_page_len = running.write(self.inputs.host(), self.rows)
-        self.inputs.push()
-        self.wrapper.plan(
-            indptr,
-            indices,
-            last_page_len,
-            c.num_qo_heads,
-            c.num_kv_heads,
-            c.head_dim,
-            engine.cache.page_size,
-            q_data_type=engine.backend.dtype,
-            kv_data_type=engine.cache.dtype.name,
-        )
-
-    def _run(self, greedy: bool) -> None:
-        engine = self._engine
-        hidden = engine.model.forward(self._batch, engine.cache.layers, self._ws)
-        logits = engine.model.logits(hidden, engine.logits[: self.rows])
-        sampler.sample(logits, self.inputs.device, self._batch.tokens, greedy=greedy)
-
-    def replay(self, greedy: bool) -> Step:
-        """The step as one call; captured at first use, which leaves the cache and the tokens as they were."""
-        if greedy not in self._replays:
-            backend, tokens = self._engine.backend, self._batch.tokens
-            start = time.perf_counter()
-            self.prepare(RunningBatch(0, 0, 1, self._engine.cache.page_size))
-            saved = tokens.copy()
-            self._replays[greedy] = backend.capture(lambda: self._run(greedy))
-            tokens[...] = saved
-            backend.synchronize()
-            self._engine.stats.captures += 1
-            self._engine.stats.capture_seconds += time.perf_counter() - start
-        return self._replays[greedy]
 
 
 class Engine:
@@ -147,6 +82,11 @@ class Engine:
     page_size : int
     kv_dtype : {'auto', 'fp8'}
         What the cache holds: see `fi_cupy.models.kv_cache.PagedKVCache`.
+    share_prefixes : bool
+        Compute the whole pages with which several prompts begin once and keep them for later prompts as long as their
+        memory is not needed. Where much is shared, decode attention is a cascade (`fi_cupy.models.prefix`).
+    cascade_bytes : int, optional
+        In place of `fi_cupy.models.prefix.MIN_SAVED_BYTES`.
 
     Examples
     --------
@@ -167,6 +107,8 @@ class Engine:
         batch_sizes: Sequence[int] | None = None,
         page_size: int = PAGE_SIZE,
         kv_dtype: str = "auto",
+        share_prefixes: bool = True,
+        cascade_bytes: int | None = None,
     ) -> None:
         if max_batch < 1:
             raise ModelError(f"max_batch is {max_batch}, expected at least 1")
@@ -178,6 +120,8 @@ class Engine:
         self.max_batch = max_batch
         self.max_prefill_tokens = max_prefill_tokens
         self.lookahead = backend.lookahead
+        self.share_prefixes = share_prefixes
+        self.cascade_bytes = cascade_bytes
         self.batch_sizes = self._batch_sizes(batch_sizes)
         self.stats = EngineStats()
         config = model.config
@@ -199,13 +143,13 @@ class Engine:
                     **{name: (np.int32, max_prefill_tokens) for name in ("tokens", "positions", "batch_indices")},
                     "last_rows": (np.int32, max_batch),
                     "kv_indptr": (np.int32, max_batch + 1),
-                    "kv_last_page_len": (np.int32, max_batch),
                     "kv_indices": (np.int32, max(num_pages, 1)),
                     **sampling_fields(max_batch),
                 },
             )
             self._prefill_wrapper = BatchPrefillWithPagedKVCacheWrapper(self.attention_workspace)
-        self._steps: dict[int, _DecodeStep] = {}
+        self._steps: dict[tuple[int, int], DecodeStep] = {}
+        self._groups: Groups | None = None
         self._waiting: deque[Request] = deque()
         self._prefilling: list[Request] = []
         self._running = RunningBatch(max_batch, num_pages, config.vocab_size, page_size)
@@ -312,9 +256,17 @@ class Engine:
         while self._waiting and len(self._prefilling) + len(self._running) < self.max_batch:
             request = self._waiting[0]
             pages = pages_for(len(request.prompt_ids) + request.limit - 1, self.cache.page_size)
-            if pages > self.cache.free_pages:
+            # The last token of a prompt is always run, since its hidden state is wanted.
+            shared = self.cache.match(request.prompt_ids[:-1]) if self.share_prefixes else []
+            if not self.cache.can_take(shared, pages - len(shared)):
                 return
-            request.pages = self.cache.allocate(pages)
+            request.pages = self.cache.take(shared, pages - len(shared))
+            request.prefilled = request.shared = len(shared) * self.cache.page_size
+            self.stats.shared_tokens += request.shared
+            if self.share_prefixes:
+                # Prompts run in the order of admission, and each layer caches keys before it attends to them: whoever
+                # matches these pages from now on reads them after they are written, be it in the same launch.
+                self.cache.register(request.prompt_ids, request.pages)
             self._prefilling.append(self._waiting.popleft())
 
     def _launch_prefill(self) -> _Launch:
@@ -340,7 +292,6 @@ class Engine:
         host = self._prefill_inputs.host()
         host["kv_indptr"][: len(indptr)] = indptr
         host["kv_indices"][: len(indices)] = indices
-        host["kv_last_page_len"][: len(last)] = last
         for i, request in enumerate(requests):
             rows = slice(qo_indptr[i], qo_indptr[i + 1])
             host["tokens"][rows] = request.prompt_ids[request.prefilled : lengths[i]]
@@ -367,12 +318,11 @@ class Engine:
         batch = Batch(
             tokens=device["tokens"][:total],
             positions=device["positions"][:total],
+            cache_positions=device["positions"][:total],
             batch_indices=device["batch_indices"][:total],
             kv_indptr=device["kv_indptr"][: len(indptr)],
             kv_indices=device["kv_indices"][: len(indices)],
-            kv_last_page_len=device["kv_last_page_len"][: len(last)],
             attention=self._prefill_wrapper,
-            kv_scale=self.cache.scale,
         )
         hidden = self.model.forward(batch, self.cache.layers, self.workspace.first(total))
         for request, length in zip(requests, lengths, strict=True):
@@ -389,7 +339,8 @@ class Engine:
         self.model.gather_rows(hidden, device["last_rows"][:count], last)
         logits = self.model.logits(last, self.logits[:count])
         columns = {name: device[name][:count] for name in sampler.FIELDS}
-        sampler.sample(logits, columns, ids, greedy=all(r.params.greedy for r in requests))
+        mode = sampler.mode_of(self._prefill_inputs.current, count, self.model.config.vocab_size)
+        sampler.sample(logits, columns, ids, mode)
         for i, request in enumerate(requests):
             self._prefilling.remove(request)
             if request.limit > 1:
@@ -398,18 +349,46 @@ class Engine:
 
     def _launch_decode(self) -> _Launch:
         """One more token for every running request."""
+        if self._running.changed:
+            self._arrange()
         requests = list(self._running.requests)
         rows = next(size for size in self.batch_sizes if size >= len(requests))
-        if rows not in self._steps:
-            self._steps[rows] = _DecodeStep(self, rows)
-        step = self._steps[rows]
-        replay = step.replay(self._running.greedy)
-        step.prepare(self._running)
+        step, replay = self._captured(rows, self._running.mode, 0 if self._groups is None else self._groups.parts)
+        step.prepare(self._running, self._groups)
         replay()
         launch = _Launch(requests, self.backend.fetch(self.tokens[: len(requests)]), 0)
+        self.stats.cascade_steps += self._groups is not None
         for request in self._running.advance():
             self._leave(request)
         return launch
+
+    def _arrange(self) -> None:
+        """Find the requests that share pages, and put them beside each other if a cascade is to read those once."""
+        self._running.changed = False
+        self._groups = None
+        if not self.share_prefixes:
+            return
+        c = self.model.config
+        token_bytes = 2 * c.num_kv_heads * c.head_dim * self.cache.dtype.itemsize
+        found = find_groups(*self._running.pages(), token_bytes, self.cache.page_size, self.cascade_bytes)
+        if found is None:
+            return
+        self._groups, order = found, found.order
+        if (order[1:] < order[:-1]).any():
+            self._running.reorder(order)
+            self.tokens[: len(order)] = self.tokens[: len(order)][self.backend.array(order)]
+
+    def _captured(self, rows: int, mode: Mode, parts: int = 0) -> tuple[DecodeStep, Step]:
+        """The step for `rows` requests, and its replay for a way of sampling; made where there is none yet."""
+        step = self._steps.get((rows, parts))
+        if step is None or not step.has(mode):
+            start = time.perf_counter()
+            if step is None:
+                step = self._steps[rows, parts] = DecodeStep(self, rows, parts)
+            step.replay(mode)
+            self.stats.captures += 1
+            self.stats.capture_seconds += time.perf_counter() - start
+        return step, step.replay(mode)
 
     def _leave(self, request: Request) -> None:
         """Take a request out of the running batch."""
@@ -454,9 +433,18 @@ class Engine:
             s.decode_seconds += seconds
 
     def warm_up(self, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> None:
-        """Run like requests for two tokens each, so that kernels are compiled and steps captured before it counts."""
+        """Run like requests for two tokens each, so that kernels are compiled and steps captured before it counts.
+
+        Steps are captured for smaller batches, too, as texts may end one after the other.
+        """
         for ids, p in requests:
             params = SamplingParams(2, p.temperature, p.top_p, p.top_k, p.seed, ignore_eos=True)
             self.submit(ids, params)
         self.run()
+        mode = sampler.mode_together([p for _, p in requests], self.model.config.vocab_size)
+        with self.backend.active():
+            for rows in self.batch_sizes:
+                if rows < len(requests):
+                    self._captured(rows, mode)
+        self.cache.forget()
         self.stats = EngineStats()

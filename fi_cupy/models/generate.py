@@ -25,21 +25,26 @@ from fi_cupy.models.tokenizer import Tokenizer
 class GenerationStats:
     """What a run did and how long it took.
 
-    Token counts are sums over the batch; `prefill_seconds` and `decode_seconds` are wall-clock time in the running
-    engine, with compiling, loading and the capture of graphs counted in `load_seconds` and `setup_seconds` instead.
-    `compile_seconds` is the part of it that NVRTC took, and `kernels_compiled` how many kernels that was.
+    Token counts are sums over the batch. `shared_tokens` of the prompts' were in the cache when their turn came, since
+    another prompt begins alike, and `cascade_steps` of the `decode_steps` attended to those once for all requests.
+    `prefill_seconds` and `decode_seconds` are wall-clock time in the running engine, with compiling, loading and the
+    capture of graphs counted in `load_seconds` and `setup_seconds` instead. `compile_seconds` is the part of it that
+    NVRTC took, and `kernels_compiled` how many kernels that was.
     """
 
     backend: str
     device: str
     model: str
     prompt_tokens: int
+    shared_tokens: int
     generated_tokens: int
     load_seconds: float
     setup_seconds: float
     prefill_seconds: float
     decode_seconds: float
     decode_tokens: int
+    decode_steps: int
+    cascade_steps: int
     compile_seconds: float
     kernels_compiled: int
     texts: tuple[str, ...]
@@ -48,8 +53,8 @@ class GenerationStats:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens a second."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Prompt tokens a second, of those that were run."""
+        return (self.prompt_tokens - self.shared_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -77,6 +82,8 @@ def run_generate(
     model: str | None = None,
     kv_dtype: str = "auto",
     tune: bool = False,
+    share_prefix: bool = True,
+    ignore_eos: bool = False,
     stream: TextIO | None = None,
 ) -> GenerationStats:
     """Continue a prompt, or answer it, and write the text as it comes.
@@ -102,6 +109,11 @@ def run_generate(
     tune : bool
         Measure the products and the decode kernels of this run while it is set up (`fi_cupy.autotuner`), and keep the
         choices for later runs where the kernel cache can be written.
+    share_prefix : bool
+        Compute the prompt once for the whole batch, and attend to it once where it is long: see
+        `fi_cupy.models.engine.Engine`.
+    ignore_eos : bool
+        Go on after an end-of-text token, up to `max_tokens`: every step of a measurement then has the whole batch.
     stream : text file, optional
         Where to write; by default standard output.
 
@@ -127,7 +139,7 @@ def run_generate(
         raise ModelError(f"batch is {batch}, expected at least 1")
     if kv_dtype not in KV_DTYPES:
         raise ModelError(f"kv_dtype is {kv_dtype!r}, expected one of {', '.join(KV_DTYPES)}")
-    params = SamplingParams(max_tokens, temperature, top_p, top_k, seed)
+    params = SamplingParams(max_tokens, temperature, top_p, top_k, seed, ignore_eos)
     path = model if model is not None else default_model_path()
     chosen, why = select_backend(backend)
     if tune and not chosen.captures:
@@ -153,6 +165,7 @@ def run_generate(
         max_prefill_tokens=min(2048, batch * max(length, 1)),
         stop_ids=tokenizer.stop_ids,
         kv_dtype=kv_dtype,
+        share_prefixes=share_prefix,
     )
     load_seconds = time.perf_counter() - start
     print(
@@ -183,12 +196,15 @@ def run_generate(
         device=chosen.device_name,
         model=str(path),
         prompt_tokens=batch * length,
+        shared_tokens=engine.stats.shared_tokens,
         generated_tokens=sum(len(request.output_ids) for request in requests),
         load_seconds=load_seconds,
         setup_seconds=setup_seconds,
         prefill_seconds=engine.stats.prefill_seconds,
         decode_seconds=engine.stats.decode_seconds,
         decode_tokens=engine.stats.decode_tokens,
+        decode_steps=engine.stats.decode_steps,
+        cascade_steps=engine.stats.cascade_steps,
         compile_seconds=seconds,
         kernels_compiled=int(kernels),
         texts=tuple(tokenizer.decode(request.output_ids) for request in requests),
@@ -206,9 +222,13 @@ def _write_summary(out: TextIO, stats: GenerationStats) -> None:
     else:
         for i, text in enumerate(others, start=1):
             print(f"[copy {i}]\n{text}", file=out)
+    shared = f" ({stats.shared_tokens} shared{', a cascade' * (stats.cascade_steps > 0)})" * (stats.shared_tokens > 0)
+    # Texts that end early leave a batch with fewer rows, whose steps take almost as long.
+    rows = stats.decode_tokens / max(stats.decode_steps, 1)
+    mean = f" ({stats.decode_steps} steps of {rows:.1f} rows)" * (len(stats.texts) > 1)
     print(
-        f"[prompt: {stats.prompt_tokens} tokens, {stats.prefill_tokens_per_second:.1f} tokens/s | "
-        f"generated: {stats.generated_tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s | "
+        f"[prompt: {stats.prompt_tokens} tokens{shared}, {stats.prefill_tokens_per_second:.1f} tokens/s | "
+        f"generated: {stats.generated_tokens} tokens{mean}, {stats.decode_tokens_per_second:.1f} tokens/s | "
         f"compiled: {stats.kernels_compiled} kernels in {stats.compile_seconds:.2f} s, "
         f"set-up {stats.setup_seconds:.1f} s]",
         file=out,

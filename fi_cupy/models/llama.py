@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fi_cupy import gemm, lookup, norm, page, rope
+from fi_cupy import gemm, lookup, norm, rope
+from fi_cupy.gemm.dense import takes_rms
 from fi_cupy.models.backend import NumpyBackend
 from fi_cupy.models.loader import GGUFModel, LlamaConfig
 
@@ -26,12 +27,13 @@ def padded_vocab(size: int) -> int:
 
 @dataclass(frozen=True)
 class Layer:
-    """One block's weights on the device; a projection is the transposed view ``[in, out]`` of ``[out, in]`` memory."""
+    """One block's weights on the device; a projection is the transposed view ``[in, out]`` of ``[out, in]`` memory.
 
-    attn_norm: Array
+    The weights of the two norms are in `qkv` and `gate_up`, whose inputs they would multiply.
+    """
+
     qkv: Array
     attn_output: Array
-    ffn_norm: Array
     gate_up: Array
     down: Array
 
@@ -40,18 +42,18 @@ class Layer:
 class Batch:
     """The tokens of one pass, and where their keys and values go.
 
-    `kv_indptr`, `kv_indices` and `kv_last_page_len` describe the cache *after* this pass, as
-    `fi_cupy.page.append_paged_kv_cache` and the attention wrappers want it. A batch index of -1 marks a row of padding.
+    `kv_indptr` and `kv_indices` name the pages *after* this pass, as `fi_cupy.page.append_paged_kv_cache` wants it, and
+    `cache_positions` count from the first of them: less than `positions` by what a cascade has on its first level.
+    A batch index of -1 marks a row of padding.
     """
 
     tokens: Array  # [n] int32
     positions: Array  # [n] int32
+    cache_positions: Array  # [n] int32
     batch_indices: Array  # [n] int32
     kv_indptr: Array
     kv_indices: Array
-    kv_last_page_len: Array
-    attention: Any  # a planned decode or prefill wrapper
-    kv_scale: float | None = None  # of the cache: `PagedKVCache.scale`
+    attention: Any  # a planned decode, cascade or prefill wrapper
 
 
 class Workspace:
@@ -109,7 +111,8 @@ class Llama:
         self.output_norm = output_norm
         self.lm_head = lm_head
         self._embedding = embedding
-        self._cos_sin = self._scaled_cos_sin_cache()
+        self._cos_sin = self._cos_sin_cache()
+        self._ones = backend.weight(np.ones(config.hidden_size, np.float32))
 
     @classmethod
     def load(cls, gguf: GGUFModel, backend: NumpyBackend) -> Llama:
@@ -124,11 +127,9 @@ class Llama:
                 w = gguf.layer(i)
                 layers.append(
                     Layer(
-                        attn_norm=backend.weight(w.attn_norm),
-                        qkv=projection(w.qkv),
+                        qkv=projection(w.qkv * w.attn_norm),
                         attn_output=projection(w.attn_output),
-                        ffn_norm=backend.weight(w.ffn_norm),
-                        gate_up=projection(w.gate_up),
+                        gate_up=projection(w.gate_up * w.ffn_norm),
                         down=projection(w.down),
                     )
                 )
@@ -144,22 +145,14 @@ class Llama:
             backend.synchronize()
         return model
 
-    def _scaled_cos_sin_cache(self) -> Array | None:
-        """Cosines and sines of every position for a model whose frequencies have factors of their own."""
+    def _cos_sin_cache(self) -> Array:
+        """Cosines and sines of every position, ``[context_length, head_dim]`` float32."""
         c = self.config
-        if c.rope_factors is None:
-            return None
-        frequencies = c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim) / np.array(c.rope_factors)
+        frequencies = c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
+        if c.rope_factors is not None:
+            frequencies = frequencies / np.array(c.rope_factors)
         angles = np.arange(c.context_length)[:, None] / c.rope_scale * frequencies
         return self.backend.array(np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
-
-    def _rotate(self, q: Array, k: Array, positions: Array) -> None:
-        c = self.config
-        if self._cos_sin is None:
-            rope.apply_rope_pos_ids_inplace(q, k, positions, rope_scale=c.rope_scale, rope_theta=c.rope_theta)
-            return
-        flat_q, flat_k = q.reshape(len(q), -1), k.reshape(len(k), -1)
-        rope.apply_rope_with_cos_sin_cache_inplace(positions, flat_q, flat_k, c.head_dim, self._cos_sin)
 
     def gather_rows(self, source: Array, rows: Array, out: Array) -> None:
         """``out[i] = source[rows[i]]``."""
@@ -183,7 +176,7 @@ class Llama:
         """
         c = self.config
         n, qo, kv, d = ws.rows, c.num_qo_heads, c.num_kv_heads, c.head_dim
-        pdl = self.backend.pdl
+        pdl, eps = self.backend.pdl, c.rms_norm_eps
         q, k, v = (
             ws.qkv[:, start * d : (start + heads) * d].reshape(n, heads, d)
             for start, heads in ((0, qo), (qo, kv), (qo + kv, kv))
@@ -191,29 +184,31 @@ class Llama:
         attention = ws.attention.reshape(n, qo * d)
         residual, x = ws.residual, ws.hidden
         self.gather_rows(self._embedding, batch.tokens, residual)
-        norm.rmsnorm(residual, self.layers[0].attn_norm, c.rms_norm_eps, out=x)
-        next_norms = [layer.attn_norm for layer in self.layers[1:]] + [self.output_norm]
-        for layer, cache, next_norm in zip(self.layers, kv_cache, next_norms, strict=True):
-            gemm.mm_bf16(x, layer.qkv, pdl=pdl, out=ws.qkv)
-            self._rotate(q, k, batch.positions)
-            page.append_paged_kv_cache(
-                k,
-                v,
-                batch.batch_indices,
-                batch.positions,
-                cache,
-                batch.kv_indices,
-                batch.kv_indptr,
-                batch.kv_last_page_len,
-                k_scale=batch.kv_scale,
-                v_scale=batch.kv_scale,
-            )
+        # Products of few rows normalise their input and add to the residual themselves; to those of many rows the norm
+        # comes normalised, by a kernel that adds, too.
+        few = takes_rms(residual)
+        source, norm_eps, added = (residual, eps, residual) if few else (x, None, None)
+        if not few:
+            norm.rmsnorm(residual, self._ones, eps, out=x, enable_pdl=pdl)
+        for layer, cache in zip(self.layers, kv_cache, strict=True):
+            gemm.mm_bf16(source, layer.qkv, pdl=pdl, out=ws.qkv, rms_eps=norm_eps)
+            # The tables were on the device before the pass began, so they may be read ahead of the projection's end.
+            rope.rope_append_paged_kv_cache(
+                q, k, None, None, v, self._cos_sin, batch.positions, cache, batch.kv_indices, batch.kv_indptr,
+                batch.batch_indices, batch.cache_positions, page_size=cache[0].shape[1], q_rope_out=q, enable_pdl=pdl,
+            )  # fmt: skip
             batch.attention.run(q, cache, out=ws.attention)
-            gemm.mm_bf16(attention, layer.attn_output, pdl=pdl, out=x)
-            norm.fused_add_rmsnorm(x, residual, layer.ffn_norm, c.rms_norm_eps, enable_pdl=pdl)
-            gemm.mm_bf16_swiglu(x, layer.gate_up, pdl=pdl, out=ws.activation)
-            gemm.mm_bf16(ws.activation, layer.down, pdl=pdl, out=x)
-            norm.fused_add_rmsnorm(x, residual, next_norm, c.rms_norm_eps, enable_pdl=pdl)
+            gemm.mm_bf16(attention, layer.attn_output, pdl=pdl, out=source, residual=added)
+            if not few:
+                norm.fused_add_rmsnorm(x, residual, self._ones, eps, enable_pdl=pdl)
+            gemm.mm_bf16_swiglu(source, layer.gate_up, pdl=pdl, out=ws.activation, rms_eps=norm_eps)
+            gemm.mm_bf16(ws.activation, layer.down, pdl=pdl, out=source, residual=added)
+            if not few and layer is not self.layers[-1]:
+                norm.fused_add_rmsnorm(x, residual, self._ones, eps, enable_pdl=pdl)
+        if few:
+            norm.rmsnorm(residual, self.output_norm, eps, out=x, enable_pdl=pdl)
+        else:
+            norm.fused_add_rmsnorm(x, residual, self.output_norm, eps, enable_pdl=pdl)
         return x
 
     def logits(self, hidden: Array, out: Array) -> Array:

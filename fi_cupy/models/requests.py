@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from fi_cupy.models import sampler
 from fi_cupy.models.backend import NumpyBackend
 from fi_cupy.models.kv_cache import Int32, page_tables
-from fi_cupy.models.sampler import SamplingParams
+from fi_cupy.models.sampler import Mode, SamplingParams
 
 Array = Any
 
@@ -33,6 +33,8 @@ class Request:
     pages: list[int] = field(default_factory=list, repr=False)
     #: Prompt tokens in the cache once all that is launched has run.
     prefilled: int = field(default=0, repr=False)
+    #: Of these, tokens on pages that another request has filled.
+    shared: int = 0
     #: Most tokens that will be drawn, by `max_tokens` and the context.
     limit: int = field(default=0, repr=False)
 
@@ -65,6 +67,11 @@ class Inputs:
         self._current = next(self._turns)
         return self._current[1]
 
+    @property
+    def current(self) -> dict[str, NDArray[Any]]:
+        """What `host` gave last."""
+        return self._current[1]
+
     def push(self) -> None:
         """Copy what was written to the device, in stream order."""
         self._backend.upload(self._current[0], self._memory)
@@ -80,6 +87,10 @@ class RunningBatch:
 
     def __init__(self, max_batch: int, num_pages: int, vocab_size: int, page_size: int) -> None:
         self.requests: list[Request] = []
+        #: What the requests need of the sampler together.
+        self.mode = Mode()
+        #: Whether requests have come or gone since this was set to False.
+        self.changed = False
         self._page_size = page_size
         self._vocab_size = vocab_size
         #: Tokens in the cache, and tokens drawn, once all that is launched has run.
@@ -97,11 +108,6 @@ class RunningBatch:
     def _arrays(self) -> list[NDArray[Any]]:
         return [self._kv_len, self._drawn, self._limit, self._pages, *self._columns.values()]
 
-    @property
-    def greedy(self) -> bool:
-        """Whether no request draws random numbers."""
-        return bool(self._columns["greedy"][: len(self)].all())
-
     def join(self, request: Request) -> int:
         """Add a request whose prompt is in the cache and whose first token is drawn; the row it gets."""
         row = len(self)
@@ -111,6 +117,8 @@ class RunningBatch:
         self._limit[row] = request.limit
         self._pages[row, : len(request.pages)] = request.pages
         request.params.write(self._columns, row, 1, self._vocab_size)
+        self.mode = sampler.mode_of(self._columns, len(self), self._vocab_size)
+        self.changed = True
         return row
 
     def leave(self, request: Request) -> tuple[int, int]:
@@ -120,7 +128,21 @@ class RunningBatch:
         self.requests.pop()
         for array in self._arrays():
             array[row] = array[last]
+        self.mode = sampler.mode_of(self._columns, last, self._vocab_size)
+        self.changed = True
         return row, last
+
+    def pages(self) -> tuple[Int32, Int32]:
+        """(the pages of every row, how many of them are full)."""
+        n = len(self)
+        width = max((len(request.pages) for request in self.requests), default=0)
+        return self._pages[:n, :width], self._kv_len[:n] // self._page_size
+
+    def reorder(self, order: Int32) -> None:
+        """Make row ``order[i]`` row i."""
+        self.requests = [self.requests[row] for row in order]
+        for array in self._arrays():
+            array[: len(order)] = array[order]
 
     def advance(self) -> list[Request]:
         """Count one more token for everybody; the requests that have all they may draw."""
@@ -130,14 +152,19 @@ class RunningBatch:
         self._columns["offset"][:n] += np.uint64(sampler.OFFSET_STRIDE)
         return [self.requests[row] for row in np.flatnonzero(self._drawn[:n] == self._limit[:n])]
 
-    def write(self, host: dict[str, NDArray[Any]], rows: int) -> tuple[Int32, Int32, Int32]:
-        """Fill the inputs of a step of `rows` rows and return the page tables that hold with the newest tokens in."""
+    def write(self, host: dict[str, NDArray[Any]], rows: int, skip: Int32 | None = None) -> tuple[Int32, Int32, Int32]:
+        """Fill the inputs of a step of `rows` rows and return the page tables that hold with the newest tokens in.
+
+        `skip` says how many pages of each request the tables leave out at the front.
+        """
         n = len(self)
-        host["positions"][:n] = self._kv_len[:n]
-        host["positions"][n:] = 0
+        host["positions"][:n] = host["cache_positions"][:n] = self._kv_len[:n]
+        if skip is not None:
+            host["cache_positions"][:n] -= skip * self._page_size
+        host["positions"][n:] = host["cache_positions"][n:] = 0
         host["batch_indices"][:n] = np.arange(n)
         host["batch_indices"][n:] = -1
         for name, column in self._columns.items():
             host[name][:n] = column[:n]
             host[name][n:] = 1
-        return page_tables(self._pages[:n], self._kv_len[:n] + 1, self._page_size, rows)
+        return page_tables(self._pages[:n], self._kv_len[:n] + 1, self._page_size, rows, skip)

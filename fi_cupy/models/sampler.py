@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fi_cupy import lookup, sampling
+from fi_cupy import lookup
+from fi_cupy.logits_processor import LogitsPipe, Sample, Softmax, Temperature, TensorType, TopK, TopP
 from fi_cupy.models import ModelError
 
 Array = Any
@@ -27,6 +30,16 @@ FIELDS: dict[str, type] = {
     "offset": np.uint64,
     "greedy": np.int32,
 }
+
+
+class Mode(NamedTuple):
+    """What the rows of a batch need together: a captured step holds the kernels of one mode."""
+
+    random: bool = False
+    #: Besides random rows there are greedy ones.
+    mixed: bool = False
+    top_k: bool = False
+    top_p: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,14 +95,38 @@ class SamplingParams:
         """Put the parameters for token number `step` into row `row` of the columns."""
         columns["greedy"][row] = self.greedy
         columns["temperature"][row] = 1.0 if self.greedy else self.temperature
-        columns["top_p"][row] = self.top_p
-        columns["top_k"][row] = self.top_k or vocab_size
+        columns["top_p"][row] = 1.0 if self.greedy else self.top_p
+        columns["top_k"][row] = vocab_size if self.greedy or not self.top_k else self.top_k
         columns["seed"][row] = self.seed
         columns["offset"][row] = step * OFFSET_STRIDE
 
 
-def sample(logits: Array, columns: dict[str, Array], out: Array, *, greedy: bool) -> None:
-    """Write one token id a row to `out`.
+def mode_of(columns: dict[str, NDArray[Any]], rows: int, vocab_size: int) -> Mode:
+    """The mode of the first `rows` rows of the columns on the host."""
+    greedy = columns["greedy"][:rows]
+    if greedy.all():
+        return Mode()
+    top_k, top_p = columns["top_k"][:rows] < vocab_size, columns["top_p"][:rows] < 1
+    return Mode(True, bool(greedy.any()), bool(top_k.any()), bool(top_p.any()))
+
+
+def mode_together(params: Sequence[SamplingParams], vocab_size: int) -> Mode:
+    """The mode of a batch of requests."""
+    columns: dict[str, NDArray[Any]] = {name: np.zeros(len(params), dtype) for name, dtype in FIELDS.items()}
+    for row, each in enumerate(params):
+        each.write(columns, row, 0, vocab_size)
+    return mode_of(columns, len(params), vocab_size)
+
+
+@lru_cache(maxsize=4)
+def _pipe(top_k: bool, top_p: bool) -> LogitsPipe:
+    """Temperature, the filters that some row wants, and the draw: one kernel that reads the logits once."""
+    steps = [Temperature(), *([TopK()] if top_k else []), Softmax(), *([TopP()] if top_p else []), Sample()]
+    return LogitsPipe(steps, input_type=TensorType.LOGITS)
+
+
+def sample(logits: Array, columns: dict[str, Array], out: Array, mode: Mode) -> None:
+    """Write one token id a row to `out`; nothing waits for the device, which holds all that a row depends on.
 
     Parameters
     ----------
@@ -97,15 +134,15 @@ def sample(logits: Array, columns: dict[str, Array], out: Array, *, greedy: bool
     columns : dict
         One array ``[rows]`` for each of `FIELDS`, on the device.
     out : [rows], int32
-    greedy : bool
-        Whether every row is greedy; the random part is left out then.
+    mode : Mode
+        What the rows need; what none of them needs is left out.
     """
-    if greedy:
+    if not mode.random:
         lookup.argmax(logits, out=out)
         return
-    probs = sampling.softmax(logits, temperature=columns["temperature"])
-    drawn = sampling.top_k_top_p_sampling_from_probs(
-        probs, columns["top_k"], columns["top_p"], seed=columns["seed"], offset=columns["offset"]
+    filters = {name: columns[name] for name, used in (("top_k", mode.top_k), ("top_p", mode.top_p)) if used}
+    out[...] = _pipe(mode.top_k, mode.top_p)(
+        logits, temperature=columns["temperature"], seed=columns["seed"], offset=columns["offset"], **filters
     )
-    out[...] = drawn
-    lookup.argmax(logits, out=out, select=columns["greedy"])
+    if mode.mixed:
+        lookup.argmax(logits, out=out, select=columns["greedy"])

@@ -18,12 +18,17 @@ def _out_dtype(a: Array, out_dtype: DTypeLike | None) -> np.dtype:
     return BFLOAT16 if is_fp8(a.dtype) else a.dtype
 
 
+def _divided(a: Array, rms_eps: float | None) -> Array:
+    return a if rms_eps is None else a / np.sqrt(np.mean(a * a, axis=-1, keepdims=True) + a.dtype.type(rms_eps))
+
+
 def mm(
     a: Array,
     b: Array,
     bias: Array | None = None,
     out_dtype: DTypeLike | None = None,
     residual: Array | None = None,
+    rms_eps: float | None = None,
 ) -> Array:
     """``a @ b + bias + residual``, rounded once.
 
@@ -36,6 +41,8 @@ def mm(
     out_dtype : optional
         Default: dtype of `a`, bf16 if that is fp8.
     residual : [m, n], optional
+    rms_eps : float, optional
+        Rows of a are first divided by ``sqrt(mean(a²) + rms_eps)``.
 
     Returns
     -------
@@ -45,14 +52,20 @@ def mm(
     Source: flashinfer.gemm.mm_bf16.
     """
     ct = compute_dtype(a, b, bias, residual)
-    out = upcast(a, ct) @ upcast(b, ct)
+    out = _divided(upcast(a, ct), rms_eps) @ upcast(b, ct)
     for term in (bias, residual):
         if term is not None:
             out = out + upcast(term, ct)
     return round_to(out, _out_dtype(a, out_dtype))
 
 
-def mm_swiglu(a: Array, b: Array, bias: Array | None = None, out_dtype: DTypeLike | None = None) -> Array:
+def mm_swiglu(
+    a: Array,
+    b: Array,
+    bias: Array | None = None,
+    out_dtype: DTypeLike | None = None,
+    rms_eps: float | None = None,
+) -> Array:
     """``silu(a @ b[:, :n] + bias[:n]) * (a @ b[:, n:] + bias[n:])``, rounded once.
 
     Parameters
@@ -62,6 +75,8 @@ def mm_swiglu(a: Array, b: Array, bias: Array | None = None, out_dtype: DTypeLik
         The gate's columns first.
     bias : [2 * n], optional
     out_dtype : default dtype of `a`
+    rms_eps : float, optional
+        As in `mm`.
 
     Returns
     -------
@@ -71,7 +86,7 @@ def mm_swiglu(a: Array, b: Array, bias: Array | None = None, out_dtype: DTypeLik
     Source: Shazeer 2020 (arXiv:2002.05202); flashinfer.gemm.mm_bf16_swiglu.
     """
     ct = compute_dtype(a, b, bias)
-    both = upcast(a, ct) @ upcast(b, ct)
+    both = _divided(upcast(a, ct), rms_eps) @ upcast(b, ct)
     if bias is not None:
         both = both + upcast(bias, ct)
     n = both.shape[1] // 2

@@ -281,11 +281,12 @@ def rope_quantize_fp8_append_paged_kv_cache_(
     quant_scale_q: float = 1.0,
     quant_scale_kv: float = 1.0,
     kv_layout: str = "NHD",
+    q_dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array | None]:
     """`rope_quantize_fp8`, and the keys and values written into a paged fp8 cache in place.
 
     With `v` (GQA) the cache is (k, v) and a cached key is ``[rope | nope]``; without (MLA) it is (ckv, kpe), which
-    receive `k_nope` and `k_rope`. Returns (q_rope_out, q_nope_out).
+    receive `k_nope` and `k_rope`. Returns (q_rope_out, q_nope_out), of type `q_dtype` where it is given.
 
     Source: flashinfer.rope.rope_quantize_fp8_append_paged_kv_cache.
     """
@@ -293,6 +294,10 @@ def rope_quantize_fp8_append_paged_kv_cache_(
     q_rope_out, k_rope_out, q_nope_out, k_nope_out = rope_quantize_fp8(
         q_rope, k_rope, q_nope, k_nope, cos_sin_cache, pos_ids, is_neox, fp8, quant_scale_q, quant_scale_kv
     )
+    if q_dtype is not None:
+        q_rope_out, _, q_nope_out, _ = rope_quantize_fp8(
+            q_rope, k_rope, q_nope, None, cos_sin_cache, pos_ids, is_neox, q_dtype, quant_scale_q
+        )
     where = (batch_indices, positions)
     if v is None:
         ckv = k_nope_out if k_nope_out is None else k_nope_out.reshape(len(k_nope_out), -1)

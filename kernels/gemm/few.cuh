@@ -28,6 +28,12 @@ struct FewUnscaled {
   static constexpr bool kScaled = false;
   FI_DEVICE void load(int, uint32_t) {}
   FI_DEVICE float at(int, int, int) const { return 1.f; }
+  FI_DEVICE void see(int, const uint4&) {}
+  FI_DEVICE void post() {}
+};
+
+struct FewNothing {
+  FI_DEVICE void operator()() const {}
 };
 
 // Config: kATiles, kWTiles, kWide, kGated, kAhead, kDepth (steps of W in registers), kWarpsK
@@ -53,9 +59,11 @@ struct FewShape {
 };
 
 // The partial tiles of a CTA's warps, in shared memory when it returns. mma(c, a, b) multiplies fragments; `scales` has a factor for
-// each step of 64 units and row of a (`FewUnscaled`: none), loaded a ring's depth ahead.
-template <class Config, class Mma, class Scales>
-FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Config>::Partial& partial, Mma mma, Scales& scales) {
+// each step of 64 units and row of a (`FewUnscaled`: none), loaded a ring's depth ahead; it sees every lane's share of a, too, and may
+// post what it makes of it to shared memory in front of the last barrier. ahead() asks for what the predecessor in the stream wrote.
+template <class Config, class Mma, class Scales, class Ahead = FewNothing>
+FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Config>::Partial& partial, Mma mma, Scales& scales,
+                            Ahead ahead_of_sums = {}) {
   constexpr int kATiles = Config::kATiles, kWTiles = Config::kWTiles, kDepth = Config::kDepth;
   constexpr bool kWide = Config::kWide, kGated = Config::kGated, kAhead = Config::kAhead;
   constexpr int kRows = FewShape<Config>::kRows, kColumns = FewShape<Config>::kColumns, kPitch = FewShape<Config>::kPitch;
@@ -117,6 +125,7 @@ FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Confi
   };
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) fill_a(d, warp * 64 + d * kStride);
+  ahead_of_sums();
 
   constexpr int kAccs = kWide ? 4 : 1;  // wide: fragment rows of loads 2 p and 2 p + 1, half h of the step, at 2 p + h
   float acc[kWTiles][kATiles][kAccs][4] = {};
@@ -135,6 +144,7 @@ FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Confi
           } else {
             x = load_a(i, step + 32 * half);
           }
+          scales.see(i, x);
           const uint32_t x_first[2] = {x.x, x.y}, x_second[2] = {x.z, x.w};
 #pragma unroll
           for (int wt = 0; wt < kWTiles; ++wt)
@@ -185,12 +195,14 @@ FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Confi
         for (int e = 0; e < 4; ++e) row[(e & 1) * kPitch + 8 * (e >> 1) + g] = c[0][e];
       }
     }
+  scales.post();
   __syncthreads();  // every partial tile is in shared memory
 }
 
-// Config: FewShape's, and T, Out, Epilogue
-template <class Config>
-FI_DEVICE void gemm_few(const GemmParams& params) {
+// The CTA's tile of the product of 16-bit operands; factor(r) multiplies the sums of its row r before the epilogue. Config:
+// FewShape's, and T, Out, Epilogue, kResidual (there is one)
+template <class Config, class Scales, class Factor>
+FI_DEVICE void few_tile(const GemmParams& params, Scales& scales, Factor factor) {
   using T = typename Config::T;
   using Out = typename Config::Out;
   using Shape = FewShape<Config>;
@@ -201,28 +213,48 @@ FI_DEVICE void gemm_few(const GemmParams& params) {
   const FewOperands operands{static_cast<const uint16_t*>(params.a) + blockIdx.z * params.a_batch,
                              static_cast<const uint16_t*>(params.b) + blockIdx.z * params.b_batch,
                              params.a_stride, params.b_stride, params.m, params.n, params.k};
-  FewUnscaled unscaled;
+  const uint32_t n_first = blockIdx.x * Shape::kColumns, m_first = blockIdx.y * Shape::kRows;
+  // Two columns a thread; with kResidual that of a thread's first ones is on its way while the product is computed.
+  constexpr uint32_t kPairs = kRows * Shape::kColumns / 2;
+  auto row_of = [&](uint32_t e) { return m_first + e / (Shape::kColumns / 2); };
+  auto column_of = [&](uint32_t e) { return n_first + e % (Shape::kColumns / 2) * 2; };
+  auto inside = [&](uint32_t e) { return e < kPairs && row_of(e) < params.m && column_of(e) < params.n; };
+  uint2 held = make_uint2(0, 0);
   few_partials<Config>(
       operands, partial,
-      [](float(&c)[4], const uint32_t(&fa)[4], const uint32_t(&fb)[2]) { ptx::mma_m16n8k16<T>(c, fa, fb); }, unscaled);
+      [](float(&c)[4], const uint32_t(&fa)[4], const uint32_t(&fb)[2]) { ptx::mma_m16n8k16<T>(c, fa, fb); }, scales,
+      [&] {
+        if (Config::kResidual && inside(threadIdx.x))
+          held = typename Config::Epilogue(params).residual_bits2(row_of(threadIdx.x), column_of(threadIdx.x));
+      });
 
-  const uint32_t n_first = blockIdx.x * Shape::kColumns, m_first = blockIdx.y * Shape::kRows;
   const typename Config::Epilogue epilogue(params);
   Out* out = static_cast<Out*>(params.out) + blockIdx.z * params.out_batch;
-  for (uint32_t e = threadIdx.x; e < Shape::kRows * Shape::kColumns / 2; e += Shape::kThreads) {
-    const uint32_t r = e / (Shape::kColumns / 2), c = e % (Shape::kColumns / 2) * 2;
-    const uint32_t row = m_first + r, column = n_first + c;
-    if (row >= params.m || column >= params.n) continue;
+  for (uint32_t e = threadIdx.x; e < kPairs; e += Shape::kThreads) {
+    if (!inside(e)) continue;
+    const uint32_t row = row_of(e), column = column_of(e), r = row - m_first, c = column - n_first;
     Out* to = out + row * params.out_stride + column;
+    const float f = factor(r);
     if constexpr (Config::kGated) {
       const uint32_t part = c / 8 * 16 + c % 8;
       const float2 gate = Shape::total(partial, r, part), up = Shape::total(partial, r, part + 8);
-      store2(to, epilogue.gated(gate.x, up.x, row, column), epilogue.gated(gate.y, up.y, row, column + 1));
+      store2(to, epilogue.gated(f * gate.x, f * up.x, row, column),
+             epilogue.gated(f * gate.y, f * up.y, row, column + 1));
+    } else if constexpr (!Config::kResidual) {
+      const float2 sum = Shape::total(partial, r, c);
+      store2(to, epilogue(f * sum.x, row, column), epilogue(f * sum.y, row, column + 1));
     } else {
       const float2 sum = Shape::total(partial, r, c);
-      store2(to, epilogue(sum.x, row, column), epilogue(sum.y, row, column + 1));
+      const float2 residual = epilogue.residual_of(e == threadIdx.x ? held : epilogue.residual_bits2(row, column));
+      store2(to, epilogue.plus(f * sum.x, residual.x, column), epilogue.plus(f * sum.y, residual.y, column + 1));
     }
   }
+}
+
+template <class Config>
+FI_DEVICE void gemm_few(const GemmParams& params) {
+  FewUnscaled unscaled;
+  few_tile<Config>(params, unscaled, [](uint32_t) { return 1.f; });
 }
 
 }  // namespace fi

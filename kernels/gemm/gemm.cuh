@@ -23,6 +23,18 @@ struct GemmParams {
   int64_t residual_stride, residual_batch;
 };
 
+// Two packed 16-bit floats as fp32, the low half first.
+template <class T>
+FI_DEVICE float2 unpack2(uint32_t pair);
+template <>
+FI_DEVICE float2 unpack2<__half>(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<__half2*>(&pair));
+}
+template <>
+FI_DEVICE float2 unpack2<__nv_bfloat16>(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
 // An epilogue maps the fp32 sum of one element to the value that is rounded to Out and stored:
 //   E(params);  float e(float sum, uint32_t row, uint32_t column)
 // Kernels call it for elements inside the matrix only, once each.
@@ -44,8 +56,29 @@ struct BiasEpilogue {
     if (residual) sum += to_float(residual[row * residual_stride + column]);
     return sum;
   }
-  // What is added, for a kernel that asks for it before the products.
-  FI_DEVICE float added(uint32_t row, uint32_t column) const { return (*this)(0.f, row, column); }
+  // The same with the residual asked for early: its bits, of one element or of two (column even), and what they mean.
+  FI_DEVICE uint32_t residual_bits(uint32_t row, uint32_t column) const {
+    if (!residual) return 0;
+    const Out* at = residual + row * residual_stride + column;
+    if constexpr (sizeof(Out) == 4) return *reinterpret_cast<const uint32_t*>(at);
+    return *reinterpret_cast<const uint16_t*>(at);
+  }
+  FI_DEVICE uint2 residual_bits2(uint32_t row, uint32_t column) const {
+    if (!residual) return make_uint2(0, 0);
+    const Out* at = residual + row * residual_stride + column;
+    if constexpr (sizeof(Out) == 4) return *reinterpret_cast<const uint2*>(at);
+    return make_uint2(*reinterpret_cast<const uint32_t*>(at), 0);
+  }
+  FI_DEVICE float2 residual_of(uint2 bits) const {
+    if constexpr (sizeof(Out) == 4)
+      return make_float2(__uint_as_float(bits.x), __uint_as_float(bits.y));
+    else
+      return unpack2<Out>(bits.x);
+  }
+  FI_DEVICE float plus(float sum, float residual_value, uint32_t column) const {
+    if (bias) sum += to_float(bias[column]);
+    return sum + residual_value;
+  }
   // silu(gate) * up of two sums, of columns `column` and `column + n`.
   FI_DEVICE float gated(float gate, float up, uint32_t row, uint32_t column) const {
     if (bias) gate += to_float(bias[column]), up += to_float(bias[column + n]);
@@ -53,18 +86,6 @@ struct BiasEpilogue {
     return residual ? y + to_float(residual[row * residual_stride + column]) : y;
   }
 };
-
-// Two packed 16-bit floats as fp32, the low half first.
-template <class T>
-FI_DEVICE float2 unpack2(uint32_t pair);
-template <>
-FI_DEVICE float2 unpack2<__half>(uint32_t pair) {
-  return __half22float2(*reinterpret_cast<__half2*>(&pair));
-}
-template <>
-FI_DEVICE float2 unpack2<__nv_bfloat16>(uint32_t pair) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-}
 
 template <class T>
 FI_DEVICE void unpack8(const uint4& v, float (&out)[8]) {

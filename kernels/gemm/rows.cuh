@@ -12,7 +12,7 @@
 
 namespace fi {
 
-// Config: T, Out, Epilogue, kM (rows of a, at least m), kLanes (8, 16 or 32), kRows, kDepth, kWarpsK, kWarpsN, kAhead
+// Config: T, Out, Epilogue, kM (rows of a, at least m), kLanes (8, 16 or 32), kRows, kDepth, kWarpsK, kWarpsN, kAhead, kResidual (there is one)
 template <class Config>
 FI_DEVICE void gemm_rows(const GemmParams& params) {
   using T = typename Config::T;
@@ -49,9 +49,6 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
   for (int d = 0; d < kDepth; ++d) fill(ring[d], k_first + d * kStride);
 
   ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
-  float added = 0.f;  // to this thread's first element: it comes while the products are computed
-  if (threadIdx.x < kM * kColumns && threadIdx.x / kColumns < params.m && n_first + threadIdx.x % kColumns < params.n)
-    added = typename Config::Epilogue(params).added(threadIdx.x / kColumns, n_first + threadIdx.x % kColumns);
   const T* a[kM];
 #pragma unroll
   for (int i = 0; i < kM; ++i)
@@ -67,6 +64,12 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
   if constexpr (kAhead) {
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) load_a(ahead[d], k_first + d * kStride);
+  }
+  uint32_t held = 0;
+  if constexpr (Config::kResidual) {  // that of a thread's first element is on its way while the product is computed
+    const typename Config::Epilogue epilogue(params);
+    const uint32_t row = threadIdx.x / kColumns, column = n_first + threadIdx.x % kColumns;
+    if (row < min(params.m, uint32_t(kM)) && column < params.n) held = epilogue.residual_bits(row, column);
   }
 
   float sum[kM][kRows] = {};
@@ -109,8 +112,13 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
     float total = 0.f;
 #pragma unroll
     for (int i = 0; i < kWarpsK; ++i) total += partial[i][row][c];
-    if (e != threadIdx.x) added = epilogue.added(row, column);
-    out[row * params.out_stride + column] = from_float<Out>(total + added);
+    if constexpr (Config::kResidual) {
+      const uint32_t bits = e == threadIdx.x ? held : epilogue.residual_bits(row, column);
+      total = epilogue.plus(total, epilogue.residual_of(make_uint2(bits, 0)).x, column);
+    } else {
+      total = epilogue(total, row, column);
+    }
+    out[row * params.out_stride + column] = from_float<Out>(total);
   }
 }
 

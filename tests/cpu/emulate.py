@@ -65,6 +65,10 @@ _REPLACED = [
         r"__shared__ (?:__align__\(\d+\) )?float partial((?:\[\w+\])+);",
         r"auto& partial = *reinterpret_cast<float(*)\1>(emulator::fixed_memory());",
     ),
+    (  # beside `partial`, which takes 48 KB at most
+        r"__shared__ __align__\(16\) float squares((?:\[\w+\])+);",
+        r"auto& squares = *reinterpret_cast<float(*)\1>(emulator::fixed_memory() + (48 << 10));",
+    ),
     (r'asm volatile\("st\.(?:cs\.)?v[42]\.u32.*?\);', "memcpy(p, &r, sizeof(r));"),
     (r'asm volatile\("ld\.global\.nc.*?\);', "memcpy(&r, p, sizeof(r));"),
     (r'asm volatile\("st\.global\.v4\.u32.*?\);', "memcpy(p, &x, sizeof(x));"),

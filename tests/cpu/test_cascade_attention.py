@@ -260,3 +260,14 @@ def test_prefill_with_shared_prefix(rng, causal):
     assert_close(wrapper.forward(q, *shared, cache, causal=causal), want, "float32", "product")
     with pytest.raises(errors.PlanError, match=f"causal is {not causal}, planned {causal}"):
         wrapper.forward(q, *shared, cache, causal=not causal)
+
+
+def test_a_split_size_a_level(rng):
+    tree = two_levels(rng)
+    wrapper = tree.wrapper(fixed_split_size=[2, None])
+    assert [level.wrapper._planned.fixed_split for level in wrapper._levels] == [2 * tree.page_size, None]
+    assert_close(wrapper.run(tree.q, tree.cache), tree.expect()[0], "float32", "product")
+    both = tree.wrapper(fixed_split_size=3)
+    assert [level.wrapper._planned.fixed_split for level in both._levels] == [3 * tree.page_size] * 2
+    with pytest.raises(errors.ArgumentError, match="fixed_split_size has 3 entries, expected 2 = num_levels"):
+        tree.wrapper(fixed_split_size=[1, 2, 3])

@@ -157,6 +157,40 @@ def test_rope_quantize_append(rng, mla, layout):
         equal_fp8(g, w)
 
 
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("kind,scale", [("bfloat16", 1.0), (E4M3, 1.0), (E4M3, 3.0)], ids=str)
+@pytest.mark.parametrize("sizes", [(16, 0), (8, 24), (6, 2)], ids=str)
+def test_rope_append_keeps_queries(rng, sizes, kind, scale, is_neox):
+    """q in place in its own type; keys and values in the cache's: rotated as `apply_rope_with_cos_sin_cache` does."""
+    rope_dim, nope_dim = sizes
+    page_size, heads = 4, 2
+    b, p, indices, indptr, _, pages = pages_of(rng, [9, 3, 5], [2, 0, 5], page_size)
+    q, k, cache, _ = rope_inputs(rng, len(b), 4, heads, rope_dim, nope_dim)
+    v, pos = normal(rng, (len(b), heads, 24), "bfloat16"), (p + 3).astype(I32)
+    caches = [normal(rng, (pages, page_size, heads, n), kind) for n in (rope_dim + nope_dim, 24)]
+    on_device, dq, dk = tuple(device(c.copy()) for c in caches), device(q.copy()), device(k)
+    none = (None, None)
+    rest = (dq[..., rope_dim:], dk[..., rope_dim:]) if nope_dim else none
+    got = rope.rope_append_paged_kv_cache(
+        dq[..., :rope_dim], dk[..., :rope_dim], *rest, device(v), device(cache), device(pos), on_device,
+        *[device(a) for a in (indices, indptr, b, p)], is_neox, scale, page_size, q_rope_out=dq[..., :rope_dim],
+    )  # fmt: skip
+    flat = [x[..., :rope_dim].astype(np.float32).reshape(len(b), -1) for x in (q, k)]
+    turned = reference_rope.apply_rope_with_cos_sin_cache(pos, *flat, rope_dim, cache, is_neox)
+    turned_q, turned_k = (x.reshape(len(b), -1, rope_dim) for x in turned)
+    keys = np.concatenate([turned_k, k[..., rope_dim:].astype(np.float32)], axis=-1)
+    values = v.astype(np.float32) * scale
+    cast = (lambda x: x.astype("bfloat16")) if kind == "bfloat16" else lambda x: np.clip(x, -448, 448).astype(E4M3)
+    reference_page.append_paged_kv_cache_(cast(keys * scale), cast(values), b, p, *caches, indices, indptr)
+    one = np.asarray(turned_q.astype("bfloat16")).view(np.uint16).astype(np.int32)
+    assert np.abs(np.asarray(dq)[..., :rope_dim].view(np.uint16).astype(np.int32) - one).max() <= 1
+    if nope_dim:
+        assert np.asarray(got[1]).tobytes() == np.ascontiguousarray(q[..., rope_dim:]).tobytes()
+    for g, w in zip(on_device, caches, strict=True):
+        codes = [np.ascontiguousarray(x).view(f"u{w.dtype.itemsize}").astype(np.int32) for x in (np.asarray(g), w)]
+        assert np.abs(codes[0] - codes[1]).max() <= 1 and (codes[0] != codes[1]).mean() < 0.002
+
+
 @pytest.mark.parametrize("kind", [E4M3, np.int8], ids=lambda k: np.dtype(k).name)
 def test_silu_and_mul_quant(rng, kind):
     x = normal(rng, (7, 2 * 200), "bfloat16", 2.0)

@@ -98,7 +98,12 @@ def test_opcheck(rng, key):
     kwargs |= received(row, kwargs)  # opcheck compares what is overwritten, for which torch has no fp8
     if row.updates:
         given = zip(row.out, row.absent, strict=True)
-        kwargs |= {o: np.zeros(kwargs[x].shape, np.uint8) for o, x in given if kwargs[x] is not None}
+        casts = "quantize_dtype" in row.parameters
+        kwargs |= {
+            o: np.zeros(kwargs[x].shape, np.uint8 if casts else kwargs[x].dtype)
+            for o, x in given
+            if kwargs[x] is not None
+        }
     kwargs = {k: as_bytes(v) for k, v in kwargs.items()}
     with Recorder(), torch.no_grad():
         getattr(ft, key[0])(**tensors(kwargs))

@@ -56,6 +56,50 @@ def test_values(rng, m, nk):
     assert same_bits(out, again)
 
 
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("m", [1, 2, 8, 16, 17, 64, 200])
+def test_residual_in_place_behind_its_writer(rng, m, out_dtype):
+    """A dependent launch asks for the residual as soon as it may: not before the kernel in front has written it."""
+    for n, k in [(8, 8), (576, 576), (576, 1536), (264, 4104), (4096, 4096)]:
+        a, a64 = padded(rng, m, k, "bfloat16")
+        w, w64 = padded(rng, n, k, "bfloat16")
+        bias, residual = normal(rng, (n,), "bfloat16"), on_gpu(normal(rng, (m, n), out_dtype))
+        want = a64 @ w64.T + bias.astype(np.float64) + to_float64(residual)
+        for pdl in (False, True):
+            out = cupy.zeros_like(residual)
+            for _ in range(2):
+                out[...] = residual
+                mm_bf16(a, w.T, on_gpu(bias), pdl=pdl, out=out, residual=out)
+            assert_close(to_float64(out), want, out_dtype, "product")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16])
+def test_rows_over_their_root_mean_square(rng, m, dtype):
+    """Rows of very different sizes, the residual in place; a dependent launch right behind what writes the rows."""
+    for n, k in [(8, 8), (72, 200), (960, 576), (576, 576), (136, 1544), (264, 4104), (49152, 576)]:
+        _, a64 = padded(rng, m, k, dtype)
+        w, w64 = padded(rng, 2 * n, k, dtype)
+        size = on_gpu((4.0 ** rng.integers(-4, 4, (m, 1))).astype(np.float32))
+        rows, bias = on_gpu((a64 * size.get()).astype(normal(rng, (1,), dtype).dtype)), normal(rng, (n,), dtype)
+        sized = to_float64(rows)
+        normed = sized / np.sqrt((sized**2).mean(axis=1, keepdims=True) + 1e-5)
+        residual = normal(rng, (m, n), dtype)
+        want = normed @ w64[:n].T + bias.astype(np.float64) + residual.astype(np.float64)
+        gate, up = normed @ w64[:n].T, normed @ w64[n:].T
+        gated = gate / (1 + np.exp(-gate)) * up
+        for pdl in (False, True):
+            x, out, both = cupy.zeros_like(rows), on_gpu(residual), poisoned((m, n), dtype)
+            x[...] = rows
+            mm_bf16(x, w[:n].T, on_gpu(bias), pdl=pdl, out=out, residual=out, rms_eps=1e-5)
+            assert_close(to_float64(out), want, dtype, "product")
+            x[...] = rows
+            fi_cupy.gemm.mm_bf16_swiglu(x, w.T, pdl=pdl, out=both, rms_eps=1e-5)
+            assert_close(to_float64(both), gated, dtype, "product")
+            wide = mm_bf16(x, w[:n].T, pdl=pdl, out_dtype="float32", rms_eps=1e-5)
+            assert_close(to_float64(wide), gate, "float32", "product")
+
+
 @pytest.mark.parametrize("m", [1, 3, 16, 17, 65, 200])
 @pytest.mark.parametrize("out_dtype", ["float16", "float32"])
 def test_float16_and_output_types(rng, m, out_dtype):

@@ -59,6 +59,18 @@ def texts(lengths: list[int]) -> list[list[int]]:
     return [rng.integers(3, len(TINY.tokens), n).tolist() for n in lengths]
 
 
+def cpu_steps(tiny: GGUFModel, ids: list[int], tokens: list[int], **options: Any) -> list[np.ndarray]:
+    """Logits of the CPU's engine in bf16, step by step, which goes on with these tokens whatever it would take."""
+    engine = Engine(Llama.load(tiny, NumpyBackend(ml_dtypes.bfloat16)), max_batch=1, **options)
+    engine.submit(ids, SamplingParams(len(tokens)))
+    logits = []
+    for token in tokens:
+        engine.step()
+        logits.append(engine.logits[0, :VOCAB].copy())
+        engine.tokens[0] = token
+    return logits
+
+
 def test_logits_follow_the_cpu_in_bf16(tiny: GGUFModel, llama: Llama) -> None:
     """Step by step: the GPU's token is fed to both, and every step's logits agree."""
     (ids,) = texts([37])
@@ -70,12 +82,7 @@ def test_logits_follow_the_cpu_in_bf16(tiny: GGUFModel, llama: Llama) -> None:
         on_gpu.append(gpu.logits[0, :VOCAB].get())
     on_gpu.append(gpu.logits[0, :VOCAB].get())
     del on_gpu[20:]
-    cpu = Llama.load(tiny, NumpyBackend(ml_dtypes.bfloat16))
-    for step, got in enumerate(on_gpu):
-        engine = Engine(cpu, max_batch=1)
-        engine.submit(ids + request.output_ids[:step], SamplingParams(1))
-        engine.run()
-        want = engine.logits[0, :VOCAB]
+    for step, (got, want) in enumerate(zip(on_gpu, cpu_steps(tiny, ids, request.output_ids), strict=True)):
         scale = np.abs(want).max()
         assert np.abs(got - want).max() < 0.03 * scale, f"step {step}"
         assert np.abs(got - TINY.logits(ids + request.output_ids[:step])[-1]).max() < 0.12 * scale, f"step {step}"
@@ -112,6 +119,67 @@ def test_requests_join_and_leave(llama: Llama, sampled: bool) -> None:
             best = np.sort(TINY.logits(ids + want[:same])[-1])
             assert best[-1] - best[-2] < 0.1 * np.abs(best).max()
     assert agree > sum(counts) // 2
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_shared_prefixes_change_nothing(llama: Llama, kv_dtype: str) -> None:
+    """Two families of prompts that come and go: own pages, shared pages, and a cascade write the same text."""
+    first, second, *tails = texts([50, 34, 5, 9, 3, 20, 8, 1, 30, 2])
+    prompts = [(first if i % 3 else second) + tail for i, tail in enumerate(tails)]
+    counts = [9, 30, 20, 5, 14, 1, 11, 17]
+    written, stats = {}, {}
+    for sharing, options in {
+        "no": {"share_prefixes": False}, "pages": {"cascade_bytes": 1 << 60}, "cascade": {"cascade_bytes": 0},
+    }.items():  # fmt: skip
+        engine = Engine(llama, max_batch=6, max_prefill_tokens=64, kv_dtype=kv_dtype, **options)
+        requests = []
+        for i, (ids, count) in enumerate(zip(prompts, counts, strict=True)):
+            requests.append(engine.submit(ids, SamplingParams(count)))
+            if i % 3 == 2:
+                engine.step()
+                engine.step()
+        engine.run()
+        assert [len(request.output_ids) for request in requests] == counts
+        assert engine.cache.free_pages == engine.cache.num_pages
+        written[sharing], stats[sharing] = [request.output_ids for request in requests], engine.stats
+    assert stats["no"].shared_tokens == stats["pages"].cascade_steps == 0
+    assert stats["pages"].shared_tokens == stats["cascade"].shared_tokens == 4 * 48 + 2 * 32
+    assert stats["cascade"].cascade_steps > 10
+    for sharing in ("pages", "cascade"):
+        agree = 0
+        for ids, got, want in zip(prompts, written[sharing], written["no"], strict=True):
+            same = next((i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b), len(want))
+            agree += same
+            if same < len(want):  # another order of the sums: only a near tie may flip
+                best = np.sort(TINY.logits(ids + want[:same])[-1])
+                assert best[-1] - best[-2] < (0.1 if kv_dtype == "auto" else 0.3) * np.abs(best).max()
+        assert agree > sum(counts) // 2
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_modes_of_sampling(llama: Llama, batch: int) -> None:
+    """What no row needs is left out of the step: the tokens that are drawn do not depend on it."""
+    ids = texts([9])[0]
+    choices = [
+        {}, {"temperature": 0.9}, {"temperature": 0.9, "top_p": 0.8}, {"temperature": 0.9, "top_k": 5},
+        {"temperature": 0.9, "top_k": 5, "top_p": 0.8}, {"temperature": 3.0, "top_k": 1},
+    ]  # fmt: skip
+    greedy = alone(llama, ids, SamplingParams(12)).output_ids
+    for choice in choices:
+        engine = Engine(llama, max_batch=batch)
+        requests = [engine.submit(ids, SamplingParams(12, seed=i, **choice)) for i in range(batch)]
+        engine.run()
+        for i, request in enumerate(requests):
+            if batch == 1:
+                again = alone(llama, ids, SamplingParams(12, seed=i, **choice)).output_ids
+                assert again == request.output_ids
+            if not choice or choice.get("top_k") == 1:
+                assert request.output_ids[:4] == greedy[:4]
+    mixed = Engine(llama, max_batch=3)
+    requests = [mixed.submit(ids, SamplingParams(12, seed=7, **choice)) for choice in choices[:3]]
+    mixed.run()
+    assert requests[0].output_ids[:4] == greedy[:4]
+    assert len({tuple(request.output_ids) for request in requests}) == 3
 
 
 def test_end_of_text_is_seen_one_step_late(llama: Llama) -> None:
@@ -160,12 +228,8 @@ def test_fp8_cache_follows_the_cpu(tiny: GGUFModel, llama: Llama) -> None:
     while gpu.step():
         on_gpu.append(gpu.logits[0, :VOCAB].get())
     on_gpu.append(gpu.logits[0, :VOCAB].get())
-    cpu = Llama.load(tiny, NumpyBackend(ml_dtypes.bfloat16))
-    for step, got in enumerate(on_gpu[:12]):
-        engine = Engine(cpu, max_batch=1, kv_dtype="fp8")
-        engine.submit(ids + request.output_ids[:step], SamplingParams(1))
-        engine.run()
-        want = engine.logits[0, :VOCAB]
+    steps = zip(on_gpu[:12], cpu_steps(tiny, ids, request.output_ids, kv_dtype="fp8"), strict=True)
+    for step, (got, want) in enumerate(steps):
         # A key that lies between two e4m3 numbers may round either way where the two sides' bf16 differ.
         assert np.abs(got - want).max() < 0.1 * np.abs(want).max(), f"step {step}"
 
