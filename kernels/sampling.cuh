@@ -52,8 +52,16 @@ struct Judged {
   bool first;
   bool nan, valid;
   bool whole;   // nothing is filtered: the sums are the first pass's
+  bool listed;  // this CTA's candidates are everything of its segments that may be kept (where rows are written)
   Verdict verdict;
-  uint64_t random;  // of warp 0, and without a filter of all threads
+  uint64_t random;  // without a filter
+};
+
+// The key of min-p's bound, for candidates of min-p alone.
+template <class Domain>
+struct MinPBound {
+  float min_p;
+  FI_DEVICE uint32_t operator()(uint32_t top_key) const { return Domain::min_p_key(min_p, value_of(top_key)); }
 };
 
 // Read a row by the whole cluster, and in its first CTA find what the filter keeps. `held`: what becomes of the segments
@@ -66,16 +74,30 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
   const bool alone = top_p && !top_k;  // no bound is known for it: the row is searched
   const bool joint = Domain::kOwnRef && top_p && args.joint;  // top-p compares with the whole row's mass
   const bool sums = whole || alone || joint;
-  Judged judged = {Shape::rank() == 0, false, false, whole, {}, 0};
+  Judged judged = {Shape::rank() == 0, false, false, whole, false, {}, 0};
+  uint32_t size = 0;  // not 0: every CTA lists its candidates
+  if (Filter::kFilters && !whole && !alone) size = group_size<Row>(row.segments(), top_k ? args.top_k : 0);
+  const Tell tell = tell_of<Row>(size);
   Started<Shape> started;
-  summarise<Domain, Filter::kFilters, Held::kKeeps, Shape>(row, shared, sums, started, held);
-  if (!judged.first) return judged;
-  if (kDraws && (!Filter::kFilters || warp_id() == 0)) {
+  summarise<Domain, Filter::kFilters, Filter::kFilters, Shape>(row, shared, sums, started, held, tell);
+  if (!judged.first && size == 0) return judged;
+  // Random bits, while others are awaited: with filters by the warp that has least to read.
+  if (kDraws && judged.first && (!Filter::kFilters || warp_id() == Shape::kThreads / 32 - 1)) {
     judged.random = fresh();
-    asm volatile("" : "+l"(judged.random));  // now, while the other CTAs are awaited
+    asm volatile("" : "+l"(judged.random));  // now
+    if (Filter::kFilters && lane_id() == 0) shared.random = judged.random;
   }
-  Shape::receive(&shared.box[0], 0, summary_bytes<Filter::kFilters>(row, sums));
-  const State state(row, shared);
+  Shape::receive(&shared.box[0], 0, summary_bytes<Filter::kFilters>(row, sums, tell, judged.first));
+  Bounds bounds = {0, 0};
+  if constexpr (Filter::kFilters) {
+    if (size != 0) {
+      bounds = shortlist<Shape, MassLoad<Domain>, Held::kKeeps, Row, Shared>(row, size, top_k ? args.top_k : 0,
+                                                                            MinPBound<Domain>{args.min_p});
+      judged.listed = true;
+      if (!judged.first) return judged;
+    }
+  }
+  const State state(row, shared, size != 0 ? bounds.top : row_top(shared, row.segments()));
   judged.nan = state.nan();
   judged.valid = state.valid();
   if (!judged.valid) return judged;
@@ -86,17 +108,16 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
     if constexpr (Filter::kMin) {
       if (args.has_min_p()) left.least = Domain::min_p_key(args.min_p, state.top);
     }
-    uint32_t low = top_k || top_p ? 0 : left.least, listed = kWholeRow;  // min-p looks at what the others left
+    uint32_t low = bounds.low, listed = kWholeRow;
     uint64_t total = 0;
     if (alone) state.correct_unit();
     if (alone || joint) total = state.total();
-    if (!alone && (!top_k || lower_bound(state, args.top_k, low))) {
-      listed = gather<State, true>(row, low, state.top_key);
-      if (listed <= kPairs && few<Shape::kThreads>(listed)) {
-        judged.verdict = settle<State, kDraws>(row, state.top_key, listed, left, total, judged.random);
-        return judged;
-      }
+    if (size != 0) {
+      judged.verdict = settle<State, Shape, kDraws>(state.top_key, left, total);
+      if (judged.verdict.drawn) return judged;
+      judged.listed = false;  // they give way to the list
     }
+    if (size != 0 || (top_k && lower_bound(state, args.top_k, low))) listed = gather<State>(row, low);
     if (threadIdx.x < row.segments()) shared.sum[threadIdx.x] = 0;
     __syncthreads();  // sums are clear
     const Rest rest = {listed <= Shared::kList ? listed : kWholeRow, low, state.top_key};
@@ -123,7 +144,7 @@ FI_DEVICE void sample(const SamplingParams& params) {
   extern __shared__ __align__(1024) uint8_t smem[];
   Shared& shared = *reinterpret_cast<Shared*>(smem);
 
-  set_counters(shared);
+  set_counters<Shape>(shared);
   Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
@@ -205,7 +226,7 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   extern __shared__ __align__(1024) uint8_t smem[];
   Shared& shared = *reinterpret_cast<Shared*>(smem);
 
-  set_counters(shared);
+  set_counters<Shape>(shared);
   Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
@@ -242,6 +263,16 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   const float told_sum = __uint_as_float(uint32_t(shared.told >> 32));
   const float least = value_of(threshold);  // NaN for an invalid row: nothing reaches it
   const Quotient quotient(told_sum);
+  if (fills && judged.listed) __syncthreads();  // this CTA's candidates are complete, and its fill is written
+  if (fills && judged.listed && shared.count <= Shared::room(Shape::kCluster)) {
+    for (uint32_t i = threadIdx.x; i < shared.count; i += Config::kThreads) {
+      const Candidate candidate = shared.candidates()[i];
+      if (candidate.key < threshold) continue;
+      const float x = row.at(candidate.index);
+      output[candidate.index] = from_float<T>(kMask ? x : quotient(x));
+    }
+    return;
+  }
   constexpr int kStep = Shape::kStep;
   const int first = Shape::first(), left = int(row.segments()) - 1 - first;
 #pragma unroll 1

@@ -72,6 +72,28 @@ FI_DEVICE void sort_network(uint32_t n, Compare&& compare) {
   __syncthreads();  // the order is complete
 }
 
+// What candidates carry here: the element's bits.
+template <typename T>
+struct BitsLoad {
+  static constexpr uint32_t kLowest = 0;
+  FI_DEVICE explicit BitsLoad(uint32_t) {}
+  FI_DEVICE static bool valid(uint32_t) { return true; }
+  template <class Row>
+  FI_DEVICE uint64_t operator()(const Row& row, float, uint32_t index) const {
+    if constexpr (sizeof(T) == 4) return *reinterpret_cast<const uint32_t*>(row.plain.data + index);
+    else return *reinterpret_cast<const uint16_t*>(row.plain.data + index);
+  }
+  FI_DEVICE static T value(uint64_t bits) {
+    T value;
+    if constexpr (sizeof(T) == 4) *reinterpret_cast<uint32_t*>(&value) = uint32_t(bits);
+    else *reinterpret_cast<uint16_t*>(&value) = uint16_t(bits);
+    return value;
+  }
+};
+struct NoLeast {
+  FI_DEVICE uint32_t operator()(uint32_t) const { return 0; }
+};
+
 // Where a row's results go.
 template <typename T>
 struct TopKOutput {
@@ -89,9 +111,10 @@ struct TopKOutput {
       table += line * params.table_stride + (starts ? starts[row] : 0);
     }
   }
-  FI_DEVICE void write(uint32_t place, uint32_t index) const {
+  FI_DEVICE void write(uint32_t place, uint32_t index) const { write(place, index, params.values ? data[index] : T()); }
+  FI_DEVICE void write(uint32_t place, uint32_t index, T value) const {
     const int64_t at = row * params.k + place;
-    if (params.values) static_cast<T*>(params.values)[at] = data[index];
+    if (params.values) static_cast<T*>(params.values)[at] = value;
     if (params.raw) params.raw[at] = index;
     if (params.indices) {
       params.indices[at] = index;
@@ -112,27 +135,29 @@ struct TopKOutput {
 // The list's n elements in order; `put(place, index)` for the first k. Tags are made of indices here.
 template <int kThreads, class Shared, class Put>
 FI_DEVICE void rank_list(Shared& shared, uint32_t n, uint32_t k, uint32_t flip, Put&& put) {
-  if (few<kThreads>(n)) {
-    const int split = threads_for_each<kThreads>(n);
-    const uint32_t mine = threadIdx.x / split;
-    const uint32_t key = mine < n ? shared.key[mine] : 0, tag = mine < n ? shared.index[mine] ^ flip : 0;
-    uint32_t before = 0;
+  sort_network<kThreads>(n, [&](uint32_t a, uint32_t b) {
+    const uint32_t key_a = shared.key[a], key_b = shared.key[b], index_a = shared.index[a], index_b = shared.index[b];
+    if (ahead(key_b, index_b ^ flip, key_a, index_a ^ flip)) {
+      shared.key[a] = key_b;
+      shared.key[b] = key_a;
+      shared.index[a] = index_b;
+      shared.index[b] = index_a;
+    }
+  });
+  for (uint32_t i = threadIdx.x; i < k; i += kThreads) put(i, shared.index[i]);
+}
+
+// The n candidates: everyone is compared with everyone; `put(place, candidate)` for the first k.
+template <int kThreads, class Put>
+FI_DEVICE void rank_candidates(const Candidate* list, uint32_t n, uint32_t k, uint32_t flip, Put&& put) {
+  const uint32_t split = threads_for_each<kThreads>(n), mine = threadIdx.x / split, part = threadIdx.x % split;
+  const Candidate own = mine < n ? list[mine] : Candidate{0, 0, 0};
+  const uint32_t tag = own.index ^ flip;
+  uint32_t before = 0;
 #pragma unroll 4
-    for (uint32_t i = threadIdx.x % split; i < n; i += split) before += ahead(shared.key[i], shared.index[i] ^ flip, key, tag);
-    before = split_sum(before, split);
-    if (mine < n && threadIdx.x % split == 0 && before < k) put(before, tag ^ flip);
-  } else {
-    sort_network<kThreads>(n, [&](uint32_t a, uint32_t b) {
-      const uint32_t key_a = shared.key[a], key_b = shared.key[b], index_a = shared.index[a], index_b = shared.index[b];
-      if (ahead(key_b, index_b ^ flip, key_a, index_a ^ flip)) {
-        shared.key[a] = key_b;
-        shared.key[b] = key_a;
-        shared.index[a] = index_b;
-        shared.index[b] = index_a;
-      }
-    });
-    for (uint32_t i = threadIdx.x; i < k; i += kThreads) put(i, shared.index[i]);
-  }
+  for (uint32_t i = part; i < n; i += split) before += ahead(list[i].key, list[i].index ^ flip, own.key, tag);
+  before = split_sum(before, split);
+  if (mine < n && part == 0 && before < k) put(before, own);
 }
 
 // The k largest of a row with more than k elements, in index order: put(place, key, index). Keys below `low` are surely
@@ -225,7 +250,7 @@ FI_DEVICE void top_k(const TopKParams& params) {
   extern __shared__ __align__(1024) uint8_t smem[];
   Shared& shared = *reinterpret_cast<Shared*>(smem);
 
-  set_counters(shared);
+  set_counters<Shape>(shared);
   Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
@@ -238,25 +263,41 @@ FI_DEVICE void top_k(const TopKParams& params) {
   length = min_of(length, vocab - start);
   const T* data = static_cast<const T*>(params.input) + row_number * params.stride + start;
   const Row row({data, length, reinterpret_cast<uint64_t>(data) % 16 == 0}, Canonical{});
+  const bool all = length <= k && !(params.flags & kTopKSorted), first = Shape::rank() == 0;
+  const uint32_t size = all ? 0 : group_size<Row>(row.segments(), k);  // not 0: every CTA lists its candidates
+  const Tell tell = tell_of<Row>(size);
   Started<Shape> started;
-  summarise<Logits, true, false, Shape>(row, shared, false, started, NotHeld{});
-  if (Shape::rank() != 0) return;
-  Shape::receive(&shared.box[0], 0, summary_bytes<true>(row, false));
+  summarise<Logits, true, true, Shape>(row, shared, false, started, NotHeld{}, tell);
+  if (!first && size == 0) return;
+  Shape::receive(&shared.box[0], 0, summary_bytes<true>(row, false, tell, first));
 
   const TopKOutput<T> output(params, data, row_number);
-  if (length <= k && !(params.flags & kTopKSorted)) {  // all
+  if (all) {
     for (uint32_t i = threadIdx.x; i < k; i += Config::kThreads) {
       if (i < length) output.write(i, i);
       else output.pad(i);
     }
     return;
   }
-  const State state(row, shared);
   const bool large = (params.flags & kTopKLargeTies) != 0;
   const uint32_t flip = large ? 0 : 0xffffffffu;
-  uint32_t low = 0, listed = kWholeRow;
-  const bool bounded = length <= Shared::kList || lower_bound(state, k, low);
-  if (bounded) listed = gather<State, false>(row, low, state.top_key);
+  Bounds bounds = {0, 0};
+  if (size != 0) {
+    bounds = shortlist<Shape, BitsLoad<T>, false, Row, Shared>(row, size, k, NoLeast{});
+    if (!first) return;
+    const Candidate* list;
+    const uint32_t n = collect<Shape>(shared, list);
+    if (n != kWholeRow) {
+      rank_candidates<Config::kThreads>(list, n, k, flip, [&](uint32_t place, const Candidate& c) {
+        output.write(place, c.index, BitsLoad<T>::value(c.load));
+      });
+      return;
+    }
+  }
+  const State state(row, shared, size != 0 ? bounds.top : row_top(shared, row.segments()));
+  uint32_t low = bounds.low, listed = kWholeRow;
+  const bool bounded = size != 0 || length <= Shared::kList || lower_bound(state, k, low);
+  if (bounded) listed = gather<State>(row, low);
   if (listed <= Shared::kList) {
     rank_list<Config::kThreads>(shared, listed, k, flip, [&](uint32_t place, uint32_t index) { output.write(place, index); });
   } else if (k <= Shared::kList && (params.flags & kTopKSorted)) {

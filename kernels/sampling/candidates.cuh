@@ -13,12 +13,6 @@ struct Verdict {
   bool drawn;
 };
 
-// Comparing everything with everything is worth it for so many items.
-template <int kThreads>
-FI_DEVICE bool few(uint32_t n) {
-  return n <= kPairs && n * n <= 64 * kThreads;
-}
-
 // Every one of n items is compared with all by `split` threads: a power of two, so that n * split threads suffice.
 template <int kThreads>
 FI_DEVICE int threads_for_each(uint32_t n) {
@@ -51,47 +45,194 @@ FI_DEVICE uint32_t before(const uint32_t* counts, uint32_t& all) {
   return ptx::warp_sum_u32(lane_id() < warp_id() ? count : 0);
 }
 
-// A key that at least k elements reach: the k-th largest of the largest keys of segments, or of a power of two of blocks.
-// The more of those there are, the fewer elements reach it that are not among the k largest. False if there are too few.
-// shared.bound must be 0xffffffff, shared.inside 0, and a barrier behind that.
-template <class State>
-FI_DEVICE bool lower_bound(const State& state, uint32_t k, uint32_t& low) {
-  constexpr int kThreads = State::kThreads, kBlocks = State::Row::kBlocks;
-  auto& shared = state.shared;
-  const uint32_t segments = state.row.segments(), blocks = segments * kBlocks;
-  uint32_t groups = segments, size = kBlocks;
-  while (size > 1 && groups < 2 * k) {
+// How many blocks the groups have whose largest keys give a bound for the k largest elements: a power of two, and the more
+// groups there are, the fewer elements reach the k-th largest that are not among the k largest. 0: they would be too few.
+template <class Row>
+FI_DEVICE uint32_t group_size(uint32_t segments, uint32_t k) {
+  uint32_t size = Row::kBlocks, groups = segments;
+  while (groups > kPairs) {
+    groups = ceil_div(groups, 2u);
+    size *= 2;
+  }
+  while (size > 1 && groups < 2 * k && 2 * groups <= kPairs) {
     groups *= 2;
     size /= 2;
   }
-  if (k <= segments && !few<kThreads>(groups)) groups = segments;
-  if (k <= groups && (groups == segments || few<kThreads>(groups))) {
-    const uint32_t* keys = shared.top;
-    if (groups != segments) {
-      for (uint32_t g = threadIdx.x; g < groups; g += kThreads) {
-        uint32_t key = 0;
-        for (uint32_t b = 0; b < size; ++b) key = max_of(key, shared.block_top[g * size + b]);
-        shared.bins[g] = key;
-      }
-      keys = shared.bins;
-      __syncthreads();  // the groups' keys are known
+  return k <= min_of(groups, kPairs / 8 * 5) ? size : 0;
+}
+// What the CTAs have to know for that.
+template <class Row>
+FI_DEVICE Tell tell_of(uint32_t size) {
+  return size == 0 ? Tell::kNothing : size < Row::kBlocks ? Tell::kBlockTops : Tell::kTops;
+}
+
+struct Bounds {
+  uint32_t low, top;
+};
+
+// The k-th largest of the groups' largest keys, which at least k elements reach, and the largest. Every CTA for itself.
+template <int kThreads, class Row, class Shared>
+FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, uint32_t k) {
+  constexpr uint32_t kBlocks = Row::kBlocks, kWarps = kThreads / 32;
+  static_assert(kThreads >= kPairs && kWarps <= 32);
+  const uint32_t* keys = shared.top;
+  uint32_t groups = segments;
+  if (size != kBlocks) {
+    const bool parts = size < kBlocks;
+    const uint32_t* const of = parts ? shared.block_top : shared.top;
+    const uint32_t each = parts ? size : size / kBlocks, all = parts ? segments * kBlocks : segments;
+    groups = ceil_div(all, each);
+    if (threadIdx.x < groups) {
+      uint32_t key = 0;
+      for (uint32_t i = threadIdx.x * each; i < min_of(threadIdx.x * each + each, all); ++i) key = max_of(key, of[i]);
+      shared.bins[threadIdx.x] = key;
     }
-    const int split = threads_for_each<kThreads>(groups);
-    const uint32_t mine = threadIdx.x / split;
-    const uint32_t key = mine < groups ? keys[mine] : 0;
-    uint32_t ranks = 0;  // larger ones; and in the upper half, equal ones
-#pragma unroll 4
-    for (uint32_t i = threadIdx.x % split; i < groups; i += split) {
-      const uint32_t other = keys[i];
-      ranks += other > key ? 1 : other == key ? 1 << 16 : 0;
-    }
-    ranks = split_sum(ranks, split);
-    const uint32_t larger = ranks & 0xffff;
-    if (mine < groups && larger < k && k <= larger + (ranks >> 16)) shared.bound = key;  // all the same one
-    __syncthreads();  // the bound is known
-    low = shared.bound;
-    return true;
+    keys = shared.bins;
+    __syncthreads();  // the groups' keys are known
   }
+  const uint32_t split = threads_for_each<kThreads>(groups);
+  const uint32_t mine = threadIdx.x / split, part = threadIdx.x % split;
+  const uint32_t key = mine < groups ? keys[mine] : 0;
+  uint32_t larger = 0;
+#pragma unroll 4
+  for (uint32_t i = part; i < groups / 4; i += split) {
+    const uint4 others = reinterpret_cast<const uint4*>(keys)[i];
+    larger += (others.x > key) + (others.y > key) + (others.z > key) + (others.w > key);
+  }
+  for (uint32_t i = groups / 4 * 4 + part; i < groups; i += split) larger += keys[i] > key;
+  larger = split_sum(larger, split);
+  // The k-th largest is the smallest of those that fewer than k are larger than.
+  uint2* const of_warps = reinterpret_cast<uint2*>(shared.kept_mass);
+  const uint32_t least = ptx::warp_min_u32(mine < groups && larger < k ? key : 0xffffffffu), most = ptx::warp_max_u32(key);
+  if (lane_id() == 0) of_warps[warp_id()] = make_uint2(least, most);
+  __syncthreads();  // the warps' bounds are known
+  const uint2 other = lane_id() < kWarps ? of_warps[lane_id()] : make_uint2(0xffffffffu, 0);
+  return {ptx::warp_min_u32(other.x), ptx::warp_max_u32(other.y)};
+}
+
+// What candidates carry: their mass,
+template <class Domain>
+struct MassLoad {
+  typename Domain::Ref ref;
+  static constexpr uint32_t kLowest = Domain::kNothing + 1;  // what has no mass is never a candidate
+  FI_DEVICE explicit MassLoad(uint32_t top_key) : ref(Domain::ref(value_of(top_key))) {}
+  FI_DEVICE static bool valid(uint32_t top_key) { return top_key <= kInfKey && Domain::valid(value_of(top_key)); }
+  template <class Row>
+  FI_DEVICE uint64_t operator()(const Row&, float x, uint32_t) const {
+    return Domain::mass(x, ref);
+  }
+};
+
+// Every warp lists what reaches a bound in its own segments, for the first CTA: the k-th largest of the groups' largest
+// keys, or (k = 0) `least(top)`. In no order. With kKeeps every CTA also has its own candidates. Behind the summary; not
+// inlined, as `search`. The shared memory is the dynamic one.
+template <class Shape, class Load, bool kKeeps, class Row, class Shared, class Least>
+__device__ __noinline__ Bounds shortlist(Row row, uint32_t size, uint32_t k, Least least) {
+  constexpr int kBlocks = Row::kBlocks, kPer = Row::kPer, kStep = Shape::kStep;
+  constexpr int kTogether = 32 / kBlocks;  // segments whose blocks a warp looks at together, a lane a block
+  constexpr int kFlight = 16 / kPer;       // loads of a thread that are on their way together
+  constexpr uint32_t kRoom = Shared::room(Shape::kCluster);
+  static_assert(kFlight <= 4 && Shared::kSelects);
+  extern __shared__ __align__(1024) uint8_t smem[];
+  Shared& shared = *reinterpret_cast<Shared*>(smem);
+  const uint32_t segments = row.segments(), rank = Shape::rank();
+  Bounds bounds = group_bounds<Shape::kThreads, Row>(shared, segments, size, k);
+  if (!Load::valid(bounds.top)) return bounds;
+  bounds.low = max_of(k ? bounds.low : least(bounds.top), Load::kLowest);
+  const Load load(bounds.top);
+  uint32_t sent = 0, listed = 0;
+  bool full = false;
+#pragma unroll 1
+  for (uint32_t first = Shape::first(); first < segments && !full; first += kTogether * kStep) {
+    const uint32_t own = first + lane_id() / kBlocks * kStep;
+    uint32_t taken =
+        __ballot_sync(kFullMask, own < segments && shared.block_top[own * kBlocks + lane_id() % kBlocks] >= bounds.low);
+#pragma unroll 1
+    while (taken && !full) {
+      float v[kFlight][kPer];
+      uint32_t left[kFlight], blocks = 0;  // elements from this lane's on; a byte each
+#pragma unroll
+      for (int f = 0; f < kFlight; ++f) {
+        const uint32_t next = taken ? __ffs(taken) - 1 : 32, block = (first + next / kBlocks * kStep) * kBlocks + next % kBlocks;
+        taken &= taken - 1;
+        blocks |= next << (8 * f);
+        const uint32_t at = block * Row::kBlock + lane_id() * kPer;
+        if (next < 32) row.load_at(at, v[f]);
+        left[f] = next < 32 && at < row.vocab ? row.vocab - at : 0;
+      }
+      uint32_t marks = 0;
+#pragma unroll
+      for (int f = 0; f < kFlight; ++f) {
+#pragma unroll
+        for (int j = 0; j < kPer; ++j)
+          marks |= uint32_t(j < left[f] && key_of(v[f][j]) >= bounds.low) << (f * kPer + j);
+      }
+      if (marks) {
+        uint32_t place = atomicAdd(&shared.count, __popc(marks));
+        listed += __popc(marks);
+        for (; marks; marks &= marks - 1, ++place) {
+          const uint32_t bit = __ffs(marks) - 1, next = blocks >> (bit / kPer * 8) & 0xff;
+          const uint32_t block = (first + next / kBlocks * kStep) * kBlocks + next % kBlocks;
+          const uint32_t index = block * Row::kBlock + lane_id() * kPer + bit % kPer;
+          full = place >= kRoom;
+          if (full) break;
+          const float x = row.at(index);  // once more: registers are short
+          const uint64_t its = load(row, x, index);
+          const uint4 made = make_uint4(key_of(x), index, uint32_t(its), uint32_t(its >> 32));
+          if (kKeeps && rank != 0) *reinterpret_cast<uint4*>(shared.candidates() + place) = made;
+          Shape::post(reinterpret_cast<uint4*>(shared.candidates() + rank * kRoom + place), made, &shared.box[2], 0);
+          ++sent;
+        }
+      }
+      full = __any_sync(kFullMask, full);
+    }
+  }
+  if constexpr (Shape::kCluster > 1) {
+    sent = ptx::warp_sum_u32(sent);
+    listed = ptx::warp_sum_u32(listed);
+    if (lane_id() == 0) {
+      Shape::add(&shared.found[rank], listed, &shared.box[2], 0);
+      ptx::mailbox_announce(&shared.box[2], 16 * sent + 8, 0);
+    }
+  }
+  return bounds;
+}
+
+// How many candidates there are, or kWholeRow if they are too many; they lie at `list`. In the first CTA.
+template <class Shape, class Shared>
+FI_DEVICE uint32_t collect(Shared& shared, const Candidate*& list) {
+  constexpr uint32_t kRoom = Shared::room(Shape::kCluster);
+  list = shared.candidates();
+  if constexpr (Shape::kCluster == 1) {
+    __syncthreads();  // candidates are complete
+    return shared.count <= kRoom ? shared.count : kWholeRow;
+  } else {
+    ptx::mailbox_wait(&shared.box[2], 0);
+    uint32_t n = 0, from = 0;
+    bool fits = true;
+#pragma unroll
+    for (uint32_t r = 0; r < Shape::kCluster; ++r) {
+      const uint32_t found = uint32_t(shared.found[r]);
+      fits = fits && found <= kRoom;
+      if (threadIdx.x >= n) from = r * kRoom + threadIdx.x - n;
+      n += found;
+    }
+    if (!fits || n > kPairs) return kWholeRow;
+    Candidate* const dense = reinterpret_cast<Candidate*>(shared.bins);
+    if (threadIdx.x < n) dense[threadIdx.x] = list[from];
+    list = dense;
+    __syncthreads();  // candidates follow each other
+    return n;
+  }
+}
+
+// A key that at least k elements reach, for larger k, by a histogram of the blocks' largest keys. False if they are too
+// few. shared.bound must be 0xffffffff, shared.inside 0, and a barrier behind that.
+template <class State>
+FI_DEVICE bool lower_bound(const State& state, uint32_t k, uint32_t& low) {
+  constexpr int kThreads = State::kThreads;
+  auto& shared = state.shared;
+  const uint32_t blocks = state.row.segments() * State::Row::kBlocks;
   if (k > blocks - blocks / 4) return false;
   uint32_t least = 0xffffffffu, count = 0;
   for (uint32_t b = threadIdx.x; b < blocks; b += kThreads) {
@@ -119,13 +260,11 @@ FI_DEVICE bool lower_bound(const State& state, uint32_t k, uint32_t& low) {
   return true;
 }
 
-// List every element with a key of at least `low`, in index order, and (kMasses) the masses of the first kPairs. Returns
-// how many; more than the list holds if it overflows. The State's shared memory is the dynamic one. Not inlined, as
-// `search`.
-template <class State, bool kMasses>
-__device__ __noinline__ uint32_t gather(typename State::Row row, uint32_t low, uint32_t top_key) {
+// List every element with a key of at least `low`, in index order. Returns how many; more than the list holds if it
+// overflows. The State's shared memory is the dynamic one. Not inlined, as `search`.
+template <class State>
+__device__ __noinline__ uint32_t gather(typename State::Row row, uint32_t low) {
   using Row = typename State::Row;
-  using Domain = typename State::Domain;
   constexpr int kPer = Row::kPer, kWarps = State::kThreads / 32, kList = State::Shared::kList;
   constexpr int kFlight = 16 / kPer;   // loads of a thread that are on their way together
   constexpr int kBits = 16;            // of a count of a block's elements, packed
@@ -204,78 +343,78 @@ __device__ __noinline__ uint32_t gather(typename State::Row row, uint32_t low, u
         ++place;
       }
     }
-    if constexpr (kMasses) {
-      __syncwarp();
-      const auto ref = Domain::ref(value_of(top_key));
-      for (uint32_t i = base + lane_id(); i < min_of(base + count, kPairs); i += 32)
-        shared.mass[i] = Domain::mass(value_of(shared.key[i]), ref);
-    }
   }
   __syncthreads();  // the list is complete
   return total;
 }
 
-// A short list with its masses: everyone is compared with everyone, and warp 0 adds up what is kept, in order, and draws
-// from it (kDraws). The State's shared memory is the dynamic one. Not inlined, as `search`.
-template <class State, bool kDraws>
-__device__ __noinline__ Verdict settle(typename State::Row row, uint32_t top_key, uint32_t n, FilterArgs args,
-                                       uint64_t total, uint64_t random) {
+// The candidates, if they are few: everyone is compared with everyone, and warp 0 adds up what is kept, in index order, and
+// draws from it (kDraws). The State's shared memory is the dynamic one. Not inlined, as `search`.
+template <class State, class Shape, bool kDraws>
+__device__ __noinline__ Verdict settle(uint32_t top_key, FilterArgs args, uint64_t total) {
   using Domain = typename State::Domain;
   constexpr int kThreads = State::kThreads;
   extern __shared__ __align__(1024) uint8_t smem[];
   auto& shared = *reinterpret_cast<typename State::Shared*>(smem);
-  const uint64_t* const mass = shared.mass;
-  uint64_t* const kept_mass = shared.kept_mass;
-  const int split = threads_for_each<kThreads>(n);
+  Verdict verdict = {0, 0, 0, false};
+  const Candidate* list;
+  const uint32_t n = collect<Shape>(shared, list);
+  if (n == kWholeRow) return verdict;
+  uint32_t* const order_key = shared.bins + 4 * kPairs;  // behind the candidates
+  uint32_t* const order_index = order_key + kPairs;
+  const uint32_t split = threads_for_each<kThreads>(n);
   const uint32_t mine = threadIdx.x / split, part = threadIdx.x % split;
   const bool there = mine < n;
-  const uint32_t key = there ? shared.key[mine] : 0;
-  uint32_t ranks = 0;  // larger ones; and in the upper half, equal ones
+  const Candidate own = there ? list[mine] : Candidate{0, 0, 0};
+  uint32_t ranks = 0;  // ten bits each: larger ones, equal ones, and those of smaller indices
   uint64_t above = 0;
 #pragma unroll 4
   for (uint32_t i = part; i < n; i += split) {
-    const uint32_t other = shared.key[i];
-    ranks += other > key ? 1 : other == key ? 1 << 16 : 0;
-    above += other > key ? mass[i] : 0;
+    const Candidate other = list[i];
+    ranks += other.key > own.key ? 1 : other.key == own.key ? 1 << 10 : 0;
+    ranks += other.index < own.index ? 1 << 20 : 0;
+    above += other.key > own.key ? other.load : 0;
   }
   ranks = split_sum(ranks, split);
-  const uint32_t larger = ranks & 0xffff, equal = ranks >> 16, k = min_of(args.top_k, n);
+  const uint32_t larger = ranks & 0x3ff, equal = ranks >> 10 & 0x3ff, place = ranks >> 20, k = min_of(args.top_k, n);
   bool kept = there && larger < k;
-  const uint64_t own = kept ? mass[mine] : 0;
   if (args.has_top_p()) {
     above = split_sum(above, split);
     if (!args.joint) {
-      if (kept && k <= larger + equal) shared.above = above + equal * own;  // all the same: those on the k-th place
+      if (kept && k <= larger + equal) shared.above = above + equal * own.load;  // all the same: those on the k-th place
       __syncthreads();  // the mass of what top-k keeps is known
       total = shared.above;
     }
     kept = kept && above < args.target<Domain>(total, Domain::ref(value_of(top_key)));
   }
-  kept = kept && key >= args.least;
-  if (there && part == 0) kept_mass[mine] = kept ? own : 0;
-  if (there && part == 0) shared.bins[mine] = kept ? key : 0xffffffffu;
+  kept = kept && own.key >= args.least;
+  if (there && part == 0) {
+    shared.kept_mass[place] = kept ? own.load : 0;
+    order_key[place] = kept ? own.key : 0xffffffffu;
+    order_index[place] = own.index;
+  }
   __syncthreads();  // kept masses are complete
-  Verdict verdict = {0, 0, 0, true};
+  verdict.drawn = true;
   if (warp_id() != 0) return verdict;
   const uint32_t each = ceil_div(n, 32u), first = lane_id() * each, end = min_of(first + each, n);
   uint64_t sum = 0;
   uint32_t lowest = 0xffffffffu;
   for (uint32_t i = first; i < end; ++i) {
-    sum += kept_mass[i];
-    lowest = min_of(lowest, shared.bins[i]);
+    sum += shared.kept_mass[i];
+    lowest = min_of(lowest, order_key[i]);
   }
-  verdict.threshold = ptx::warp_min_u32(lowest);
+  if constexpr (!kDraws) verdict.threshold = ptx::warp_min_u32(lowest);
   uint64_t until = warp_scan(sum);
   verdict.total = __shfl_sync(kFullMask, until, 31);
   if constexpr (kDraws) {
-    const uint64_t target = __umul64hi(random, verdict.total);
+    const uint64_t target = __umul64hi(shared.random, verdict.total);
     uint32_t token = 0;
     if (until - sum <= target && target < until) {  // one lane
       until -= sum;
       for (uint32_t i = first; i < end; ++i) {
-        until += kept_mass[i];
+        until += shared.kept_mass[i];
         if (target >= until) continue;
-        token = shared.index[i] + 1;
+        token = order_index[i] + 1;
         break;
       }
     }

@@ -48,7 +48,10 @@ FI_DEVICE void cluster_wait() { emulator::cluster_wait(); }
 _MAILBOX = """#pragma once
 #include "ptx/cluster.cuh"
 namespace fi::ptx {
-FI_DEVICE void mailbox_open(uint64_t* box) { *box = 0; }
+FI_DEVICE void mailbox_open(uint64_t* box, uint32_t senders = 1) { emulator::mailbox_open(box, senders); }
+FI_DEVICE void mailbox_announce(uint64_t* box, uint32_t bytes, uint32_t rank) {
+  emulator::mailbox_announce(box, bytes, rank);
+}
 FI_DEVICE void mailbox_expect(uint64_t* box, uint32_t bytes) { emulator::mailbox_expect(box, bytes); }
 FI_DEVICE void mailbox_wait(uint64_t* box, uint32_t parity) { emulator::mailbox_wait(box, parity); }
 template <typename T>
