@@ -323,7 +323,8 @@ def filter_spec(
 def renorm_spec(dtype: DType, room: int = 256, shape: LaunchShape = NARROW) -> KernelSpec:
     """Probabilities after top-p alone, renormalised."""
     steps = shape.cluster * shape.threads // 32
-    size = 24 * steps + 8 * shape.cluster + 288 + 8 * 2048 // shape.cluster + 4 * 4096  # sizeof(RenormShared)
+    size = 32 * steps + 16 * shape.cluster + 296  # sizeof(RenormShared)
+    size = -(-size // 16) * 16 + 8 * 2048 // shape.cluster + 4 * 4096 + 8 * steps + 4
     size = -(-size // 16) * 16
     return KernelSpec(
         symbol=f"renorm_top_p_{dtype.tag}_s{room}_{shape.tag}",

@@ -95,5 +95,18 @@ FI_DEVICE void post_add(uint64_t* at, uint64_t value, uint64_t* box, uint32_t ra
       : "memory");
 #endif
 }
+FI_DEVICE void post_add(uint32_t* at, uint32_t value, uint64_t* box, uint32_t rank) {
+#if FI_ARCH >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, counter;\n"
+      "mapa.shared::cluster.u32 there, %0, %3;\n"
+      "mapa.shared::cluster.u32 counter, %2, %3;\n"
+      "red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [there], %1, [counter];\n"
+      "}" ::"r"(smem_address(at)),
+      "r"(value), "r"(smem_address(box)), "r"(rank)
+      : "memory");
+#endif
+}
 
 }  // namespace fi::ptx

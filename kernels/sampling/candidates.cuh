@@ -191,7 +191,7 @@ __device__ __noinline__ Bounds shortlist(Row row, uint32_t size, uint32_t k, Lea
     sent = ptx::warp_sum_u32(sent);
     listed = ptx::warp_sum_u32(listed);
     if (lane_id() == 0) {
-      Shape::add(&shared.found[rank], listed, &shared.box[2], 0);
+      Shape::add(&shared.found[rank], uint64_t(listed), &shared.box[2], 0);
       ptx::mailbox_announce(&shared.box[2], 16 * sent + 8, 0);
     }
   }

@@ -1,14 +1,15 @@
 // Rows of probabilities after top-p: what it rejects at 0 and the rest divided by its sum.
 // A cluster of kCluster CTAs (1 below sm_90) of kThreads computes one row; grid = rows * kCluster. The row stays on chip
 // (kHold: a warp's last segment in its registers, the others in shared memory; without, all but the last are read again).
-// The threshold is found by all CTAs together: every one adds its masses to a histogram, the histograms are added up where
-// each CTA has a share of the bins, and the bin that the target falls into is divided again, until it holds one value:
-// three rounds, whatever the row looks like.
+// The threshold is found by all CTAs together: while the row is read, every one adds its masses to a histogram, the
+// histograms are added up where each CTA has a share of the bins, and of the bin that the target falls into, every CTA
+// gets all elements and compares them. If they are many, or the row does not sum to about 1, the bins of more histograms
+// divide the range until it holds one value: two or three rounds, whatever the row looks like.
 // Shared memory (dynamic): RenormShared, and the held segments as T. Bytes moved: rows * vocab * 2 * sizeof(T), without
 // kHold another sizeof(T). Architecture: any; clusters need sm_90.
 #pragma once
 #include "ptx/pdl.cuh"
-#include "sampling/filters.cuh"
+#include "sampling/candidates.cuh"
 #include "sampling/parameters.cuh"
 
 namespace fi {
@@ -20,12 +21,28 @@ struct alignas(16) RenormShared {
   uint64_t part_sum[2][Shape::kStep];  // a warp of the cluster: the mass of what it read, and the largest key
   uint64_t share_sum[Shape::kCluster];
   uint64_t found[2];  // the bin, and the mass from the top to its end
+  uint64_t part_inside[Shape::kStep], part_range[Shape::kStep];  // a warp: mass, largest and smallest bits of its bin
+  uint64_t listed[Shape::kCluster];  // elements of the bin in each CTA
   uint64_t warp_sum[32];
-  uint64_t box[2];
-  uint64_t own[kBins / Shape::kCluster];  // of this CTA's share of the bins, the cluster's sums
-  uint32_t bins[2 * kBins];
+  uint64_t box[3];
+  alignas(16) uint64_t own[kBins / Shape::kCluster];  // of this CTA's share of the bins, the cluster's sums
+  alignas(16) uint32_t bins[2 * kBins];  // later the elements of the bin
   uint32_t part_top[2][Shape::kStep];
+  uint32_t count;
+
+  static constexpr uint32_t kRoom = 2 * kPairs / Shape::kCluster < kPairs ? 2 * kPairs / Shape::kCluster : kPairs;
+  FI_DEVICE Candidate* mail() { return reinterpret_cast<Candidate*>(bins); }                // kRoom a CTA
+  FI_DEVICE Candidate* dense() { return reinterpret_cast<Candidate*>(bins) + 2 * kPairs; }  // kPairs
+  FI_DEVICE uint32_t* own_list() { return bins + 12 * kPairs; }                             // kRoom
 };
+
+// The bins of the first histogram: 128 for each power of two, from 2 down; the last one has all that is smaller.
+constexpr int kFirstBins = 2 * kBins, kFirstShift = 16, kFirstTop = 0x3fffffff;
+// Its rough masses: their sum fits 32 bits if the row's mass is less than 2.
+constexpr int kRoughBits = 31;
+// It has only what may be kept if the row's mass is at least
+constexpr float kLeastTotal = 0.995f;
+FI_DEVICE uint32_t first_bin(int bits) { return min_of(uint32_t(kFirstTop - bits) >> kFirstShift, uint32_t(kFirstBins - 1)); }
 
 // The exchanges of a cluster take the two mailboxes in turn: everyone is at most one ahead.
 template <class Shape>
@@ -39,6 +56,161 @@ struct Exchange {
     ++number;
   }
 };
+
+}  // namespace sampling
+
+namespace sampling {
+
+// What is known of the threshold: it is the smallest key of what is kept, of which `total` is the mass (found), or lies
+// between two keys.
+struct Threshold {
+  bool found;
+  uint32_t low, high;
+  uint64_t total;
+};
+
+// The bins of the first histogram that the target may fall into, from the row's largest element on: the masses are
+// rounded down, by less than one for every element. {most, least}. `from`, `count`: the bins to look at.
+template <class Shape>
+FI_DEVICE uint2 find_bins(RenormShared<Shape>& shared, Exchange<Shape>& exchange, uint32_t from, uint32_t count,
+                          uint64_t target, uint32_t vocab) {
+  constexpr int kThreads = Shape::kThreads, kCluster = Shape::kCluster;
+  constexpr int kOwn = ceil_div(kFirstBins / kCluster, kThreads);
+  uint32_t* const own_bins = reinterpret_cast<uint32_t*>(shared.own);
+  const uint32_t share = ceil_div(count, uint32_t(kCluster));
+  for (uint32_t i = threadIdx.x; i < share * kCluster; i += kThreads)
+    Shape::add(&own_bins[i % share], i < count ? shared.bins[from + i] : 0u, exchange.box(), i / share);
+  exchange.receive(4 * share * kCluster);
+  uint32_t own[kOwn], mine = 0;
+  uint64_t of_share, all = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const uint32_t bin = threadIdx.x * kOwn + i;
+    own[i] = bin < share ? own_bins[bin] : 0;
+    if (bin < share) own_bins[bin] = 0;
+    mine += own[i];
+  }
+  uint64_t before = block_scan<kThreads>(mine, shared.warp_sum, of_share) - mine;
+  if (threadIdx.x < kCluster) Shape::post(&shared.share_sum[Shape::rank()], of_share, exchange.box(), threadIdx.x);
+  exchange.receive(8 * kCluster);
+#pragma unroll
+  for (uint32_t r = 0; r < kCluster; ++r) {
+    const uint64_t other = shared.share_sum[r];
+    before += r < Shape::rank() ? other : 0;
+    all += other;
+  }
+  const uint64_t most = (target + (1u << (kMassBits - kRoughBits)) - 1) >> (kMassBits - kRoughBits);
+  const uint64_t least = most > vocab ? most - vocab : 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const uint32_t bin = Shape::rank() * share + threadIdx.x * kOwn + i;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const uint64_t goal = which == 0 ? most : least;
+      if (before < goal && goal <= before + own[i]) {  // one bin of one thread
+#pragma unroll 1
+        for (uint32_t r = 0; r < kCluster; ++r) Shape::post(&shared.found[which], uint64_t(bin), exchange.box(), r);
+      }
+    }
+    before += own[i];
+  }
+  exchange.receive(8 * ((most <= all) + (0 < least && least <= all)));
+  return make_uint2(most <= all ? uint32_t(shared.found[0]) : count - 1,
+                    least == 0 ? 0 : least <= all ? uint32_t(shared.found[1]) : count - 1);
+}
+
+// The elements between two keys are told to all CTAs, and compared there. `visit(f)`: f(value) for all that the warp has.
+template <class Shape, class Domain, class Visit>
+FI_DEVICE Threshold compare_range(RenormShared<Shape>& shared, typename Domain::Ref ref, uint32_t low, uint32_t high,
+                                  uint64_t target, Visit&& visit) {
+  constexpr int kThreads = Shape::kThreads, kCluster = Shape::kCluster, kStep = Shape::kStep, kWarps = Shape::kWarps;
+  constexpr uint32_t kRoom = RenormShared<Shape>::kRoom;
+  const float least_value = value_of(low), most_value = value_of(high);
+  uint64_t above = 0, inside = 0;
+  uint32_t least = 0xffffffffu, most = 0;
+  visit([&](float x) {
+    if (x < least_value) return;
+    const uint64_t mass = Domain::mass(x, ref);
+    if (x > most_value) {
+      above += mass;
+    } else {
+      inside += mass;
+      const uint32_t key = key_of(x), place = atomicAdd(&shared.count, 1u);
+      least = min_of(least, key);
+      most = max_of(most, key);
+      if (place < kRoom) shared.own_list()[place] = key;
+    }
+  });
+  above = ptx::warp_sum_u64(above);
+  inside = ptx::warp_sum_u64(inside);
+  const uint64_t range = uint64_t(ptx::warp_max_u32(most)) << 32 | ptx::warp_min_u32(least);
+  if (lane_id() < kCluster) {
+    const uint32_t warp = Shape::first();
+    Shape::post(&shared.part_sum[0][warp], above, &shared.box[2], lane_id());
+    Shape::post(&shared.part_inside[warp], inside, &shared.box[2], lane_id());
+    Shape::post(&shared.part_range[warp], range, &shared.box[2], lane_id());
+  }
+  __syncthreads();  // this CTA's list is complete
+  const uint32_t mine = min_of(shared.count, kRoom), rank = Shape::rank();
+  for (uint32_t i = threadIdx.x; i < mine * kCluster; i += kThreads) {
+    const uint32_t key = shared.own_list()[i / kCluster];
+    const uint64_t mass = Domain::mass(value_of(key), ref);
+    Shape::post(reinterpret_cast<uint4*>(shared.mail() + rank * kRoom + i / kCluster),
+                make_uint4(key, 0, uint32_t(mass), uint32_t(mass >> 32)), &shared.box[2], i % kCluster);
+  }
+  if (threadIdx.x < kCluster) {
+    Shape::post(&shared.listed[rank], uint64_t(shared.count), &shared.box[2], threadIdx.x);
+    if constexpr (kCluster > 1) ptx::mailbox_announce(&shared.box[2], 24 * kWarps + 8 + 16 * mine, threadIdx.x);
+  }
+  if constexpr (kCluster > 1) ptx::mailbox_wait(&shared.box[2], 0);
+  else __syncthreads();  // this CTA's mail is complete
+  above = inside = 0;
+  least = 0xffffffffu;
+  most = 0;
+  for (int w = lane_id(); w < kStep; w += 32) {
+    above += shared.part_sum[0][w];
+    inside += shared.part_inside[w];
+    least = min_of(least, uint32_t(shared.part_range[w]));
+    most = max_of(most, uint32_t(shared.part_range[w] >> 32));
+  }
+  above = ptx::warp_sum_u64(above);
+  inside = ptx::warp_sum_u64(inside);
+  least = ptx::warp_min_u32(least);
+  most = ptx::warp_max_u32(most);
+  if (least == most) return {above < target, least, high, above + inside};  // ties: all or nothing
+  uint32_t n = 0, from = 0;
+  bool fits = true;
+#pragma unroll
+  for (uint32_t r = 0; r < kCluster; ++r) {
+    const uint32_t of = uint32_t(shared.listed[r]);
+    fits = fits && of <= kRoom;
+    if (threadIdx.x >= n) from = r * kRoom + threadIdx.x - n;
+    n += of;
+  }
+  if (!fits || n > kPairs) return {false, low, high, 0};
+  Candidate* const list = shared.dense();
+  if (threadIdx.x < n) list[threadIdx.x] = shared.mail()[from];
+  __syncthreads();  // elements follow each other
+  const uint32_t split = threads_for_each<kThreads>(n), own = threadIdx.x / split, part = threadIdx.x % split;
+  const uint32_t key = own < n ? list[own].key : 0;
+  uint64_t before = 0;
+#pragma unroll 4
+  for (uint32_t i = part; i < n; i += split) before += list[i].key > key ? list[i].load : 0;
+  before = split_sum(before, split) + above;
+  const bool kept = own < n && before < target;
+  const uint32_t lowest = ptx::warp_min_u32(kept ? key : 0xffffffffu);
+  const uint64_t mass = ptx::warp_sum_u64(kept && part == 0 ? list[own].load : 0);
+  uint32_t* const lowest_of = shared.own_list();
+  if (lane_id() == 0) {
+    shared.warp_sum[warp_id()] = mass;
+    lowest_of[warp_id()] = lowest;
+  }
+  __syncthreads();  // the warps' parts are known
+  const bool there = lane_id() < kWarps;
+  const uint32_t threshold = ptx::warp_min_u32(there ? lowest_of[lane_id()] : 0xffffffffu);
+  const uint64_t total = above + ptx::warp_sum_u64(there ? shared.warp_sum[lane_id()] : 0);
+  return {threshold != 0xffffffffu, threshold, high, total};
+}
 
 }  // namespace sampling
 
@@ -62,9 +234,14 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
   if (threadIdx.x == 0) {
     ptx::mailbox_open(&shared.box[0]);
     ptx::mailbox_open(&shared.box[1]);
+    ptx::mailbox_open(&shared.box[2], kCluster);
+    shared.count = 0;
   }
   for (int i = threadIdx.x; i < kShare; i += kThreads) shared.own[i] = 0;
+  for (int i = threadIdx.x; i < kFirstBins / 4; i += kThreads)
+    reinterpret_cast<uint4*>(shared.bins)[i] = make_uint4(0, 0, 0, 0);
   Shape::start();
+  if constexpr (kCluster > 1) __syncthreads();  // bins are clear
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
@@ -79,7 +256,10 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
   Block v[Row::kBlocks];
   Exchange<Shape> exchange{shared.box};
   Started<Shape> started;
-  uint32_t top = 0;
+  // All tokens lighter than `least_first` cannot fill the gap between a mass of kLeastTotal and the target.
+  const float gap = args.joint ? kLeastTotal - fmaxf(args.p, 0.f) : kLeastTotal * (1.f - args.p);
+  const float least_first = args.has_top_p() ? fmaxf(gap * (0.99f / float(vocab)), __int_as_float(1)) : FI_INF;
+  uint32_t top = 0, latest_bin = 0, bin_mass = 0;
   uint64_t sum = 0;
 #pragma unroll
   for (int b = 0; b < Row::kBlocks; ++b) {
@@ -93,8 +273,21 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
     if (s != last) held.put(s, v);
     uint4 keys;
     top = max_of(top, segment_top<false, Row>(v, keys));
-    each_value<Row>(v, [&](float x, int, int) { sum += Domain::mass(x); });
+    // A run of equal bins is added at once: ties would queue up at one bin.
+    each_value<Row>(v, [&](float x, int, int) {
+      const uint64_t mass = Domain::mass(x);
+      sum += mass;
+      if (x < least_first) return;
+      const uint32_t bin = first_bin(__float_as_int(x));
+      if (bin != latest_bin) {
+        if (bin_mass) atomicAdd(&shared.bins[latest_bin], bin_mass);
+        latest_bin = bin;
+        bin_mass = 0;
+      }
+      bin_mass += uint32_t(mass >> (kMassBits - kRoughBits));
+    });
   }
+  if (bin_mass) atomicAdd(&shared.bins[latest_bin], bin_mass);
   started.wait();
   // f(value) of everything that this warp has: the last segment, and the others in parts.
   auto visit = [&](auto&& f) {
@@ -150,7 +343,22 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
 
   const uint64_t target = args.has_top_p() ? args.target<Domain>(total, ref) : ~uint64_t(0);
   uint32_t threshold = valid ? key_of(-FI_INF) : 0xffffffffu;  // nothing is kept of an invalid row
-  if (valid && target <= total) {
+  Threshold known = {false, 0, 0, 0};
+  constexpr uint64_t kOne = uint64_t(1) << kMassBits;
+  if (valid && target <= total && ref.exponent == 0 && total < 2 * kOne && total >= uint64_t(double(kLeastTotal) * double(kOne))) {
+    __syncthreads();  // bins are complete
+    const uint32_t from = first_bin(int(top & 0x7fffffffu)), to = first_bin(__float_as_int(least_first));
+    const uint2 bins = find_bins(shared, exchange, from, to - from + 1, target, vocab);
+    const uint32_t last = from + bins.x;
+    known.low = last < kFirstBins - 1 ? uint32_t(kFirstTop) - ((last + 1) << kFirstShift) + 1 : 0;
+    known.low = max_of(known.low, __float_as_uint(least_first)) | 0x80000000u;
+    known.high = uint32_t(kFirstTop - ((from + bins.y) << kFirstShift)) | 0x80000000u;
+    known = compare_range<Shape, Domain>(shared, ref, known.low, known.high, target, visit);
+  }
+  if (known.found) {
+    threshold = known.low;
+    total = known.total;
+  } else if (valid && target <= total) {
     uint32_t lowest = key_of(0.f) + 1;
     // All tokens lighter than (total - target) / vocab together cannot fill the gap, so they are all rejected.
     const float light = __ull2float_rz(total - target) * (0.999f / float(vocab));
@@ -159,8 +367,8 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
     // have what lies above their range in bin 0; if the rough round was wrong, they start again with the whole range.
     const int down = max_of(33 - __clzll(total), 0);
     const float rough_unit = ref.second * __int_as_float((127 - down) << 23);
-    uint32_t low = lowest, high = top;
-    bool rough = true;
+    bool rough = known.high == 0;
+    uint32_t low = rough ? lowest : known.low, high = rough ? top : min_of(known.high, top);
 #pragma unroll 1
     for (;;) {
       const int bits = low < high ? 32 - __clz(high - low) : 0, most = rough ? kBinBits : kBinBits - 1;

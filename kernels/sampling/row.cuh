@@ -44,7 +44,8 @@ struct Shape {
     }
   }
   // The same, added to what is there.
-  FI_DEVICE static void add(uint64_t* at, uint64_t value, uint64_t* box, uint32_t rank) {
+  template <typename V>
+  FI_DEVICE static void add(V* at, V value, uint64_t* box, uint32_t rank) {
     if constexpr (kCluster > 1) {
       ptx::post_add(at, value, box, rank);
     } else {

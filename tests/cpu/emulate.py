@@ -56,9 +56,8 @@ FI_DEVICE void mailbox_expect(uint64_t* box, uint32_t bytes) { emulator::mailbox
 FI_DEVICE void mailbox_wait(uint64_t* box, uint32_t parity) { emulator::mailbox_wait(box, parity); }
 template <typename T>
 FI_DEVICE void post(T* at, T value, uint64_t* box, uint32_t rank) { emulator::post(at, value, box, rank, false); }
-FI_DEVICE void post_add(uint64_t* at, uint64_t x, uint64_t* box, uint32_t rank) {
-  emulator::post(at, x, box, rank, true);
-}
+template <typename T>
+FI_DEVICE void post_add(T* at, T x, uint64_t* box, uint32_t rank) { emulator::post(at, x, box, rank, true); }
 }
 """
 _REPLACED = [

@@ -225,7 +225,8 @@ inline void deliver(size_t i) {
   mail[i] = mail.back();
   mail.pop_back();
   if (m.cta->alive == 0) fail("mail for a CTA that has ended");
-  if (m.adds) *reinterpret_cast<uint64_t*>(m.at) += *reinterpret_cast<const uint64_t*>(m.value);
+  if (m.adds && m.size == 4) *reinterpret_cast<uint32_t*>(m.at) += *reinterpret_cast<const uint32_t*>(m.value);
+  else if (m.adds) *reinterpret_cast<uint64_t*>(m.at) += *reinterpret_cast<const uint64_t*>(m.value);
   else memcpy(m.at, m.value, m.size);
   mailbox_count(*reinterpret_cast<Box*>(m.box), -m.size);
 }
