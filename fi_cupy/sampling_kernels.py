@@ -73,8 +73,8 @@ _SPECULATIVE_PARAMS = ParamsStruct(
 )
 
 
-#: Shared memory for the segments that a CTA of softmax holds, bytes at most.
-MOST_HELD = 128 * 1024
+#: Shared memory for the segments that a CTA holds, bytes at most.
+MOST_HELD = 192 * 1024
 
 
 class LaunchShape(NamedTuple):
