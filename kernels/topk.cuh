@@ -185,17 +185,34 @@ FI_DEVICE void count_through(const State& state, uint32_t k, uint32_t low, bool 
     }
     return sum;
   };
+  // If nothing is larger than the k-th, k of the ties are enough, from the end that they are taken from.
+  const bool ties_only = kth == state.top_key;
+  if (threadIdx.x < segments) shared.sum[threadIdx.x] = 0;
+  if (threadIdx.x == 0) shared.inside = 0;
+  __syncthreads();  // counts are clear
 #pragma unroll 1
-  for (uint32_t s = warp_id(); s < segments; s += kThreads / 32) {
-    uint64_t sum = 0;
-#pragma unroll 4
-    for (int b = 0; b < Row::kBlocks; ++b) {
-      float v[kPer];
-      if (shared.block_top[s * Row::kBlocks + b] >= kth)
-        sum += count(s * kSegment + b * Row::kBlock + lane_id() * kPer, v);
+  for (uint32_t i = warp_id(); i < round_up(segments, uint32_t(kThreads / 32)); i += kThreads / 32) {
+    if (ties_only) {
+      const bool enough = shared.inside >= k;
+      __syncthreads();  // everyone has seen that
+      if (enough) break;
     }
-    sum = ptx::warp_sum_u64(sum);
-    if (lane_id() == 0) shared.sum[s] = sum;
+    const uint32_t s = large_ties ? segments - 1 - i : i;
+    uint64_t sum = 0;
+    if (i < segments) {
+#pragma unroll 4
+      for (int b = 0; b < Row::kBlocks; ++b) {
+        float v[kPer];
+        if (shared.block_top[s * Row::kBlocks + b] >= kth)
+          sum += count(s * kSegment + b * Row::kBlock + lane_id() * kPer, v);
+      }
+      sum = ptx::warp_sum_u64(sum);
+      if (lane_id() == 0) shared.sum[s] = sum;
+    }
+    if (ties_only) {
+      if (lane_id() == 0) atomicAdd(&shared.inside, uint32_t(sum));
+      __syncthreads();  // these segments are counted
+    }
   }
   __syncthreads();  // counts are complete
   uint64_t total;
@@ -208,6 +225,8 @@ FI_DEVICE void count_through(const State& state, uint32_t k, uint32_t low, bool 
 #pragma unroll 1
   for (uint32_t s = warp_id(); s < segments; s += kThreads / 32) {
     uint64_t before = shared.sum[s];
+    const uint64_t behind = s + 1 < segments ? shared.sum[s + 1] : total;
+    if (behind >> 32 == before >> 32 && (uint32_t(behind) <= first_tie || uint32_t(before) >= end_tie)) continue;
 #pragma unroll 1
     for (int b = 0; b < Row::kBlocks; ++b) {
       if (shared.block_top[s * Row::kBlocks + b] < kth) continue;
