@@ -93,7 +93,8 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
     if (size != 0) {
       bounds = shortlist<Shape, MassLoad<Domain>, Held::kKeeps, Row, Shared>(row, size, top_k ? args.top_k : 0,
                                                                             MinPBound<Domain>{args.min_p});
-      judged.listed = true;
+      judged.listed = !(top_k && args.top_k > 1 && bounds.low == bounds.top);
+      if (!judged.listed && MassLoad<Domain>::valid(bounds.top)) add_ties<Domain, Shape, Row, Shared>(row, bounds.top);
       if (!judged.first) return judged;
     }
   }
@@ -110,6 +111,10 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
     }
     uint32_t low = bounds.low, listed = kWholeRow;
     uint64_t total = 0;
+    if (size != 0 && !judged.listed) {  // ties
+      judged.verdict.threshold = state.top_key;
+      return judged;
+    }
     if (alone) state.correct_unit();
     if (alone || joint) total = state.total();
     if (size != 0) {

@@ -75,6 +75,7 @@ FI_DEVICE void sort_network(uint32_t n, Compare&& compare) {
 // What candidates carry here: the element's bits.
 template <typename T>
 struct BitsLoad {
+  static constexpr bool kTies = false;
   static constexpr uint32_t kLowest = 0;
   FI_DEVICE explicit BitsLoad(uint32_t) {}
   FI_DEVICE static bool valid(uint32_t) { return true; }

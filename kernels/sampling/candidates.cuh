@@ -114,6 +114,7 @@ FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, 
 template <class Domain>
 struct MassLoad {
   typename Domain::Ref ref;
+  static constexpr bool kTies = true;
   static constexpr uint32_t kLowest = Domain::kNothing + 1;  // what has no mass is never a candidate
   FI_DEVICE explicit MassLoad(uint32_t top_key) : ref(Domain::ref(value_of(top_key))) {}
   FI_DEVICE static bool valid(uint32_t top_key) { return top_key <= kInfKey && Domain::valid(value_of(top_key)); }
@@ -124,8 +125,9 @@ struct MassLoad {
 };
 
 // Every warp lists what reaches a bound in its own segments, for the first CTA: the k-th largest of the groups' largest
-// keys, or (k = 0) `least(top)`. In no order. With kKeeps every CTA also has its own candidates. Behind the summary; not
-// inlined, as `search`. The shared memory is the dynamic one.
+// keys, or (k = 0) `least(top)`. In no order. With kKeeps every CTA also has its own candidates. Nothing is listed if k
+// elements are ties of the largest (for a Load with kTies). Behind the summary; not inlined, as `search`. The shared memory
+// is the dynamic one.
 template <class Shape, class Load, bool kKeeps, class Row, class Shared, class Least>
 __device__ __noinline__ Bounds shortlist(Row row, uint32_t size, uint32_t k, Least least) {
   constexpr int kBlocks = Row::kBlocks, kPer = Row::kPer, kStep = Shape::kStep;
@@ -139,6 +141,7 @@ __device__ __noinline__ Bounds shortlist(Row row, uint32_t size, uint32_t k, Lea
   Bounds bounds = group_bounds<Shape::kThreads, Row>(shared, segments, size, k);
   if (!Load::valid(bounds.top)) return bounds;
   bounds.low = max_of(k ? bounds.low : least(bounds.top), Load::kLowest);
+  if (Load::kTies && k > 1 && bounds.low == bounds.top) return bounds;
   const Load load(bounds.top);
   uint32_t sent = 0, listed = 0;
   bool full = false;
