@@ -157,7 +157,7 @@ FI_DEVICE void sample(const SamplingParams& params) {
   const uint32_t output_row = Shape::row(), flags = params.flags;
   const int64_t index = params.indices ? read_index(params.indices, flags & kIndices64, output_row) : output_row;
   uint32_t token = 0;
-  bool nan = false, valid = false;
+  bool nan = false, valid = false, writes = threadIdx.x == 0;
   if (0 <= index && index < params.rows) {
     const PlainRow<T> plain{static_cast<const T*>(params.input) + index * params.stride, params.vocab,
                             (flags & kAlignedInput) != 0};
@@ -196,6 +196,7 @@ FI_DEVICE void sample(const SamplingParams& params) {
           token = draw<true>(state, 0, judged.random).token;
         } else if (judged.verdict.drawn) {
           token = judged.verdict.token;
+          writes = judged.verdict.mine;
         } else if (Filter::kMass || !judged.whole) {
           token = draw_apart<false, State>(row, state.top_key, judged.verdict.threshold, fresh(0)).token;
         } else {
@@ -206,7 +207,7 @@ FI_DEVICE void sample(const SamplingParams& params) {
   } else if (Shape::rank() != 0) {
     return;
   }
-  if (threadIdx.x == 0) {
+  if (writes) {
     write_index(params.output, flags & kIndices64, output_row, token);
     if (params.valid) params.valid[output_row] = valid;
     if (params.nan) params.nan[output_row] = nan;
@@ -271,10 +272,11 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   if (fills && judged.listed) __syncthreads();  // this CTA's candidates are complete, and its fill is written
   if (fills && judged.listed && shared.count <= Shared::room(Shape::kCluster)) {
     for (uint32_t i = threadIdx.x; i < shared.count; i += Config::kThreads) {
-      const Candidate candidate = shared.candidates()[i];
-      if (candidate.key < threshold) continue;
-      const float x = row.at(candidate.index);
-      output[candidate.index] = from_float<T>(kMask ? x : quotient(x));
+      const uint64_t candidate = shared.candidates()[i];
+      const uint32_t key = uint32_t(candidate), index = uint32_t(candidate >> 32);
+      if (key < threshold) continue;
+      const float x = key == key_of(0.f) ? row.at(index) : value_of(key);  // the sign of 0 is not in its key
+      output[index] = from_float<T>(kMask ? x : quotient(x));
     }
     return;
   }

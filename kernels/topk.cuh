@@ -72,24 +72,13 @@ FI_DEVICE void sort_network(uint32_t n, Compare&& compare) {
   __syncthreads();  // the order is complete
 }
 
-// What candidates carry here: the element's bits.
-template <typename T>
-struct BitsLoad {
+// What candidates are compared by: their order in the result.
+struct OrderLoad {
   static constexpr bool kTies = false;
   static constexpr uint32_t kLowest = 0;
-  FI_DEVICE explicit BitsLoad(uint32_t) {}
+  uint32_t flip;
   FI_DEVICE static bool valid(uint32_t) { return true; }
-  template <class Row>
-  FI_DEVICE uint64_t operator()(const Row& row, float, uint32_t index) const {
-    if constexpr (sizeof(T) == 4) return *reinterpret_cast<const uint32_t*>(row.plain.data + index);
-    else return *reinterpret_cast<const uint16_t*>(row.plain.data + index);
-  }
-  FI_DEVICE static T value(uint64_t bits) {
-    T value;
-    if constexpr (sizeof(T) == 4) *reinterpret_cast<uint32_t*>(&value) = uint32_t(bits);
-    else *reinterpret_cast<uint16_t*>(&value) = uint16_t(bits);
-    return value;
-  }
+  FI_DEVICE uint64_t operator()(uint32_t key, uint32_t index) const { return uint64_t(key) << 32 | (index ^ flip); }
 };
 struct NoLeast {
   FI_DEVICE uint32_t operator()(uint32_t) const { return 0; }
@@ -149,16 +138,17 @@ FI_DEVICE void rank_list(Shared& shared, uint32_t n, uint32_t k, uint32_t flip, 
 }
 
 // The n candidates: everyone is compared with everyone; `put(place, candidate)` for the first k.
-template <int kThreads, class Put>
-FI_DEVICE void rank_candidates(const Candidate* list, uint32_t n, uint32_t k, uint32_t flip, Put&& put) {
-  const uint32_t split = threads_for_each<kThreads>(n), mine = threadIdx.x / split, part = threadIdx.x % split;
-  const Candidate own = mine < n ? list[mine] : Candidate{0, 0, 0};
-  const uint32_t tag = own.index ^ flip;
-  uint32_t before = 0;
-#pragma unroll 4
-  for (uint32_t i = part; i < n; i += split) before += ahead(list[i].key, list[i].index ^ flip, own.key, tag);
-  before = split_sum(before, split);
-  if (mine < n && part == 0 && before < k) put(before, own);
+template <class Put>
+FI_DEVICE void rank_candidates(const Candidate* list, uint32_t n, uint32_t k, Put&& put) {
+  const Split split(n);
+  if (warp_id() * 32 >= n << split.shift) return;
+  const Candidate own = split.item < n ? list[split.item] : Candidate{0, 0, 0};
+  const uint32_t comparisons = split.count(n);
+  int32_t before = 0;  // negative
+#pragma unroll 8
+  for (uint32_t i = 0; i < comparisons; ++i) ptx::count_less(before, own.load, list[split.other(i)].load);
+  before = split.sum(before);
+  if (split.item < n && split.part == 0 && before + int32_t(k) > 0) put(uint32_t(-before), own);
 }
 
 // The k largest of a row with more than k elements, in index order: put(place, key, index). Keys below `low` are surely
@@ -303,13 +293,13 @@ FI_DEVICE void top_k(const TopKParams& params) {
   const uint32_t flip = large ? 0 : 0xffffffffu;
   Bounds bounds = {0, 0};
   if (size != 0) {
-    bounds = shortlist<Shape, BitsLoad<T>, false, Row, Shared>(row, size, k, NoLeast{});
+    bounds = shortlist<Shape, OrderLoad, false, Row, Shared>(row, size, k, NoLeast{});
     if (!first) return;
-    const Candidate* list;
-    const uint32_t n = collect<Shape>(shared, list);
+    const uint32_t n = collect<Shape>(shared, OrderLoad{flip});
     if (n != kWholeRow) {
-      rank_candidates<Config::kThreads>(list, n, k, flip, [&](uint32_t place, const Candidate& c) {
-        output.write(place, c.index, BitsLoad<T>::value(c.load));
+      rank_candidates(collected(shared), n, k, [&](uint32_t place, const Candidate& c) {
+        const bool exact = c.key <= kInfKey && c.key != key_of(0.f);  // the key has all of the element
+        output.write(place, c.index, exact || !params.values ? from_float<T>(value_of(c.key)) : data[c.index]);
       });
       return;
     }

@@ -4,30 +4,34 @@
 
 namespace fi::sampling {
 
-// What became of a row: the smallest kept key, and if the list was short (`drawn`; then known to warp 0 only) also the
-// mass of what is kept and the token. Else the segments' sums hold the mass of what is kept.
+// What became of a row: the smallest kept key, and if candidates were few (`drawn`) also the mass of what is kept (both of
+// them in warp 0) or the token, which one thread has (`mine`). Else the segments' sums hold the mass of what is kept.
 struct Verdict {
   uint32_t threshold;
   uint64_t total;
   uint32_t token;
-  bool drawn;
+  bool drawn, mine;
 };
 
-// Every one of n items is compared with all by `split` threads: a power of two, so that n * split threads suffice.
-template <int kThreads>
-FI_DEVICE int threads_for_each(uint32_t n) {
-  int split = 1;
-  while (split < 32 && n * split * 2 <= kThreads) split *= 2;
-  return split;
-}
-FI_DEVICE uint32_t split_sum(uint32_t x, int split) {
-  for (int offset = split / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullMask, x, offset);
-  return x;
-}
-FI_DEVICE uint64_t split_sum(uint64_t x, int split) {
-  for (int offset = split / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullMask, x, offset);
-  return x;
-}
+// Every one of n items is compared with all by 2^shift threads that follow each other: not of more than four warps if that
+// can be, as the exchange between lanes takes longer than comparing.
+struct Split {
+  int shift;
+  uint32_t item, part;
+  FI_DEVICE explicit Split(uint32_t n) : shift(n <= 32 ? 2 : n <= 64 ? 1 : 0) {
+    item = threadIdx.x >> shift;
+    part = threadIdx.x & ((1u << shift) - 1);
+  }
+  // So many comparisons for this thread, of n; number i is with item `other(i)`.
+  FI_DEVICE uint32_t count(uint32_t n) const { return part < n ? ((n - 1 - part) >> shift) + 1 : 0; }
+  FI_DEVICE uint32_t other(uint32_t i) const { return part + (i << shift); }
+  template <typename V>
+  FI_DEVICE V sum(V x) const {
+    if (shift > 1) x += __shfl_xor_sync(kFullMask, x, 2);
+    if (shift > 0) x += __shfl_xor_sync(kFullMask, x, 1);
+    return x;
+  }
+};
 // Inclusive sums over the warp's lanes.
 FI_DEVICE uint64_t warp_scan(uint64_t x) {
 #pragma unroll
@@ -73,44 +77,67 @@ struct Bounds {
 // The k-th largest of the groups' largest keys, which at least k elements reach, and the largest. Every CTA for itself.
 template <int kThreads, class Row, class Shared>
 FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, uint32_t k) {
-  constexpr uint32_t kBlocks = Row::kBlocks, kWarps = kThreads / 32;
-  static_assert(kThreads >= kPairs && kWarps <= 32);
-  const uint32_t* keys = shared.top;
-  uint32_t groups = segments;
-  if (size != kBlocks) {
-    const bool parts = size < kBlocks;
-    const uint32_t* const of = parts ? shared.block_top : shared.top;
-    const uint32_t each = parts ? size : size / kBlocks, all = parts ? segments * kBlocks : segments;
-    groups = ceil_div(all, each);
+  constexpr uint32_t kBlocks = Row::kBlocks;
+  static_assert(kThreads >= kPairs);
+  const uint32_t* keys = size < kBlocks ? shared.block_top : shared.top;
+  uint32_t groups = size < kBlocks ? segments * kBlocks : segments;
+  const uint32_t each = size < kBlocks ? size : size / kBlocks;
+  if (each > 1) {
+    const uint32_t all = groups, first = threadIdx.x * each;
+    groups = (groups + each - 1) >> (31 - __clz(each));
     if (threadIdx.x < groups) {
       uint32_t key = 0;
-      for (uint32_t i = threadIdx.x * each; i < min_of(threadIdx.x * each + each, all); ++i) key = max_of(key, of[i]);
+#pragma unroll 1
+      for (uint32_t i = first; i < min_of(first + each, all); ++i) key = max_of(key, keys[i]);
       shared.bins[threadIdx.x] = key;
     }
     keys = shared.bins;
     __syncthreads();  // the groups' keys are known
   }
-  const uint32_t split = threads_for_each<kThreads>(groups);
-  const uint32_t mine = threadIdx.x / split, part = threadIdx.x % split;
-  const uint32_t key = mine < groups ? keys[mine] : 0;
-  uint32_t larger = 0;
-#pragma unroll 4
-  for (uint32_t i = part; i < groups / 4; i += split) {
-    const uint4 others = reinterpret_cast<const uint4*>(keys)[i];
-    larger += (others.x > key) + (others.y > key) + (others.z > key) + (others.w > key);
+  const uint4* const quads = reinterpret_cast<const uint4*>(keys);
+  const uint32_t whole = groups / 4;
+  uint32_t top = lane_id() < groups % 4 ? keys[whole * 4 + lane_id()] : 0;
+#pragma unroll
+  for (uint32_t i = 0; i < kPairs / 128; ++i) {
+    if (lane_id() + 32 * i >= whole) continue;
+    const uint4 four = quads[lane_id() + 32 * i];
+    top = max_of(max_of(top, max_of(four.x, four.y)), max_of(four.z, four.w));
   }
-  for (uint32_t i = groups / 4 * 4 + part; i < groups; i += split) larger += keys[i] > key;
-  larger = split_sum(larger, split);
-  // The k-th largest is the smallest of those that fewer than k are larger than.
-  uint2* const of_warps = reinterpret_cast<uint2*>(shared.kept_mass);
-  const uint32_t least = ptx::warp_min_u32(mine < groups && larger < k ? key : 0xffffffffu), most = ptx::warp_max_u32(key);
-  if (lane_id() == 0) of_warps[warp_id()] = make_uint2(least, most);
+  uint32_t* const of_warps = reinterpret_cast<uint32_t*>(shared.kept_mass);
+  if (warp_id() * 32 < groups) {
+    const uint32_t key = threadIdx.x < groups ? keys[threadIdx.x] : 0;
+    int32_t larger[2] = {0, 0};  // negative
+    auto compare = [&](uint4 others) {
+      ptx::count_less(larger[0], key, others.x);
+      ptx::count_less(larger[1], key, others.y);
+      ptx::count_less(larger[0], key, others.z);
+      ptx::count_less(larger[1], key, others.w);
+    };
+    uint32_t done = 0;
+#pragma unroll 1
+    for (; done + 8 <= whole; done += 8) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) compare(quads[done + i]);
+    }
+#pragma unroll
+    for (int i = 0; i < 7; ++i) {
+      if (done + i < whole) compare(quads[done + i]);
+    }
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      if (whole * 4 + i < groups) ptx::count_less(larger[0], key, keys[whole * 4 + i]);
+    }
+    // The k-th largest is the smallest of those that fewer than k are larger than.
+    const bool among = threadIdx.x < groups && larger[0] + larger[1] + int32_t(k) > 0;
+    const uint32_t least = ptx::warp_min_u32(among ? key : 0xffffffffu);
+    if (lane_id() == 0) of_warps[warp_id()] = least;
+  }
+  top = ptx::warp_max_u32(top);
   __syncthreads();  // the warps' bounds are known
-  const uint2 other = lane_id() < kWarps ? of_warps[lane_id()] : make_uint2(0xffffffffu, 0);
-  return {ptx::warp_min_u32(other.x), ptx::warp_max_u32(other.y)};
+  return {ptx::warp_min_u32(lane_id() * 32 < groups ? of_warps[lane_id()] : 0xffffffffu), top};
 }
 
-// What candidates carry: their mass,
+// What candidates are compared by: their mass,
 template <class Domain>
 struct MassLoad {
   typename Domain::Ref ref;
@@ -118,10 +145,7 @@ struct MassLoad {
   static constexpr uint32_t kLowest = Domain::kNothing + 1;  // what has no mass is never a candidate
   FI_DEVICE explicit MassLoad(uint32_t top_key) : ref(Domain::ref(value_of(top_key))) {}
   FI_DEVICE static bool valid(uint32_t top_key) { return top_key <= kInfKey && Domain::valid(value_of(top_key)); }
-  template <class Row>
-  FI_DEVICE uint64_t operator()(const Row&, float x, uint32_t) const {
-    return Domain::mass(x, ref);
-  }
+  FI_DEVICE uint64_t operator()(uint32_t key, uint32_t) const { return Domain::mass(value_of(key), ref); }
 };
 
 // Every warp lists what reaches a bound in its own segments, for the first CTA: the k-th largest of the groups' largest
@@ -131,10 +155,10 @@ struct MassLoad {
 template <class Shape, class Load, bool kKeeps, class Row, class Shared, class Least>
 __device__ __noinline__ Bounds shortlist(Row row, uint32_t size, uint32_t k, Least least) {
   constexpr int kBlocks = Row::kBlocks, kPer = Row::kPer, kStep = Shape::kStep;
-  constexpr int kTogether = 32 / kBlocks;  // segments whose blocks a warp looks at together, a lane a block
-  constexpr int kFlight = 16 / kPer;       // loads of a thread that are on their way together
+  constexpr int kTogether = 64 / kBlocks;  // segments whose blocks a warp looks at together
+  constexpr int kFlight = 32 / kPer;       // loads of a thread that are on their way together
   constexpr uint32_t kRoom = Shared::room(Shape::kCluster);
-  static_assert(kFlight <= 4 && Shared::kSelects);
+  static_assert(Shared::kSelects);
   extern __shared__ __align__(1024) uint8_t smem[];
   Shared& shared = *reinterpret_cast<Shared*>(smem);
   const uint32_t segments = row.segments(), rank = Shape::rank();
@@ -142,49 +166,67 @@ __device__ __noinline__ Bounds shortlist(Row row, uint32_t size, uint32_t k, Lea
   if (!Load::valid(bounds.top)) return bounds;
   bounds.low = max_of(k ? bounds.low : least(bounds.top), Load::kLowest);
   if (Load::kTies && k > 1 && bounds.low == bounds.top) return bounds;
-  const Load load(bounds.top);
+  const float bound = value_of(bounds.low);
   uint32_t sent = 0, listed = 0;
   bool full = false;
 #pragma unroll 1
   for (uint32_t first = Shape::first(); first < segments && !full; first += kTogether * kStep) {
-    const uint32_t own = first + lane_id() / kBlocks * kStep;
-    uint32_t taken =
-        __ballot_sync(kFullMask, own < segments && shared.block_top[own * kBlocks + lane_id() % kBlocks] >= bounds.low);
+    auto block_of = [&](uint32_t place) { return (first + place / kBlocks * kStep) * kBlocks + place % kBlocks; };
+    auto reaches = [&](uint32_t place) {
+      return __ballot_sync(kFullMask, first + place / kBlocks * kStep < segments && shared.block_top[block_of(place)] >= bounds.low);
+    };
+    uint64_t taken = reaches(lane_id());
+    if (first + kTogether / 2 * kStep < segments) taken |= uint64_t(reaches(lane_id() + 32)) << 32;
 #pragma unroll 1
     while (taken && !full) {
-      float v[kFlight][kPer];
-      uint32_t left[kFlight], blocks = 0;  // elements from this lane's on; a byte each
+      float v[kFlight][kPer], x = 0.f;
+      uint64_t places = 0;  // a byte each
+      const uint32_t count = min_of(__popcll(taken), kFlight);
 #pragma unroll
       for (int f = 0; f < kFlight; ++f) {
-        const uint32_t next = taken ? __ffs(taken) - 1 : 32, block = (first + next / kBlocks * kStep) * kBlocks + next % kBlocks;
+        if (f >= count) break;
+        const uint32_t place = __ffsll(taken) - 1;
         taken &= taken - 1;
-        blocks |= next << (8 * f);
-        const uint32_t at = block * Row::kBlock + lane_id() * kPer;
-        if (next < 32) row.load_at(at, v[f]);
-        left[f] = next < 32 && at < row.vocab ? row.vocab - at : 0;
+        places |= uint64_t(place) << (8 * f);
+        row.load_at(block_of(place) * Row::kBlock + lane_id() * kPer, v[f]);
       }
-      uint32_t marks = 0;
+      auto index_of = [&](uint32_t bit) {
+        return block_of(uint32_t(places >> (bit / kPer * 8)) & 0xff) * Row::kBlock + lane_id() * kPer + bit % kPer;
+      };
+      uint32_t marks = 0;  // the last one's value is x
 #pragma unroll
       for (int f = 0; f < kFlight; ++f) {
+        if (f >= count) break;
 #pragma unroll
-        for (int j = 0; j < kPer; ++j)
-          marks |= uint32_t(j < left[f] && key_of(v[f][j]) >= bounds.low) << (f * kPer + j);
+        for (int j = 0; j < kPer; ++j) {
+          if (v[f][j] < bound) continue;
+          marks |= 1u << (f * kPer + j);
+          x = v[f][j];
+        }
+      }
+      if (!(bound > -FI_INF)) {  // then places past the end reach it, too
+        uint32_t there = 0;
+        for (uint32_t rest = marks; rest; rest &= rest - 1) {
+          const uint32_t bit = __ffs(rest) - 1;
+          if (index_of(bit) < row.vocab) there |= 1u << bit;
+        }
+        if (there >> (31 - __clz(marks | 1)) == 0) x = there ? row.at(index_of(31 - __clz(there))) : 0.f;
+        marks = there;
       }
       if (marks) {
         uint32_t place = atomicAdd(&shared.count, __popc(marks));
         listed += __popc(marks);
-        for (; marks; marks &= marks - 1, ++place) {
-          const uint32_t bit = __ffs(marks) - 1, next = blocks >> (bit / kPer * 8) & 0xff;
-          const uint32_t block = (first + next / kBlocks * kStep) * kBlocks + next % kBlocks;
-          const uint32_t index = block * Row::kBlock + lane_id() * kPer + bit % kPer;
+        for (;; ++place) {
+          const uint32_t bit = 31 - __clz(marks), index = index_of(bit);
           full = place >= kRoom;
           if (full) break;
-          const float x = row.at(index);  // once more: registers are short
-          const uint64_t its = load(row, x, index);
-          const uint4 made = make_uint4(key_of(x), index, uint32_t(its), uint32_t(its >> 32));
-          if (kKeeps && rank != 0) *reinterpret_cast<uint4*>(shared.candidates() + place) = made;
-          Shape::post(reinterpret_cast<uint4*>(shared.candidates() + rank * kRoom + place), made, &shared.box[2], 0);
+          const uint64_t made = uint64_t(index) << 32 | key_of(x);
+          if (kKeeps && rank != 0) shared.candidates()[place] = made;
+          Shape::post(shared.candidates() + rank * kRoom + place, made, &shared.box[2], 0);
           ++sent;
+          marks ^= 1u << bit;
+          if (!marks) break;
+          x = row.at(index_of(31 - __clz(marks)));  // once more: it is rare, and registers cannot be indexed
         }
       }
       full = __any_sync(kFullMask, full);
@@ -195,24 +237,29 @@ __device__ __noinline__ Bounds shortlist(Row row, uint32_t size, uint32_t k, Lea
     listed = ptx::warp_sum_u32(listed);
     if (lane_id() == 0) {
       Shape::add(&shared.found[rank], uint64_t(listed), &shared.box[2], 0);
-      ptx::mailbox_announce(&shared.box[2], 16 * sent + 8, 0);
+      ptx::mailbox_announce(&shared.box[2], 8 * sent + 8, 0);
     }
   }
   return bounds;
 }
 
-// How many candidates there are, or kWholeRow if they are too many; they lie at `list`. In the first CTA.
-template <class Shape, class Shared>
-FI_DEVICE uint32_t collect(Shared& shared, const Candidate*& list) {
+// The candidates, one behind the other. In the first CTA.
+template <class Shared>
+FI_DEVICE Candidate* collected(Shared& shared) {
+  return reinterpret_cast<Candidate*>(shared.bins);
+}
+// Makes them, and returns how many there are, or kWholeRow if they are too many.
+template <class Shape, class Load, class Shared>
+FI_DEVICE uint32_t collect(Shared& shared, const Load& load) {
   constexpr uint32_t kRoom = Shared::room(Shape::kCluster);
-  list = shared.candidates();
+  uint32_t n = 0, from = threadIdx.x;
+  bool fits = true;
   if constexpr (Shape::kCluster == 1) {
     __syncthreads();  // candidates are complete
-    return shared.count <= kRoom ? shared.count : kWholeRow;
+    n = shared.count;
+    fits = n <= kRoom;
   } else {
     ptx::mailbox_wait(&shared.box[2], 0);
-    uint32_t n = 0, from = 0;
-    bool fits = true;
 #pragma unroll
     for (uint32_t r = 0; r < Shape::kCluster; ++r) {
       const uint32_t found = uint32_t(shared.found[r]);
@@ -220,13 +267,15 @@ FI_DEVICE uint32_t collect(Shared& shared, const Candidate*& list) {
       if (threadIdx.x >= n) from = r * kRoom + threadIdx.x - n;
       n += found;
     }
-    if (!fits || n > kPairs) return kWholeRow;
-    Candidate* const dense = reinterpret_cast<Candidate*>(shared.bins);
-    if (threadIdx.x < n) dense[threadIdx.x] = list[from];
-    list = dense;
-    __syncthreads();  // candidates follow each other
-    return n;
   }
+  if (!fits || n > kPairs) return kWholeRow;
+  if (threadIdx.x < n) {
+    const uint64_t candidate = shared.candidates()[from];
+    const uint32_t key = uint32_t(candidate), index = uint32_t(candidate >> 32);
+    collected(shared)[threadIdx.x] = {key, index, load(key, index)};
+  }
+  __syncthreads();  // candidates follow each other
+  return n;
 }
 
 // A key that at least k elements reach, for larger k, by a histogram of the blocks' largest keys. False if they are too
@@ -351,77 +400,78 @@ __device__ __noinline__ uint32_t gather(typename State::Row row, uint32_t low) {
   return total;
 }
 
-// The candidates, if they are few: everyone is compared with everyone, and warp 0 adds up what is kept, in index order, and
-// draws from it (kDraws). The State's shared memory is the dynamic one. Not inlined, as `search`.
+// The candidates, if they are few: everyone is compared with everyone, by key to know what is kept, and by index to draw from
+// it (kDraws). The State's shared memory is the dynamic one. Not inlined, as `search`.
 template <class State, class Shape, bool kDraws>
 __device__ __noinline__ Verdict settle(uint32_t top_key, FilterArgs args, uint64_t total) {
   using Domain = typename State::Domain;
-  constexpr int kThreads = State::kThreads;
   extern __shared__ __align__(1024) uint8_t smem[];
   auto& shared = *reinterpret_cast<typename State::Shared*>(smem);
-  Verdict verdict = {0, 0, 0, false};
-  const Candidate* list;
-  const uint32_t n = collect<Shape>(shared, list);
+  Verdict verdict = {0, 0, 0, false, false};
+  const MassLoad<Domain> load(top_key);
+  const uint32_t n = collect<Shape>(shared, load);
   if (n == kWholeRow) return verdict;
-  uint32_t* const order_key = shared.bins + 4 * kPairs;  // behind the candidates
-  uint32_t* const order_index = order_key + kPairs;
-  const uint32_t split = threads_for_each<kThreads>(n);
-  const uint32_t mine = threadIdx.x / split, part = threadIdx.x % split;
-  const bool there = mine < n;
-  const Candidate own = there ? list[mine] : Candidate{0, 0, 0};
-  uint32_t ranks = 0;  // ten bits each: larger ones, equal ones, and those of smaller indices
-  uint64_t above = 0;
+  verdict.drawn = true;
+  const Candidate* const list = collected(shared);
+  Candidate* const kept_list = collected(shared) + kPairs;
+  const Split split(n);
+  const uint32_t comparisons = split.item < n ? split.count(n) : 0;
+  const bool there = split.item < n;
+  const Candidate own = there ? list[split.item] : Candidate{0xffffffffu, 0, 0};
+  int32_t larger = 0;  // negative
+  const uint32_t k = min_of(args.top_k, n);
+  bool kept = there;
+  if (!args.has_top_p()) {
+#pragma unroll 8
+    for (uint32_t i = 0; i < comparisons; ++i) ptx::count_less(larger, own.key, list[split.other(i)].key);
+    larger = split.sum(larger);
+    kept = kept && larger + int32_t(k) > 0;
+  } else {
+    uint32_t equal = 0;
+    uint64_t above = 0;
 #pragma unroll 4
-  for (uint32_t i = part; i < n; i += split) {
-    const Candidate other = list[i];
-    ranks += other.key > own.key ? 1 : other.key == own.key ? 1 << 10 : 0;
-    ranks += other.index < own.index ? 1 << 20 : 0;
-    above += other.key > own.key ? other.load : 0;
-  }
-  ranks = split_sum(ranks, split);
-  const uint32_t larger = ranks & 0x3ff, equal = ranks >> 10 & 0x3ff, place = ranks >> 20, k = min_of(args.top_k, n);
-  bool kept = there && larger < k;
-  if (args.has_top_p()) {
-    above = split_sum(above, split);
+    for (uint32_t i = 0; i < comparisons; ++i) {
+      const Candidate other = list[split.other(i)];
+      equal += other.key == own.key;
+      if (other.key <= own.key) continue;
+      --larger;
+      above += other.load;
+    }
+    larger = split.sum(larger);
+    above = split.sum(above);
+    kept = kept && larger + int32_t(k) > 0;
     if (!args.joint) {
-      if (kept && k <= larger + equal) shared.above = above + equal * own.load;  // all the same: those on the k-th place
+      equal = split.sum(equal);
+      if (kept && int32_t(k) <= int32_t(equal) - larger) shared.above = above + equal * own.load;  // those on the k-th place
       __syncthreads();  // the mass of what top-k keeps is known
       total = shared.above;
     }
-    kept = kept && above < args.target<Domain>(total, Domain::ref(value_of(top_key)));
+    kept = kept && above < args.target<Domain>(total, load.ref);
   }
   kept = kept && own.key >= args.least;
-  if (there && part == 0) {
-    shared.kept_mass[place] = kept ? own.load : 0;
-    order_key[place] = kept ? own.key : 0xffffffffu;
-    order_index[place] = own.index;
-  }
-  __syncthreads();  // kept masses are complete
-  verdict.drawn = true;
-  if (warp_id() != 0) return verdict;
-  const uint32_t each = ceil_div(n, 32u), first = lane_id() * each, end = min_of(first + each, n);
-  uint64_t sum = 0;
-  uint32_t lowest = 0xffffffffu;
-  for (uint32_t i = first; i < end; ++i) {
-    sum += shared.kept_mass[i];
-    lowest = min_of(lowest, order_key[i]);
-  }
-  if constexpr (!kDraws) verdict.threshold = ptx::warp_min_u32(lowest);
-  uint64_t until = warp_scan(sum);
-  verdict.total = __shfl_sync(kFullMask, until, 31);
+  if (there && split.part == 0) kept_list[split.item] = {kept ? own.key : 0xffffffffu, own.index, kept ? own.load : 0};
+  __syncthreads();  // what is kept is known
   if constexpr (kDraws) {
-    const uint64_t target = __umul64hi(shared.random, verdict.total);
-    uint32_t token = 0;
-    if (until - sum <= target && target < until) {  // one lane
-      until -= sum;
-      for (uint32_t i = first; i < end; ++i) {
-        until += shared.kept_mass[i];
-        if (target >= until) continue;
-        token = order_index[i] + 1;
-        break;
-      }
+    uint64_t before = 0, all = 0;
+#pragma unroll 8
+    for (uint32_t i = 0; i < comparisons; ++i) {
+      const Candidate other = kept_list[split.other(i)];
+      all += other.load;
+      before += other.index < own.index ? other.load : 0;
     }
-    verdict.token = ptx::warp_max_u32(token) - 1;
+    before = split.sum(before);
+    const uint64_t target = __umul64hi(shared.random, split.sum(all));
+    verdict.token = own.index;
+    verdict.mine = kept && split.part == 0 && before <= target && target - before < own.load;
+  } else if (warp_id() == 0) {
+    uint64_t sum = 0;
+    uint32_t lowest = 0xffffffffu;
+    for (uint32_t i = lane_id(); i < n; i += 32) {
+      sum += kept_list[i].load;
+      lowest = min_of(lowest, kept_list[i].key);
+    }
+    verdict.total = ptx::warp_sum_u64(sum);
+    verdict.threshold = ptx::warp_min_u32(lowest);
   }
   return verdict;
 }

@@ -191,24 +191,29 @@ FI_DEVICE Threshold compare_range(RenormShared<Shape>& shared, typename Domain::
   Candidate* const list = shared.dense();
   if (threadIdx.x < n) list[threadIdx.x] = shared.mail()[from];
   __syncthreads();  // elements follow each other
-  const uint32_t split = threads_for_each<kThreads>(n), own = threadIdx.x / split, part = threadIdx.x % split;
-  const uint32_t key = own < n ? list[own].key : 0;
+  const Split split(n);
+  const bool there = split.item < n;
+  const Candidate own = there ? list[split.item] : Candidate{0, 0, 0};
+  const uint32_t comparisons = there ? split.count(n) : 0;
   uint64_t before = 0;
 #pragma unroll 4
-  for (uint32_t i = part; i < n; i += split) before += list[i].key > key ? list[i].load : 0;
-  before = split_sum(before, split) + above;
-  const bool kept = own < n && before < target;
-  const uint32_t lowest = ptx::warp_min_u32(kept ? key : 0xffffffffu);
-  const uint64_t mass = ptx::warp_sum_u64(kept && part == 0 ? list[own].load : 0);
+  for (uint32_t i = 0; i < comparisons; ++i) {
+    const Candidate other = list[split.other(i)];
+    before += other.key > own.key ? other.load : 0;
+  }
+  before = split.sum(before) + above;
+  const bool kept = there && before < target;
+  const uint32_t lowest = ptx::warp_min_u32(kept ? own.key : 0xffffffffu);
+  const uint64_t mass = ptx::warp_sum_u64(kept && split.part == 0 ? own.load : 0);
   uint32_t* const lowest_of = shared.own_list();
   if (lane_id() == 0) {
     shared.warp_sum[warp_id()] = mass;
     lowest_of[warp_id()] = lowest;
   }
   __syncthreads();  // the warps' parts are known
-  const bool there = lane_id() < kWarps;
-  const uint32_t threshold = ptx::warp_min_u32(there ? lowest_of[lane_id()] : 0xffffffffu);
-  const uint64_t total = above + ptx::warp_sum_u64(there ? shared.warp_sum[lane_id()] : 0);
+  const bool of_warp = lane_id() < kWarps;
+  const uint32_t threshold = ptx::warp_min_u32(of_warp ? lowest_of[lane_id()] : 0xffffffffu);
+  const uint64_t total = above + ptx::warp_sum_u64(of_warp ? shared.warp_sum[lane_id()] : 0);
   return {threshold != 0xffffffffu, threshold, high, total};
 }
 

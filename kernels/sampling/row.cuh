@@ -11,7 +11,7 @@ namespace fi::sampling {
 constexpr int kBins = 2048, kBinBits = 11;  // of the histograms in select.cuh
 constexpr uint32_t kPairs = 256;  // so many candidates at most are compared with each other (candidates.cuh)
 
-// An element that may be kept, as its warp sends it to the first CTA: with its mass, or with its bits.
+// An element that may be kept, with its mass or what else it is compared by.
 struct alignas(16) Candidate {
   uint32_t key, index;
   uint64_t load;
@@ -95,11 +95,10 @@ struct RowShared {
   uint32_t index[kSelects ? kList : 4];
   uint32_t count, bin, threshold, token, bound, inside;
 
-  // Candidates lie where the list will be, if it has to be made: for each CTA of the cluster, so many.
-  static constexpr uint32_t room(uint32_t cluster) {
-    return kList / 2 / cluster < kPairs ? kList / 2 / cluster : kPairs;
-  }
-  FI_DEVICE Candidate* candidates() { return reinterpret_cast<Candidate*>(key); }
+  // Candidates (key and, in the upper half, index) lie where the list will be, if it has to be made: for each CTA of the
+  // cluster, so many.
+  static constexpr uint32_t room(uint32_t cluster) { return kList / cluster < kPairs ? kList / cluster : kPairs; }
+  FI_DEVICE uint64_t* candidates() { return reinterpret_cast<uint64_t*>(key); }
 };
 
 // Before the cluster's start.

@@ -75,6 +75,7 @@ _REPLACED = [
         r"memset(ptx::smem_at(\1), 0, 16);",
     ),
     (r'asm volatile\("cp\.async\.cg\.shared\.global \[.*?\);', "ptx::cp_async<16>(ptx::smem_at(to), from, valid);"),
+    (r'asm\("\{ \.reg \.u32 t; sub\.cc.*?\);\n', "n -= a < b;\n"),
     (r'asm\("ex2.*?\);', "y = exp2f(x); if (fabsf(y) < 1.1754944e-38f) y = 0.f;"),
     (r'asm\("lg2.*?\);', "y = log2f(x);"),
     (r'asm\("rcp.*?\);', "y = 1.f / x;"),

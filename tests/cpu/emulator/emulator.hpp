@@ -443,6 +443,7 @@ T atomicMin(T* p, typename Same<T>::Type x) {
 }
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 inline int __clzll(uint64_t x) { return x ? __builtin_clzll(x) : 64; }
 inline int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
