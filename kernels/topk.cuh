@@ -141,12 +141,10 @@ FI_DEVICE void rank_list(Shared& shared, uint32_t n, uint32_t k, uint32_t flip, 
 template <class Put>
 FI_DEVICE void rank_candidates(const Candidate* list, uint32_t n, uint32_t k, Put&& put) {
   const Split split(n);
-  if (warp_id() * 32 >= n << split.shift) return;
-  const Candidate own = split.item < n ? list[split.item] : Candidate{0, 0, 0};
-  const uint32_t comparisons = split.count(n);
+  if (!split.works()) return;
+  const Candidate own = list[split.item];
   int32_t before = 0;  // negative
-#pragma unroll 8
-  for (uint32_t i = 0; i < comparisons; ++i) ptx::count_less(before, own.load, list[split.other(i)].load);
+  split.compare(list, [&](const Candidate& other) { ptx::count_less(before, own.load, other.load); });
   before = split.sum(before);
   if (split.item < n && split.part == 0 && before + int32_t(k) > 0) put(uint32_t(-before), own);
 }

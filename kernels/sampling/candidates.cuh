@@ -14,17 +14,28 @@ struct Verdict {
 };
 
 // Every one of n items is compared with all by 2^shift threads that follow each other: not of more than four warps if that
-// can be, as the exchange between lanes takes longer than comparing.
+// can be, as the exchange between lanes takes longer than comparing. Items are padded to `padded`, a multiple of 8 for each
+// of the threads and at most round_up(n, 32).
 struct Split {
   int shift;
-  uint32_t item, part;
+  uint32_t padded, item, part;
   FI_DEVICE explicit Split(uint32_t n) : shift(n <= 32 ? 2 : n <= 64 ? 1 : 0) {
+    padded = round_up(n, 8u << shift);
     item = threadIdx.x >> shift;
     part = threadIdx.x & ((1u << shift) - 1);
   }
-  // So many comparisons for this thread, of n; number i is with item `other(i)`.
-  FI_DEVICE uint32_t count(uint32_t n) const { return part < n ? ((n - 1 - part) >> shift) + 1 : 0; }
-  FI_DEVICE uint32_t other(uint32_t i) const { return part + (i << shift); }
+  // Whether this thread's warp has items; their comparisons: f(other).
+  FI_DEVICE bool works() const { return warp_id() * 32 < padded << shift; }
+  template <class F>
+  FI_DEVICE void compare(const Candidate* list, F&& f) const {
+    const uint32_t each = padded >> shift;
+    list += part * each;
+#pragma unroll 1
+    for (uint32_t i = 0; i < each; i += 8) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) f(list[i + j]);
+    }
+  }
   template <typename V>
   FI_DEVICE V sum(V x) const {
     if (shift > 1) x += __shfl_xor_sync(kFullMask, x, 2);
@@ -32,6 +43,9 @@ struct Split {
     return x;
   }
 };
+// What lists are padded with: less than any item, and without a mass.
+FI_DEVICE Candidate padding() { return {0, 0xffffffffu, 0}; }
+
 // Inclusive sums over the warp's lanes.
 FI_DEVICE uint64_t warp_scan(uint64_t x) {
 #pragma unroll
@@ -248,7 +262,7 @@ template <class Shared>
 FI_DEVICE Candidate* collected(Shared& shared) {
   return reinterpret_cast<Candidate*>(shared.bins);
 }
-// Makes them, and returns how many there are, or kWholeRow if they are too many.
+// Makes them, padded, and returns how many there are, or kWholeRow if they are too many.
 template <class Shape, class Load, class Shared>
 FI_DEVICE uint32_t collect(Shared& shared, const Load& load) {
   constexpr uint32_t kRoom = Shared::room(Shape::kCluster);
@@ -274,6 +288,7 @@ FI_DEVICE uint32_t collect(Shared& shared, const Load& load) {
     const uint32_t key = uint32_t(candidate), index = uint32_t(candidate >> 32);
     collected(shared)[threadIdx.x] = {key, index, load(key, index)};
   }
+  if (n <= threadIdx.x && threadIdx.x < round_up(n, 32u)) collected(shared)[threadIdx.x] = padding();
   __syncthreads();  // candidates follow each other
   return n;
 }
@@ -409,60 +424,58 @@ __device__ __noinline__ Verdict settle(uint32_t top_key, FilterArgs args, uint64
   auto& shared = *reinterpret_cast<typename State::Shared*>(smem);
   Verdict verdict = {0, 0, 0, false, false};
   const MassLoad<Domain> load(top_key);
+  const uint64_t factor = args.has_top_p() ? share_factor(args.p) : 0;  // while candidates are awaited
   const uint32_t n = collect<Shape>(shared, load);
   if (n == kWholeRow) return verdict;
   verdict.drawn = true;
   const Candidate* const list = collected(shared);
   Candidate* const kept_list = collected(shared) + kPairs;
   const Split split(n);
-  const uint32_t comparisons = split.item < n ? split.count(n) : 0;
-  const bool there = split.item < n;
-  const Candidate own = there ? list[split.item] : Candidate{0xffffffffu, 0, 0};
-  int32_t larger = 0;  // negative
   const uint32_t k = min_of(args.top_k, n);
-  bool kept = there;
-  if (!args.has_top_p()) {
-#pragma unroll 8
-    for (uint32_t i = 0; i < comparisons; ++i) ptx::count_less(larger, own.key, list[split.other(i)].key);
-    larger = split.sum(larger);
-    kept = kept && larger + int32_t(k) > 0;
-  } else {
-    uint32_t equal = 0;
-    uint64_t above = 0;
-#pragma unroll 4
-    for (uint32_t i = 0; i < comparisons; ++i) {
-      const Candidate other = list[split.other(i)];
-      equal += other.key == own.key;
-      if (other.key <= own.key) continue;
-      --larger;
-      above += other.load;
+  Candidate own = padding();
+  uint64_t above = 0;
+  int32_t larger = 0;  // negative
+  uint32_t equal = 0;
+  if (split.works()) {
+    own = list[split.item];
+    if (!args.has_top_p()) {
+      split.compare(list, [&](const Candidate& other) { ptx::count_less(larger, own.key, other.key); });
+    } else {
+      split.compare(list, [&](const Candidate& other) {
+        equal += other.key == own.key;
+        if (other.key <= own.key) return;
+        --larger;
+        above += other.load;
+      });
+      above = split.sum(above);
+      equal = split.sum(equal);
     }
     larger = split.sum(larger);
-    above = split.sum(above);
-    kept = kept && larger + int32_t(k) > 0;
+  }
+  bool kept = own.key != 0 && larger + int32_t(k) > 0;
+  if (args.has_top_p()) {
     if (!args.joint) {
-      equal = split.sum(equal);
       if (kept && int32_t(k) <= int32_t(equal) - larger) shared.above = above + equal * own.load;  // those on the k-th place
       __syncthreads();  // the mass of what top-k keeps is known
       total = shared.above;
     }
-    kept = kept && above < args.target<Domain>(total, load.ref);
+    kept = kept && above < args.target<Domain>(total, load.ref, factor);
   }
   kept = kept && own.key >= args.least;
-  if (there && split.part == 0) kept_list[split.item] = {kept ? own.key : 0xffffffffu, own.index, kept ? own.load : 0};
+  if (split.works() && split.part == 0) kept_list[split.item] = {kept ? own.key : 0xffffffffu, own.index, kept ? own.load : 0};
   __syncthreads();  // what is kept is known
   if constexpr (kDraws) {
-    uint64_t before = 0, all = 0;
-#pragma unroll 8
-    for (uint32_t i = 0; i < comparisons; ++i) {
-      const Candidate other = kept_list[split.other(i)];
-      all += other.load;
-      before += other.index < own.index ? other.load : 0;
+    if (split.works()) {
+      uint64_t before = 0, all = 0;
+      split.compare(kept_list, [&](const Candidate& other) {
+        all += other.load;
+        before += other.index < own.index ? other.load : 0;
+      });
+      before = split.sum(before);
+      const uint64_t target = __umul64hi(shared.random, split.sum(all));
+      verdict.token = own.index;
+      verdict.mine = kept && split.part == 0 && before <= target && target - before < own.load;
     }
-    before = split.sum(before);
-    const uint64_t target = __umul64hi(shared.random, split.sum(all));
-    verdict.token = own.index;
-    verdict.mine = kept && split.part == 0 && before <= target && target - before < own.load;
   } else if (warp_id() == 0) {
     uint64_t sum = 0;
     uint32_t lowest = 0xffffffffu;

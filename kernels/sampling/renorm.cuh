@@ -190,19 +190,18 @@ FI_DEVICE Threshold compare_range(RenormShared<Shape>& shared, typename Domain::
   if (!fits || n > kPairs) return {false, low, high, 0};
   Candidate* const list = shared.dense();
   if (threadIdx.x < n) list[threadIdx.x] = shared.mail()[from];
+  if (n <= threadIdx.x && threadIdx.x < round_up(n, 32u)) list[threadIdx.x] = padding();
   __syncthreads();  // elements follow each other
   const Split split(n);
-  const bool there = split.item < n;
-  const Candidate own = there ? list[split.item] : Candidate{0, 0, 0};
-  const uint32_t comparisons = there ? split.count(n) : 0;
-  uint64_t before = 0;
-#pragma unroll 4
-  for (uint32_t i = 0; i < comparisons; ++i) {
-    const Candidate other = list[split.other(i)];
-    before += other.key > own.key ? other.load : 0;
+  Candidate own = padding();
+  uint64_t before = above;
+  if (split.works()) {
+    own = list[split.item];
+    uint64_t heavier = 0;
+    split.compare(list, [&](const Candidate& other) { heavier += other.key > own.key ? other.load : 0; });
+    before += split.sum(heavier);
   }
-  before = split.sum(before) + above;
-  const bool kept = there && before < target;
+  const bool kept = own.key != 0 && before < target;
   const uint32_t lowest = ptx::warp_min_u32(kept ? own.key : 0xffffffffu);
   const uint64_t mass = ptx::warp_sum_u64(kept && split.part == 0 ? own.load : 0);
   uint32_t* const lowest_of = shared.own_list();
