@@ -263,7 +263,7 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
   // All tokens lighter than `least_first` cannot fill the gap between a mass of kLeastTotal and the target.
   const float gap = args.joint ? kLeastTotal - fmaxf(args.p, 0.f) : kLeastTotal * (1.f - args.p);
   const float least_first = args.has_top_p() ? fmaxf(gap * (0.99f / float(vocab)), __int_as_float(1)) : FI_INF;
-  uint32_t top = 0, latest_bin = 0, bin_mass = 0;
+  uint32_t top = 0;
   uint64_t sum = 0;
 #pragma unroll
   for (int b = 0; b < Row::kBlocks; ++b) {
@@ -277,21 +277,31 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
     if (s != last) held.put(s, v);
     uint4 keys;
     top = max_of(top, segment_top<false, Row>(v, keys));
-    // A run of equal bins is added at once: ties would queue up at one bin.
-    each_value<Row>(v, [&](float x, int, int) {
-      const uint64_t mass = Domain::mass(x);
-      sum += mass;
-      if (x < least_first) return;
-      const uint32_t bin = first_bin(__float_as_int(x));
-      if (bin != latest_bin) {
-        if (bin_mass) atomicAdd(&shared.bins[latest_bin], bin_mass);
-        latest_bin = bin;
-        bin_mass = 0;
+#pragma unroll
+    for (int b = 0; b < Row::kBlocks; ++b) {
+      float x[kPer];
+      uint32_t rough[kPer], bin[kPer], together = 0;
+      v[b].to_floats(x);
+      bool alike = true;
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) {
+        const uint64_t mass = Domain::mass(x[j]);
+        sum += mass;
+        rough[j] = uint32_t(mass >> (kMassBits - kRoughBits));
+        bin[j] = x[j] < least_first ? kFirstBins : first_bin(__float_as_int(x[j]));
+        together += rough[j];
+        alike = alike && bin[j] == bin[0];
       }
-      bin_mass += uint32_t(mass >> (kMassBits - kRoughBits));
-    });
+      if (alike) {  // ties would queue up
+        if (bin[0] < kFirstBins) atomicAdd(&shared.bins[bin[0]], together);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) {
+          if (bin[j] < kFirstBins) atomicAdd(&shared.bins[bin[j]], rough[j]);
+        }
+      }
+    }
   }
-  if (bin_mass) atomicAdd(&shared.bins[latest_bin], bin_mass);
   started.wait();
   // f(value) of everything that this warp has: the last segment, and the others in parts.
   auto visit = [&](auto&& f) {
