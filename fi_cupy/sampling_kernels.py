@@ -180,6 +180,8 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
         return LaunchShape(512, shared(16) if kind in ("reject", "keep", "softmax") else clusters(8, 16), 1)
     if kind == "softmax":
         return LaunchShape(256, max(shared(16), clusters(16, 8)), 4, True)
+    if kind == "renorm" and few and clusters(16, 8) == 2 and 64 < segments <= 160:  # all rows at once
+        return LaunchShape(1024, 2, 1, True)
     if kind == "renorm":  # 80 registers a thread: the search between reading and writing takes them
         cluster = max(shared(16), clusters(16, 8))
         return LaunchShape(256, cluster, 2 if cluster == 16 else 3, True)
@@ -197,10 +199,14 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
     if kind in ("draw", "reject", "min_p"):  # little to do behind the pass over the row
         cluster = clusters(16, 8)
         return LaunchShape(512, 2, 2) if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 4)
-    # One CTA decides, the faster the more threads it has; with many rows, others read meanwhile.
-    if kind == "fill" and few and clusters(16, 8) == 2:
-        return LaunchShape(1024, 2, 1)
-    return LaunchShape(512, clusters(16, 8), 1) if few else LaunchShape(512, 1, 2)
+    # One CTA decides; with many rows, others read meanwhile.
+    if rows * 16 * 2 <= device.num_sms and segments > 64:
+        return LaunchShape(256, 16, 2)
+    if few:
+        return LaunchShape(512, clusters(8, 8), 1)
+    if rows <= device.num_sms:
+        return LaunchShape(512, 1, 1)
+    return LaunchShape(512, 1, 2) if kind == "top_k" else LaunchShape(256, 1, 2)
 
 
 def launched_bytes(spec: KernelSpec, vocab: int, dtype: DType, shape: LaunchShape) -> int:

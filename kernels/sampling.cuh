@@ -116,12 +116,12 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
       return judged;
     }
     if (alone) state.correct_unit();
-    if (alone || joint) total = state.total();
     if (size != 0) {
-      judged.verdict = settle<State, Shape, kDraws>(state.top_key, left, total);
+      judged.verdict = settle<State, Shape, kDraws>(row, state.top_key, left);
       if (judged.verdict.drawn) return judged;
       judged.listed = false;  // they give way to the list
     }
+    if (alone || joint) total = state.total();
     if (size != 0 || (top_k && lower_bound(state, args.top_k, low))) listed = gather<State>(row, low);
     if (threadIdx.x < row.segments()) shared.sum[threadIdx.x] = 0;
     __syncthreads();  // sums are clear
@@ -189,14 +189,14 @@ FI_DEVICE void sample(const SamplingParams& params) {
       if (!judged.first) return;
       nan = judged.nan;
       valid = judged.valid;
-      if (valid) {
-        using State = RowState<Domain, Config::kThreads, Row, Shared>;
+      using State = RowState<Domain, Config::kThreads, Row, Shared>;
+      if (Filter::kFilters && valid && judged.verdict.drawn) {
+        token = judged.verdict.token;
+        writes = judged.verdict.mine;
+      } else if (valid) {
         const State state(row, shared);
         if constexpr (!Filter::kFilters) {
           token = draw<true>(state, 0, judged.random).token;
-        } else if (judged.verdict.drawn) {
-          token = judged.verdict.token;
-          writes = judged.verdict.mine;
         } else if (Filter::kMass || !judged.whole) {
           token = draw_apart<false, State>(row, state.top_key, judged.verdict.threshold, fresh(0)).token;
         } else {

@@ -13,13 +13,13 @@ struct Verdict {
   bool drawn, mine;
 };
 
-// Every one of n items is compared with all by 2^shift threads that follow each other: not of more than four warps if that
-// can be, as the exchange between lanes takes longer than comparing. Items are padded to `padded`, a multiple of 8 for each
-// of the threads and at most round_up(n, 32).
+// Every one of n items is compared with all by 2^shift threads that follow each other: few, as an exchange between lanes
+// takes as long as many comparisons. Items are padded to `padded`, a multiple of 8 for each of the threads and at most
+// round_up(n, 32).
 struct Split {
   int shift;
   uint32_t padded, item, part;
-  FI_DEVICE explicit Split(uint32_t n) : shift(n <= 32 ? 2 : n <= 64 ? 1 : 0) {
+  FI_DEVICE explicit Split(uint32_t n) : shift(n <= 64 ? 2 : n <= 128 ? 1 : 0) {
     padded = round_up(n, 8u << shift);
     item = threadIdx.x >> shift;
     part = threadIdx.x & ((1u << shift) - 1);
@@ -91,64 +91,61 @@ struct Bounds {
 // The k-th largest of the groups' largest keys, which at least k elements reach, and the largest. Every CTA for itself.
 template <int kThreads, class Row, class Shared>
 FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, uint32_t k) {
-  constexpr uint32_t kBlocks = Row::kBlocks;
-  static_assert(kThreads >= kPairs);
-  const uint32_t* keys = size < kBlocks ? shared.block_top : shared.top;
-  uint32_t groups = size < kBlocks ? segments * kBlocks : segments;
-  const uint32_t each = size < kBlocks ? size : size / kBlocks;
-  if (each > 1) {
-    const uint32_t all = groups, first = threadIdx.x * each;
-    groups = (groups + each - 1) >> (31 - __clz(each));
-    if (threadIdx.x < groups) {
+  constexpr uint32_t kBlocks = Row::kBlocks, kWarps = kThreads / 32;
+  static_assert(kThreads >= kPairs && kWarps % 8 == 0);
+  const uint32_t* keys = shared.top;
+  uint32_t groups = segments;
+  if (size != kBlocks) {
+    const bool parts = size < kBlocks;
+    const uint32_t* const of = parts ? shared.block_top : shared.top;
+    const uint32_t each = parts ? size : size / kBlocks, all = parts ? segments * kBlocks : segments;
+    groups = (all + each - 1) >> (31 - __clz(each));
+    if (threadIdx.x < kPairs) {
       uint32_t key = 0;
 #pragma unroll 1
-      for (uint32_t i = first; i < min_of(first + each, all); ++i) key = max_of(key, keys[i]);
+      for (uint32_t i = threadIdx.x * each; i < min_of(threadIdx.x * each + each, all); ++i) key = max_of(key, of[i]);
       shared.bins[threadIdx.x] = key;
     }
     keys = shared.bins;
     __syncthreads();  // the groups' keys are known
   }
+  // Padded to 128 or 256 keys. A warp compares 32 of them, a lane one, with a part of all.
+  const bool many = groups > 128;
+  const uint32_t set = warp_id() & (many ? 7 : 3), part = warp_id() >> (many ? 3 : 2);
+  const uint32_t parts = kWarps >> (many ? 3 : 2), each = (many ? 64 : 32) / parts;  // groups of four keys
   const uint4* const quads = reinterpret_cast<const uint4*>(keys);
-  const uint32_t whole = groups / 4;
-  uint32_t top = lane_id() < groups % 4 ? keys[whole * 4 + lane_id()] : 0;
+  uint32_t* const counts = shared.bins + kPairs;
+  const uint32_t key = keys[set * 32 + lane_id()];
+  int32_t larger[2] = {0, 0};  // negative
+#pragma unroll 1
+  for (uint32_t i = part * each; i < part * each + each; i += 4) {
 #pragma unroll
-  for (uint32_t i = 0; i < kPairs / 128; ++i) {
-    if (lane_id() + 32 * i >= whole) continue;
-    const uint4 four = quads[lane_id() + 32 * i];
-    top = max_of(max_of(top, max_of(four.x, four.y)), max_of(four.z, four.w));
-  }
-  uint32_t* const of_warps = reinterpret_cast<uint32_t*>(shared.kept_mass);
-  if (warp_id() * 32 < groups) {
-    const uint32_t key = threadIdx.x < groups ? keys[threadIdx.x] : 0;
-    int32_t larger[2] = {0, 0};  // negative
-    auto compare = [&](uint4 others) {
+    for (int j = 0; j < 4; ++j) {
+      const uint4 others = quads[i + j];
       ptx::count_less(larger[0], key, others.x);
       ptx::count_less(larger[1], key, others.y);
       ptx::count_less(larger[0], key, others.z);
       ptx::count_less(larger[1], key, others.w);
-    };
-    uint32_t done = 0;
-#pragma unroll 1
-    for (; done + 8 <= whole; done += 8) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) compare(quads[done + i]);
     }
-#pragma unroll
-    for (int i = 0; i < 7; ++i) {
-      if (done + i < whole) compare(quads[done + i]);
-    }
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      if (whole * 4 + i < groups) ptx::count_less(larger[0], key, keys[whole * 4 + i]);
-    }
-    // The k-th largest is the smallest of those that fewer than k are larger than.
-    const bool among = threadIdx.x < groups && larger[0] + larger[1] + int32_t(k) > 0;
-    const uint32_t least = ptx::warp_min_u32(among ? key : 0xffffffffu);
-    if (lane_id() == 0) of_warps[warp_id()] = least;
   }
-  top = ptx::warp_max_u32(top);
-  __syncthreads();  // the warps' bounds are known
-  return {ptx::warp_min_u32(lane_id() * 32 < groups ? of_warps[lane_id()] : 0xffffffffu), top};
+  counts[part * kPairs + set * 32 + lane_id()] = -(larger[0] + larger[1]);
+  __syncthreads();  // parts are counted
+  // The k-th largest is the smallest of those that fewer than k are larger than.
+  uint32_t low = 0xffffffffu, top = 0;
+#pragma unroll 1
+  for (uint32_t i = lane_id(); i < (many ? 64 : 32); i += 32) {
+    const uint4 four = quads[i];
+    uint4 above = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
+    for (uint32_t r = 0; r < parts; ++r) {
+      const uint4 more = reinterpret_cast<const uint4*>(counts)[r * (kPairs / 4) + i];
+      above = make_uint4(above.x + more.x, above.y + more.y, above.z + more.z, above.w + more.w);
+    }
+    low = min_of(low, min_of(above.x < k ? four.x : 0xffffffffu, above.y < k ? four.y : 0xffffffffu));
+    low = min_of(low, min_of(above.z < k ? four.z : 0xffffffffu, above.w < k ? four.w : 0xffffffffu));
+    top = max_of(max_of(top, max_of(four.x, four.y)), max_of(four.z, four.w));
+  }
+  return {ptx::warp_min_u32(low), ptx::warp_max_u32(top)};
 }
 
 // What candidates are compared by: their mass,
@@ -202,10 +199,12 @@ __device__ __noinline__ Bounds shortlist(Row row, uint32_t size, uint32_t k, Lea
         const uint32_t place = __ffsll(taken) - 1;
         taken &= taken - 1;
         places |= uint64_t(place) << (8 * f);
-        row.load_at(block_of(place) * Row::kBlock + lane_id() * kPer, v[f]);
+        const uint32_t at = block_of(place) * Row::kBlock + lane_id();
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) v[f][j] = at + 32 * j < row.vocab ? row.at(at + 32 * j) : -FI_INF;
       }
       auto index_of = [&](uint32_t bit) {
-        return block_of(uint32_t(places >> (bit / kPer * 8)) & 0xff) * Row::kBlock + lane_id() * kPer + bit % kPer;
+        return block_of(uint32_t(places >> (bit / kPer * 8)) & 0xff) * Row::kBlock + bit % kPer * 32 + lane_id();
       };
       uint32_t marks = 0;  // the last one's value is x
 #pragma unroll
@@ -418,13 +417,20 @@ __device__ __noinline__ uint32_t gather(typename State::Row row, uint32_t low) {
 // The candidates, if they are few: everyone is compared with everyone, by key to know what is kept, and by index to draw from
 // it (kDraws). The State's shared memory is the dynamic one. Not inlined, as `search`.
 template <class State, class Shape, bool kDraws>
-__device__ __noinline__ Verdict settle(uint32_t top_key, FilterArgs args, uint64_t total) {
+__device__ __noinline__ Verdict settle(typename State::Row row, uint32_t top_key, FilterArgs args) {
   using Domain = typename State::Domain;
+  constexpr int kWarps = Shape::kThreads / 32;
   extern __shared__ __align__(1024) uint8_t smem[];
   auto& shared = *reinterpret_cast<typename State::Shared*>(smem);
   Verdict verdict = {0, 0, 0, false, false};
   const MassLoad<Domain> load(top_key);
-  const uint64_t factor = args.has_top_p() ? share_factor(args.p) : 0;  // while candidates are awaited
+  // While candidates are awaited:
+  const uint64_t factor = args.has_top_p() ? share_factor(args.p) : 0;
+  const bool joint = Domain::kOwnRef && args.has_top_p() && args.joint;  // compares with the row's mass
+  if (joint) {
+    const uint64_t part = ptx::warp_sum_u64(State(row, shared, top_key).part(threadIdx.x));
+    if (lane_id() == 0) shared.warp_sum[warp_id()] = part;
+  }
   const uint32_t n = collect<Shape>(shared, load);
   if (n == kWholeRow) return verdict;
   verdict.drawn = true;
@@ -454,6 +460,8 @@ __device__ __noinline__ Verdict settle(uint32_t top_key, FilterArgs args, uint64
   }
   bool kept = own.key != 0 && larger + int32_t(k) > 0;
   if (args.has_top_p()) {
+    uint64_t total = 0;
+    if (joint) total = ptx::warp_sum_u64(lane_id() < kWarps ? shared.warp_sum[lane_id()] : 0);
     if (!args.joint) {
       if (kept && int32_t(k) <= int32_t(equal) - larger) shared.above = above + equal * own.load;  // those on the k-th place
       __syncthreads();  // the mass of what top-k keeps is known

@@ -61,8 +61,8 @@ struct Exchange {
 
 namespace sampling {
 
-// What is known of the threshold: it is the smallest key of what is kept, of which `total` is the mass (found), or lies
-// between two keys.
+// What is known of the threshold: it is the smallest key of what is kept, of which `total` is the mass (found); or lies
+// between two keys, and `total` is the mass above them; or nothing (high = 0).
 struct Threshold {
   bool found;
   uint32_t low, high;
@@ -187,7 +187,8 @@ FI_DEVICE Threshold compare_range(RenormShared<Shape>& shared, typename Domain::
     if (threadIdx.x >= n) from = r * kRoom + threadIdx.x - n;
     n += of;
   }
-  if (!fits || n > kPairs) return {false, low, high, 0};
+  if (above >= target || target > above + inside) return {false, 0, 0, 0};
+  if (!fits || n > kPairs) return {false, low, high, above};
   Candidate* const list = shared.dense();
   if (threadIdx.x < n) list[threadIdx.x] = shared.mail()[from];
   if (n <= threadIdx.x && threadIdx.x < round_up(n, 32u)) list[threadIdx.x] = padding();
@@ -213,7 +214,7 @@ FI_DEVICE Threshold compare_range(RenormShared<Shape>& shared, typename Domain::
   const bool of_warp = lane_id() < kWarps;
   const uint32_t threshold = ptx::warp_min_u32(of_warp ? lowest_of[lane_id()] : 0xffffffffu);
   const uint64_t total = above + ptx::warp_sum_u64(of_warp ? shared.warp_sum[lane_id()] : 0);
-  return {threshold != 0xffffffffu, threshold, high, total};
+  return {true, threshold, high, total};
 }
 
 }  // namespace sampling
@@ -383,6 +384,9 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
     const float rough_unit = ref.second * __int_as_float((127 - down) << 23);
     bool rough = known.high == 0;
     uint32_t low = rough ? lowest : known.low, high = rough ? top : min_of(known.high, top);
+    // What is known to be above needs not be added up again.
+    const float most = rough ? FI_INF : value_of(high);
+    const uint64_t base = known.total;
 #pragma unroll 1
     for (;;) {
       const int bits = low < high ? 32 - __clz(high - low) : 0, most = rough ? kBinBits : kBinBits - 1;
@@ -410,7 +414,7 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
       } else {
         uint64_t run = 0;
         visit([&](float x) {
-          if (x < bound) return;
+          if (x < bound || x > most) return;
           const int below = top_bits - __float_as_int(x);
           const uint32_t bin = below < 0 ? 0 : 1 + (uint32_t(below) >> shift);
           if (bin != latest) {
@@ -445,6 +449,8 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
         before += r < Shape::rank() ? other : 0;
         all += other;
       }
+      before += base;
+      all += base;
       const uint64_t goal = rough ? max_of<uint64_t>(target >> down, 1) : target;
       uint32_t found = 0;
       if (goal <= all) {

@@ -104,6 +104,10 @@ struct RowShared {
 // Before the cluster's start.
 template <class Shape, class Shared>
 FI_DEVICE void set_counters(Shared& shared) {
+  if constexpr (Shared::kSelects) {  // places past the last segment count as the smallest key
+    for (int i = threadIdx.x; i < Shared::kSegments; i += Shape::kThreads) shared.top[i] = 0;
+    if constexpr (Shape::kCluster > 1) __syncthreads();  // they are clear
+  }
   if (threadIdx.x == 0) {
     ptx::mailbox_open(&shared.box[0]);
     ptx::mailbox_open(&shared.box[1]);
