@@ -385,7 +385,7 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
     bool rough = known.high == 0;
     uint32_t low = rough ? lowest : known.low, high = rough ? top : min_of(known.high, top);
     // What is known to be above needs not be added up again.
-    const float most = rough ? FI_INF : value_of(high);
+    const float ceiling = rough ? FI_INF : value_of(high);
     const uint64_t base = known.total;
 #pragma unroll 1
     for (;;) {
@@ -414,7 +414,7 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
       } else {
         uint64_t run = 0;
         visit([&](float x) {
-          if (x < bound || x > most) return;
+          if (x < bound || x > ceiling) return;
           const int below = top_bits - __float_as_int(x);
           const uint32_t bin = below < 0 ? 0 : 1 + (uint32_t(below) >> shift);
           if (bin != latest) {
