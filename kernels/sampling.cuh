@@ -10,6 +10,7 @@
 #pragma once
 #include "ptx/pdl.cuh"
 #include "sampling/draw.cuh"
+#include "sampling/gather.cuh"
 #include "sampling/parameters.cuh"
 
 namespace fi {

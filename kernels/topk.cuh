@@ -1,13 +1,14 @@
 // The k largest elements of rows, exactly k of them: ties at the k-th go to the smallest or to the largest indices. Keys
 // and places are integers: the result is the same for every launch shape. NaN counts as the largest value.
-// A cluster of kCluster CTAs (1 below sm_90) of kThreads reads one row; grid = rows * kCluster. Its first CTA has the
-// segments' and blocks' largest keys then, reads again only the blocks that reach a proven lower bound (candidates.cuh)
-// and sorts what it listed there. If the list overflows (ties, or k of thousands), a radix search over the row finds the
-// k-th key, and a last pass counts its way through the row, in index order.
+// A cluster of kCluster CTAs (1 below sm_90) of kThreads reads one row; grid = rows * kCluster. Every CTA finds a lower bound
+// in the largest keys of all, and lists its elements that reach it, for the first CTA to rank (candidates.cuh). If they are
+// many (ties, or k of hundreds), that one reads the blocks again that reach a bound and sorts a longer list, or finds the
+// k-th key by a radix search over the row and counts its way through, in index order.
 // Shared memory (dynamic): RowShared. Bytes moved: rows * length * sizeof(T). Architecture: any; clusters need sm_90.
 #pragma once
 #include "ptx/pdl.cuh"
 #include "sampling/candidates.cuh"
+#include "sampling/gather.cuh"
 
 namespace fi {
 
