@@ -20,7 +20,7 @@ struct Verdict {
 struct Split {
   int shift;
   uint32_t padded, item, part;
-  FI_DEVICE explicit Split(uint32_t n) : shift(n <= 64 ? 2 : n <= 128 ? 1 : 0) {
+  FI_DEVICE explicit Split(uint32_t n) : shift(n <= 32 ? 2 : n <= 64 ? 1 : 0) {
     padded = round_up(n, 8u << shift);
     item = threadIdx.x >> shift;
     part = threadIdx.x & ((1u << shift) - 1);
