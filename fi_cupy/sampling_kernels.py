@@ -147,8 +147,9 @@ def row_shared(room: int, kind: str, shape: LaunchShape) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
     """The shape of a launch, by its kind: "draw" (nothing is filtered), "reject" (top-p alone), "min_p" (alone),
-    "select" (a token of what other filters keep), "top_k", "fill" (rows of which few elements are kept), "keep" (rows
-    of which many are), "renorm" (after top-p alone), "softmax" or "speculative". bench/tune_sampling.py times them all.
+    "select" (a token of what other filters keep; "select16" of 16-bit rows), "top_k", "fill" (rows of which few
+    elements are kept), "keep" (rows of which many are), "renorm" (after top-p alone), "softmax" or "speculative".
+    bench/tune_sampling.py times them all.
     """
     segments, arch = _segments(vocab), device.code_number
     if arch < 90:
@@ -202,11 +203,11 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
     # One CTA decides; with many rows, others read meanwhile.
     if rows * 16 * 2 <= device.num_sms and segments > 64:
         return LaunchShape(256, 16, 2)
-    if few:
-        return LaunchShape(512, clusters(8, 8), 1)
+    if few:  # of an H100's multiprocessors, clusters of eight reach 120
+        return LaunchShape(512, clusters(8 if rows * 8 * 11 <= device.num_sms * 10 else 4, 8), 1)
     if rows <= device.num_sms:
         return LaunchShape(512, 1, 1)
-    return LaunchShape(512, 1, 2) if kind == "top_k" else LaunchShape(256, 1, 2)
+    return LaunchShape(512, 1, 2) if kind in ("top_k", "select16") else LaunchShape(256, 1, 2)
 
 
 def launched_bytes(spec: KernelSpec, vocab: int, dtype: DType, shape: LaunchShape) -> int:

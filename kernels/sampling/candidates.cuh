@@ -174,7 +174,9 @@ __device__ __noinline__ Bounds shortlist(Row row, uint32_t size, uint32_t k, Lea
     if (first + kTogether / 2 * kStep < segments) taken |= uint64_t(reaches(lane_id() + 32)) << 32;
 #pragma unroll 1
     while (taken && !full) {
-      float v[kFlight][kPer], x = 0.f;
+      // Loads without conditions, and conversions behind all of them: they would wait for one another.
+      decltype(row.raw(0)) v[kFlight][kPer];
+      float x = 0.f;
       uint64_t places = 0;  // a byte each
       const uint32_t count = min_of(__popcll(taken), kFlight);
 #pragma unroll
@@ -185,7 +187,7 @@ __device__ __noinline__ Bounds shortlist(Row row, uint32_t size, uint32_t k, Lea
         places |= uint64_t(place) << (8 * f);
         const uint32_t at = block_of(place) * Row::kBlock + lane_id();
 #pragma unroll
-        for (int j = 0; j < kPer; ++j) v[f][j] = at + 32 * j < row.vocab ? row.at(at + 32 * j) : -FI_INF;
+        for (int j = 0; j < kPer; ++j) v[f][j] = row.raw(min_of(at + 32 * j, row.vocab - 1));
       }
       auto index_of = [&](uint32_t bit) {
         return block_of(uint32_t(places >> (bit / kPer * 8)) & 0xff) * Row::kBlock + bit % kPer * 32 + lane_id();
@@ -194,21 +196,14 @@ __device__ __noinline__ Bounds shortlist(Row row, uint32_t size, uint32_t k, Lea
 #pragma unroll
       for (int f = 0; f < kFlight; ++f) {
         if (f >= count) break;
+        const uint32_t at = index_of(f * kPer), left = at < row.vocab ? (row.vocab - 1 - at) / 32 + 1 : 0;
 #pragma unroll
         for (int j = 0; j < kPer; ++j) {
-          if (v[f][j] < bound) continue;
+          const float y = row.value(v[f][j]);
+          if (y < bound || j >= left) continue;
           marks |= 1u << (f * kPer + j);
-          x = v[f][j];
+          x = y;
         }
-      }
-      if (!(bound > -FI_INF)) {  // then places past the end reach it, too
-        uint32_t there = 0;
-        for (uint32_t rest = marks; rest; rest &= rest - 1) {
-          const uint32_t bit = __ffs(rest) - 1;
-          if (index_of(bit) < row.vocab) there |= 1u << bit;
-        }
-        if (there >> (31 - __clz(marks | 1)) == 0) x = there ? row.at(index_of(31 - __clz(there))) : 0.f;
-        marks = there;
       }
       if (marks) {
         uint32_t place = atomicAdd(&shared.count, __popc(marks));
