@@ -9,7 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from fi_cupy.device import DeviceInfo
-from fi_cupy.gemm import gemm_fp8_nt_blockscaled, gemm_fp8_nt_groupwise, group_gemm_fp8_nt_groupwise, mm_fp8
+from fi_cupy.gemm import (
+    batch_deepgemm_fp8_nt_groupwise,
+    gemm_fp8_nt_blockscaled,
+    gemm_fp8_nt_groupwise,
+    group_deepgemm_fp8_nt_groupwise,
+    group_gemm_fp8_nt_groupwise,
+    mm_fp8,
+)
 from fi_cupy.testing.bench import BenchCase, bench_case, random_array
 
 SHAPES = (
@@ -96,9 +103,35 @@ def _grouped(groups: int, rows: int, n: int, k: int) -> BenchCase:
     )  # fmt: skip
 
 
+def _deepgemm(masked: bool, groups: int, rows: int, n: int, k: int) -> BenchCase:
+    """DeepGEMM's layouts: a number a row, or a number of rows a group."""
+    run, name = (
+        (batch_deepgemm_fp8_nt_groupwise, "batch") if masked else (group_deepgemm_fp8_nt_groupwise, "group")
+    )  # fmt: skip
+
+    def make(i: int) -> tuple[tuple[Any, ...], Any]:
+        import cupy
+
+        m = groups * rows
+        lead = (groups, rows) if masked else (m,)
+        numbers = cupy.full(groups, rows, "int32") if masked else cupy.arange(m, dtype="int32") // rows
+        operands = (
+            random_array((*lead, k), "float8_e4m3fn", 2 * i), random_array((groups, n, k), "float8_e4m3fn", 2 * i + 1),
+            cupy.full((*lead, k // 128), 0.5, "float32"), cupy.full((groups, n // 128, k // 128), 0.5, "float32"),
+            numbers, *((rows,) if masked else ()),
+        )  # fmt: skip
+        return operands, random_array((*lead, n), "bfloat16", i)
+
+    return bench_case(
+        f"{name}_deepgemm_fp8_nt_groupwise {groups}x{rows}x{n}x{k}", lambda s: run(*s[0], out=s[1]), make_inputs=make,
+        interleave=True, flops=2 * groups * rows * n * k,
+    )  # fmt: skip
+
+
 def cases(device: DeviceInfo) -> list[BenchCase]:
     """Large squares, a DeepSeek projection, few rows, and groups."""
     table = [_case(kind, *SHAPES[0]) for kind in ("tensor fast", "tensor", "row", "1x128")]
     table += [_case(kind, *shape) for shape in SHAPES[1:] for kind in ("tensor", "1x128")]
     table += [_case("tensor fast", *SHAPES[1]), _case("128x128", *SHAPES[1])]
-    return [*table, _grouped(8, 1024, 4096, 4096), _grouped(32, 64, 4096, 4096)]
+    table += [_grouped(8, 1024, 4096, 4096), _grouped(32, 64, 4096, 4096)]
+    return table + [_deepgemm(masked, 8, 1024, 4096, 4096) for masked in (False, True)]

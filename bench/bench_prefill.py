@@ -48,7 +48,7 @@ SINGLE = [
     Shape(1, S16K, S16K, alibi=True),
 ]
 RAGGED = [
-    *(Shape(16384 // n, n, n) for n in (512, S1K, 2048, S4K, 8192)),
+    *(Shape(16384 // n, n, n) for n in (256, 512, S1K, 2048, S4K, 8192)),
     Shape(16, S1K, S1K, 32, 8),
     Shape(8, 128, 128),  # short: one or two tiles of keys an item
     Shape(16, 64, 64, 32, 8),
@@ -57,6 +57,7 @@ PAGED = [
     Shape(16, 512, S4K, 32, 8),
     Shape(1, S4K, S16K, 32, 8),
     Shape(16, S1K, S1K, 32, 8),
+    Shape(1, S1K, 32768, 32, 8),  # fewer items than multiprocessors times three: the last ones are split
     Shape(1, 16, 65536, 32, 8),  # a few tokens over a long prompt: split keys
     Shape(8, 128, 128, 9, 3, 64),  # SmolLM2-135M: the demo's shape
     Shape(16, 512, S4K, 32, 8, kv="float8_e4m3fn"),  # keys and values are widened in shared memory,

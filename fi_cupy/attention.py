@@ -438,6 +438,6 @@ def _single_prefill(given: dict[str, Any], device: DeviceInfo) -> Explanation:
         np.array([0, qo_len]), np.array([kv_len]), np.array([0]), group=g.group, num_kv_heads=g.num_kv_heads,
         tile_q=g.tiles.tile_q, tile_kv=g.tiles.tile_kv, slots=g.slots, causal=options.causal,
         window_left=options.window_left, disable_split=not g.splittable, narrow=narrow,
-        align_end=g.hopper is not None and options.causal,
+        align_end=g.hopper is not None and options.causal, split_tail=g.split_tail(),
     )  # fmt: skip
     return _prefill_launch(g, spec, len(schedule.items), schedule.num_split)

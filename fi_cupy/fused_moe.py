@@ -57,13 +57,14 @@ _ROUTING = ParamsStruct(
     "RoutingParams",
     [
         ("scores", "ptr"), ("bias", "ptr"), ("values", "ptr"), ("indices", "ptr"), ("scores_stride", "i64"),
-        ("values_stride", "i64"), ("indices_stride", "i64"), ("tokens", "u32"), ("experts", "u32"),
-        ("groups", "u32"), ("top_groups", "u32"), ("top_k", "u32"), ("factor", "f32"), ("wide", "u32"),
+        ("values_stride", "i64"), ("indices_stride", "i64"), ("tokens", "u32"), ("groups", "u32"),
+        ("top_groups", "u32"), ("top_k", "u32"), ("size", "u32"), ("shift", "u32"), ("factor", "f32"),
+        ("wide", "u32"), ("vectors", "u32"),
     ],
 )  # fmt: skip
 _THREADS = 256
 _ROUTING_WARPS = 4
-#: Two floats an expert and warp in 48 KB of shared memory.
+#: 32 lanes with 32 experts each; up to 64 where the groups leave lanes without any.
 MAX_EXPERTS = 1024
 
 
@@ -93,17 +94,22 @@ def _spec(function: str, *types: DType) -> KernelSpec:
 
 
 @lru_cache(maxsize=64)
-def routing_spec(scores: DType, bias: DType, out: DType) -> KernelSpec:
-    """The kernel of `fused_topk_deepseek` for element types."""
+def routing_spec(scores: DType, bias: DType, out: DType, per: int) -> KernelSpec:
+    """The kernel of `fused_topk_deepseek` for element types and a number of experts a lane."""
     return KernelSpec(
-        symbol=f"routing_topk_{scores.tag}_{bias.tag}_{out.tag}",
+        symbol=f"routing_topk_{scores.tag}_{bias.tag}_{out.tag}_{per}",
         header="routing.cuh",
         function="routing_topk",
         params=_ROUTING,
-        config=(("T", scores), ("Bias", bias), ("Out", out), ("kWarps", _ROUTING_WARPS)),
+        config=(("T", scores), ("Bias", bias), ("Out", out), ("kWarps", _ROUTING_WARPS), ("kPer", per)),
         threads=32 * _ROUTING_WARPS,
-        smem_bytes=_ROUTING_WARPS * 2 * 4 * MAX_EXPERTS,
     )
+
+
+def routing_lanes(experts: int, groups: int) -> tuple[int, int]:
+    """(shift, per): a group has 2 ** shift lanes of a warp with `per` experts each, a power of two."""
+    shift = (32 // groups).bit_length() - 1
+    return shift, 1 << (-(-(experts // groups) // (1 << shift)) - 1).bit_length()
 
 
 def kernel_specs() -> list[KernelSpec]:
@@ -113,7 +119,7 @@ def kernel_specs() -> list[KernelSpec]:
         _spec("moe_gather"),
         _spec("moe_finish", bfloat16, bfloat16),
         _spec("moe_finish", float16, float16),
-        routing_spec(float32, float32, float32),
+        routing_spec(float32, float32, float32, 8),
     ]
 
 
@@ -181,10 +187,14 @@ def fused_topk_deepseek(
         values.write(weights)
         indices.write(chosen)
         return
-    load_kernel(routing_spec(s.dtype, b.dtype, values.dtype), s.device).launch(
+    size = experts // n_group
+    shift, per = routing_lanes(experts, n_group)
+    vectors = not (s.ptr % 16 or b.ptr % 16 or s.strides[0] * s.dtype.itemsize % 16)
+    vectors = vectors and all(size * x.dtype.itemsize % 16 == 0 for x in (s, b))
+    load_kernel(routing_spec(s.dtype, b.dtype, values.dtype, per), s.device).launch(
         -(-tokens // _ROUTING_WARPS), s.stream(), s.ptr, b.ptr, values.ptr, indices.ptr, s.strides[0],
-        values.strides[0], indices.strides[0], tokens, experts, n_group, topk_group, topk, routed_scaling_factor,
-        int(indices.dtype is int64), smem=_ROUTING_WARPS * 8 * experts, pdl=bool(launch_with_pdl),
+        values.strides[0], indices.strides[0], tokens, n_group, topk_group, topk, size, shift, routed_scaling_factor,
+        int(indices.dtype is int64), int(vectors), pdl=bool(launch_with_pdl),
     )  # fmt: skip
 
 

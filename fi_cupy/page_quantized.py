@@ -55,16 +55,19 @@ _PARAMS = ParamsStruct(
     ],
 )
 _THREADS = 128
+#: Accesses a thread, whose pages are looked up together: 23.0 us for 8192 tokens of 8 x 128, 23.5 with one, 24.1 with
+#: four.
+_UNROLL = 2
 
 
 @lru_cache(maxsize=256)
-def append_spec(dtype: DType, cache: DType, dim_a: int, dim_b: int, vec: int) -> KernelSpec:
+def append_spec(dtype: DType, cache: DType, dim_a: int, dim_b: int, vec: int, unroll: int = 1) -> KernelSpec:
     """The kernel that casts rows of `dim_a` and `dim_b` elements a head, `vec` an access.
 
-    One access a thread: many threads hide the look-up of a page better than several accesses each (H100).
+    Two accesses a thread at most: many threads hide the look-up of a page better than several accesses each (H100).
     """
     return KernelSpec(
-        symbol=f"append_quantized_{dtype.tag}_{cache.tag}_{dim_a}_{dim_b}_v{vec}",
+        symbol=f"append_quantized_{dtype.tag}_{cache.tag}_{dim_a}_{dim_b}_v{vec}{f'u{unroll}' if unroll > 1 else ''}",
         header="page.cuh",
         function="append_quantized",
         params=_PARAMS,
@@ -75,7 +78,7 @@ def append_spec(dtype: DType, cache: DType, dim_a: int, dim_b: int, vec: int) ->
             ("kDimB", dim_b),
             ("kVec", vec),
             ("kThreads", _THREADS),
-            ("kUnroll", 1),
+            ("kUnroll", unroll),
         ),
         threads=_THREADS,
     )
@@ -83,7 +86,7 @@ def append_spec(dtype: DType, cache: DType, dim_a: int, dim_b: int, vec: int) ->
 
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: a head dimension of 128, and MLA's 512 + 64."""
-    return [append_spec(bfloat16, float8_e4m3fn, a, b, 8) for a, b in ((128, 128), (512, 64))]
+    return [append_spec(bfloat16, float8_e4m3fn, a, b, 8, _UNROLL) for a, b in ((128, 128), (512, 64))]
 
 
 class Cast(NamedTuple):
@@ -179,8 +182,8 @@ def launch(
         raise ShapeError(f"append: {x.shape} tokens, heads and elements are {vectors} vectors, expected less than 2^31")
     scales = [c.scale for c, *_ in pairs] + [1.0] * (2 - len(pairs))
     arrays = [s if isinstance(s, View) else None for s in scales]
-    load_kernel(append_spec(x.dtype, pairs[0][0].cache.dtype, *dims, vec), x.device).launch(
-        -(-vectors // _THREADS), x.stream(), pointers[0][0], pointers[1][0], pointers[0][1], pointers[1][1],
+    load_kernel(append_spec(x.dtype, pairs[0][0].cache.dtype, *dims, vec, _UNROLL), x.device).launch(
+        -(-vectors // (_THREADS * _UNROLL)), x.stream(), pointers[0][0], pointers[1][0], pointers[0][1], pointers[1][1],
         batch_indices.ptr, positions.ptr, indices.ptr, indptr.ptr, *new_strides, *cache_strides,
         vectors, heads, indptr.shape[0] - 1, page_size,
         *(0 if s is None else s.ptr for s in arrays), *(1.0 if isinstance(s, View) else s for s in scales),

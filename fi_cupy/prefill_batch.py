@@ -119,7 +119,7 @@ class BatchPrefill(PlanRun):
             mask_offsets=None if p.mask is None else p.mask.offsets,
             narrow=None if self._lowered is None else self._lowered.narrow({}),
             block_keys=None if g.hopper is None else block_keys(g.hopper, g.num_kv_heads, batch, keys, g.slots),
-            align_end=g.hopper is not None and p.options.causal,
+            align_end=g.hopper is not None and p.options.causal, split_tail=g.split_tail(1 if self._graph else 2),
         )  # fmt: skip
         if not self._graph:
             return schedule, schedule.num_slots

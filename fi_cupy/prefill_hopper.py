@@ -22,8 +22,9 @@ PARAMS = ParamsStruct(
     [
         *PORTABLE_PARAMS.fields,
         *((f"{x}_map", "tensormap") for x in "qkv"),
-        *((name, "u32") for name in ("num_items", "num_kv_heads", "heads_together", "kv_rows", "box_rows")),
-        *((f"{x}_{of}_units", "u32") for x in "kv" for of in ("page", "head")),
+        *((name, "u32") for name in ("num_items", "num_kv_heads", "heads_together")),
+        *((f"{name}_rows", "u32") for name in ("kv", "box", "q_box")),
+        *((f"{x}_{of}_units", "u32") for x in "kv" for of in ("page", "head", "rows8")),
     ],
 )
 
@@ -71,15 +72,19 @@ TILES = {
 }
 #: Where a soft cap's four denominators at a time do not fit beside them.
 _CAPPED_TILES = {(64, 64): HopperTiles(3, 96, 32, 160, 4, 2, 64, 64)}
-#: For short work (`wants_short_tiles`), plain logits: the keys of a tile are those of TILES, and with them every bit.
+#: For short prompts with as many kv heads as query heads (`wants_fine_tiles`), plain logits: 64 rows of a warpgroup and
+#: tiles of 64 keys meet on the diagonal, and fewer keys are read that nobody sees. A step is 3 % slower than with 80.
+FINE_TILES = {(128, 128): HopperTiles(3, 64, 32, 160, 4, 2, 128, 128)}
+#: For short work (`wants_short_tiles`), plain logits.
 SHORT_TILES = {
     (64, 64): HopperTiles(2, 128, 40, 232, 4, 2, 64, 64),
-    (128, 128): HopperTiles(2, 80, 40, 232, 3, 2, 128, 128),
+    (128, 128): HopperTiles(2, 64, 40, 232, 4, 2, 128, 128),
 }
 #: Variants have unknown values beside the accumulators: two warpgroups, which have 232 registers each. Not those whose
 #: scores are computed as built-in ones are (`Lowered.regular`), but for head dim 256.
 _VARIANT_TILES = {
-    **SHORT_TILES,
+    (64, 64): SHORT_TILES[64, 64],
+    (128, 128): HopperTiles(2, 80, 40, 232, 3, 2, 128, 128),
     (192, 128): HopperTiles(2, 80, 40, 232, 3, 1, 192, 128),
     (256, 256): HopperTiles(2, 64, 40, 232, 2, 1, 256, 256),
 }
@@ -174,6 +179,9 @@ def load_of(requests: int, group: int, tokens: int, keys: int, causal: bool, win
 _SHORT_COST = 0.74
 #: The estimate is not better than this: the other kernel must promise as much.
 _GAIN = 0.95
+#: Items of so many keys take the same time, start and end: whole rounds of them count. 12x128 of 32/8 heads is 2.2
+#: rounds of 192 rows or 2.9 of 128: 19.7 us and 17.2.
+_ALIKE_KEYS = 256
 #: Key tiles are split when a multiprocessor's even share is half of the longest item or less, from so many keys on.
 _SPLIT_KEYS = 1024
 
@@ -185,6 +193,9 @@ def wants_short_tiles(load: Load, num_kv_heads: int, slots: int) -> bool:
     Measured (H100, 32 heads, causal, 128-row over 192-row): 1x512 0.97, 1x1024 0.83; 4x4096 1.11, 16x1024 over 8 kv
     heads 1.13.
     """
+    if load.keys <= _ALIKE_KEYS:
+        rounds = [-(-load.items(tile_q) * num_kv_heads // slots) for tile_q in (192, 128)]
+        return _SHORT_COST * rounds[1] < _GAIN * rounds[0]
     seen = max(1 - load.tokens / (2 * load.keys), 0.5) if load.causal and load.keys else 1.0
     tall, short = (load.items(tile_q) * num_kv_heads * seen / slots for tile_q in (192, 128))
     if tall <= 0.5 and load.keys >= _SPLIT_KEYS:  # splitting evens it out
@@ -192,34 +203,47 @@ def wants_short_tiles(load: Load, num_kv_heads: int, slots: int) -> bool:
     return _SHORT_COST * max(short, 1) < _GAIN * max(tall, 1)
 
 
-def too_little(p: Problem, tiles: HopperTiles, load: Load, slots: int) -> str:
+def wants_fine_tiles(load: Load) -> bool:
+    """Whether FINE_TILES finish before TILES do.
+
+    Measured (H100, 32/32 heads, causal): 32x512 1.08 times as fast, 16x1024 1.04, 8x2048 1.02; 16x1024 of 32/8 heads
+    0.99.
+    """
+    return load.causal and load.rows == load.tokens and load.keys <= _FINE_KEYS
+
+
+_FINE_KEYS = 2048
+
+
+def too_little(load: Load) -> str:
     """Why the portable kernel is the faster one for a batch that both take; empty if it is not.
 
-    Items of one tile of keys are all start and end. One a multiprocessor, the kernels are within 5 % (1x32, 1x128) or
-    this one is ahead (16x128 of 9/3 heads at d64: 1.28); beyond that the portable kernel, which has two CTAs a
-    multiprocessor, is (16x64 of 32/8 heads: 9.5 us to 11.7). With two tiles of keys they draw at 8x128 (0.98).
+    Few keys are no reason: 16x64 of 32/8 heads 12.6 us to 12.8, 32x64 20.3 to 24.0, 8x128 at d64 11.3 to 13.0 (H100).
     """
     if load.rows <= FEW_ROWS:
         return f"{load.rows} packed rows a request would leave most of its tile empty"
-    if load.keys <= tiles.tile_kv and load.items(tiles.tile_q) * p.num_kv_heads > slots:
-        return f"{load.keys} keys a request are one tile, and there is more than one item a multiprocessor"
     return ""
 
 
-#: Packed rows a request up to which the portable kernel's tiles of 16 and 64 rows waste less.
+#: Packed rows a request up to which the portable kernel's tiles of 16 and 64 rows waste less, and split keys better:
+#: 1x(16, 65536) of 32/8 heads 114 us to 144. With 64 rows over few keys this one would be ahead (1x(64, 4096) of 32/32
+#: heads 1.12, 16x64 1.12), with 32 it depends (16x(8, 4096) of 32/8 heads 1.06, 8x(32, 2048) of 32/32 0.96).
 FEW_ROWS = 64
 
 
-def hopper_tiles(p: Problem, short: bool = False) -> HopperTiles:
-    """The CTA shape for a problem that `refusal` let pass; `short` may be ignored.
+def hopper_tiles(p: Problem, short: bool = False, fine: bool = False) -> HopperTiles:
+    """The CTA shape for a problem that `refusal` let pass; `short` and `fine` may be ignored.
 
     The group must divide a short tile if it divides the tall one: queries are gathered otherwise.
     """
     dims = p.head_dim_qk, p.head_dim_vo
-    if short and p.variant is None and not p.soft_cap and not p.alibi and dims in SHORT_TILES:
+    plain = p.variant is None and not p.soft_cap and not p.alibi
+    if short and plain and dims in SHORT_TILES:
         group, tiles = p.num_qo_heads // p.num_kv_heads, SHORT_TILES[dims]
         if tiles.tile_q % group == 0 or TILES[dims].tile_q % group:
             return tiles
+    if fine and plain and dims in FINE_TILES:
+        return FINE_TILES[dims]
     soft_cap = p.soft_cap
     if p.variant is not None:
         if not p.variant.regular or p.alibi or p.soft_cap or dims == (256, 256):
@@ -286,13 +310,15 @@ def block_keys(tiles: HopperTiles, num_kv_heads: int, requests: int, keys: int, 
     Longest first puts the tiles of a request's rows as far apart as there are requests times heads together. With half
     as many of those as CTAs or fewer, several tiles of a request run at a time and read the same keys (8x2048 and
     4x4096 of 32 heads lose 4 % in blocks). With more, each tile of rows reads its keys from memory again: blocks
-    gain 8 % for 16x1024 of 32 heads, 24 % for 32x512, 29 % for 64x256, 5 % for 16x1024 of 32/8 heads (H100).
+    gain 8 % for 16x1024 of 32 heads, 24 % for 32x512, 29 % for 64x256, 5 % for 16x1024 of 32/8 heads (H100). A block
+    is no more requests times heads than half the CTAs: for 64x256 that is 8 MB, 2.3 % faster than 16.
     """
     row = 2 * (tiles.head_dim_qk + tiles.head_dim_vo)
     heads = heads_together(num_kv_heads, row * keys)
     if 2 * requests * heads <= slots or row * keys * heads <= _BLOCK_BYTES:
         return None
-    return max(_BLOCK_BYTES // (row * heads), 1)
+    most = max(slots // (2 * heads), 1) * -(-keys // requests)
+    return max(min(_BLOCK_BYTES // (row * heads), most), 1)
 
 
 _encode = lru_cache(maxsize=4096)(tensor_map)
@@ -311,10 +337,10 @@ def map_values(
     """
     n, h = 2 * q_strides[0], 2 * q_strides[1]
     fit = group if tiles.tile_q % group == 0 else 1
-    panels = tiles.head_dim_qk // 64
+    q_rows = 64 if 64 % fit == 0 else tiles.tile_q
     queries = _encode(
-        dtype, q, (64, group, max(num_rows, 1), panels, num_kv_heads), (h, n, 128, group * h),
-        (64, fit, tiles.tile_q // fit, panels, 1),
+        dtype, q, (64, group, max(num_rows, 1), tiles.head_dim_qk // 64, num_kv_heads), (h, n, 128, group * h),
+        (64, fit, q_rows // fit, 1, 1),
     )  # fmt: skip
     rows = box_rows(page_size, tiles.tile_kv) if page_size else tiles.tile_kv
     # Without keys there may be no memory; no box is loaded then.
@@ -325,7 +351,7 @@ def map_values(
     extent = max(kv_extent, 1)
     # A cache's pages count whether this batch uses them or not, which is at worst the rule for long prompts.
     head_bytes = 2 * (tiles.head_dim_qk + tiles.head_dim_vo) * kv_extent * max(page_size, 1)
-    order = num_kv_heads, heads_together(num_kv_heads, head_bytes), kv_extent, rows
+    order = num_kv_heads, heads_together(num_kv_heads, head_bytes), kv_extent, rows, q_rows
     if not page_size:
         keys = [
             _encode(
@@ -333,7 +359,7 @@ def map_values(
             )
             for address, panels, (_, token, head) in sides
         ]
-        return (queries, *keys), (*order, 0, 0, 0, 0)
+        return (queries, *keys), (*order, *[0] * 6)
     paged = [_paged_map(dtype, *side, extent, num_kv_heads, page_size, rows) for side in sides]
     maps = queries, paged[0][0], paged[1][0]
     return maps, (*order, *paged[0][1], *paged[1][1])
@@ -342,12 +368,13 @@ def map_values(
 def _paged_map(
     dtype: str, address: int, panels: int, strides: tuple[int, int, int], pages: int, heads: int, page_size: int,
     rows: int,
-) -> tuple[bytes, tuple[int, int]]:  # fmt: skip
-    """The map of a paged cache, and units a page and a head: one dimension of the five is both."""
+) -> tuple[bytes, tuple[int, int, int]]:  # fmt: skip
+    """The map of a paged cache, and units a page, a head and 8 tokens: one dimension of the five is all of them."""
     page, token, head = (2 * stride for stride in strides)
-    unit = math.gcd(page if pages > 1 else 0, head if heads > 1 else 0) or 16
-    page_units, head_units = page // unit if pages > 1 else 0, head // unit if heads > 1 else 0
-    extent = (pages - 1) * page_units + (heads - 1) * head_units + 1
+    steps = (page, pages), (head, heads), (8 * token, (page_size - rows) // 8 + 1)  # bytes and how many there are
+    unit = math.gcd(*(step if count > 1 else 0 for step, count in steps)) or 16
+    units = [step // unit if count > 1 else 0 for step, count in steps]
+    extent = sum((count - 1) * n for (_, count), n in zip(steps, units, strict=True)) + 1
     if extent >= 1 << 31:
         raise UnsupportedError(
             f"prefill: {pages} pages of {page} bytes and heads of {head} bytes have a common stride of {unit} bytes; "
@@ -357,13 +384,14 @@ def _paged_map(
         dtype, address, (64, 8, panels, page_size // 8, extent), (token, 128, 8 * token, unit),
         (64, 8, panels, rows // 8, 1),
     )  # fmt: skip
-    return made, (page_units, head_units)
+    return made, (units[0], units[1], units[2])
 
 
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: every tile shape, and every option at head dim 128."""
     specs = [hopper_spec(bfloat16, tiles, paged=paged) for tiles in TILES.values() for paged in (False, True)]
-    specs += [hopper_spec(bfloat16, tiles, paged=paged) for tiles in SHORT_TILES.values() for paged in (False, True)]
+    for table in (SHORT_TILES, FINE_TILES):
+        specs += [hopper_spec(bfloat16, tiles, paged=paged) for tiles in table.values() for paged in (False, True)]
     specs += [hopper_spec(float16, TILES[dim, dim], paged=paged) for dim in (64, 128) for paged in (False, True)]
     usual = TILES[128, 128]
     specs.append(hopper_spec(bfloat16, usual, paged=False, query_boxes=False))

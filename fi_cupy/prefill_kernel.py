@@ -12,7 +12,7 @@ from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, bfloat16, float8_e4m3fn
 from fi_cupy.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 from fi_cupy.jit.kernel import Kernel, load_kernel
 from fi_cupy.jit.spec import CppType, KernelSpec
-from fi_cupy.plan.prefill import PrefillTiles, TileKind, choose_tiles, narrow_tiles
+from fi_cupy.plan.prefill import TAIL_HEADS, PrefillTiles, TileKind, choose_tiles, narrow_tiles
 from fi_cupy.plan.workspace import WorkspaceLayout
 from fi_cupy.prefill_hopper import (
     HopperTiles,
@@ -21,6 +21,7 @@ from fi_cupy.prefill_hopper import (
     hopper_tiles,
     refusal,
     too_little,
+    wants_fine_tiles,
     wants_short_tiles,
 )  # fmt: skip
 from fi_cupy.prefill_params import PARAMS, ROPE_PARAMS
@@ -273,6 +274,12 @@ class Geometry:
         """The Hopper kernel's tiles, or None for the portable kernel."""
         return self.tiles if isinstance(self.tiles, HopperTiles) else None
 
+    def split_tail(self, rounds: int = 2) -> int:
+        """For ``plan_prefill(split_tail=)``: as many items as are so many rounds of all multiprocessors."""
+        if self.hopper is None or self.num_kv_heads > TAIL_HEADS:
+            return 0
+        return rounds * -(-self.slots // self.num_kv_heads)
+
     def grid(self, num_items: int) -> tuple[int, int, int]:
         """Grid of the kernel: every item once a kv head; the Hopper kernel's CTAs may take many."""
         if self.hopper is None:
@@ -298,18 +305,18 @@ def geometry(problem: Problem, packed_rows: int, device: DeviceInfo, load: Load 
     reason = "backend='fa2'" if p.backend == "fa2" else refusal(p, device)
     if p.backend == "fa3" and reason:
         raise UnsupportedError(f"prefill: backend is 'fa3', but the Hopper kernel is not for this: {reason}")
-    short = False
+    short = fine = False
     if not reason and load is not None:
-        short = wants_short_tiles(load, p.num_kv_heads, device.num_sms)
+        short, fine = wants_short_tiles(load, p.num_kv_heads, device.num_sms), wants_fine_tiles(load)
         if p.backend == "auto":
-            reason = too_little(p, hopper_tiles(p, short), load, device.num_sms)
-    return _portable(p, min(packed_rows, 128), device, reason) if reason else _hopper(p, device, short)
+            reason = too_little(load)
+    return _portable(p, min(packed_rows, 128), device, reason) if reason else _hopper(p, device, short, fine)
 
 
 @lru_cache(maxsize=1024)
-def _hopper(p: Problem, device: DeviceInfo, short: bool) -> Geometry:
+def _hopper(p: Problem, device: DeviceInfo, short: bool, fine: bool) -> Geometry:
     group = p.num_qo_heads // p.num_kv_heads
-    tiles = hopper_tiles(p, short)
+    tiles = hopper_tiles(p, short, fine)
 
     def spec_of(positive: bool = True, heads: bool = False) -> KernelSpec:
         plain = hopper_spec(

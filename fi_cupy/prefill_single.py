@@ -307,7 +307,7 @@ def _make(
         np.array([0, qo_len]), np.array([kv_len]), np.array([0]), group=g.group, num_kv_heads=g.num_kv_heads,
         tile_q=g.tiles.tile_q, tile_kv=g.tiles.tile_kv, slots=g.slots, causal=options.causal,
         window_left=options.window_left, mask_offsets=np.array([0]), disable_split=not g.splittable, narrow=narrow,
-        align_end=g.hopper is not None and options.causal,
+        align_end=g.hopper is not None and options.causal, split_tail=g.split_tail(),
     )  # fmt: skip
     rows = plan.items.reshape(-1)
     with cupy.cuda.Device(x.device):

@@ -30,6 +30,38 @@ FI_DEVICE bool find_row(const int32_t* batch_indices, const int32_t* positions, 
   return true;
 }
 
+// The same for several tokens of a thread at a time: none waits for the look-ups of another. No token: 0xffffffff.
+template <int kCount>
+struct FoundRows {
+  bool there[kCount];
+  int32_t page[kCount];
+  uint32_t row[kCount];
+  FI_DEVICE FoundRows(const int32_t* batch_indices, const int32_t* positions, const int32_t* kv_indices, const int32_t* kv_indptr,
+                      uint32_t batch, uint32_t page_size, const uint32_t (&token)[kCount]) {
+    int32_t request[kCount], position[kCount], begin[kCount], end[kCount];
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      there[n] = token[n] != 0xffffffffu;
+      request[n] = there[n] ? batch_indices[token[n]] : -1;
+      position[n] = there[n] ? positions[token[n]] : -1;
+    }
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      there[n] = request[n] >= 0 && uint32_t(request[n]) < batch && position[n] >= 0;
+      begin[n] = there[n] ? kv_indptr[request[n]] : 0;
+      end[n] = there[n] ? kv_indptr[request[n] + 1] : 0;
+    }
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      const uint32_t in_request = uint32_t(position[n]) / page_size;
+      row[n] = uint32_t(position[n]) - in_request * page_size;
+      // A position past the request's pages would land in another request's page.
+      there[n] = there[n] && int64_t(begin[n]) + in_request < end[n];
+      page[n] = there[n] ? kv_indices[begin[n] + in_request] : 0;
+    }
+  }
+};
+
 struct AppendParams {
   const void* a;  // [nnz, heads, kBytesA]
   const void* b;  // [nnz, heads, kBytesB]
@@ -154,14 +186,12 @@ FI_DEVICE void append_quantized(const AppendQuantizedParams& params) {
       data[n] = load_streaming<V>(source);
     }
   }
+  const FoundRows<kUnroll> found(to.batch_indices, to.positions, to.kv_indices, to.kv_indptr, to.batch, to.page_size, token);
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
-    if (token[n] != kNone) {
-      int64_t page;
-      uint32_t row;
-      if (!find_row(to.batch_indices, to.positions, to.kv_indices, to.kv_indptr, to.batch, to.page_size, token[n], page,
-                    row))
-        continue;
+    if (found.there[n]) {
+      const int64_t page = found.page[n];
+      const uint32_t row = found.row[n];
       const float* given = is_a[n] ? params.a_scale : params.b_scale;
       const float scale = given ? given[head[n] * (is_a[n] ? params.a_scale_head : params.b_scale_head)]
                                 : (is_a[n] ? params.a_value : params.b_value);

@@ -193,6 +193,14 @@ CASES |= {
     ("group_gemm_fp8_nt_groupwise", ""): lambda c: _groupwise(c) | {
         "b": _fp8(c, 2, 128, 256), "b_scale": np.abs(c.f32(2, 1, 2)), "m_indptr": c.ids(0, 3, 8)
     },
+    ("group_deepgemm_fp8_nt_groupwise", ""): lambda c: {
+        "a": _fp8(c, 8, 256), "b": _fp8(c, 2, 128, 256), "a_scale": np.abs(c.f32(8, 2)),
+        "b_scale": np.abs(c.f32(2, 1, 2)), "m_indices": c.ids(1, 1, 1, 0, 0, 0, 0, 0),
+    },
+    ("batch_deepgemm_fp8_nt_groupwise", ""): lambda c: {
+        "a": _fp8(c, 2, 8, 256), "b": _fp8(c, 2, 128, 256), "a_scale": np.abs(c.f32(2, 8, 2)),
+        "b_scale": np.abs(c.f32(2, 1, 2)), "masked_m": c.ids(8, 8), "expected_m": 8,
+    },
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, c
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import float8_e5m2
 from fi_cupy.errors import ArgumentError, DTypeError, LayoutError, ShapeError, UnsupportedError
+from fi_cupy.gemm import few_fp8
 from fi_cupy.gemm.group import Scales, launch_group
 from fi_cupy.gemm.hopper import launch_hopper_fp8
 from fi_cupy.gemm.hopper_rows import launch_rows_fp8
@@ -69,8 +70,11 @@ def _scaled(
         return
     if a.ndim == 3 and a.shape[0] > _MAX_BATCH:
         raise UnsupportedError(f"{op}: a has shape {a.shape}, expected a batch of at most {_MAX_BATCH}; split it")
-    dense = vector_stride(a_scale) in (0, 1) and vector_stride(b_scale) in (0, 1)
-    if dense and on_hopper(device_info(a.device), w.shape[-2], a, w, out):
+    dense, device = vector_stride(a_scale) in (0, 1) and vector_stride(b_scale) in (0, 1), device_info(a.device)
+    if dense and few_fp8.takes(device, a.shape[-2], w.shape[-2]):
+        few_fp8.launch_few_fp8(out, a, w, _flat(a_scale), _flat(b_scale), bias=bias)
+        return
+    if dense and on_hopper(device, w.shape[-2], a, w, out):
         launch = launch_rows_fp8 if a.shape[-2] <= HOPPER_ROWS_MAX else launch_hopper_fp8
         launch(out, a, w, _flat(a_scale), _flat(b_scale), bias=bias, fast_accum=fast_accum)
         return

@@ -10,6 +10,7 @@ from fi_cupy.checks import check_device, check_dtype, check_ndim, check_shape
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, float8_e4m3fn, uint8
 from fi_cupy.errors import ArgumentError, ShapeError
+from fi_cupy.gemm import few_fp8
 from fi_cupy.gemm.group import SCALE_STEP, Scales, launch_group
 from fi_cupy.gemm.hopper import launch_hopper_fp8_blocks
 from fi_cupy.gemm.hopper_rows import launch_rows_fp8_blocks
@@ -63,8 +64,10 @@ def _scale(op: str, name: str, scale: Any, like: View, major: str, rows: int, bl
 
 
 def _run(
-    op: str, out: View, a: View, w: View, sa: View, sb: View, sizes: Granularity, major: str, indptr: View | None
-) -> None:
+    op: str, out: View, a: View, w: View, sa: View, sb: View, sizes: Granularity, major: str, indptr: View | None,
+    weight_indices: View | None = None, rows: int = 0,
+) -> None:  # fmt: skip
+    """`rows` of a segment to expect where the number of segments does not tell; indices are for GPU arrays."""
     gm, gn, gk = sizes
     if a.is_cpu:
         out.write(
@@ -74,21 +77,24 @@ def _run(
             )
         )  # fmt: skip
         return
-    k = a.shape[1]
+    k, device = a.shape[1], device_info(a.device)
     plain = a.dtype is w.dtype is float8_e4m3fn and (gn, gk) == (SCALE_STEP, SCALE_STEP) and k % SCALE_STEP == 0
-    inner = -2 if major == "MN" else -1
-    dense = all(s.strides[inner] == 1 or s.shape[inner] == 1 for s in (sa, sb))
-    if plain and dense and a.shape[0] and on_hopper(device_info(a.device), w.shape[-2], a, w, out):
+    few = plain and indptr is None and few_fp8.takes(device, a.shape[0], w.shape[-2])
+    if few or (plain and a.shape[0] and on_hopper(device, w.shape[-2], a, w, out)):
         stored = (swapped(sa), swapped(sb)) if major == "MN" else (sa, sb)
         if gm != 1:  # the Hopper kernels read a multiplier a row, MN-major best
             stored, major = (expand_scales(a, sa, gm), swapped(sb)), "MN"
-        if indptr is None and a.shape[0] <= HOPPER_ROWS_MAX:
+        if few:
+            few_fp8.launch_few_fp8_blocks(out, a, w, *stored, scale_major_mode=major)
+        elif indptr is None and a.shape[0] <= HOPPER_ROWS_MAX:
             launch_rows_fp8_blocks(out, a, w, *stored, scale_major_mode=major)
         else:
-            launch_hopper_fp8_blocks(out, a, w, *stored, scale_major_mode=major, indptr=indptr)
+            launch_hopper_fp8_blocks(
+                out, a, w, *stored, scale_major_mode=major, indptr=indptr, weight_indices=weight_indices, rows=rows
+            )
         return
     launch_group(
-        out, a, w, indptr=indptr, scale="blocks", scale_k=gk,
+        out, a, w, indptr=indptr, weight_indices=weight_indices, scale="blocks", scale_k=gk,
         a_scale=Scales(sa.ptr, sa.strides[0], sa.strides[1], 0, gm),
         b_scale=Scales(sb.ptr, sb.strides[-2], sb.strides[-1], sb.strides[0] if sb.ndim == 3 else 0, gn),
     )  # fmt: skip

@@ -29,7 +29,7 @@ PARAMS = ParamsStruct(
         *((f"a_scale_{x}", "i64") for x in ("batch", "row", "k")),
         *((f"b_scale_{x}", "i64") for x in ("batch", "column", "k")),
         *((x, "u32") for x in ("m", "n", "k", "batch", "a_step", "b_step", "first_half", "second_half")),
-        *((x, "u32") for x in ("wide_indptr", "wide_indices", "raster")),
+        *((x, "u32") for x in ("wide_indptr", "wide_indices", "raster", "early", "whole", "pieces")),
     ],
 )
 NONE, VECTORS, BLOCKS = "none", "vectors", "blocks"
@@ -73,13 +73,17 @@ PROMOTED = HopperTile(128, 128, 2, 1, 5, True)
 PROMOTED_SMALL = HopperTile(64, 128, 1, 2, 8, False)
 TALL = HopperTile(192, 128, 3, 1, 4, True)
 BROAD = HopperTile(128, 192, 2, 1, 4, True)
-#: What they reach of the tensor cores' rate with scales in blocks: while a warpgroup adds its sums up others multiply,
-#: and three hide it better than two (8192 cubed: 1,065 TFLOP/s in 192 x 128, 1,040 in 128 x 192, 804 in 128 x 128).
-PROMOTED_SPEED = {TALL: 0.72, BROAD: 0.70, PROMOTED: 0.57, PROMOTED_SMALL: 0.43}
 CHOICES = {
-    NONE: (LARGE, MIDDLE, WIDE, SMALL, TINY),
-    VECTORS: (PROMOTED, PROMOTED_SMALL),
+    NONE: (LARGE, BROAD, MIDDLE, WIDE, SMALL, TINY),
+    VECTORS: (BROAD, PROMOTED, PROMOTED_SMALL),
     BLOCKS: (TALL, BROAD, PROMOTED, PROMOTED_SMALL),
+}
+#: What tiles reach of the tensor cores' rate where sums leave them (fp8, beside 128 x 256 where they stay). In blocks
+#: 192 x 128 and 128 x 192 hide a warpgroup's additions behind others' products, 128 x 128 behind its own.
+SPEED: dict[str, dict[HopperTile, float]] = {
+    NONE: {},
+    VECTORS: {BROAD: 0.90, PROMOTED: 0.885, PROMOTED_SMALL: 0.6},
+    BLOCKS: {TALL: 0.73, BROAD: 0.735, PROMOTED: 0.73, PROMOTED_SMALL: 0.5},
 }
 
 #: Blocks of 128 of k after which fp8 sums without `fast_accum` leave the tensor cores.
@@ -140,29 +144,53 @@ def _up(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def last_round(tiles: int, ctas: int, warps_m: int) -> tuple[int, int]:
+    """(whole, pieces): tiles from number `whole` on are computed in that many pieces of whole warpgroups' rows.
+
+    A last round of few tiles leaves the other multiprocessors idle: 704 tiles of 192 x 128 on 132 are 5.3 rounds, so
+    the last 44 are shared out in pieces of 64 rows.
+    """
+    rest = tiles % ctas
+    if tiles <= ctas or rest == 0:
+        return tiles, 1
+    if ctas // rest < warps_m or warps_m == 1:  # pieces of several warpgroups take as long as the tile
+        return tiles, 1
+    return tiles - rest, warps_m
+
+
 #: Bytes a cycle that shared memory takes in or gives out.
 _SMEM_BYTES = 128
 #: Cycles of a tile beside its products: the part of prologue and epilogue that nothing hides.
 _TILE_CYCLES = 1500
 
 
-def block_cycles(tile: HopperTile) -> float:
+def block_cycles(tile: HopperTile, warpgroups: int = 0) -> float:
     """Cycles of a tile's products over 128 bytes of k: the tensor cores' (4096 FLOP of 16 bits), or shared memory's.
 
     Every product of 64 rows reads 2 KB of a and its columns of b, and the copy engine writes each operand once:
     128 x 256 just keeps the tensor cores busy, 128 x 192 to 0.92, 192 x 128 to 0.86, 128 x 128 to 0.8 (measured 0.82).
+    `warpgroups` that multiply, by default all: a piece of a tile.
     """
-    warpgroups = tile.warps_m * tile.warps_n
-    reads = 4 * warpgroups * (2048 + tile.block_n // tile.warps_n * 32)
-    writes = (tile.block_m + tile.block_n) * 128
-    return max(tile.block_m * tile.block_n / 32, (reads + writes) / _SMEM_BYTES)
+    busy, columns = warpgroups or tile.warps_m * tile.warps_n, tile.block_n // tile.warps_n
+    reads = 4 * busy * (2048 + columns * 32)
+    writes = (64 * _up(busy, tile.warps_n) + tile.block_n) * 128
+    return max(busy * 64 * columns / 32, (reads + writes) / _SMEM_BYTES)
 
 
-def _cost(tile: HopperTile, tiles: int, blocks: int, sms: int) -> float:
+#: Cycles between the products of a warpgroup of which others would hide the additions.
+_ADDITIONS = {NONE: 0, VECTORS: 60, BLOCKS: 250}
+
+
+def _cost(tile: HopperTile, tiles: int, blocks: int, sms: int, sums: str) -> float:
     """Cycles of the busiest multiprocessor."""
-    speed = PROMOTED_SPEED.get(tile)
+    speed = SPEED[sums].get(tile)
     cycles = block_cycles(tile) if speed is None else tile.block_m * tile.block_n / 32 / speed
-    return _up(tiles, sms) * (blocks * cycles + _TILE_CYCLES)
+    pieces = last_round(tiles, min(tiles, sms), tile.warps_m)[1]
+    rounds = float(_up(tiles, sms))
+    if pieces > 1:
+        part = block_cycles(tile, 1) + _ADDITIONS[sums]
+        rounds += min(1.0, part / cycles) - 1
+    return rounds * (blocks * cycles + _TILE_CYCLES)
 
 
 @lru_cache(maxsize=4096)
@@ -177,12 +205,12 @@ def hopper_tile(
     choices: tuple[HopperTile, ...] = CHOICES[sums]
     # A warpgroup's columns: quads of n8 tiles of out, and whole panels of 64 of an n-contiguous b.
     least = 32 * (1 + gated) * (1 + row_major_b)
-    choices = tuple(t for t in choices if t.block_n // t.warps_n >= least)
+    choices = tuple(t for t in choices if t.block_n // t.warps_n >= least and not (gated and t.block_n % 128))
     blocks = _up(k_bytes, 128)
 
     def cost(tile: HopperTile) -> float:
         columns = tile.block_n // (2 if gated else 1)
-        return _cost(tile, _up(m, tile.block_m) * _up(n, columns) * batch, blocks, sms)
+        return _cost(tile, _up(m, tile.block_m) * _up(n, columns) * batch, blocks, sms, sums)
 
     return min(choices, key=cost)
 
@@ -218,12 +246,14 @@ Matrix = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
 
 
 @lru_cache(maxsize=4096)
-def _maps(spec: KernelSpec, a: Matrix, w: Matrix, out: Matrix) -> tuple[bytes, bytes, bytes, int, int]:
-    """Maps of a, b and out for the boxes of `spec`, and whether a and b have a matrix for each of a batch."""
+def _maps(
+    spec: KernelSpec, a: Matrix, w: Matrix, out: Matrix, batch: int, ctas: int
+) -> tuple[bytes, bytes, bytes, int, int, int, int]:
+    """Maps of a, b and out for the boxes of `spec`, whether a and b have a matrix for each of a batch, `last_round`."""
     config: dict[str, Any] = dict(spec.config)
     kind_a, kind_b = config["TA"], config["TB"]
     inner = 128 // kind_a.itemsize
-    a_map = _matrix_map(kind_a, *a, inner, config["kRowsA"])
+    a_map = _matrix_map(kind_a, *a, inner, min(64, config["kRowsA"]))
     if config["kRowMajorB"]:
         b_map = _matrix_map(kind_b, *w, 64, 64)
     else:
@@ -231,7 +261,9 @@ def _maps(spec: KernelSpec, a: Matrix, w: Matrix, out: Matrix) -> tuple[bytes, b
         b_map = _matrix_map(kind_b, *w, inner, columns)
     out_map = _matrix_map(config["Out"], *out, 64, 64) if config["kBulkStore"] else a_map  # any valid one if not used
     steps = [int(len(shape) == 3 and strides[0] != 0) for _, shape, strides in (a, w)]
-    return a_map, b_map, out_map, steps[0], steps[1]
+    n = config["kBlockN"] // (2 if config["kGated"] else 1)
+    tiles = batch * _up(out[1][-2], config["kBlockM"]) * _up(out[1][-1], n)
+    return a_map, b_map, out_map, steps[0], steps[1], *last_round(tiles, ctas, config["kWarpsM"])
 
 
 def _batch_stride(x: View | None) -> int:
@@ -250,8 +282,13 @@ def launch(
 ) -> None:  # fmt: skip
     """Launch `spec`, whose options the arguments fit; `batch` is that of the matrices, or the number of segments."""
     (m, n), k = out.shape[-2:], a.shape[-1]
-    a_map, b_map, out_map, a_step, b_step = _maps(
-        spec, (a.ptr, a.shape, a.strides), (w.ptr, w.shape, w.strides), (out.ptr, out.shape, out.strides)
+    a_map, b_map, out_map, a_step, b_step, whole, pieces = _maps(
+        spec,
+        (a.ptr, a.shape, a.strides),
+        (w.ptr, w.shape, w.strides),
+        (out.ptr, out.shape, out.strides),
+        batch,
+        grid if isinstance(grid, int) else grid[0],
     )
     load_kernel(spec, a.device).launch(
         grid, a.stream(),
@@ -266,12 +303,14 @@ def launch(
         n if gate_second else 0, 0 if gate_second else n,
         int(indptr is not None and indptr.dtype is int64),
         int(weight_indices is not None and weight_indices.dtype is int64),
-        RASTER, pdl=pdl,
+        RASTER, _ALL if pdl else 0, whole, pieces, pdl=pdl,
     )  # fmt: skip
 
 
 #: Tile rows that are handed out together: 132 CTAs then work on 16 tile rows and 8 tile columns.
 RASTER = 16
+#: More stages than any ring has.
+_ALL = 64
 
 
 def _dense(
@@ -314,7 +353,8 @@ def launch_hopper_mm(
 
 def grouped_tile(rows: int, segments: int, n: int, k_bytes: int, sms: int, **options: Any) -> HopperTile:
     """The tile for segments of an average length (their own lengths are on the device); options as of `hopper_tile`."""
-    return hopper_tile(max(1, _up(rows, segments)), n, k_bytes, sms, batch=segments, **options)
+    segments = min(segments, rows)  # no more have any: a token for two of eight experts
+    return hopper_tile(_up(rows, segments), n, k_bytes, sms, batch=segments, **options)
 
 
 def launch_hopper_grouped(
@@ -384,7 +424,8 @@ def launch_hopper_fp8(
 
 def launch_hopper_fp8_blocks(
     out: View, a: View, w: View, a_scale: View, b_scale: View, *, scale_major_mode: str = "MN",
-    indptr: View | None = None, weight_indices: View | None = None, pdl: bool = False, tile: HopperTile | None = None,
+    indptr: View | None = None, weight_indices: View | None = None, rows: int = 0, pdl: bool = False,
+    tile: HopperTile | None = None,
 ) -> None:  # fmt: skip
     """fp8 product with a factor for 128 of k of every row of a, and for 128 x 128 of w; grouped with `indptr`.
 
@@ -395,14 +436,19 @@ def launch_hopper_fp8_blocks(
     w : View, [n, k]; grouped [weights, n, k]
     a_scale, b_scale : View, float32
         "K": ``[m, k / 128]`` and ``[ceil(n / 128), k / 128]``; "MN": both transposed. Grouped: b_scale with a leading
-        axis of weights.
+        axis of weights. Any strides.
+    weight_indices : View, [segments], int32 or int64
+        Segments of a negative number are left out.
+    rows : int
+        Of a segment with rows, to expect; 0: all segments are alike.
     """
     m, n = out.shape
     segments = 1 if indptr is None else indptr.shape[0] - 1
     if m == 0 or segments <= 0:
         return
     sms = device_info(a.device).num_sms
-    tile = tile or grouped_tile(m, segments, n, a.shape[1], sms, sums=BLOCKS)
+    alike = w.shape[0] if rows else segments
+    tile = tile or grouped_tile(rows * alike or m, alike, n, a.shape[1], sms, sums=BLOCKS)
     spec = hopper_spec(tile, a.dtype, w.dtype, out.dtype, scale=BLOCKS, promote=1, grouped=indptr is not None)
     scale_a, scale_b = block_scales(a_scale, b_scale, scale_major_mode)
     tiles = _up(m, tile.block_m) * _up(n, tile.block_n)

@@ -396,14 +396,17 @@ def _hopper_kernel(
         if m <= 8 or k < 2048 or not (pdl or k >= 8192):
             return None
     tiles_64 = _up(m, 64) * _up(n, 64) * batch
-    if not row_major_b and m <= STREAM_MAX and k < 2048 and n <= 2048 and 2 * tiles_64 < device.num_sms:
-        # Too little for the start of a CTA with a ring, unless a dependent launch hides it: 576 x 576 at m = 128 takes
-        # `gemm_stream` 3.7 µs, 5.2 here; 576 x 1536 at m = 16 3.3 and 4.8, with dependent launch 4.1 and 3.4.
-        # 3072 x 576 at m = 64 takes 6.1 there, 5.3 here.
+    if not row_major_b and 1024 <= k < 2048 and n <= 2048 and m <= STREAM_MAX and 2 * tiles_64 < device.num_sms:
+        # Too long for few CTAs with a ring each, unless a dependent launch hides their start: 576 x 1536 at m = 16
+        # takes `gemm_stream` 3.3 us, 4.8 here, with dependent launch 4.1 and 3.4.
         if not pdl or m > HOPPER_ROWS_MAX:
             return None
-    if m <= HOPPER_ROWS_MAX:
-        few = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms, batch=batch)
+    few = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms, batch=batch, row_major_b=row_major_b, pdl=pdl)
+    # More rows, too, where k is so short that a large tile is all prologue and epilogue, and small ones are one wave:
+    # 256 x 576 x 576 3.7 us against 4.4, 1024 x 576 x 576 4.6 against 5.0.
+    ctas = _up(n, few.block_n) * few.split * _up(m, 64) * batch
+    small = k < 2048 and m <= 1024 and ctas <= device.num_sms
+    if m <= HOPPER_ROWS_MAX or (small and not row_major_b):
         spec = hopper_rows.rows_spec(few, dtype, dtype, out, row_major_b=row_major_b)
         return spec, hopper_rows.rows_grid(few, (m, n), batch)
     tile = hopper.hopper_tile(m, n, 2 * k, device.num_sms, batch=batch, row_major_b=row_major_b)

@@ -159,13 +159,27 @@ def _hopper(p: MmProblem) -> Iterator[Candidate]:
     blocks = -(-p.k * p.dtype.itemsize // 128)
     if p.m <= select.HOPPER_ROWS_MAX:
         rows = next(r for r in (8, 16, 32, 64) if p.m <= r)
-        for block_n, split, room in itertools.product((64, 128), (1, 2, 4), (hopper_rows._ALONE, hopper_rows._SHARING)):
-            tile = hopper_rows.RowsTile(rows, block_n, split, room // (128 * (rows + block_n)))
+        widths, rooms = (
+            hopper_rows.widths(False, p.row_major_b, hopper.NONE),
+            (hopper_rows._ALONE, hopper_rows._SHARING),
+        )
+        for block_n, split, room in itertools.product(widths, (1, 2, 4), rooms):
+            if block_n % 64 and split > 1:
+                continue
+            stages = hopper_rows.stages_in(room, rows, block_n, split)
+            tile = hopper_rows.RowsTile(rows, block_n, split, stages)
             if split <= max(1, blocks // 4):
                 spec = hopper_rows.rows_spec(tile, p.dtype, p.dtype, p.out, row_major_b=p.row_major_b)
                 yield Candidate(spec, rows, block_n, "plane")
+    elif p.m <= 1024 and p.k < 2048:  # too short for a large tile's prologue: two or three small CTAs a multiprocessor
+        for block_n, room in itertools.product((32, 64, 96), (hopper_rows._SHARING, hopper_rows._ALONE)):
+            if block_n % 64 and p.row_major_b:
+                continue
+            tile = hopper_rows.RowsTile(64, block_n, 1, hopper_rows.stages_in(room, 64, block_n, 1))
+            spec = hopper_rows.rows_spec(tile, p.dtype, p.dtype, p.out, row_major_b=p.row_major_b)
+            yield Candidate(spec, 64, block_n, "plane")
     if p.m > 16:
-        for shape in (hopper.LARGE, hopper.MIDDLE, hopper.WIDE, hopper.SMALL, hopper.TINY):
+        for shape in (hopper.LARGE, hopper.BROAD, hopper.MIDDLE, hopper.WIDE, hopper.SMALL, hopper.TINY):
             columns = shape.block_n // shape.warps_n
             if columns >= 32 * (1 + p.row_major_b) and (shape.block_m == 64 or p.m > 64):
                 large = hopper.hopper_spec(shape, p.dtype, p.dtype, p.out, row_major_b=p.row_major_b)

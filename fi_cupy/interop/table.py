@@ -363,6 +363,8 @@ def _small_products() -> list[Operator]:
         Operator("gemm", "gemm_fp8_nt_blockscaled", ("a", "b", *scales), made, out=("out",)),
         Operator("gemm", "group_gemm", ("a", "b", "m_indptr", "weight_indices", "bias"), made, out=("out",)),
         Operator("gemm", "group_gemm_fp8_nt_groupwise", ("a", "b", *scales, "m_indptr"), made, out=("out",)),
+        Operator("gemm", "group_deepgemm_fp8_nt_groupwise", ("a", "b", *scales, "m_indices"), made, out=("out",)),
+        Operator("gemm", "batch_deepgemm_fp8_nt_groupwise", ("a", "b", *scales, "masked_m"), made, out=("out",)),
     ]
 
 

@@ -227,3 +227,46 @@ def gemm_fp8_nt_groupwise(
         rows = slice(int(m_indptr[g]), int(m_indptr[g + 1]))
         out[rows] = round_to(left[rows] @ dequantise(b[g], b_scale[g], gn).T, kind)
     return out
+
+
+def masked_numbers(masked_m: Array, rows: int) -> Array:
+    """The group of each of ``groups * rows`` rows of which a group's first `masked_m` count, else -1."""
+    groups = len(masked_m)
+    counted = np.arange(rows) < np.asarray(masked_m)[:, None]
+    return np.where(counted, np.arange(groups)[:, None], -1).reshape(-1)
+
+
+def grouped_rows(
+    a: Array,
+    b: Array,
+    a_scale: Array,
+    b_scale: Array,
+    numbers: Array,
+    scale_granularity_mnk: tuple[int, int, int],
+    out: Array,
+) -> Array:
+    """``dequant(a[i]) @ dequant(b[numbers[i]]).T`` for every row i with a group's number; other rows as in `out`.
+
+    Parameters
+    ----------
+    a : fp8 [m, k]
+    b : fp8 [groups, n, k]
+    a_scale, b_scale : float32 [m, k / gk], [groups, n / gn, k / gk]
+    numbers : int [m]
+    scale_granularity_mnk : (1, gn, gk)
+    out : [m, n], of which the dtype is that of the result
+
+    Returns
+    -------
+    Array
+        ``[m, n]``.
+
+    Source: DeepGEMM's m_grouped_fp8_gemm_nt_contiguous and _masked.
+    """
+    made = out.copy()
+    for g in range(len(b)):
+        rows = np.asarray(numbers) == g
+        made[rows] = gemm_fp8_nt_groupwise(
+            a[rows], b[g], a_scale[rows], b_scale[g], "K", scale_granularity_mnk, out.dtype
+        )
+    return made

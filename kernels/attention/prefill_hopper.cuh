@@ -389,8 +389,8 @@ FI_DEVICE void prefill_hopper(const Params& params) {
     }
     for (int s = 0; s < Shape::kSlots; ++s) {
       ptx::mbarrier_init(ptx::smem_address(&shared.q_full[s]), 1);
-      ptx::mbarrier_init(ptx::smem_address(&shared.slot_full[s]), 1);
-      ptx::mbarrier_init(ptx::smem_address(&shared.slot_empty[s]), 1 + kConsumerWarps);
+      ptx::mbarrier_init(ptx::smem_address(&shared.slot_full[s]), 32);
+      ptx::mbarrier_init(ptx::smem_address(&shared.slot_empty[s]), 32 * (1 + kConsumerWarps));
     }
     ptx::mbarrier_init_fence();
   } else if (threadIdx.x == kConsumerWarps * 32) {
@@ -398,9 +398,10 @@ FI_DEVICE void prefill_hopper(const Params& params) {
     ptx::tma_prefetch(params.k_map);
     ptx::tma_prefetch(params.v_map);
   }
-  ptx::grid_wait();
+  // Items are the plan's, which no kernel writes: their latency passes while the kernel in front ends.
   int word = 0, kv_head = 0;
-  if (warp == kConsumerWarps) word = item_word(params, blockIdx.x, kv_head);  // its latency passes in the barrier
+  if (warp == kConsumerWarps) word = item_word(params, blockIdx.x, kv_head);
+  ptx::grid_wait();
   __syncthreads();  // barriers: initialised by the first thread, used by all
 
   if (warpgroup == Shape::kConsumers) {
@@ -431,7 +432,7 @@ FI_DEVICE void prefill_hopper(const Params& params) {
         item(more);
         ptx::fence_proxy_async();  // the output lay where the copy engine writes the Q after the next
         __syncwarp();
-        if ((thread_again() & 31) == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_empty[slot.at]));
+        ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_empty[slot.at]));
         slot.advance();
       }
     }

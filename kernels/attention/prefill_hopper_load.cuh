@@ -12,17 +12,18 @@
 namespace fi {
 
 struct PrefillHopperParams : PrefillParams {
-  // q: (64 columns, head of the group, token, panel, kv head), box (64, group, kTileQ / group, panels, 1).
+  // q: (64 columns, head of the group, token, panel, kv head), box (64, group, q_box_rows / group, 1, 1).
   // k, v: contiguous (64, token, panel, kv head), box (64, kTileKv, panels, 1);
-  // paged (64, token % 8, panel, token / 8 in the page, unit), box (64, 8, panels, box_rows / 8, 1): a unit is the largest
-  // number of elements that divides the strides of pages and of heads.
+  // paged (64, token % 8, panel, token / 8, unit), box (64, 8, panels, box_rows / 8, 1): a unit is the largest number of
+  // elements that divides the strides of pages, of heads and of 8 tokens, so that it alone says where a box begins.
   // counters: [0]: pieces of work handed out beyond the first of every CTA; [1 ..]: see join_parts.
   ptx::TensorMap q_map, k_map, v_map;
   uint32_t num_items, num_kv_heads;
   uint32_t heads_together;  // kv heads whose work is handed out side by side; divides num_kv_heads
   uint32_t kv_rows;   // contiguous: tokens of k and v, past which the copy engine writes zeros
   uint32_t box_rows;  // paged: tokens a box, a multiple of 8 that divides page_size and kTileKv
-  uint32_t k_page_units, k_head_units, v_page_units, v_head_units;
+  uint32_t q_box_rows;  // 64, or kTileQ where the group does not divide 64
+  uint32_t k_page_units, k_head_units, k_rows8_units, v_page_units, v_head_units, v_rows8_units;
 };
 
 // Config: T, kHeadDimQK, kHeadDimVO (multiples of 64), kConsumers, kTileKv (multiple of 16), kStages (of K and V), kSlots (of
@@ -55,8 +56,10 @@ struct alignas(16) HopperShared {
   uint64_t k_full[Config::kStages], v_full[Config::kStages];    // producer's expected bytes (1)
   uint64_t k_empty[Config::kStages], v_empty[Config::kStages];  // lane 0 of every consumer warp (4 * kConsumers)
   uint64_t q_full[Config::kSlots];      // producer's expected bytes (1)
-  uint64_t slot_full[Config::kSlots];   // the first producer (1)
-  uint64_t slot_empty[Config::kSlots];  // the second producer and lane 0 of every consumer warp (1 + 4 * kConsumers)
+  // Every lane that writes a slot's words arrives, and every lane that has read them: one lane behind __syncwarp would do,
+  // costs as much, and is an order that compute-sanitizer's racecheck does not follow.
+  uint64_t slot_full[Config::kSlots];   // the first producer (32)
+  uint64_t slot_empty[Config::kSlots];  // the second producer and the consumers (32 a warp)
   uint64_t tail;                        // expected bytes of a V tile that reaches past the request's last key (1)
   uint32_t arrived[4];                  // join_parts, a word a consumer warpgroup
   HopperSlot slots[Config::kSlots];
@@ -78,9 +81,9 @@ struct Ring {
   }
 };
 
-// Boxes of a paged tile: lane b knows where box b comes from.
+// Boxes of a paged tile: lane b knows the page of box b and where in the page it begins, in units.
 struct HopperBoxes {
-  int unit, group;
+  int page, inside;
 };
 
 // Tiles last - 1 down to first of an item's K or V, by one warp, through the ring of stages at `smem`. `meanwhile` is called
@@ -92,6 +95,7 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
   constexpr int kTileKv = Config::kTileKv, kPanels = kIsV ? Shape::kPanelsVO : Shape::kPanelsQK;
   constexpr int kBytes = kIsV ? Shape::kVBytes : Shape::kKBytes, kRows8 = kIsV ? Shape::kVRows8 : Shape::kKRows8;
   const int lane = lane_id(), kv_base = shared_item.kv_base, kv_len = shared_item.kv_len;
+  const int box_rows = params.box_rows;
   const int last = ceil_div(shared_item.kv_end, kTileKv), tiles = last - shared_item.kv_begin / kTileKv;
   const uint32_t full = ptx::smem_address(kIsV ? shared.v_full : shared.k_full);
   const uint32_t empty = ptx::smem_address(kIsV ? shared.v_empty : shared.k_empty);
@@ -100,12 +104,12 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
   auto find = [&](int start) {
     HopperBoxes r{0, 0};
     if constexpr (Config::kPaged) {
-      const int row = lane * int(params.box_rows), token = start + row;
+      const int row = lane * box_rows, token = start + row;
       if (row < kTileKv && token < kv_len) {  // a page table is not read past its last key
         const int page = params.page_size.quotient(token);
-        r.group = (token - page * int(params.page_size.divisor)) >> 3;
-        r.unit = params.kv_indices[kv_base + page] * (kIsV ? params.v_page_units : params.k_page_units) +
-                 kv_head * (kIsV ? params.v_head_units : params.k_head_units);
+        r.inside = ((token - page * int(params.page_size.divisor)) >> 3) * (kIsV ? params.v_rows8_units : params.k_rows8_units) +
+                   kv_head * (kIsV ? params.v_head_units : params.k_head_units);
+        r.page = params.kv_indices[kv_base + page];  // and no more: to work with it would be to wait for it here
       }
     }
     return r;
@@ -127,25 +131,23 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
     const uint32_t address = smem + stage.at * kBytes;
     const uint32_t barrier = tail ? ptx::smem_address(&shared.tail) : full + stage.at * 8;
     if constexpr (Config::kPaged) {
-      const int box_bytes = params.box_rows * kPanels * 128;
-      const int count = __popc(__ballot_sync(kFullMask, lane * int(params.box_rows) < min(kTileKv, kv_len - start)));
+      const int box_bytes = box_rows * kPanels * 128;
+      const int begin = boxes.page * (kIsV ? params.v_page_units : params.k_page_units) + boxes.inside;
+      const int count = __popc(__ballot_sync(kFullMask, lane * box_rows < min(kTileKv, kv_len - start)));
       if (lane == 0) ptx::mbarrier_arrive_expect(barrier, box_bytes * count);
       // Shuffles of several boxes at a time, so that their latencies overlap: with one box at a time a tile of ten took
       // 1,200 cycles to hand out.
       constexpr int kTogether = 5;
 #pragma unroll 1
       for (int first = 0; first < count; first += kTogether) {
-        int unit[kTogether], group[kTogether];
+        int unit[kTogether];
 #pragma unroll
-        for (int b = 0; b < kTogether; ++b) {
-          unit[b] = __shfl_sync(kFullMask, boxes.unit, first + b);
-          group[b] = __shfl_sync(kFullMask, boxes.group, first + b);
-        }
+        for (int b = 0; b < kTogether; ++b) unit[b] = __shfl_sync(kFullMask, begin, first + b);
         if (ptx::elect_one())
 #pragma unroll
           for (int b = 0; b < kTogether; ++b)
             if (first + b < count)
-              ptx::tma_load_5d(address + (first + b) * box_bytes, map, barrier, 0, 0, 0, group[b], unit[b]);
+              ptx::tma_load_5d(address + (first + b) * box_bytes, map, barrier, 0, 0, 0, 0, unit[b]);
       }
     } else if (lane == 0) {
       ptx::mbarrier_arrive_expect(barrier, kBytes);
@@ -172,6 +174,25 @@ FI_DEVICE void load_tiles(const Params& params, HopperShared<Config>& shared, ui
     if (i == min(2, tiles - 1)) meanwhile();
   }
   if (tiles <= 0) meanwhile();
+}
+
+// Q of the item in slot `at`, by one lane: a box for every 64 columns of every warpgroup's rows. Boxes that lie before the
+// request or behind it are left out: of 512 rows in tiles of 192 that is one of nine, and nobody reads them.
+template <class Config, class Params>
+FI_DEVICE void load_queries(const Params& params, HopperShared<Config>& shared, uint32_t smem, int at, int kv_head) {
+  using Shape = HopperShape<Config>;
+  const PrefillItem& item = shared.slots[at].item;
+  const int group = params.group.divisor, rows = params.q_box_rows, row0 = item_row(item, Shape::kTileQ);
+  const int first = max(-row0, 0) / rows, last = min(ceil_div(item.qo_len * group - row0, rows), Shape::kTileQ / rows);
+  const uint32_t barrier = ptx::smem_address(&shared.q_full[at]), to = smem + at * Shape::kQBytes;
+  ptx::mbarrier_arrive_expect(barrier, (last - first) * rows * Shape::kPanelsQK * 128);
+#pragma unroll 1
+  for (int box = first; box < last; ++box) {
+    const int token = item.q_row + (row0 + box * rows) / group;
+#pragma unroll
+    for (int p = 0; p < Shape::kPanelsQK; ++p)
+      ptx::tma_load_5d(to + p * Shape::kQPanel + box * rows * 128, params.q_map, barrier, 0, 0, token, p, kv_head);
+  }
 }
 
 // Word `lane` of the item of CTA-sized piece of work number `work`, and its kv head: items are the fast index inside
@@ -213,14 +234,9 @@ FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared,
       if (lane < int(sizeof(PrefillItem) / 4)) reinterpret_cast<int*>(&to.item)[lane] = word;
       if (lane == 0) to.kv_head = kv_head, to.more = claims;
       __syncwarp();
+      ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_full[slot.at]));
       if (lane == 0) {
-        ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_full[slot.at]));
-        if constexpr (Config::kQueryBoxes) {
-          const uint32_t barrier = ptx::smem_address(&shared.q_full[slot.at]);
-          const int token = to.item.q_row + item_row(to.item, Shape::kTileQ) / int(params.group.divisor);
-          ptx::mbarrier_arrive_expect(barrier, Shape::kQBytes);
-          ptx::tma_load_5d(smem + slot.at * Shape::kQBytes, params.q_map, barrier, 0, 0, token, 0, kv_head);
-        }
+        if constexpr (Config::kQueryBoxes) load_queries<Config>(params, shared, smem, slot.at, kv_head);
       }
       load_tiles<Config, false>(params, shared, smem + Shape::kK, stage, no_tail, to.item, kv_head, fetch);
       slot.advance();
@@ -233,10 +249,9 @@ FI_DEVICE void produce_items(const Params& params, HopperShared<Config>& shared,
   }
   if (claims || !published) {
     take_slot();
-    if (lane == 0) {
-      shared.slots[slot.at].item.qo_len = -1;
-      ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_full[slot.at]));
-    }
+    if (lane == 0) shared.slots[slot.at].item.qo_len = -1;
+    __syncwarp();
+    ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_full[slot.at]));
   }
 }
 
@@ -255,7 +270,7 @@ FI_DEVICE void produce_v(const Params& params, HopperShared<Config>& shared, uin
     load_tiles<Config, true>(params, shared, smem + HopperShape<Config>::kV, stage, tail_phase, from.item, from.kv_head, [] {});
     if (!more) break;
     __syncwarp();
-    if (lane_id() == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_empty[slot.at]));
+    ptx::mbarrier_arrive(ptx::smem_address(&shared.slot_empty[slot.at]));
     slot.advance();
   }
 }

@@ -15,25 +15,57 @@
 
 namespace fi {
 
-// Config: T, Out, Epilogue, kATiles, kWTiles, kWide, kGated, kAhead, kDepth (steps of W in registers), kWarpsK
-template <class Config>
-FI_DEVICE void gemm_few(const GemmParams& params) {
-  using T = typename Config::T;
-  using Out = typename Config::Out;
-  constexpr int kATiles = Config::kATiles, kWTiles = Config::kWTiles, kDepth = Config::kDepth, kWarpsK = Config::kWarpsK;
-  constexpr bool kWide = Config::kWide, kGated = Config::kGated, kAhead = Config::kAhead;
-  constexpr int kRows = 8 * kATiles, kPartColumns = 16 * kWTiles, kColumns = kGated ? 8 * kWTiles : kPartColumns;
-  constexpr int kThreads = kWarpsK * kWarpSize, kPitch = kPartColumns + 2;  // the pad spreads fragment columns over banks
-  constexpr uint32_t kStride = 64 * kWarpsK;
-  __shared__ __align__(16) float partial[kWarpsK][kRows][kPitch];
+// Operands in units of 16 bits: one element, or two of fp8.
+struct FewOperands {
+  const uint16_t* a;  // this batch's
+  const uint16_t* b;
+  int64_t a_stride, b_stride;
+  uint32_t m, n, k;
+};
 
-  ptx::grid_launch_dependents();
+// Sums that need no factor before the end.
+struct FewUnscaled {
+  static constexpr bool kScaled = false;
+  FI_DEVICE void load(int, uint32_t) {}
+  FI_DEVICE float at(int, int, int) const { return 1.f; }
+};
+
+// Config: kATiles, kWTiles, kWide, kGated, kAhead, kDepth (steps of W in registers), kWarpsK
+template <class Config>
+struct FewShape {
+  static constexpr int kRows = 8 * Config::kATiles, kPartColumns = 16 * Config::kWTiles;
+  static constexpr int kColumns = Config::kGated ? 8 * Config::kWTiles : kPartColumns;
+  static constexpr int kThreads = Config::kWarpsK * kWarpSize;
+  static constexpr int kPitch = kPartColumns + 2;  // the pad spreads fragment columns over banks
+  using Partial = float[Config::kWarpsK][kRows][kPitch];
+
+  // Sum of all warps' partial tiles at a row and two columns.
+  FI_DEVICE static float2 total(const Partial& partial, uint32_t r, uint32_t c) {
+    float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+    for (int i = 0; i < Config::kWarpsK; ++i) {
+      const float2 part = *reinterpret_cast<const float2*>(&partial[i][r][c]);
+      sum.x += part.x;
+      sum.y += part.y;
+    }
+    return sum;
+  }
+};
+
+// The partial tiles of a CTA's warps, in shared memory when it returns. mma(c, a, b) multiplies fragments; `scales` has a factor for
+// each step of 64 units and row of a (`FewUnscaled`: none), loaded a ring's depth ahead.
+template <class Config, class Mma, class Scales>
+FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Config>::Partial& partial, Mma mma, Scales& scales) {
+  constexpr int kATiles = Config::kATiles, kWTiles = Config::kWTiles, kDepth = Config::kDepth;
+  constexpr bool kWide = Config::kWide, kGated = Config::kGated, kAhead = Config::kAhead;
+  constexpr int kRows = FewShape<Config>::kRows, kColumns = FewShape<Config>::kColumns, kPitch = FewShape<Config>::kPitch;
+  constexpr uint32_t kStride = 64 * Config::kWarpsK;
   const int lane = lane_id(), warp = warp_id(), g = lane >> 2, t = lane & 3;
   const uint32_t n_first = blockIdx.x * kColumns, m_first = blockIdx.y * kRows;
 
-  // Four loads a step and tile. Narrow: rows g and g + 8, two 32-element halves. Wide: row 4 i + lane / 8, all 64 elements.
+  // Four loads a step and tile. Narrow: rows g and g + 8, two halves of 32. Wide: row 4 i + lane / 8, all 64 units.
   constexpr int kPointers = kWide ? 4 : 2;
-  const T* w[kWTiles][kPointers];
+  const uint16_t* w[kWTiles][kPointers];
 #pragma unroll
   for (int wt = 0; wt < kWTiles; ++wt)
 #pragma unroll
@@ -41,12 +73,11 @@ FI_DEVICE void gemm_few(const GemmParams& params) {
       const int r = kWide ? 4 * i + (lane >> 3) : 8 * i + g;  // row of the fragment
       uint32_t row;
       if constexpr (kGated) {
-        row = min(n_first + 8 * wt + r % 8, params.n - 1) + (r < 8 ? 0 : params.n);
+        row = min(n_first + 8 * wt + r % 8, operands.n - 1) + (r < 8 ? 0 : operands.n);
       } else {
-        row = min(n_first + 16 * wt + r, params.n - 1);  // rows past the end read the last one; their sums are not stored
+        row = min(n_first + 16 * wt + r, operands.n - 1);  // rows past the end read the last one; their sums are not stored
       }
-      w[wt][i] = static_cast<const T*>(params.b) + blockIdx.z * params.b_batch + row * params.b_stride +
-                 (kWide ? 8 * (lane & 7) : 8 * t);
+      w[wt][i] = operands.b + row * operands.b_stride + (kWide ? 8 * (lane & 7) : 8 * t);
     }
   uint4 ring[kDepth][kWTiles][4];
   auto fill = [&](uint4(&slot)[kWTiles][4], uint32_t step) {
@@ -55,7 +86,7 @@ FI_DEVICE void gemm_few(const GemmParams& params) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // narrow: i = 2 half + (upper rows)
         const uint32_t at = step + (kWide ? 0 : i / 2 * 32);
-        const bool inside = at + (kWide ? 8 * (lane & 7) : 8 * t) < params.k;
+        const bool inside = at + (kWide ? 8 * (lane & 7) : 8 * t) < operands.k;
         slot[wt][i] = inside ? load_streaming<uint4>(w[wt][kWide ? i : i % 2] + at) : make_uint4(0, 0, 0, 0);
       }
   };
@@ -63,16 +94,16 @@ FI_DEVICE void gemm_few(const GemmParams& params) {
   for (int d = 0; d < kDepth; ++d) fill(ring[d], warp * 64 + d * kStride);
 
   ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
-  const T* a[kATiles];
+  const uint16_t* a[kATiles];
   bool a_row[kATiles];
 #pragma unroll
   for (int i = 0; i < kATiles; ++i) {
     const uint32_t row = m_first + 8 * i + g;
-    a_row[i] = row < params.m;
-    a[i] = static_cast<const T*>(params.a) + blockIdx.z * params.a_batch + min(row, params.m - 1) * params.a_stride + 8 * t;
+    a_row[i] = row < operands.m;
+    a[i] = operands.a + min(row, operands.m - 1) * operands.a_stride + 8 * t;
   }
   auto load_a = [&](int i, uint32_t k) {
-    return a_row[i] && k + 8 * t < params.k ? *reinterpret_cast<const uint4*>(a[i] + k) : make_uint4(0, 0, 0, 0);
+    return a_row[i] && k + 8 * t < operands.k ? *reinterpret_cast<const uint4*>(a[i] + k) : make_uint4(0, 0, 0, 0);
   };
   uint4 ahead[kAhead ? kDepth : 1][kAhead ? kATiles : 1][2];
   auto fill_a = [&](int d, uint32_t step) {
@@ -82,13 +113,15 @@ FI_DEVICE void gemm_few(const GemmParams& params) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) ahead[d][i][half] = load_a(i, step + 32 * half);
     }
+    scales.load(d, step);
   };
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) fill_a(d, warp * 64 + d * kStride);
 
   constexpr int kAccs = kWide ? 4 : 1;  // wide: fragment rows of loads 2 p and 2 p + 1, half h of the step, at 2 p + h
   float acc[kWTiles][kATiles][kAccs][4] = {};
-  for (uint32_t base = warp * 64; base < params.k; base += kDepth * kStride) {
+  float sums[Scales::kScaled ? kWTiles : 1][Scales::kScaled ? kATiles : 1][kAccs][4] = {};
+  for (uint32_t base = warp * 64; base < operands.k; base += kDepth * kStride) {
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
       const uint32_t step = base + d * kStride;
@@ -110,10 +143,23 @@ FI_DEVICE void gemm_few(const GemmParams& params) {
               const uint4 lo = ring[d][wt][kWide ? 2 * p : 2 * half], hi = ring[d][wt][(kWide ? 2 * p : 2 * half) + 1];
               const uint32_t first[4] = {lo.x, hi.x, lo.y, hi.y}, second[4] = {lo.z, hi.z, lo.w, hi.w};
               float(&c)[4] = acc[wt][i][kWide ? 2 * p + half : 0];
-              ptx::mma_m16n8k16<T>(c, first, x_first);
-              ptx::mma_m16n8k16<T>(c, second, x_second);
+              mma(c, first, x_first);
+              mma(c, second, x_second);
             }
         }
+      if constexpr (Scales::kScaled) {
+#pragma unroll
+        for (int wt = 0; wt < kWTiles; ++wt)
+#pragma unroll
+          for (int i = 0; i < kATiles; ++i)
+#pragma unroll
+            for (int q = 0; q < kAccs; ++q)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                sums[wt][i][q][e] = fmaf(acc[wt][i][q][e], scales.at(d, i, e & 1), sums[wt][i][q][e]);
+                acc[wt][i][q][e] = 0.f;
+              }
+      }
       fill(ring[d], step + kDepth * kStride);
       fill_a(d, step + kDepth * kStride);
     }
@@ -123,7 +169,7 @@ FI_DEVICE void gemm_few(const GemmParams& params) {
   for (int wt = 0; wt < kWTiles; ++wt)
 #pragma unroll
     for (int i = 0; i < kATiles; ++i) {
-      float(&c)[kAccs][4] = acc[wt][i];
+      float(&c)[kAccs][4] = Scales::kScaled ? sums[Scales::kScaled ? wt : 0][Scales::kScaled ? i : 0] : acc[wt][i];
       float* row = &partial[warp][8 * i + 2 * t][16 * wt];  // rows 2 t and 2 t + 1 of a
       if constexpr (kWide) {
 #pragma unroll
@@ -140,30 +186,40 @@ FI_DEVICE void gemm_few(const GemmParams& params) {
       }
     }
   __syncthreads();  // every partial tile is in shared memory
+}
 
+// Config: FewShape's, and T, Out, Epilogue
+template <class Config>
+FI_DEVICE void gemm_few(const GemmParams& params) {
+  using T = typename Config::T;
+  using Out = typename Config::Out;
+  using Shape = FewShape<Config>;
+  constexpr int kWarpsK = Config::kWarpsK, kRows = Shape::kRows, kPitch = Shape::kPitch;
+  __shared__ __align__(16) float partial[kWarpsK][kRows][kPitch];
+
+  ptx::grid_launch_dependents();
+  const FewOperands operands{static_cast<const uint16_t*>(params.a) + blockIdx.z * params.a_batch,
+                             static_cast<const uint16_t*>(params.b) + blockIdx.z * params.b_batch,
+                             params.a_stride, params.b_stride, params.m, params.n, params.k};
+  FewUnscaled unscaled;
+  few_partials<Config>(
+      operands, partial,
+      [](float(&c)[4], const uint32_t(&fa)[4], const uint32_t(&fb)[2]) { ptx::mma_m16n8k16<T>(c, fa, fb); }, unscaled);
+
+  const uint32_t n_first = blockIdx.x * Shape::kColumns, m_first = blockIdx.y * Shape::kRows;
   const typename Config::Epilogue epilogue(params);
   Out* out = static_cast<Out*>(params.out) + blockIdx.z * params.out_batch;
-  auto total = [&](uint32_t r, uint32_t c) {
-    float2 sum = make_float2(0.f, 0.f);
-#pragma unroll
-    for (int i = 0; i < kWarpsK; ++i) {
-      const float2 part = *reinterpret_cast<const float2*>(&partial[i][r][c]);
-      sum.x += part.x;
-      sum.y += part.y;
-    }
-    return sum;
-  };
-  for (uint32_t e = threadIdx.x; e < kRows * kColumns / 2; e += kThreads) {
-    const uint32_t r = e / (kColumns / 2), c = e % (kColumns / 2) * 2;
+  for (uint32_t e = threadIdx.x; e < Shape::kRows * Shape::kColumns / 2; e += Shape::kThreads) {
+    const uint32_t r = e / (Shape::kColumns / 2), c = e % (Shape::kColumns / 2) * 2;
     const uint32_t row = m_first + r, column = n_first + c;
     if (row >= params.m || column >= params.n) continue;
     Out* to = out + row * params.out_stride + column;
-    if constexpr (kGated) {
+    if constexpr (Config::kGated) {
       const uint32_t part = c / 8 * 16 + c % 8;
-      const float2 gate = total(r, part), up = total(r, part + 8);
+      const float2 gate = Shape::total(partial, r, part), up = Shape::total(partial, r, part + 8);
       store2(to, epilogue.gated(gate.x, up.x, row, column), epilogue.gated(gate.y, up.y, row, column + 1));
     } else {
-      const float2 sum = total(r, c);
+      const float2 sum = Shape::total(partial, r, c);
       store2(to, epilogue(sum.x, row, column), epilogue(sum.y, row, column + 1));
     }
   }

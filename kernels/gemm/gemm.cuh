@@ -44,6 +44,8 @@ struct BiasEpilogue {
     if (residual) sum += to_float(residual[row * residual_stride + column]);
     return sum;
   }
+  // What is added, for a kernel that asks for it before the products.
+  FI_DEVICE float added(uint32_t row, uint32_t column) const { return (*this)(0.f, row, column); }
   // silu(gate) * up of two sums, of columns `column` and `column + n`.
   FI_DEVICE float gated(float gate, float up, uint32_t row, uint32_t column) const {
     if (bias) gate += to_float(bias[column]), up += to_float(bias[column + n]);

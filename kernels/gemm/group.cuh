@@ -25,7 +25,7 @@ struct GroupParams {
   const void* residual;  // like out, or null
   void* out;
   const void* indptr;   // [groups + 1] int32 or int64, or null: the batch is blockIdx.z
-  const void* indices;  // [groups] weight of a group, or null: its own number
+  const void* indices;  // [groups] weight of a group, or null: its own number; one below 0: its rows are left out
   const float* a_scale;  // null with kEnd: 1
   const float* b_scale;
   int64_t a_stride, b_stride;  // units of 16 bits between rows (of b's memory)
@@ -61,6 +61,8 @@ FI_DEVICE GroupTile find_group_tile(const GroupParams& params, uint32_t index) {
       begin = max(read_index(params.indptr, s, wide), int64_t(0));
       end = min(read_index(params.indptr, s + 1, wide), int64_t(params.m));
     }
+    if (__shfl_sync(kFullMask, begin, 0) >= params.m) break;  // the segments that are left have no rows
+    if (params.indices && s < params.groups && read_index(params.indices, s, params.wide & 2) < 0) end = begin;
     const uint32_t tiles = end > begin ? uint32_t((end - begin + kBlockM - 1) / kBlockM) : 0;
     uint32_t sum = tiles;
 #pragma unroll

@@ -75,6 +75,17 @@ FI_DEVICE void sum_tile(HopperGemmConsumer<Config>& consumer, float (&d)[HopperG
   consumer.release(last);
 }
 
+// Factors of a block of k: of this lane's rows, for each of b's scales.
+template <class Config>
+FI_DEVICE void read_scales(const HopperGemmShared<Config>& shared, uint32_t stage, int row,
+                           float (&scale)[2][HopperGemmShape<Config>::kScalesB]) {
+#pragma unroll
+  for (int g = 0; g < HopperGemmShape<Config>::kScalesB; ++g) {
+    const float b = shared.b_scale[stage][g];
+    scale[0][g] = shared.a_scale[stage][row] * b, scale[1][g] = shared.a_scale[stage][row + 8] * b;
+  }
+}
+
 // The same, with sums in full fp32 that the tensor cores' are added to every kPromote blocks, scaled if scales come in blocks.
 template <class Config>
 FI_DEVICE void sum_promoted(HopperGemmConsumer<Config>& consumer, const HopperGemmShared<Config>& shared,
@@ -92,15 +103,9 @@ FI_DEVICE void sum_promoted(HopperGemmConsumer<Config>& consumer, const HopperGe
 #pragma unroll 1
     for (uint32_t i = 0; i < count; ++i) {
       consumer.wait();
-      if constexpr (Shape::kBlocks) {
-        const uint32_t stage = consumer.ring.at;
-#pragma unroll
-        for (int g = 0; g < Shape::kScalesB; ++g) {
-          const float b = shared.b_scale[stage][g];
-          scale[0][g] = shared.a_scale[stage][row] * b, scale[1][g] = shared.a_scale[stage][row + 8] * b;
-        }
-      }
+      const uint32_t stage = consumer.ring.at;
       consumer.multiply(d, i != 0);
+      if constexpr (Shape::kBlocks) read_scales(shared, stage, row, scale);  // while the tensor cores are busy
       if (Config::kPromote > 1) {
         ptx::wgmma_wait<1>();
         if (i != 0) consumer.release(last);
@@ -121,6 +126,56 @@ FI_DEVICE void sum_promoted(HopperGemmConsumer<Config>& consumer, const HopperGe
   }
 }
 
+// Sums scaled in blocks where registers allow two sets beside the total: the tensor cores compute one block while the one before is
+// added up.
+template <class Config>
+FI_DEVICE void sum_overlapped(HopperGemmConsumer<Config>& consumer, const HopperGemmShared<Config>& shared,
+                              float (&total)[HopperGemmShape<Config>::kRegs], uint32_t blocks, int warp_m) {
+  using Shape = HopperGemmShape<Config>;
+  const int row = warp_m * 64 + (warp_id() & 3) * 16 + (lane_id() >> 2);
+  struct Set {
+    float d[Shape::kRegs], scale[2][Shape::kScalesB];
+    uint32_t stage;
+  };
+  Set even, odd;
+  auto issue = [&](Set& set) {
+    consumer.wait();
+    set.stage = consumer.ring.at;
+    consumer.multiply(set.d, 0);
+    read_scales(shared, set.stage, row, set.scale);
+    consumer.ring.advance();
+  };
+  auto add = [&](Set& set) {
+    ptx::wgmma_arrived(set.d);
+    consumer.release(set.stage);
+#pragma unroll
+    for (int i = 0; i < Shape::kRegs; ++i) total[i] = fmaf(set.d[i], set.scale[i / 2 % 2][Shape::kScalesB == 1 ? 0 : i / 32], total[i]);
+  };
+#pragma unroll
+  for (int i = 0; i < Shape::kRegs; ++i) total[i] = 0.f;
+  issue(even);
+  uint32_t block = 1;
+#pragma unroll 1
+  for (; block + 1 < blocks; block += 2) {
+    issue(odd);
+    ptx::wgmma_wait<1>();
+    add(even);
+    issue(even);
+    ptx::wgmma_wait<1>();
+    add(odd);
+  }
+  if (block < blocks) {
+    issue(odd);
+    ptx::wgmma_wait<1>();
+    add(even);
+    ptx::wgmma_wait<0>();
+    add(odd);
+  } else {
+    ptx::wgmma_wait<0>();
+    add(even);
+  }
+}
+
 template <class Config>
 FI_DEVICE void consume_tiles(const HopperGemmParams& params, HopperGemmShared<Config>& shared, uint32_t smem, int warpgroup) {
   using Shape = HopperGemmShape<Config>;
@@ -136,12 +191,16 @@ FI_DEVICE void consume_tiles(const HopperGemmParams& params, HopperGemmShared<Co
       consumer.skip(blocks);
       continue;
     }
+    HopperAhead<Config> ahead;
+    ahead.load(params, tile, m, n);
     float d[Shape::kRegs];
     if constexpr (Config::kPromote == 0)
       sum_tile<Config>(consumer, d, blocks);
+    else if constexpr (Shape::kBlocks && 3 * Shape::kRegs + 30 <= Config::kConsumerRegs)
+      sum_overlapped<Config>(consumer, shared, d, blocks, warp_m);
     else
       sum_promoted<Config>(consumer, shared, d, blocks, warp_m);
-    store_sums<Config>(params, tile, d, m, n, smem + Shape::kStore + warpgroup * 2 * 8192, warpgroup);
+    store_sums<Config>(params, tile, d, ahead, m, n, smem + Shape::kStore + warpgroup * 2 * 8192, warpgroup);
   }
   if constexpr (Config::kBulkStore) ptx::tma_store_wait_read<0>();  // shared memory outlives its last reader
 }

@@ -9,7 +9,7 @@
 namespace fi {
 
 struct HopperGemmParams {
-  // a: (k, row, batch, 1), box (128 bytes, kRowsA). b: k-contiguous (k, column, weight, 1), box (128 bytes, kBoxN);
+  // a: (k, row, batch, 1), box (128 bytes, kBoxM). b: k-contiguous (k, column, weight, 1), box (128 bytes, kBoxN);
   // n-contiguous (column, k, weight, 1), box (64, 64). out: (column, row, batch, 1), box (64, 64).
   ptx::TensorMap a_map, b_map, out_map;
   void* out;
@@ -18,7 +18,7 @@ struct HopperGemmParams {
   const float* a_scale;   // a row (and 128 of k); kScale none: null
   const float* b_scale;   // a column; in blocks: 128 columns and 128 of k
   const void* indptr;     // grouped: first row of every segment and the end, [segments + 1]
-  const void* weight_indices;  // grouped: [segments], or null: segment s has weight s
+  const void* weight_indices;  // grouped: [segments], or null: segment s has weight s; one below 0: its rows are left out
   int64_t out_stride, out_batch, residual_stride, residual_batch, bias_batch;  // elements, as all strides
   int64_t a_scale_batch, a_scale_row, a_scale_k, b_scale_batch, b_scale_column, b_scale_k;
   uint32_t m, n, k;       // n: columns of out; k: bytes of a row of a
@@ -27,6 +27,8 @@ struct HopperGemmParams {
   uint32_t first_half, second_half;  // gated: columns of b where the gate and the up projection start
   uint32_t wide_indptr, wide_indices;  // whether they are 64-bit
   uint32_t raster;                   // tile rows that are handed out together
+  uint32_t early;                    // gemm_hopper_rows: stages of b that are requested before a is there
+  uint32_t whole, pieces;            // dense: tiles from number `whole` on are `pieces` pieces of whole warpgroups' rows
 };
 
 enum class HopperScale {
@@ -38,7 +40,8 @@ enum class HopperScale {
 // Config: TA, TB, Out, Bias, kBlockM, kBlockN, kStages, kWarpsM, kWarpsN (consumer warpgroups along m and n; each has 64 rows),
 // kPromote (blocks of k after which the tensor cores' sums are added to others in full fp32; 0: never), kScale,
 // kRowMajorB, kGrouped, kGated, kBulkStore (16-bit Out through shared memory and the copy engine), kProducerRegs, kConsumerRegs,
-// kRowsA (rows of a in shared memory; past them products read what comes next, into rows that nobody stores).
+// kRowsA (rows of a in shared memory, copied in boxes of up to 64; past them products read what comes next, into rows that nobody
+// stores).
 template <class Config>
 struct HopperGemmShape {
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kStages = Config::kStages;
@@ -49,6 +52,7 @@ struct HopperGemmShape {
   static constexpr int kBoxesB = Config::kRowMajorB ? kBlockN / 64 : Config::kGated ? 2 * Config::kWarpsN : 1;
   static constexpr int kBoxN = kBlockN / kBoxesB;
   static constexpr int kABytes = Config::kRowsA * 128, kBBytes = kBlockN * 128;
+  static constexpr int kBoxesA = ceil_div(Config::kRowsA, 64), kBoxM = Config::kRowsA / kBoxesA;
   static constexpr bool kBlocks = Config::kScale == HopperScale::blocks;
   static constexpr int kStoreBytes = Config::kBulkStore ? kConsumers * 2 * 8192 : 0;
   static constexpr int kB = kStages * kABytes, kStore = kB + kStages * kBBytes, kShared = kStore + kStoreBytes;
@@ -60,6 +64,7 @@ struct HopperGemmShape {
   // Scales of b a tile and block of k: one, or one for each 64 columns of a tile that is not inside a block of 128.
   static constexpr int kScalesB = kBlocks && kBlockN > 128 ? kBlockN / 64 : 1;
   static_assert(!kBlocks || Config::kPromote == 1, "scales in blocks are applied every 128 of k");
+  static_assert(!kBlocks || 128 % kBlockN == 0 || kBlockN % 64 == 0, "64 columns of a tile are inside a block of 128");
   static_assert(kScalesB == 1 || (Config::kWarpsN == 1 && kBlockN % 64 == 0), "all scales are every warpgroup's");
 };
 
@@ -104,8 +109,9 @@ struct HopperGemmTile {
   uint32_t batch, weight;   // of a and out, of b
 };
 
-// Tile numbers to tiles. Dense: batch by batch, `raster` tile rows at a time, m fastest inside. Grouped: segment by segment;
-// a warp looks at 32 segments at a time, and the numbers it asks for ascend.
+// Tile numbers to tiles. Dense: batch by batch, `raster` tile rows at a time, m fastest inside; where the last round would leave
+// most CTAs idle, its tiles are shared out in pieces. Grouped: segment by segment; a warp looks at 32 segments at a time, and the
+// numbers it asks for ascend.
 template <class Config>
 struct HopperGemmWalk {
   using Shape = HopperGemmShape<Config>;
@@ -121,6 +127,10 @@ struct HopperGemmWalk {
     return params.wide_indptr ? uint32_t(static_cast<const int64_t*>(params.indptr)[i])
                               : static_cast<const uint32_t*>(params.indptr)[i];
   }
+  FI_DEVICE int32_t weight_of(uint32_t segment) const {
+    return params.wide_indices ? int32_t(static_cast<const int64_t*>(params.weight_indices)[segment])
+                               : static_cast<const int32_t*>(params.weight_indices)[segment];
+  }
   FI_DEVICE static uint32_t tiles_of(uint32_t rows) { return ceil_div<uint32_t>(rows, Config::kBlockM); }
   FI_DEVICE void load_window() {
     const uint32_t segment = window + lane_id();
@@ -128,6 +138,8 @@ struct HopperGemmWalk {
     // Offsets are what a kernel before this one may have written: none leads past the rows that are there.
     if (segment < params.batch) first = min(offset(segment), params.m), end = min(offset(segment + 1), params.m);
     end = max(end, first);
+    // Rows of a segment with a negative weight are nobody's.
+    if (params.weight_indices != nullptr && segment < params.batch && weight_of(segment) < 0) end = first;
     uint32_t sum = tiles_of(end - first) * tiles_n;
 #pragma unroll
     for (int step = 1; step < kWarpSize; step *= 2) {
@@ -145,10 +157,19 @@ struct HopperGemmWalk {
   // Grouped: a whole warp with one number.
   FI_DEVICE bool find(uint32_t number, HopperGemmTile& tile) {
     if constexpr (!Config::kGrouped) {
+      uint32_t above = 0, rows = Config::kBlockM;  // of the tile, before and in this piece
+      if (Config::kWarpsM > 1 && number >= params.whole) {
+        const uint32_t rest = number - params.whole, in_tiles = rest / params.pieces;
+        rows = ceil_div<uint32_t>(Config::kWarpsM, params.pieces) * 64;
+        above = (rest - in_tiles * params.pieces) * rows;
+        rows = min(rows, Config::kBlockM - above);
+        number = params.whole + in_tiles;
+      }
       const uint32_t tiles_m = tiles_of(params.m), per_batch = tiles_m * tiles_n, batch = number / per_batch;
       if (batch >= params.batch) return false;
       inside(number - batch * per_batch, tiles_m, tile);
-      tile.m_end = params.m, tile.batch = tile.weight = batch;
+      tile.m_first += above, tile.m_end = min(params.m, tile.m_first + rows);
+      tile.batch = tile.weight = batch;
       return true;
     } else {
       uint32_t holders;
@@ -158,6 +179,7 @@ struct HopperGemmWalk {
         window += kWarpSize;
         if (window >= params.batch) return false;
         load_window();
+        if (__shfl_sync(kFullMask, first, 0) >= params.m) return false;  // the segments that are left have no rows
       }
       // Through REDUX: results in uniform registers keep the loops and stages of the caller uniform.
       const int lane = __ffs(holders) - 1;
@@ -168,10 +190,7 @@ struct HopperGemmWalk {
       inside(number - start, tiles_m, tile);
       tile.m_first += from, tile.m_end = to, tile.batch = 0;
       const uint32_t segment = window + lane;
-      tile.weight = segment;
-      if (params.weight_indices != nullptr)
-        tile.weight = params.wide_indices ? uint32_t(static_cast<const int64_t*>(params.weight_indices)[segment])
-                                          : static_cast<const uint32_t*>(params.weight_indices)[segment];
+      tile.weight = params.weight_indices != nullptr ? weight_of(segment) : segment;
       return true;
     }
   }
@@ -210,14 +229,21 @@ FI_DEVICE void produce_operands(const HopperGemmParams& params, HopperGemmShared
 #pragma unroll 1
   for (uint32_t number = blockIdx.x; walk.find(number, tile); number += gridDim.x) {
     const int batch = tile.batch * params.a_step, weight = tile.weight * params.b_step;
+    // Rows of warpgroups that this tile has no rows for stay as they are.
+    const uint32_t rows = tile.m_end > tile.m_first ? tile.m_end - tile.m_first : 0;
+    const uint32_t boxes = min(ceil_div<uint32_t>(rows, Shape::kBoxM), uint32_t(Shape::kBoxesA));
 #pragma unroll 1
     for (uint32_t block = 0; block < blocks; ++block) {
       ptx::mbarrier_wait(empty + ring.at * 8, ring.phase ^ 1);
       if (lane_id() == 0) {
         const uint32_t barrier = full + ring.at * 8;
         const int k = block * Shape::kBlockK;
-        ptx::mbarrier_arrive_expect(barrier, Shape::kABytes + Shape::kBBytes);
-        ptx::tma_load_4d(smem + ring.at * Shape::kABytes, params.a_map, barrier, k, tile.m_first, batch, 0);
+        ptx::mbarrier_arrive_expect(barrier, boxes * (Shape::kBoxM * 128) + Shape::kBBytes);
+#pragma unroll
+        for (int i = 0; i < Shape::kBoxesA; ++i)
+          if (i < boxes)
+            ptx::tma_load_4d(smem + ring.at * Shape::kABytes + i * Shape::kBoxM * 128, params.a_map, barrier, k,
+                             tile.m_first + i * Shape::kBoxM, batch, 0);
         load_b<Config>(params, smem + Shape::kB + ring.at * Shape::kBBytes, barrier, k, tile.n_first, weight);
       }
       ring.advance();

@@ -1,10 +1,10 @@
 // Few rows on Hopper's instructions (sm_90a): out = epilogue(a b) limited by reading b once; parts as in gemm/hopper.cuh.
-// One CTA computes up to 64 rows x kOutN columns over its share of k: a cluster of kSplit CTAs shares a tile, their sums meet through
-// distributed shared memory in the order of ranks. One warpgroup multiplies; one warp keeps the ring full, which is as deep as
+// One CTA computes up to 64 rows x kOutN columns over its share of k: a cluster of kSplit CTAs shares a tile, and each adds a part of
+// its columns up, which the others push into its shared memory. One warpgroup multiplies; one warp keeps the ring full, which is as deep as
 // shared memory allows: 180 to 208 KB in flight a multiprocessor. Scales in blocks come by one more warp.
 // grid = (tiles along n x kSplit, tiles of kRowsA rows, batch).
 // With programmatic dependent launch b's first blocks are on their way before the kernel in front ends: b must be constant.
-// Shared memory: a [kStages][kRowsA][128 B] | b [kStages][kBlockN][128 B] | HopperGemmShared; afterwards fp32 sums.
+// Shared memory: a [kStages][kRowsA][128 B] | b [kStages][kBlockN][128 B] | HopperGemmShared | fp32 sums of the other ranks.
 // Bytes moved: b once; a once a tile, from L2. Arch: sm_90a only.
 #pragma once
 #include "gemm/hopper.cuh"
@@ -12,7 +12,8 @@
 
 namespace fi {
 
-// One warp: blocks [first, last) of k. The first ones of b are requested by `start`, before any other warp or kernel is waited for.
+// One warp: blocks [first, last) of k. A dependent launch requests the first ones of b by `start`, before any other warp or kernel is
+// waited for. Any other asks for a and b in turn: behind a ring full of b the first block of a would come microseconds late.
 template <class Config>
 struct RowsProducer {
   using Shape = HopperGemmShape<Config>;
@@ -36,13 +37,16 @@ struct RowsProducer {
   }
   FI_DEVICE void start() const {
     if (lane_id() == 0)
-      for (uint32_t i = 0; i < ahead; ++i) load_weight(i, first + i);
+      for (uint32_t i = 0; i < min(ahead, params.early); ++i) load_weight(i, first + i);
     __syncwarp();
   }
   FI_DEVICE void run() const {
     ptx::grid_wait();
     if (lane_id() == 0)
-      for (uint32_t i = 0; i < ahead; ++i) load_rows(i, first + i);
+      for (uint32_t i = 0; i < ahead; ++i) {
+        if (i >= params.early) load_weight(i, first + i);
+        load_rows(i, first + i);
+      }
     __syncwarp();
     GemmRing<Config::kStages> ring;
     ring.phase = 1;
@@ -59,38 +63,94 @@ struct RowsProducer {
   }
 };
 
-// Sums of all ranks' tiles, finished and stored: this rank's share of the rows' fours of columns.
+// How the ranks of a cluster add their sums up: each owns an equal part of the tile's columns, and the others send it theirs.
 template <class Config>
-FI_DEVICE void join_rows(const HopperGemmParams& params, const HopperGemmTile& tile, float* sums, uint32_t rank) {
+struct RowsJoin {
   using Shape = HopperGemmShape<Config>;
+  static constexpr int kSplit = Config::kSplit;
+  static constexpr int kPart = Shape::kRegs / kSplit;                         // sums of a thread that belong to one rank
+  static constexpr int kTiles = Shape::kOutN / 8 / kSplit;                    // their n8 tiles (gated: and as many of up)
+  static constexpr int kThreads = ceil_div(Config::kRowsA, 16) * kWarpSize;  // with rows that are there
+  static constexpr int kInbox = (kSplit - 1) * kPart * kThreads * 4;          // bytes; [sender][four sums][thread]
+  static_assert(kPart % 4 == 0 && Shape::kOutN % (8 * kSplit) == 0, "fours of sums, and whole n8 tiles a rank");
+
+  FI_DEVICE static float part(const float (&d)[Shape::kRegs], int rank, int i) {
+    constexpr int kHalf = kPart / 2;
+    if constexpr (!Config::kGated) return d[rank * kPart + i];
+    return i < kHalf ? d[rank * kHalf + i] : d[Shape::kRegs / 2 + rank * kHalf + i - kHalf];
+  }
+  // Consumer threads. Nobody waits for what a peer's memory holds: sums are pushed, and added from a rank's own.
+  FI_DEVICE static void join(float (&own)[kPart], const float (&d)[Shape::kRegs], float4* inbox, uint32_t rank) {
+    ptx::cluster_wait();  // every rank runs
+    const bool there = threadIdx.x < kThreads;
+#pragma unroll
+    for (int to = 0; to < kSplit; ++to) {
+      if (to == rank || !there) continue;
+      float4* const box = ptx::cluster_map(inbox, to) + (rank < to ? rank : rank - 1) * (kPart / 4) * kThreads + threadIdx.x;
+#pragma unroll
+      for (int i = 0; i < kPart; i += 4)
+        box[i / 4 * kThreads] = make_float4(part(d, to, i), part(d, to, i + 1), part(d, to, i + 2), part(d, to, i + 3));
+    }
+    ptx::cluster_arrive();
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) {
+      own[i] = part(d, 0, i);
+#pragma unroll
+      for (int r = 1; r < kSplit; ++r)
+        if (rank == r) own[i] = part(d, r, i);
+    }
+    ptx::cluster_wait();  // the others' sums are here
+    if (!there) return;
+#pragma unroll
+    for (int from = 0; from < kSplit - 1; ++from)
+#pragma unroll
+      for (int i = 0; i < kPart; i += 4) {
+        const float4 x = inbox[(from * (kPart / 4) + i / 4) * kThreads + threadIdx.x];
+        own[i] += x.x, own[i + 1] += x.y, own[i + 2] += x.z, own[i + 3] += x.w;
+      }
+  }
+};
+
+// A rank's sums, finished and stored: 16 bytes of a row a lane where it has four n8 tiles, else its pairs of columns.
+template <class Config>
+FI_DEVICE void store_joined(const HopperGemmParams& params, const HopperGemmTile& tile,
+                            const float (&own)[RowsJoin<Config>::kPart], uint32_t rank) {
   using Out = typename Config::Out;
-  constexpr uint32_t kPitch = Shape::kBlockN + 8, kFours = Shape::kOutN / 4;
+  constexpr int kTiles = RowsJoin<Config>::kTiles, kUp = Config::kGated ? 4 * kTiles : 0;
+  constexpr bool kQuads = sizeof(Out) == 2 && kTiles % 4 == 0;
   const HopperEpilogue<Config, false> epilogue(params, tile);
-  const uint32_t rows = min(tile.m_end - tile.m_first, uint32_t(Config::kRowsA)), all = rows * kFours;
-  const float* part[Config::kSplit];
+  const int lane = lane_id(), t = lane & 3;
+  const uint32_t first = tile.n_first + rank * kTiles * 8;
 #pragma unroll
-  for (int i = 0; i < Config::kSplit; ++i) part[i] = ptx::cluster_map(sums, i);
-  for (uint32_t e = all * rank / Config::kSplit + threadIdx.x; e < all * (rank + 1) / Config::kSplit; e += blockDim.x) {
-    const uint32_t r = e / kFours, c = e % kFours * 4, row = tile.m_first + r, column = tile.n_first + c;
-    if (column >= params.n) continue;
-    float4 v = make_float4(0.f, 0.f, 0.f, 0.f), up = v;
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t row = tile.m_first + warp_id() * 16 + 8 * h + (lane >> 2);
+    const bool there = row < tile.m_end;
+    const float scale = epilogue.row_scale(min(row, tile.m_end - 1));
+    Out* const out = static_cast<Out*>(params.out) + tile.batch * params.out_batch + row * params.out_stride;
 #pragma unroll
-    for (int i = 0; i < Config::kSplit; ++i) {
-      const float4 x = *reinterpret_cast<const float4*>(part[i] + r * kPitch + c);
-      v.x += x.x, v.y += x.y, v.z += x.z, v.w += x.w;
-      if constexpr (Config::kGated) {
-        const float4 y = *reinterpret_cast<const float4*>(part[i] + r * kPitch + Shape::kOutN + c);
-        up.x += y.x, up.y += y.y, up.z += y.z, up.w += y.w;
+    for (int j = 0; j < kTiles; j += kQuads ? 4 : 1) {
+      uint32_t words[4];
+#pragma unroll
+      for (int q = 0; q < (kQuads ? 4 : 1); ++q) {
+        const uint32_t column = first + 8 * (j + q) + 2 * t;
+        const bool inside = there && column < params.n;
+        const int i = 4 * (j + q) + 2 * h;
+        const float2 v = epilogue.finish(make_float2(own[i], own[i + 1]), make_float2(own[i + kUp], own[i + 1 + kUp]), row, column,
+                                         scale, inside);
+        if constexpr (sizeof(Out) == 4) {
+          if (inside) *reinterpret_cast<float2*>(out + column) = v;
+        } else if constexpr (kQuads) {
+          words[q] = ptx::pack2<Out>(v.x, v.y);
+        } else {
+          if (inside) *reinterpret_cast<uint32_t*>(out + column) = ptx::pack2<Out>(v.x, v.y);
+        }
+      }
+      if constexpr (kQuads) {
+        const uint4 chunk = gather_chunk(words);
+        const uint32_t column = first + 8 * (j + t);
+        if (there && column < params.n) *reinterpret_cast<uint4*>(out + column) = chunk;
       }
     }
-    const float scale = epilogue.row_scale(row);
-    const float2 lo = epilogue.finish(make_float2(v.x, v.y), make_float2(up.x, up.y), row, column, scale, true);
-    const float2 hi = epilogue.finish(make_float2(v.z, v.w), make_float2(up.z, up.w), row, column + 2, scale, true);
-    Out* const out = static_cast<Out*>(params.out) + tile.batch * params.out_batch + row * params.out_stride + column;
-    if constexpr (sizeof(Out) == 4)
-      *reinterpret_cast<float4*>(out) = make_float4(lo.x, lo.y, hi.x, hi.y);
-    else
-      *reinterpret_cast<uint2*>(out) = make_uint2(ptx::pack2<Out>(lo.x, lo.y), ptx::pack2<Out>(hi.x, hi.y));
   }
 }
 
@@ -101,16 +161,14 @@ FI_DEVICE void gemm_hopper_rows(const HopperGemmParams& params) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   const uint32_t smem = ptx::smem_address(smem_bytes);
   auto& shared = *reinterpret_cast<HopperGemmShared<Config>*>(smem_bytes + Shape::kShared);
-  static_assert(64 * (Shape::kBlockN + 8) * 4 <= Shape::kShared, "the sums take the ring's place");
   const uint32_t rank = blockIdx.x % Config::kSplit, blocks = ceil_div<uint32_t>(params.k, 128);
   const uint32_t first = blocks * rank / Config::kSplit, last = blocks * (rank + 1) / Config::kSplit;
   const HopperGemmTile tile{blockIdx.y * Config::kRowsA, min(params.m, (blockIdx.y + 1) * Config::kRowsA),
                             blockIdx.x / Config::kSplit * Shape::kOutN, blockIdx.z, blockIdx.z};
-  float* const sums = reinterpret_cast<float*>(smem_bytes);
-  constexpr int kPitch = Shape::kBlockN + 8;
   const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarpSize, 0);
   const RowsProducer<Config> producer(params, shared, tile, smem, first, last);
   ptx::grid_launch_dependents();
+  if constexpr (Config::kSplit > 1) ptx::cluster_arrive_relaxed();
   if (warp == 4) {
     init_barriers<Config>(params, shared);
     producer.start();
@@ -128,6 +186,7 @@ FI_DEVICE void gemm_hopper_rows(const HopperGemmParams& params) {
       ring.advance();
     }
   } else {
+    if (params.residual != nullptr) prefetch_residual<Config>(params, tile, tile.m_first, tile.n_first);
     float d[Shape::kRegs];
     if (first < last) {
       HopperGemmConsumer<Config> consumer(shared, smem, 0, 0);
@@ -141,27 +200,22 @@ FI_DEVICE void gemm_hopper_rows(const HopperGemmParams& params) {
     }
     ptx::grid_wait();  // what the epilogue reads, and out, are the kernel's in front until now
     if constexpr (Config::kSplit == 1) {
-      store_sums<Config>(params, tile, d, tile.m_first, tile.n_first, 0, 0);
+      HopperAhead<Config> ahead;
+      ahead.plain = HopperFactors<Config>::plain(params);  // nothing was asked for: it was not there yet
+      store_sums<Config>(params, tile, d, ahead, tile.m_first, tile.n_first, 0, 0);
     } else {
-      asm volatile("bar.sync 1, 128;" ::: "memory");  // all four warps' products have read the ring
-      const int row = warp_id() * 16 + (lane_id() >> 2);
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        if (row + 8 * h < Config::kRowsA)
-#pragma unroll
-          for (int j = 0; j < Shape::kBlockN / 8; ++j)
-            *reinterpret_cast<float2*>(sums + (row + 8 * h) * kPitch + 8 * j + 2 * (lane_id() & 3)) =
-                make_float2(d[4 * j + 2 * h], d[4 * j + 2 * h + 1]);
+      constexpr int kInboxAt = round_up<int>(Shape::kShared + sizeof(HopperGemmShared<Config>), 16);
+      float own[RowsJoin<Config>::kPart];
+      RowsJoin<Config>::join(own, d, reinterpret_cast<float4*>(smem_bytes + kInboxAt), rank);
+      store_joined<Config>(params, tile, own, rank);
     }
   }
   if constexpr (Config::kSplit > 1) {
-    __syncwarp();
-    ptx::cluster_arrive();
-    ptx::cluster_wait();  // every rank's sums are in its shared memory
-    join_rows<Config>(params, tile, sums, rank);
-    __syncwarp();
-    ptx::cluster_arrive();
-    ptx::cluster_wait();  // every rank has read this one's
+    if (warp >= 4) {
+      __syncwarp();
+      ptx::cluster_wait();
+      ptx::cluster_arrive();  // the consumers' barrier counts all threads of the cluster
+    }
   }
 }
 

@@ -49,6 +49,9 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
   for (int d = 0; d < kDepth; ++d) fill(ring[d], k_first + d * kStride);
 
   ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
+  float added = 0.f;  // to this thread's first element: it comes while the products are computed
+  if (threadIdx.x < kM * kColumns && threadIdx.x / kColumns < params.m && n_first + threadIdx.x % kColumns < params.n)
+    added = typename Config::Epilogue(params).added(threadIdx.x / kColumns, n_first + threadIdx.x % kColumns);
   const T* a[kM];
 #pragma unroll
   for (int i = 0; i < kM; ++i)
@@ -106,7 +109,8 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
     float total = 0.f;
 #pragma unroll
     for (int i = 0; i < kWarpsK; ++i) total += partial[i][row][c];
-    out[row * params.out_stride + column] = from_float<Out>(epilogue(total, row, column));
+    if (e != threadIdx.x) added = epilogue.added(row, column);
+    out[row * params.out_stride + column] = from_float<Out>(total + added);
   }
 }
 

@@ -15,6 +15,7 @@ struct WgmmaShared;
 #define FI_W1 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define FI_W2 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define FI_W3 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define FI_W48 FI_W0 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define FI_W64 FI_W0 ", " FI_W1
 #define FI_W96 FI_W64 ", " FI_W2
 #define FI_W128 FI_W96 ", " FI_W3
@@ -22,6 +23,7 @@ struct WgmmaShared;
 #define FI_D(i) "+f"(d[i])
 #define FI_D8(i) FI_D(i), FI_D(i + 1), FI_D(i + 2), FI_D(i + 3), FI_D(i + 4), FI_D(i + 5), FI_D(i + 6), FI_D(i + 7)
 #define FI_D32(i) FI_D8(i), FI_D8(i + 8), FI_D8(i + 16), FI_D8(i + 24)
+#define FI_D48 FI_D32(0), FI_D8(32), FI_D8(40)
 #define FI_D64 FI_D32(0), FI_D32(32)
 #define FI_D96 FI_D64, FI_D32(64)
 #define FI_D128 FI_D96, FI_D32(96)
@@ -56,6 +58,7 @@ struct WgmmaShared;
   FI_BYTES(N, __nv_fp8_e5m2, "e5m2", __nv_fp8_e5m2, "e5m2", REGS, OPERANDS, P0, P1, P2)
 FI_ALL(32, FI_W16, (FI_D16), 16, 17, 18)
 FI_ALL(64, FI_W0, (FI_D32(0)), 32, 33, 34)
+FI_ALL(96, FI_W48, (FI_D48), 48, 49, 50)
 FI_ALL(128, FI_W64, (FI_D64), 64, 65, 66)
 FI_ALL(192, FI_W96, (FI_D96), 96, 97, 98)
 FI_ALL(256, FI_W128, (FI_D128), 128, 129, 130)
@@ -69,6 +72,7 @@ FI_ALL(256, FI_W128, (FI_D128), 128, 129, 130)
 #undef FI_D128
 #undef FI_D96
 #undef FI_D64
+#undef FI_D48
 #undef FI_D32
 #undef FI_D8
 #undef FI_D
@@ -76,6 +80,7 @@ FI_ALL(256, FI_W128, (FI_D128), 128, 129, 130)
 #undef FI_W128
 #undef FI_W96
 #undef FI_W64
+#undef FI_W48
 #undef FI_W3
 #undef FI_W2
 #undef FI_W1

@@ -190,8 +190,8 @@ def test_small_products_take_small_tiles():
 
 def test_kernel_specs_are_distinct():
     specs = kernel_specs()
-    assert len({s.symbol for s in specs}) == len(specs) <= 64
-    assert sum("hopper" not in s.function for s in specs) <= 40  # these are compiled for every architecture
+    assert len({s.symbol for s in specs}) == len(specs) <= 68
+    assert sum("hopper" not in s.function for s in specs) <= 41  # these are compiled for every architecture
 
 
 def fragment_of_c64(w, lane, half):

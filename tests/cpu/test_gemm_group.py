@@ -13,9 +13,9 @@ from fi_cupy import errors, gemm, reference
 from fi_cupy.arrays import view
 from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import bfloat16, float8_e4m3fn, float16, float32
-from fi_cupy.gemm import dense, fp8, fp8_blocks, group, quantise, segment
+from fi_cupy.gemm import dense, few_fp8, fp8, fp8_blocks, group, quantise, segment
 from fi_cupy.gemm.group import Group, group_grid, group_spec, group_tile
-from fi_cupy.gemm.select import H100, few_spec, rows_spec, stream_spec, tiled_spec
+from fi_cupy.gemm.select import H100, FewConfig, few_spec, rows_spec, stream_spec, tiled_spec
 from fi_cupy.testing.generators import normal
 from fi_cupy.testing.tolerances import assert_close
 
@@ -279,7 +279,7 @@ needs_emulator = pytest.mark.skipif(not emulate.available(), reason="g++ on x86-
 
 @pytest.fixture
 def place():
-    with emulate.emulated(emulate.AMPERE, dense, fp8, fp8_blocks, group, quantise, segment):
+    with emulate.emulated(emulate.AMPERE, dense, few_fp8, fp8, fp8_blocks, group, quantise, segment):
         yield emulate.device
 
 
@@ -335,6 +335,32 @@ def test_block_kernel(rng, place, sizes):
     want = reference.gemm.gemm_fp8_nt_groupwise(a, b, f64(sa), f64(sb), "K", sizes, np.float64)
     got = gemm.gemm_fp8_nt_groupwise(*map(place, (a, b, sa.T, sb.T)), scale_granularity_mnk=sizes, out_dtype="float32")
     assert_close(got, want, "float32", "product")
+
+
+FEW_FP8 = [FewConfig(1, 1, 2, 3, False, True), FewConfig(1, 1, 2, 2, True, False), FewConfig(2, 1, 1, 4, False, True)]
+
+
+@needs_emulator
+@pytest.mark.parametrize("config", FEW_FP8, ids=str)
+def test_few_rows_of_fp8(rng, place, config):
+    """Rows and columns past the end, a k that is no multiple of a step, factors of both kinds in either order."""
+    m, n, k = 8 * config.a_tiles - 3, 136, 656
+    a, b = fp8_values(rng, (m, k)), fp8_values(rng, (n, k), E5M2)
+    sa, sb = (rng.random(x).astype(np.float32) + 0.1 for x in (m, n))
+    bias, out = normal(rng, (n,), "float32"), place(np.full((m + 1, n), 7, np.float32))
+    x, w, *rest = (view(place(v)) for v in (a, b, sa, sb, bias))
+    few_fp8.launch_few_fp8(view(out[:m]), x, w, *rest[:2], bias=rest[2], config=config)
+    assert_close(out[:m], f64(a) @ f64(b).T * sa[:, None] * sb + bias, "float32", "product")
+    assert (out[m] == 7).all()
+    b, k = b.astype(np.float32).astype(E4M3), 640
+    sa, sb = rng.random((m, 5)).astype(np.float32), rng.random((2, 5)).astype(np.float32)
+    want = reference.gemm.gemm_fp8_nt_groupwise(a[:, :k], b[:, :k], f64(sa), f64(sb), "K", (1, 128, 128), np.float64)
+    x, w = view(place(a[:, :k])), view(place(b[:, :k]))
+    for mode in ("K", "MN"):
+        given = (view(place(v if mode == "K" else v.T)) for v in (sa, sb))
+        few_fp8.launch_few_fp8_blocks(view(out[:m]), x, w, *given, scale_major_mode=mode, config=config)
+        assert_close(out[:m], want, "float32", "product")
+        out[:m] = np.nan
 
 
 @needs_emulator

@@ -40,7 +40,7 @@ def test_dense_choices_cover_the_matrix(m, n, k, batch, row_major):
     spec, grid = select_mm_kernel(m, n, k, H100, bfloat16, float32, row_major_b=row_major, batch=batch)
     config = dict(spec.config)
     if spec.function == "gemm_hopper_rows":
-        assert m <= 64
+        assert m <= 64 or (m <= 1024 and k < 2048 and grid[0] * grid[1] * grid[2] <= 132)
         assert grid == (up(n, config["kBlockN"]) * config["kSplit"], up(m, config["kRowsA"]), batch)
         assert spec.cluster == (config["kSplit"] if config["kSplit"] > 1 else 0)
         assert 64 * (config["kBlockN"] + 8) * 4 <= config["kStages"] * (config["kBlockN"] + config["kRowsA"]) * 128
@@ -57,8 +57,11 @@ def test_dense_choices_cover_the_matrix(m, n, k, batch, row_major):
 def test_large_products_take_large_tiles_and_few_tiles_are_made_smaller():
     assert hopper_tile(8192, 8192, 16384, 132) is LARGE and hopper_tile(4096, 4096, 8192, 132) is LARGE
     assert hopper_tile(128, 4096, 8192, 132).block_m == 64
-    assert hopper_tile(8192, 8192, 8192, 132, sums=BLOCKS) is hopper.TALL
-    assert hopper_tile(1024, 4096, 4096, 132, sums=BLOCKS) is hopper.PROMOTED
+    for sums in (VECTORS, BLOCKS):
+        assert hopper_tile(8192, 8192, 8192, 132, sums=sums) is hopper.BROAD
+        assert hopper_tile(4096, 4096, 4096, 132, sums=sums) is hopper.PROMOTED
+        assert hopper_tile(1024, 4096, 4096, 132, sums=sums) is hopper.PROMOTED
+    assert hopper_tile(4096, 7168, 2048, 132, sums=BLOCKS) is hopper.TALL
     for m in (100, 500, 1000, 3000):
         for options in ({"gated": True}, {"row_major_b": True}, {"gated": True, "row_major_b": True}):
             tile = hopper_tile(m, 512, 1024, 132, **options)
@@ -132,6 +135,28 @@ def inside(number, tiles_m, tiles_n, raster):
 def test_raster_visits_every_tile_once(tiles_m, tiles_n):
     seen = {inside(i, tiles_m, tiles_n, hopper.RASTER) for i in range(tiles_m * tiles_n)}
     assert seen == {(i, j) for i in range(tiles_m) for j in range(tiles_n)}
+
+
+@given(tiles_m=st.integers(1, 70), tiles_n=st.integers(1, 40), warps_m=st.integers(1, 3), short=st.integers(0, 191))
+def test_last_round_visits_every_row_once(tiles_m, tiles_n, warps_m, short):
+    """HopperGemmWalk.find of dense products: whole tiles, then pieces, none larger than what is left of the matrix."""
+    block, ctas, tiles = 64 * warps_m, 132, tiles_m * tiles_n
+    m = tiles_m * block - short % block
+    whole, pieces = hopper.last_round(tiles, min(ctas, tiles), warps_m)
+    assert whole % ctas == 0 or pieces == 1
+    assert whole + (tiles - whole) * pieces <= up(tiles, ctas) * ctas, "another round"
+    seen = np.zeros((m, tiles_n), int)
+    for number in range(whole + (tiles - whole) * pieces):
+        above, rows, tile = 0, block, number
+        if number >= whole:
+            rest = number - whole
+            tile, rows = whole + rest // pieces, up(warps_m, pieces) * 64
+            above = rest % pieces * rows
+            rows = min(rows, block - above)
+        row, column = inside(tile, tiles_m, tiles_n, hopper.RASTER)
+        first = row * block + above
+        seen[first : min(m, first + rows), column] += 1
+    assert (seen == 1).all()
 
 
 class Walk:
@@ -254,7 +279,7 @@ def test_few_rows_share_k_without_idle_ranks(m, n, k, batch):
 
 
 def test_the_measured_few_row_configurations():
-    assert hopper_rows.rows_tile(16, 4096, 8192, 132)[:3] == (16, 64, 2)
+    assert hopper_rows.rows_tile(64, 4096, 4096, 132)[:3] == (64, 32, 1)
     assert hopper_rows.rows_tile(64, 14336, 8192, 132)[:3] == (64, 128, 1)
     assert hopper_rows.rows_tile(64, 4096, 28672, 132)[:3] == (64, 64, 2)
-    assert hopper_rows.rows_tile(16, 28672, 8192, 132)[:3] == (16, 64, 1)
+    assert hopper_rows.rows_tile(16, 28672, 8192, 132)[:3] == (16, 128, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -57,9 +58,10 @@ def seen_by(items, num_slots, num_split, group, tile_q, batch, tile_kv, align_en
     split=st.one_of(st.none(), st.integers(1, 500)),
     disable=st.booleans(),
     align_end=st.booleans(),
+    tail=st.integers(0, 100),
 )
 def test_every_visible_pair_is_computed_once(
-    lens, group, kv_heads, tile_q, tile_kv, slots, causal, window, split, disable, align_end
+    lens, group, kv_heads, tile_q, tile_kv, slots, causal, window, split, disable, align_end, tail
 ):
     qo = np.concatenate([[0], np.cumsum([q for q, _ in lens])])
     kv = np.concatenate([[0], np.cumsum([k for _, k in lens])])
@@ -68,6 +70,7 @@ def test_every_visible_pair_is_computed_once(
     plan = plan_prefill(
         qo, kv_len, base, group=group, num_kv_heads=kv_heads, tile_q=tile_q, tile_kv=tile_kv, slots=slots,
         causal=causal, window_left=window, split_keys=split, disable_split=disable, align_end=align_end,
+        split_tail=tail,
     )  # fmt: skip
     batch = list(zip(qo[:-1].tolist(), base.tolist(), strict=True))
     counts = seen_by(plan.items, plan.num_slots, plan.num_split, group, tile_q, batch, tile_kv, align_end)
@@ -84,7 +87,8 @@ def test_every_visible_pair_is_computed_once(
     if disable:
         assert plan.num_slots == 0
     elif split is None:
-        assert len(plan.items) <= max_items(int(qo[-1]), len(lens), group, tile_q, -(-slots // kv_heads))
+        most = max(tail, -(-slots // kv_heads))
+        assert len(plan.items) <= max_items(int(qo[-1]), len(lens), group, tile_q, most)
 
 
 def test_a_split_tiles_chunks_are_numbered_in_key_order():
@@ -126,6 +130,44 @@ def test_a_full_device_is_not_split_and_an_empty_one_is():
 
     assert split(16, 8) == 0
     assert split(1, 1) > 0
+
+
+def _finish(items, kv_heads, slots, tile_kv):
+    """When the last of `slots` multiprocessors ends, which take items in their order, over the even share."""
+    free = [0] * slots
+    lengths = (-(-(items[:, 6] - items[:, 5]) // tile_kv)).tolist()
+    for length in lengths:
+        for _ in range(kv_heads):
+            heapq.heapreplace(free, free[0] + length)
+    return max(free) / (sum(lengths) * kv_heads / slots)
+
+
+@pytest.mark.parametrize(
+    "batch", [(1, 4096, 16384), (8, 512, 8192), (1, 2048, 8192), (2, 1024, 16384), (1, 1024, 32768)]
+)
+def test_the_last_round_of_items_is_split(batch):
+    """Chunks of long prompts of 32/8 heads: within 5 % of the even share, where whole items leave 11 to 33 % idle."""
+    requests, rows, keys = batch
+    finish = []
+    for tail in (0, 34):
+        plan = plan_prefill(
+            np.arange(requests + 1) * rows, np.full(requests, keys), np.arange(requests) * keys, group=4,
+            num_kv_heads=8, tile_q=192, tile_kv=80, slots=132, causal=True, align_end=True, split_tail=tail,
+        )  # fmt: skip
+        finish.append(_finish(plan.items, 8, 132, 80))
+    assert finish[0] > 1.1 and finish[1] < 1.05
+    assert plan.num_split > 0 and plan.items[-1, 12] > 1
+
+
+@pytest.mark.parametrize("batch", [(1, 16384, 16384), (4, 4096, 4096), (16, 1024, 1024), (1, 0, 100), (1, 100, 0)])
+def test_prompts_that_end_with_short_items_are_not(batch):
+    requests, rows, keys = batch
+    options = dict(
+        group=4, num_kv_heads=8, tile_q=192, tile_kv=80, slots=132, causal=True, align_end=True,
+    )  # fmt: skip
+    args = np.arange(requests + 1) * rows, np.full(requests, keys), np.arange(requests) * keys
+    whole, tail = plan_prefill(*args, **options), plan_prefill(*args, **options, split_tail=34)
+    assert tail.num_split == whole.num_split == 0 and (tail.items == whole.items).all()
 
 
 def test_pad_adds_rows_that_do_nothing():

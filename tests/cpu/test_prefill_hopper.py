@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from fi_cupy import prefill_hopper
 from fi_cupy.dtypes import bfloat16, float8_e4m3fn
 from fi_cupy.errors import UnsupportedError
 from fi_cupy.prefill_hopper import (
+    FINE_TILES,
     SHORT_TILES,
     TILES,
     Load,
@@ -40,7 +43,7 @@ def encoded(monkeypatch):
 
 
 def test_every_shape_fits_a_multiprocessor():
-    tables = (TILES, SHORT_TILES, prefill_hopper._CAPPED_TILES, prefill_hopper._VARIANT_TILES)
+    tables = (TILES, SHORT_TILES, FINE_TILES, prefill_hopper._CAPPED_TILES, prefill_hopper._VARIANT_TILES)
     for tiles in (tiles for table in tables for tiles in table.values()):
         assert tiles.smem_bytes <= 227 * 1024
         registers = tiles.producer_regs + tiles.consumers * tiles.consumer_regs
@@ -58,21 +61,31 @@ def test_every_shape_fits_a_multiprocessor():
         ((16 * 128, 128, 77 * 8), 1),  # one head: its stride means nothing
     ],
 )
-def test_a_paged_maps_units_reach_every_page_and_head(encoded, strides, heads):
-    pages, page_size = 40, 16
+@pytest.mark.parametrize("page_size", [8, 16, 24, 64, 80])
+def test_a_paged_maps_units_reach_every_box(encoded, strides, heads, page_size):
+    pages, rows = 40, box_rows(page_size, USUAL.tile_kv)
     _, numbers = map_values(
         USUAL, "bfloat16", 1 << 20, 100, (heads * 128, 128, 1), 1, heads, 2 << 20, 3 << 20, strides, strides, pages,
         page_size,
     )  # fmt: skip
-    page_units, head_units = numbers[4:6]
-    assert numbers[:4] == (heads, heads, pages, 16) and numbers[6:] == numbers[4:6]
+    page_units, head_units, rows8_units = numbers[5:8]
+    assert numbers[:5] == (heads, heads, pages, rows, 64) and numbers[8:] == numbers[5:8]
     (name, address, extents, steps, box), values = encoded[1], encoded[2]
-    assert (name, address, values[1]) == ("bfloat16", 2 << 20, 3 << 20) and box == (64, 8, 2, 2, 1)
+    assert (name, address, values[1]) == ("bfloat16", 2 << 20, 3 << 20) and box == (64, 8, 2, rows // 8, 1)
     assert all(step % 16 == 0 for step in steps) and extents[:4] == (64, 8, 2, page_size // 8)
-    for page in (0, 1, pages - 1):
-        for head in range(heads):
-            unit = page * page_units + head * head_units
-            assert unit < extents[4] and unit * steps[3] == 2 * (page * strides[0] + head * strides[2])
+    for page, head, token in itertools.product((0, 1, pages - 1), range(heads), range(0, page_size - rows + 1, rows)):
+        unit = page * page_units + head * head_units + token // 8 * rows8_units
+        assert unit < extents[4] and unit * steps[3] == 2 * (page * strides[0] + head * strides[2] + token * strides[1])
+
+
+@pytest.mark.parametrize(("group", "rows"), [(1, 64), (4, 64), (64, 64), (3, 192), (96, 192), (5, 64)])
+def test_queries_come_64_rows_at_a_time_if_the_group_divides_them(encoded, group, rows):
+    strides = 0, 128, 128
+    _, numbers = map_values(
+        USUAL, "bfloat16", 1 << 20, 9, (group * 128, 128, 1), group, 1, 1, 1, strides, strides, 9, 0
+    )
+    fit = 1 if group == 5 else group  # which does not divide the tile: gathered
+    assert numbers[4] == rows and encoded[0][4] == (64, fit, rows // fit, 1, 1)
 
 
 def test_pages_without_a_usable_common_stride_are_refused(encoded):
@@ -117,9 +130,29 @@ def test_one_cta_a_multiprocessor_takes_all_the_work():
     assert wide.grid(1000) == (8000, 1, 1)
 
 
-def test_short_tiles_have_the_keys_and_so_the_bits_of_tall_ones():
+def test_short_tiles_have_the_keys_and_so_the_bits_of_fine_or_tall_ones():
     for dims, tiles in SHORT_TILES.items():
-        assert tiles.tile_kv == TILES[dims].tile_kv and tiles.tile_q == 128 < TILES[dims].tile_q
+        tall = FINE_TILES.get(dims, TILES[dims])
+        assert tiles.tile_kv == tall.tile_kv and tiles.tile_q == 128 < tall.tile_q == TILES[dims].tile_q
+
+
+@pytest.mark.parametrize(
+    ("shape", "causal", "fine"),
+    [
+        ((32, 512, 512, 32, 32), True, True),
+        ((16, 1024, 1024, 32, 32), True, True),
+        ((8, 2048, 2048, 32, 32), True, True),
+        ((4, 4096, 4096, 32, 32), True, False),
+        ((16, 1024, 1024, 32, 32), False, False),
+        ((16, 1024, 1024, 32, 8), True, False),
+    ],
+)
+def test_short_prompts_have_fine_tiles(shape, causal, fine):
+    requests, tokens, keys, heads, kv_heads = shape
+    load = load_of(requests, heads // kv_heads, requests * tokens, requests * keys, causal, -1)
+    p = Problem(heads, kv_heads, 128, 128, bfloat16, False, False, False, False)
+    tiles = geometry(p, load.rows, TYPICAL["90a"], load).hopper
+    assert tiles is (FINE_TILES if fine else TILES)[128, 128]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +174,7 @@ def test_heads_that_run_together_divide_all(heads, head_bytes, together):
 def test_keys_that_run_together_fit_the_l2():
     """Requests side by side with 8 heads of 512 bytes a token; none where the L2 holds the batch."""
     assert block_keys(USUAL, 32, 16, 16384, 132) == (16 << 20) // (8 * 512) == 4096
+    assert block_keys(USUAL, 32, 64, 16384, 132) == 8 * 256  # 64 requests times heads, half as many as CTAs
     assert block_keys(USUAL, 32, 16, 1024, 132) is None and block_keys(USUAL, 1, 200, 32768, 132) is None
     assert block_keys(TILES[64, 64], 3, 100, 1 << 20, 132) == (16 << 20) // (3 * 256)
     assert block_keys(TILES[256, 256], 8, 100, 1 << 20, 132) * 8 * 1024 <= 16 << 20
@@ -166,7 +200,8 @@ def test_few_long_requests_go_longest_first_of_all():
         ((1, 96, 65536, 32, 8, 128), 192),  # and 384 two tall ones
         ((1, 1024, 1024, 32, 8, 64), 128),
         ((1, 2048, 2048, 9, 3, 64), 192),  # 3 heads a group do not divide 128
-        ((16, 64, 64, 32, 8, 128), 0),
+        ((16, 64, 64, 32, 8, 128), 128),
+        ((12, 128, 128, 32, 8, 128), 128),  # whole rounds of items: 3 of 192 rows, 3 of 128
         ((16, 128, 128, 9, 3, 64), 192),
         ((1, 16, 65536, 32, 8, 128), 0),
         ((1, 1024, 1024, 16, 16, 256), 128),
@@ -186,7 +221,7 @@ def test_who_gets_which_tiles(shape, height):
     assert geometry(p, load.rows, device).hopper is TILES[dim, dim]
     assert geometry(p, load.rows, TYPICAL["80"], load) is geometry(p, load.rows, TYPICAL["80"])
     if height == 0:
-        assert too_little(p, TILES[dim, dim], load, device.num_sms) in g.choice
+        assert too_little(load) in g.choice
         assert geometry(p._replace(backend="fa3"), load.rows, device, load).hopper is not None
 
 

@@ -283,6 +283,12 @@ SIGNATURES = {
         "a b a_scale b_scale m_indptr scale_granularity_mnk=(1,128,128) scale_major_mode='MN' mma_sm=1 out=None "
         "out_dtype=None"
     ),
+    "gemm.group_deepgemm_fp8_nt_groupwise": (
+        "a b a_scale b_scale m_indices scale_granularity_mnk=(1,128,128) out=None out_dtype=None"
+    ),
+    "gemm.batch_deepgemm_fp8_nt_groupwise": (
+        "a b a_scale b_scale masked_m expected_m scale_granularity_mnk=(1,128,128) out=None out_dtype=None"
+    ),
     "gemm.fp8_blockscale_gemm_sm90": "input weight input_scale=None weight_scale=None out=None out_dtype=None",
     "fused_moe.fused_topk_deepseek": (
         "scores bias n_group topk_group topk routed_scaling_factor topk_values topk_indices launch_with_pdl=True "

@@ -33,7 +33,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
         pytest.skip("no Hopper GPU")
     else:
         monkeypatch.setattr(prefill_kernel, "too_little", lambda *given: "")
-        # test_prefill_hopper.py runs both heights of tiles, which have the same bits.
+        # test_prefill_hopper.py runs both heights of tiles.
         monkeypatch.setattr(prefill_kernel, "wants_short_tiles", lambda *given: False)
     prefill_kernel.geometry.cache_clear()
     yield request.param

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from fi_cupy import errors, gemm, reference
+from fi_cupy.arrays import view
+from fi_cupy.device import device_info
 from fi_cupy.dtypes import dtype as to_dtype
+from fi_cupy.dtypes import float8_e4m3fn
+from fi_cupy.gemm.few_fp8 import launch_few_fp8, launch_few_fp8_blocks
+from fi_cupy.gemm.select import FewConfig
 from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
@@ -211,6 +216,63 @@ def test_group_groupwise(rng, major, lengths):
         on_gpu(a), on_gpu(b), on_gpu(sa), on_gpu(sb), on_gpu(indptr), scale_major_mode=major, out=out
     )
     check_rows(out, want, "bfloat16")
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("k", [256, 400])
+def test_rows_with_their_groups_number(rng, aligned, k):
+    """Groups in any order, some without rows, padding between; k = 400 goes to the portable kernel."""
+    groups, n, blocks = 12, 264, -(-k // 128)
+    order, lengths = rng.permutation(groups), rng.integers(0, 200, groups)
+    padding = [int(-c % 128 if aligned else c % 3) for c in lengths]
+    numbers = np.repeat(
+        np.stack([order, np.full(groups, -1)], 1).ravel(), np.stack([lengths, padding], 1).ravel()
+    ).astype(np.int32)
+    m = len(numbers)
+    a, b = fp8(rng, (m, k)), fp8(rng, (groups, n, k))
+    sa, sb = rng.random((m, blocks)).astype(np.float32), rng.random((groups, 3, blocks)).astype(np.float32)
+    want = reference.gemm.grouped_rows(a, b, f64(sa), f64(sb), numbers, (1, 128, 128), np.full((m, n), np.nan))
+    for scales in (on_gpu(sa), on_gpu(np.ascontiguousarray(sa.T)).T):
+        out = poisoned((m, n), "bfloat16")
+        gemm.group_deepgemm_fp8_nt_groupwise(on_gpu(a), on_gpu(b), scales, on_gpu(sb), on_gpu(numbers), out=out)
+        got, inside = to_float64(out), numbers >= 0
+        assert_close(got[inside], want[inside], "bfloat16", "product")
+        assert np.isnan(got[~inside]).all(), "rows of no group were written"
+
+
+@pytest.mark.parametrize("expected", [1, 100])
+def test_groups_padded_to_one_length(rng, expected):
+    groups, m, n, k = 9, 150, 264, 384
+    counts = np.array([0, 150, 1, 64, 65, 149, 400, -3, 128], np.int32)
+    a, b = fp8(rng, (groups, m, k)), fp8(rng, (groups, n, k))
+    sa, sb = rng.random((groups, m, 3)).astype(np.float32), rng.random((groups, 3, 3)).astype(np.float32)
+    numbers = reference.gemm.masked_numbers(counts, m)
+    flat = (a.reshape(-1, k), b, f64(sa).reshape(-1, 3), f64(sb), numbers, (1, 128, 128))
+    want = reference.gemm.grouped_rows(*flat, np.full((groups * m, n), np.nan))
+    out = poisoned((groups, m, n), "bfloat16")
+    gemm.batch_deepgemm_fp8_nt_groupwise(*map(on_gpu, (a, b, sa, sb, counts)), expected, out=out)
+    check_rows(out.reshape(-1, n), want, "bfloat16")
+
+
+@pytest.mark.parametrize("m", [1, 7, 8, 9, 16])
+@pytest.mark.parametrize("config", [None, FewConfig(2, 1, 2, 8, True, False), FewConfig(1, 1, 3, 4, False, False)])
+def test_few_rows_of_fp8(rng, m, config):
+    """Factors of both kinds; a longer product than a few tiles; several tiles of rows where one has eight."""
+    if device_info(0).code_number < 89:
+        pytest.skip("needs the conversions of sm_89")
+    for n, k in ((8, 128), (264, 1152), (1032, 4096), (136, 14336)):
+        a, b = fp8(rng, (m, k)), fp8(rng, (n, k))
+        x, w = (view(on_gpu(v)).typed(float8_e4m3fn) for v in (a, b))
+        sa, sb = (rng.random(s).astype(np.float32) + 0.1 for s in (m, n))
+        bias, out = normal(rng, (n,)), poisoned((m, n), "bfloat16")
+        launch_few_fp8(view(out), x, w, *(view(on_gpu(v)) for v in (sa, sb)), bias=view(on_gpu(bias)), config=config)
+        assert_close(to_float64(out), f64(a) @ f64(b).T * sa[:, None] * sb + f64(bias), "bfloat16", "product")
+        sa, sb = (rng.random((s, k // 128)).astype(np.float32) for s in (m, -(-n // 128)))
+        want = reference.gemm.gemm_fp8_nt_groupwise(a, b, f64(sa), f64(sb), "K", (1, 128, 128), np.float64)
+        out = poisoned((m, n), "bfloat16")
+        given = (view(on_gpu(np.ascontiguousarray(v.T))) for v in (sa, sb))
+        launch_few_fp8_blocks(view(out), x, w, *given, pdl=True, config=config)
+        assert_close(to_float64(out), want, "bfloat16", "product")
 
 
 @pytest.mark.parametrize("m", [1, 50, 140])

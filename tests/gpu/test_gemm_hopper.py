@@ -18,7 +18,7 @@ from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
-TILES = {"large": LARGE, "middle": MIDDLE, "wide": WIDE, "small": SMALL, "tiny": TINY}
+TILES = {"large": LARGE, "broad": BROAD, "middle": MIDDLE, "wide": WIDE, "small": SMALL, "tiny": TINY}
 DIRECT = LARGE._replace(bulk=False)
 SHAPES = [(1, 8, 8), (64, 64, 64), (129, 264, 72), (300, 520, 1032), (640, 1032, 200)]
 E4, E5 = float8_e4m3fn, float8_e5m2
@@ -83,7 +83,7 @@ def test_dense(rng, tile, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", ["large", "middle", "wide", "small"])
+@pytest.mark.parametrize("name", ["large", "broad", "middle", "wide", "small"])
 def test_n_contiguous_b(rng, name, shape):
     m, n, k = shape
     (a, a64), (b, b64) = operand(rng, (m, k), pad=8), operand(rng, (k, n), pad=8)
@@ -119,6 +119,29 @@ def test_batched(rng, tile):
     out = Output((3, 130, 264))
     hopper.launch_hopper_mm(out.view, a, shared, tile=tile)
     out.check(a64 @ w64[0].T)
+
+
+@pytest.mark.parametrize("m", [1650, 1600], ids=["ragged", "empty piece"])
+def test_last_round_in_pieces(rng, m):
+    """A few tiles more than multiprocessors: the last are shared out in pieces of 64 rows, also one without rows."""
+    sms = device_info(0).num_sms
+    n, k = (-(-sms // 13) * 256, 72)
+    assert hopper.last_round(13 * (n // 256), sms, 2)[1] == 2
+    (a, a64), (w, w64), (add, add64) = operand(rng, (m, k)), operand(rng, (n, k)), operand(rng, (m, n))
+    bias, bias64 = operand(rng, (n,))
+    for plus in (None, add):
+        out = Output((m, n))
+        hopper.launch_hopper_mm(out.view, a, w, tile=LARGE, bias=bias if plus else None, residual=plus)
+        out.check(a64 @ w64.T + (0 if plus is None else add64 + bias64))
+    m = m * 192 // 128
+    (a, a64), (w, w64) = operand(rng, (m, 256), E4), operand(rng, (n // 2, 256), E4)
+    sa, sb = (rng.uniform(0.5, 2, (x, 2)).astype(np.float32) for x in (m, n // 256))
+    for tile in (TALL, BROAD, PROMOTED):
+        out = Output((m, n // 2))
+        hopper.launch_hopper_fp8_blocks(
+            out.view, a, w, *(view(on_gpu(x)) for x in (sa, sb)), scale_major_mode="K", tile=tile
+        )
+        out.check((a64 * spread(sa, 1, 128)) @ (w64 * spread(sb, 128, 128)).T)
 
 
 def test_residual_in_place_and_same_bits(rng):
@@ -197,7 +220,7 @@ def test_fp8(rng, types, vectors):
         sb = rng.uniform(0.5, 2, n if vectors else 1).astype(np.float32)
         bias, bias64 = operand(rng, (n,))
         want = a64 @ w64.T * sa[:, None] * sb + bias64
-        for fast, tiles in ((True, (LARGE, SMALL)), (False, (PROMOTED, PROMOTED_SMALL))):
+        for fast, tiles in ((True, (LARGE, SMALL)), (False, (PROMOTED, PROMOTED_SMALL, TALL, BROAD))):
             for tile in tiles:
                 out = Output((m, n))
                 hopper.launch_hopper_fp8(
@@ -269,6 +292,8 @@ def test_fp8_blocks_grouped(rng, lengths, mode):
 
 FEW = [RowsTile(8, 64, 2, 20), RowsTile(16, 64, 2, 20), RowsTile(64, 64, 2, 13), RowsTile(64, 128, 1, 8)]
 FEW += [RowsTile(32, 128, 4, 8), RowsTile(64, 64, 1, 6)]
+#: Half and one and a half times the columns: k-contiguous weights alone.
+ODD = [RowsTile(16, 32, 1, 20), RowsTile(64, 32, 1, 17), RowsTile(64, 96, 1, 5)]
 
 
 @pytest.mark.parametrize("tile", FEW, ids=str)
@@ -289,7 +314,18 @@ def test_few_rows(rng, tile):
         out.check(silu(a64 @ w64[:n].T) * (a64 @ w64[n:].T))
 
 
-@pytest.mark.parametrize("tile", FEW[:3], ids=str)
+@pytest.mark.parametrize("tile", ODD, ids=str)
+def test_few_rows_in_tiles_of_other_widths(rng, tile):
+    for m, n, k in ((1, 8, 8), (8, 136, 200), (33, 264, 1032), (150, 200, 520)):
+        (a, a64), (w, w64) = operand(rng, (m, k), pad=8), operand(rng, (n, k), pad=8)
+        (bias, bias64), (add, add64) = operand(rng, (n,)), operand(rng, (m, n))
+        for pdl in (False, True):
+            out = Output((m, n))
+            hopper_rows.launch_rows_mm(out.view, a, w, bias=bias, residual=add, pdl=pdl, tile=tile)
+            out.check(a64 @ w64.T + bias64 + add64)
+
+
+@pytest.mark.parametrize("tile", [*FEW[:3], *ODD], ids=str)
 def test_few_rows_batched_and_fp8(rng, tile):
     (a, a64), (w, w64) = operand(rng, (3, 7, 264)), operand(rng, (3, 72, 264))
     out = Output((3, 7, 72))
@@ -304,7 +340,7 @@ def test_few_rows_batched_and_fp8(rng, tile):
         (a, a64), (w, w64) = operand(rng, (m, k), E4), operand(rng, (n, k), E4)
         sa = rng.uniform(0.5, 2, (m, k // 128)).astype(np.float32)
         sb = rng.uniform(0.5, 2, (-(-n // 128), k // 128)).astype(np.float32)
-        for mode in ("K", "MN"):
+        for mode in ("K", "MN") if 128 % tile.block_n == 0 else ():
             given = (sa, sb) if mode == "K" else (np.ascontiguousarray(sa.T), np.ascontiguousarray(sb.T))
             out = Output((m, n))
             hopper_rows.launch_rows_fp8_blocks(
