@@ -2,6 +2,7 @@
 # make test   set up .venv and run the tests that need no GPU
 # make gpu    run the GPU tests and write tests/gpu/receipt.json
 # make lint   ruff and mypy
+# make notebooks  run the notebooks and keep their outputs (the figures of the GPU need a GPU)
 # make docs   the documentation, in site/; a broken link or an undocumented public name is an error
 # make clean  remove .venv and every built file
 #
@@ -26,7 +27,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROMPT ?= Explain in two sentences why the sky is blue.
 JOBS ?= 2
 
-.PHONY: demo test gpu lint docs frameworks clean
+.PHONY: demo test gpu lint docs notebooks frameworks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-$(DEMO_EXTRAS)
@@ -46,6 +47,9 @@ lint: $(VENV)/.test-$(CUDA)
 docs: $(VENV)/.test-$(CUDA)
 	$(PIP) -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+notebooks: $(VENV)/.test-$(CUDA)
+	$(BIN)/python notebooks/execute.py
 
 # Optional frameworks for the interop tests; without them those tests skip. Name a build of torch with TORCH=...
 TORCH ?= torch

@@ -1,4 +1,5 @@
-"""What mkdocs makes beside the written pages: the API reference from `fi_cupy/__init__.pyi`, the page of bench results.
+"""What mkdocs makes beside the written pages: the API reference from `fi_cupy/__init__.pyi`, the page of bench results
+with its charts, and the notebooks as they were kept.
 
 A public name without a docstring ends the build.
 """
@@ -6,10 +7,13 @@ A public name without a docstring ends the build.
 from __future__ import annotations
 
 import ast
+import base64
 import importlib
 import inspect
 import json
+import re
 import sys
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -102,9 +106,36 @@ def _api_page(module_name: str, seen: set[str]) -> str:
             continue
         seen.add(identifier)
         lines += [f"::: {identifier}", ""]
+    if module_name == "interop":
+        lines += _frameworks()
     if elsewhere:
         lines += ["Described elsewhere: " + ", ".join(elsewhere) + ".", ""]
     return "\n".join(lines)
+
+
+def _frameworks() -> list[str]:
+    """The modules of the frameworks, which are read without being imported, and the names that two of them share."""
+    from fi_cupy.interop.table import ALIASES, OPERATORS
+    from fi_cupy.interop.wrappers import WRAPPERS
+
+    lines = []
+    for name in ("jax", "torch", "transformers"):
+        members = "[register]" if name == "transformers" else "false"
+        lines += [f"::: fi_cupy.interop.{name}", "    options:", f"      members: {members}"]
+        lines += ["      show_root_full_path: true", ""]
+    modules = sorted({row.module.split(".")[0] for row in OPERATORS.values()})
+    lines += ["## In interop.jax and interop.torch", "", "| of | operators |", "|---|---|"]
+    for module in modules:
+        names = [n for n, row in OPERATORS.items() if row.module.split(".")[0] == module]
+        names += [n for n, target in ALIASES.items() if target in names]
+        lines.append(f"| [`{module}`]({_page_of(module)}) | {', '.join(f'`{n}`' for n in sorted(names))} |")
+    lines += ["", "Planned wrappers: " + ", ".join(f"`{n}`" for n in sorted(WRAPPERS)) + ", and `LogitsPipe`.", ""]
+    return lines
+
+
+def _page_of(module: str) -> str:
+    """The API page that describes a module's functions."""
+    return {"speculative": "sampling.md"}.get(module, f"{module}.md")
 
 
 def _api_index(modules: list[str]) -> str:
@@ -120,29 +151,76 @@ def _format(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
-def _performance_page() -> str:
+#: Said where the limit that a copy sets was passed.
+_OVER = (
+    " Shares above 100 %: the limit of copies is that of the driver's own copy, which kernels pass; fp8 products are "
+    "held against bf16's."
+)
+
+
+def _performance_pages() -> dict[str, str]:
+    """The page of bench results, and a chart an operator."""
+    from fi_cupy.testing.bench_report import chart
+
     found = json.loads(RESULTS.read_text())
     device, limits = found["device"], found["limits"]
+    software = ", ".join(f"{name} {version}" for name, version in found["software"].items())
     lines = [
         "# How fast",
         "",
-        f"Measured by `fi-cupy bench` on {device['name']}, {found['date'][:10]}, in a run for each operator. Limits: "
-        f"{limits['read'] / 1e12:.2f} TB/s read, {limits['bf16'] / 1e12:.0f} TFLOP/s of bf16 products. Times are "
-        "medians of CUDA-graph replays over inputs that the L2 cache does not hold; peers in the column *here* ran "
-        "interleaved in the same process, *recorded* ones on another H100. A factor above 1 means that fi_cupy is "
-        "faster. What was measured since, and which kernels changed after that day, stands in the repository's "
-        "`bench/NOTES.md`.",
+        f"Measured by `fi-cupy bench` on {device['name']}, {found['date'][:10]}. Limits, measured in the same run: "
+        f"{limits['read'] / 1e12:.2f} TB/s read, {limits['copy'] / 1e12:.2f} TB/s copied (read and written), "
+        f"{limits['bf16'] / 1e12:.0f} TFLOP/s of bf16 products by cuBLAS.",
         "",
+        "Times are medians of CUDA-graph replays over inputs that the L2 cache does not hold. Peers in the column "
+        "*here* ran interleaved in the same process, *recorded* ones on another H100. A factor above 1 means that "
+        "fi_cupy is faster. How each figure was predicted, and which kernels changed after that day, stands in the "
+        "repository's `bench/NOTES.md`."
+        + (_OVER if any((row.get("percent") or 0) > 105 for row in found["rows"]) else ""),
+        "",
+        f"Software: {software}.",
     ]
-    op = None
-    for row in found["rows"]:
-        if row["op"] != op:
-            op = row["op"]
-            lines += ["", f"## {op}", "", "| case | time, µs | rate | of the limit | here | recorded |"]
-            lines += ["|---|--:|--:|--:|---|---|"]
-        if row["status"] == "ok":
-            lines.append("| " + " | ".join(_cells(row)) + " |")
-    return "\n".join(lines) + "\n"
+    pages = {}
+    for op, group in groupby(found["rows"], key=lambda row: row["op"]):
+        rows = [row for row in group if row["status"] == "ok"]
+        lines += ["", f"## {op}", ""]
+        drawn = chart(rows)
+        if drawn:
+            pages[f"performance/{op}.svg"] = drawn
+            lines += [f"![{op}: shares of the limit, and speedups](performance/{op}.svg)", ""]
+        unit = {row["unit"] for row in rows}
+        lines += [f"| case | {_heading(unit)} | rate | of the limit | here | recorded |", "|---|--:|--:|--:|---|---|"]
+        lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
+    pages["performance.md"] = "\n".join(lines) + "\n"
+    return pages
+
+
+def _heading(unit: set[str]) -> str:
+    return {"us": "time, µs", "us host": "host time, µs"}.get(unit.pop(), "tokens/s") if len(unit) == 1 else "value"
+
+
+def _notebook_pages() -> dict[str, str | bytes]:
+    """Every notebook as a page, its pictures as files."""
+    pages: dict[str, str | bytes] = {}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        lines = []
+        for cell in json.loads(path.read_text())["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                lines += [re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", source), ""]
+                continue
+            lines += ["```python", source, "```", ""]
+            for number, output in enumerate(cell["outputs"]):
+                picture = output.get("data", {}).get("image/png")
+                if picture is not None:
+                    name = f"{path.stem}-{cell['id']}-{number}.png"
+                    pages[f"notebooks/{name}"] = base64.b64decode(picture)
+                    lines += [f"![output]({name})", ""]
+                elif output["output_type"] == "stream":
+                    lines += ["``` { .text .output }", "".join(output["text"]).rstrip("\n"), "```", ""]
+        lines += [f"*This page is the notebook `notebooks/{path.name}` of the repository, as it ran.*", ""]
+        pages[f"notebooks/{path.stem}.md"] = "\n".join(lines)
+    return pages
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -154,7 +232,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     share = f"{row['percent']:.0f} %" if row.get("percent") else ""
     live = ", ".join(f"{name} {peer['speedup']:.2f}" for name, peer in row["peers"].items() if "speedup" in peer)
     past = ", ".join(f"{peer['peer']} {peer['speedup']:.2f}" for peer in row.get("recorded", []))
-    return [row["name"], _format(row["us"]), rate, share, live, past]
+    return [row["name"], _format(row["value"]), rate, share, live, past]
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -171,9 +249,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     if missing:
         raise PluginError("public names without a docstring: " + ", ".join(missing))
     seen: set[str] = set()
-    pages = {f"api/{name}.md": _api_page(name, seen) for name in modules}
+    pages: dict[str, str | bytes] = {f"api/{name}.md": _api_page(name, seen) for name in modules}
     pages["api/index.md"] = _api_index(modules)
-    pages["performance.md"] = _performance_page()
+    pages |= _performance_pages() | _notebook_pages()
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files

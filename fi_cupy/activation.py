@@ -241,7 +241,7 @@ def silu_and_mul_quant(out: Any, input: Any, scale: Any, enable_pdl: bool | None
     given = quantize.one_number(op, "scale", scale, x)
     if x.is_cpu:
         y = reference.activation.silu_and_mul(x.numpy().astype(np.float32))
-        o.write(reference.quantization.static_quant(y, given, o.dtype.np))  # type: ignore[arg-type]
+        o.write(reference.quantization.static_quant(y, quantize.host_number(given), o.dtype.np))
     else:
         quantize.quantize_rows(
             op, x, o, None, out=o.dtype, mode="given", group=128, given=given, gated=True, pdl=bool(enable_pdl)

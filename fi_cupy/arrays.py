@@ -1,7 +1,8 @@
 """Arrays of any framework as one small `View`: pointer, shape, strides, dtype, device and stream.
 
 Hot paths read a CuPy or torch array through its own attributes (0.2 to 1 µs); DLPack (27 µs for a torch tensor into
-CuPy) is the general door for everything else. Outputs are made by the caller's own framework, on the caller's device.
+CuPy) is the general door for everything else, ``__cuda_array_interface__`` for what has only that (Numba). Outputs are
+made by the caller's own framework, on the caller's device.
 CPU arrays (device −1) run the NumPy reference.
 
 Streams: an operator launches on the stream of its first array: torch's current stream for torch tensors, CuPy's for
@@ -93,7 +94,7 @@ class View:
 
     @property
     def framework(self) -> str:
-        """One of "numpy", "cupy", "torch", "jax" or "dlpack"."""
+        """One of "numpy", "cupy", "torch", "jax", "dlpack" or "cuda_array_interface"."""
         return self._framework.name
 
     @property
@@ -323,7 +324,8 @@ _frameworks: dict[str, Framework] = {"numpy": _numpy}
 def _foreign(name: str) -> Framework:
     from fi_cupy import imported
 
-    return imported.Jax() if name == "jax" else imported.DLPack()
+    kinds: dict[str, Callable[[], Framework]] = {"jax": imported.Jax, "dlpack": imported.DLPack}
+    return kinds.get(name, imported.CudaArray)()
 
 
 _FACTORIES: dict[str, Callable[[], Framework]] = {
@@ -331,6 +333,7 @@ _FACTORIES: dict[str, Callable[[], Framework]] = {
     "torch": _Torch,
     "jax": lambda: _foreign("jax"),
     "dlpack": lambda: _foreign("dlpack"),
+    "cuda_array_interface": lambda: _foreign("cuda_array_interface"),
 }
 
 
@@ -375,10 +378,12 @@ def _reader(array: Any) -> Callable[[Any], View]:
             chosen = framework("jax")
         elif hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
             chosen = framework("dlpack")
+        elif hasattr(array, "__cuda_array_interface__"):
+            chosen = framework("cuda_array_interface")
         else:
             raise FrameworkError(
                 f"is a {kind.__module__}.{kind.__qualname__}, expected an array: "
-                "NumPy, CuPy, torch, JAX or anything that speaks DLPack"
+                "NumPy, CuPy, torch, JAX or anything that speaks DLPack or __cuda_array_interface__"
             )
     _by_type[kind] = chosen.view
     return chosen.view

@@ -1,4 +1,4 @@
-"""Arrays of JAX and of other DLPack producers: how they are lent to us, and how long they are kept."""
+"""Arrays of JAX, and of whoever speaks DLPack or ``__cuda_array_interface__``: how they are lent, and how long kept."""
 
 from __future__ import annotations
 
@@ -68,6 +68,32 @@ class DLPack(_Foreign):
 
     def view(self, array: Any) -> View:
         return self._import(array)
+
+
+class CudaArray(_Foreign):
+    """Arrays that have only ``__cuda_array_interface__``, Numba's for example: memory that may be written.
+
+    CuPy waits for the stream that the array names before it hands the memory over.
+    """
+
+    name = "cuda_array_interface"
+
+    def __init__(self, writable: bool = True) -> None:
+        self._writable = writable
+
+    def view(self, array: Any) -> View:
+        import cupy
+
+        imported = cupy.asarray(array)
+        inner = framework("cupy").view(imported)
+        _fence_torch(inner.device)
+        read_only = bool(array.__cuda_array_interface__["data"][1])
+        owner = CudaArray(False) if read_only else self
+        return _Imported(owner, imported, inner.ptr, inner.shape, inner.strides, inner.dtype, inner.device)
+
+    def check_writable(self, view: View, op: str, name: str) -> None:
+        if not self._writable:
+            raise ImmutableArrayError(f"{op}: {name} is a read-only array, expected a writable one; pass a copy")
 
 
 class Jax(_Foreign):

@@ -293,7 +293,8 @@ class BatchMla(BatchPrefill):
                 g, p.work, x, caches[0], caches[1], strides[0], strides[1], o, s, p.options, scales, indices,
                 p.page_size, 0, 0,
             )  # fmt: skip
-            more = launch_more(g, x, x_pe, caches, token_scales, pe_ratio, LN2 if base_e else 1.0, p.turns)
+            ready = not self._graph and p.indices_offset is not None
+            more = launch_more(g, x, x_pe, caches, token_scales, pe_ratio, LN2 if base_e else 1.0, ready, p.turns)
             call = Call(scale > 0, None if o.dtype is x.dtype else o.dtype, token_scales is not None)
             g.load(call, self.device).launch(
                 p.work.num_items, x.stream(), *fields, *more, *(() if bound is None else bound.kernel_values()),

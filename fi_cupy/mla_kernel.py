@@ -37,6 +37,7 @@ PARAMS = ParamsStruct(
         ("q_pe_stride_h", "i64"),
         ("pe_ratio", "f32"),
         ("lse_factor", "f32"),
+        ("table_ready", "u32"),
     ],
 )
 #: The same, then 32 frequencies as opaque blocks of 16.
@@ -71,7 +72,7 @@ class MlaHopperTiles(NamedTuple):
 
     tile_q: int = 64
     tile_kv: int = 64
-    smem_bytes: int = 3 * 9 * 64 * 128 + 1248  # q, two tiles, struct MlaHopperShared
+    smem_bytes: int = 3 * 9 * 64 * 128 + 1280  # q, two tiles, struct MlaHopperShared
 
 
 HOPPER_TILES = MlaHopperTiles()
@@ -169,12 +170,12 @@ def hopper_spec(
             ("kTokenScales", token_scales),
             ("Logits", CppType(f"fi::PrefillLogits<{flags}>")),
         ),
-        threads=384,
+        threads=384 if kv is dtype else 512,
         min_blocks=1,
         smem_bytes=HOPPER_TILES.smem_bytes,
         spills=""
         if kv is dtype
-        else "24 bytes of the producers with some versions of ptxas: a quarter waits in registers",
+        else "64 to 132 bytes: 512 threads start with 128 registers each, and half a tile waits in the producers'",
         min_arch=90,
         max_arch=90,
     )
@@ -206,8 +207,8 @@ class Problem(NamedTuple):
 
 #: In tiles of 32 keys (1.6 us of a multiprocessor's share of the memory): parts of 32 KB, written and read at 4 TB/s.
 PORTABLE_COSTS = Costs(start=1.5, part=2.0, add=0.05, traffic=0.02)
-#: In tiles of 64 keys (about 1.8 us): parts of 128 KB.
-HOPPER_COSTS = Costs(start=1.5, part=1.5, add=0.025, traffic=0.037)
+#: In tiles of 64 keys (about 1.8 us): parts of 128 KB, tiles of 74 KB at 2.5 TB/s.
+HOPPER_COSTS = Costs(start=1.5, part=1.5, add=0.025, traffic=0.037, memory=0.0163)
 
 
 class Call(NamedTuple):
@@ -317,10 +318,14 @@ def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry
         return Geometry(problem, HOPPER_TILES, "the Hopper kernel (wgmma, TMA)", device.num_sms)
     fp8 = problem.kv in FP8_TYPES
     smem_per_block = 65536 if device.code_number < 80 else device.smem_per_block
-    tiles = choose_tiles(min(packed_rows, 64), smem_per_block, fp8)
-    return Geometry(problem, tiles, f"the portable kernel (mma.sync): {reason}", device.num_sms)
+    tiles, ctas = choose_tiles(min(packed_rows, 64), smem_per_block, fp8), 1
+    if fp8 and packed_rows <= FEW_ROWS and 2 * (FEW_FP8.smem_bytes + 1024) <= device.smem_per_sm:
+        tiles, ctas = FEW_FP8, 2  # one CTA widens while the other one multiplies
+    return Geometry(problem, tiles, f"the portable kernel (mma.sync): {reason}", ctas * device.num_sms)
 
 
+#: The CTA of 16 rows and fp8 keys of which a multiprocessor runs two, where it has the memory.
+FEW_FP8 = MlaTiles(1, 4, 32, 2, smem_bytes(1, 4, 32, 2, True))
 #: Rows a request up to which the portable kernel's tile of 16 rows is the better one: it reads memory all the time.
 FEW_ROWS = 16
 
@@ -341,9 +346,12 @@ def check_problem(op: str, p: Problem, head_dim_ckv: int, head_dim_kpe: int, on_
 
 def launch_more(
     g: Geometry, x: View, x_pe: View, caches: list[View], token_scales: View | None, pe_ratio: float,
-    lse_factor: float, turns: tuple[bytes, ...],
+    lse_factor: float, table_ready: bool, turns: tuple[bytes, ...],
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The fields of the kernel's struct behind those of the prefill kernel's."""
+    """The fields of the kernel's struct behind those of the prefill kernel's.
+
+    `table_ready`: whether the page numbers came with the work items, and not from a kernel in front.
+    """
     more: tuple[Any, ...] = turns
     if g.hopper:
         ckv, kpe = ((c.ptr, c.strides[0], c.strides[1]) for c in caches)
@@ -351,7 +359,7 @@ def launch_more(
         more = hopper_maps(x.dtype.name, g.problem.page_size, caches[0].shape[0], ckv, kpe) if boxes else NO_MAPS
     return (
         x_pe.ptr, 0 if token_scales is None else token_scales.ptr, x_pe.strides[0], x_pe.strides[1], pe_ratio,
-        lse_factor, *more,
+        lse_factor, int(table_ready), *more,
     )  # fmt: skip
 
 
@@ -366,7 +374,7 @@ def hopper_maps(
     """The tensor maps of the caches, (address, page and token stride in elements) each, and the rows of a box."""
     rows = math.gcd(page_size, HOPPER_TILES.tile_kv)
     maps = []
-    for (address, page, token), panels, box in ((ckv, CKV // 64, 2), (kpe, 1, 1)):
+    for (address, page, token), panels, box in ((ckv, CKV // 64, 1), (kpe, 1, 1)):
         extents = (64, 8, panels, page_size // 8, max(pages, 1))
         strides = (2 * token, 128, 16 * token, 2 * page if pages > 1 else 16)
         maps.append(encode_map(dtype, address, extents, strides, (64, 8, box, rows // 8, 1)))
@@ -398,7 +406,6 @@ def kernel_specs() -> list[KernelSpec]:
         tensors={"bias": "float32"},
     ).lowered()
     few = {arch: choose_tiles(16, size, False) for arch, size in _SMEM.items()}
-    fp8 = choose_tiles(16, _SMEM[90], True)
     with_variant = Problem(128, float16, float8_e5m2, 16, variant=biased)
     call = Call(out=float8_e4m3fn, token_scales=True)
     specs = [
@@ -407,7 +414,7 @@ def kernel_specs() -> list[KernelSpec]:
         mla_spec(bfloat16, few[90]),
         mla_spec(bfloat16, choose_tiles(64, _SMEM[80], False)),
         mla_spec(bfloat16, choose_tiles(64, _SMEM[90], True), kv=float8_e4m3fn),
-        Geometry(with_variant, fp8, "", 132).spec(call),
+        Geometry(with_variant, FEW_FP8, "", 264).spec(call),
         mla_spec(bfloat16, few[90], rope=True, soft_cap=True),
         hopper_spec(bfloat16),
         hopper_spec(bfloat16, gather=True),

@@ -71,9 +71,15 @@ def _inputs(op: str, arrays: dict[str, Any], cos_sin_cache: Any, pos_ids: Any) -
     check_dtype(op, "pos_ids", pos, INDEX_TYPES)
     check_inner(op, "pos_ids", pos)
     check_device(op, q, cos_sin_cache=table, pos_ids=pos)
-    if q.is_cpu and pos.size and (pos.numpy().min() < 0 or pos.numpy().max() >= table.shape[0]):
-        raise ArgumentError(f"{op}: pos_ids leave 0 to {table.shape[0] - 1}, the rows of cos_sin_cache")
     return views, table, pos
+
+
+def _host_positions(op: str, pos: View, table: View) -> Any:
+    """The rows of the cache, on the CPU, where they can be checked."""
+    rows = pos.numpy()
+    if pos.size and (rows.min() < 0 or rows.max() >= table.shape[0]):
+        raise ArgumentError(f"{op}: pos_ids leave 0 to {table.shape[0] - 1}, the rows of cos_sin_cache")
+    return rows
 
 
 def _scales(op: str, quant_scale_q: float, quant_scale_kv: float) -> tuple[float, float]:
@@ -195,8 +201,9 @@ def _rope_quantize(
         elif out is not None:
             raise ArgumentError(f"{op}: {name}_out is given, expected {name} with it")
     if table.is_cpu:
+        rows = _host_positions(op, pos, table)
         a, b, c, d = (_host(views, n) for n in _NAMES)
-        results = reference.rope_quantize_fp8(a, b, c, d, table.numpy(), pos.numpy(), is_neox, kind.np, *scales)
+        results = reference.rope_quantize_fp8(a, b, c, d, table.numpy(), rows, is_neox, kind.np, *scales)
         for name, values in zip(_NAMES, results, strict=True):
             if values is not None:
                 outs[name].write(values)
@@ -358,10 +365,11 @@ def rope_quantize_fp8_append_paged_kv_cache(
     if q_nope is None and q_nope_out is not None:
         raise ArgumentError(f"{op}: q_nope_out is given, expected q_nope with it")
     if q.is_cpu:
+        rows = _host_positions(op, pos, table)
         a, b, c, d, e = (_host(views, n) for n in (*_NAMES, "v"))
         batch, cached, indices, indptr = (p.numpy() for p in pages)
         results = reference.rope_quantize_fp8_append_paged_kv_cache_(
-            a, b, c, d, e, table.numpy(), pos.numpy(), (caches[0].numpy(), caches[1].numpy()), indices, indptr, batch,
+            a, b, c, d, e, table.numpy(), rows, (caches[0].numpy(), caches[1].numpy()), indices, indptr, batch,
             cached, is_neox, kind.np, scales[0], scales[1], kv_layout,
         )  # fmt: skip
         for name, values in zip(("q_rope", "q_nope"), results, strict=True):

@@ -21,6 +21,7 @@ from fi_cupy.plan.sparse import Blocks, Rows, causal_mask, has_duplicates, keys_
 from fi_cupy.sparse_common import BlockSparse, check_modes, hide_future
 from fi_cupy.sparse_variable import VariableBlockSparseAttentionWrapper
 from fi_cupy.variants_placed import Places
+from fi_cupy.workspace import device_of
 
 __all__ = ["BlockSparseAttentionWrapper", "VariableBlockSparseAttentionWrapper", "convert_bsr_mask_layout"]
 
@@ -62,7 +63,8 @@ def convert_bsr_mask_layout(mask: Any, indptr: Any) -> Any:
         return reference.sparse.convert_bsr_mask_layout(m.numpy(), rows)
     order = np.arange(nnz * r * c).reshape(nnz, r, c)
     order = reference.sparse.convert_bsr_mask_layout(order, rows)
-    return mask.reshape(-1)[_like(order, m)]
+    with device_of(m):
+        return mask.reshape(-1)[_like(order, m)]
 
 
 def _like(index: Ints, like: View) -> Any:

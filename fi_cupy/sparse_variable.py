@@ -16,6 +16,7 @@ from fi_cupy.page_table import host_values
 from fi_cupy.plan.sparse import Blocks, Rows, expand, keys_per_row, offsets
 from fi_cupy.sparse_common import BlockSparse, check_modes, hide_future
 from fi_cupy.variants_placed import Places
+from fi_cupy.workspace import device_of
 
 #: The matrix' own indices, found from the kernel's: a block row is a request, the blocks it sees are its pages.
 _PLACES: Places = {
@@ -222,8 +223,20 @@ class VariableBlockSparseAttentionWrapper(BlockSparse):
         op = f"{self._op}.run"
         if not self._planned:
             raise PlanError(f"{op}: plan() must come first")
-        heads, group, qo_len, kv_len, dim, page = self._shape
         x = view(q, op, "q")
+        with device_of(x):  # where CuPy puts the copies
+            made = self._run(
+                op, q, x, k, v, out, lse, return_lse, enable_pdl, self._variant_args(op, args, variant_args)
+            )
+        return made if return_lse else made[0]
+
+    run_return_lse = partialmethod(run, return_lse=True)
+
+    def _run(
+        self, op: str, q: Any, x: View, k: Any, v: Any, out: Any, lse: Any, return_lse: bool, enable_pdl: bool | None,
+        variant_args: dict[str, Any],
+    ) -> tuple[Any, ...]:  # fmt: skip
+        heads, group, qo_len, kv_len, dim, page = self._shape
         check_shape(op, "q", x, (heads * group, qo_len, dim), "= (num_qo_heads, qo_len, head_dim)")
         pages = []
         for name, y in (("k", k), ("v", v)):
@@ -245,7 +258,7 @@ class VariableBlockSparseAttentionWrapper(BlockSparse):
         made = self._prefill.run(
             self._rows_first(q), tuple(pages), return_lse=wants_lse, enable_pdl=enable_pdl,
             out=self._rows_first(out) if targets[0][1] else None, lse=self._rows_first(lse) if targets[1][1] else None,
-            **self._variant_args(op, args, variant_args),
+            **variant_args,
         )  # fmt: skip
         results = made if wants_lse else (made,)
         final = []
@@ -256,9 +269,7 @@ class VariableBlockSparseAttentionWrapper(BlockSparse):
             if not in_place:
                 given[...] = self._heads_first(result)
             final.append(given)
-        return (final[0], final[1]) if return_lse else final[0]
-
-    run_return_lse = partialmethod(run, return_lse=True)
+        return tuple(final)
 
     def _rows_first(self, x: Any) -> Any:
         """``[qo heads, qo_len, ...]`` as ``[kv heads * qo_len, group, ...]``: a view where group is 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,11 @@ class _on:
             runtime.setDevice(self._before)
 
 
+def device_of(x: Any) -> AbstractContextManager[None]:
+    """Make the device of a view current, for what takes the current one; nothing for the CPU."""
+    return nullcontext() if x.is_cpu else _on(x.device)
+
+
 def copy_device(dst: int, src: int, nbytes: int, stream: int, device: int) -> None:
     """Queue a device-to-device copy."""
     from cupy.cuda import runtime
@@ -223,5 +229,6 @@ class ScratchPool:
         made = like.empty((offset + nbytes + 256,), uint8)
         self._kept.append(made.array)  # the graph uses it for as long as it lives
         address = align_up(made.ptr)
-        runtime.memsetAsync(address, 0, 4 * counters, stream)
+        with _on(like.device):
+            runtime.memsetAsync(address, 0, 4 * counters, stream)
         return address + offset, address

@@ -201,7 +201,113 @@ CASES |= {
         "a": _fp8(c, 2, 8, 256), "b": _fp8(c, 2, 128, 256), "a_scale": np.abs(c.f32(2, 8, 2)),
         "b_scale": np.abs(c.f32(2, 1, 2)), "masked_m": c.ids(8, 8), "expected_m": 8,
     },
+    ("gemm_fp8_nt_groupwise", "MN"): lambda c: {
+        "a": _fp8(c, 8, 256), "b": _fp8(c, 128, 256), "a_scale": np.abs(c.f32(2, 8)), "b_scale": np.abs(c.f32(2, 1)),
+    },
+    ("fp8_blockscale_gemm_sm90", ""): lambda c: {"input": _half(c, 8, 256), "weight": _half(c, 128, 256)},
+    ("fp8_blockscale_gemm_sm90", "fp8"): lambda c: {
+        "input": _half(c, 8, 256), "weight": _fp8(c, 128, 256), "weight_scale": np.abs(c.f32(1, 2)),
+        "out_dtype": "float32",
+    },
+    ("mm_fp8", ""): lambda c: {"a": _fp8(c, 8, 64), "b": _fp8(c, 32, 64).T, "alpha": np.float32([0.5])},
+    ("mm_fp8", "rows"): lambda c: {
+        "a": _fp8(c, 8, 64), "b": _fp8(c, 32, 64).T, "a_scale": np.abs(c.f32(8)), "b_scale": np.abs(c.f32(32)),
+        "bias": c.f32(32), "out_dtype": "float32",
+    },
+    ("bmm_fp8", ""): lambda c: {
+        "A": _fp8(c, 2, 8, 64), "B": _fp8(c, 2, 32, 64).swapaxes(1, 2), "A_scale": np.float32([0.5]),
+        "B_scale": np.float32([2]), "dtype": "bfloat16",
+    },
+    ("mm_bf16_swiglu", ""): lambda c: {"a": c.x(3, 64), "b": c.x(32, 64).T, "bias": c.x(32)},
 }  # fmt: skip
+
+
+def _rotated(c: Case, **more: Any) -> dict[str, Any]:
+    return {
+        "q_rope": _half(c, 3, 4, 32), "k_rope": _half(c, 3, 2, 32), "q_nope": _half(c, 3, 4, 64),
+        "k_nope": _half(c, 3, 2, 64), "cos_sin_cache": c.f32(16, 32), "pos_ids": c.ids(0, 9, 4),
+        "quant_scale_q": 0.5, **more,
+    }  # fmt: skip
+
+
+def _rotated_pages(c: Case, mla: bool) -> dict[str, Any]:
+    shapes = ((6, 4, 64), (6, 4, 32)) if mla else ((6, 4, 2, 96), (6, 4, 2, 64))
+    made = _rotated(
+        c, v=None if mla else _half(c, 3, 2, 64), paged_kv_cache=tuple(_fp8(c, *s) for s in shapes),
+        kv_indices=c.ids(4, 1, 2), kv_indptr=c.ids(0, 2, 3), batch_indices=c.ids(0, 0, 1), positions=c.ids(3, 4, 2),
+        page_size=4,
+    )  # fmt: skip
+    return made | ({"k_rope": _half(c, 3, 32), "k_nope": _half(c, 3, 64), "q_nope": None} if mla else {})
+
+
+def _moe(c: Case, fp8: bool) -> dict[str, Any]:
+    hidden, inter = (128, 128) if fp8 else (64, 32)
+    weights = _fp8 if fp8 else _half
+    made = {
+        "input": _half(c, 5, hidden), "token_selected_experts": c.rng.integers(0, 3, (5, 2)).astype(np.int32),
+        "token_final_scales": c.rng.random((5, 2)).astype(np.float32),
+        "fc1_expert_weights": weights(c, 3, 2 * inter, hidden), "fc2_expert_weights": weights(c, 3, hidden, inter),
+        "output_dtype": "bfloat16",
+    }  # fmt: skip
+    scales = (np.abs(c.f32(3, 2, 1)), np.abs(c.f32(3, 1, 1)))
+    return made | ({"quant_scales": scales, "use_deepseek_fp8_block_scale": True} if fp8 else {})
+
+
+CASES |= {
+    ("fp4_quantize", ""): lambda c: {"input": _half(c, 5, 64), "global_scale": np.float32([40])},
+    ("fp4_quantize", "mx"): lambda c: {
+        "input": _half(c, 5, 64), "global_scale": 0.5, "sf_vec_size": 32, "sf_use_ue8m0": True,
+        "is_sf_swizzled_layout": False, "is_global_scale_inversed": True,
+    },
+    ("nvfp4_quantize", ""): lambda c: {"a": _half(c, 5, 64), "a_global_sf": np.float32([40])},
+    ("mxfp4_quantize", ""): lambda c: {"a": _half(c, 5, 64)},
+    ("silu_and_mul_nvfp4_quantize", ""): lambda c: {"input": _half(c, 5, 128), "global_scale": 9.0},
+    ("per_token_group_quant_8bit", ""): lambda c: {"x": _half(c, 5, 64), "group_size": 32},
+    ("per_token_group_quant_8bit", "gated"): lambda c: {
+        "x": _half(c, 5, 128), "group_size": 32, "dst_dtype": "int8", "fuse_silu_and_mul": True
+    },
+    ("per_token_group_quant_8bit", "columns"): lambda c: {
+        "x": _half(c, 5, 64), "group_size": 32, "column_major_scales": True, "scale_tma_aligned": True
+    },
+    ("per_token_quant_fp8", ""): lambda c: {"x": _half(c, 5, 64), "dtype": "float8_e5m2"},
+    ("per_token_quant_int8", ""): lambda c: {"x": _half(c, 2, 5, 64)},
+    ("per_tensor_quant_fp8", ""): lambda c: {"x": _half(c, 5, 64)},
+    ("per_tensor_quant_fp8", "given"): lambda c: {"x": _half(c, 5, 64), "scale": np.float32([0.25])},
+    ("quantize_fp8", ""): lambda c: {"x": _half(c, 5, 256), "scale_shape": (2, 5), "tile_shape": (1, 128),
+                                     "scale_major_mode": "MN"},
+    ("per_token_cast_to_fp8", ""): lambda c: {"x": _half(c, 5, 256)},
+    ("per_block_cast_to_fp8", ""): lambda c: {"x": _half(c, 130, 256)},
+    ("dequantize_fp8", ""): lambda c: {"x": _fp8(c, 5, 256), "x_scale": np.abs(c.f32(5, 2))},
+    ("dequantize_fp8", "tiles"): lambda c: {
+        "x": _fp8(c, 2, 6, 256), "x_scale": np.abs(c.f32(2, 3, 2)), "tile_shape": (1, 2, 128)
+    },
+    ("e2m1_and_ufp8sf_scale_to_float", ""): lambda c: {
+        "e2m1_tensor": c.rng.integers(0, 256, (3, 32)).astype(np.uint8),
+        "ufp8_scale_tensor": c.rng.integers(0, 120, (3, 4)).astype(np.uint8), "global_scale_tensor": np.float32([0.5]),
+        "is_sf_swizzled_layout": False,
+    },
+    ("mxfp4_dequantize", ""): lambda c: {
+        "a_fp4": c.rng.integers(0, 256, (3, 32)).astype(np.uint8),
+        "a_sf": c.rng.integers(100, 140, (128, 4)).astype(np.uint8),
+    },
+    ("mxfp8_dequantize_host", ""): lambda c: {
+        "input": _fp8(c, 3, 64), "scale_tensor": c.rng.integers(100, 140, 512).astype(np.uint8)
+    },
+    ("rope_quantize_fp8", ""): _rotated,
+    ("rope_quantize_fp8", "no nope"): lambda c: _rotated(c, q_nope=None, k_nope=None, quantize_dtype="float8_e5m2"),
+    ("mla_rope_quantize_fp8", ""): lambda c: _rotated(c, k_rope=_half(c, 3, 32), k_nope=_half(c, 3, 64)),
+    ("rope_quantize_fp8_append_paged_kv_cache", ""): lambda c: _rotated_pages(c, False),
+    ("rope_quantize_fp8_append_paged_kv_cache", "mla"): lambda c: _rotated_pages(c, True),
+    ("fused_topk_deepseek", ""): lambda c: {
+        "scores": c.f32(5, 32), "bias": c.f32(32), "n_group": 4, "topk_group": 2, "topk": 3,
+        "routed_scaling_factor": 2.5,
+    },
+    ("cutlass_fused_moe", ""): lambda c: _moe(c, False),
+    ("cutlass_fused_moe", "fp8"): lambda c: _moe(c, True),
+}  # fmt: skip
+
+#: Results whose size depends on values, and results with strides: nothing that XLA has.
+NOT_IN_JIT = {("segment_packbits", ""), ("per_token_group_quant_8bit", "columns")}
 
 
 class WrapperCase:
@@ -322,24 +428,35 @@ def flat(value: Any) -> list[Any]:
     return [x for v in value for x in flat(v)] if isinstance(value, (tuple, list)) else [value]
 
 
-def into_shape(row: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """The shape of what a required output parameter receives."""
-    *rows, last = kwargs["input"].shape
-    return (*rows, last // 2 if row.halves else last)
+def received(row: Any, kwargs: dict[str, Any], cast: Any = np.uint8) -> dict[str, np.ndarray]:
+    """Arrays for required output parameters; casts write `cast`."""
+    return {x.name: np.zeros(x.shape(kwargs), cast if x.dtype is None else x.dtype.np) for x in row.into}
+
+
+def has_arrays(value: Any) -> bool:
+    """Whether an argument is an array or a sequence of them."""
+    return isinstance(value, np.ndarray) or (isinstance(value, (tuple, list)) and any(map(has_arrays, value)))
 
 
 def copied(value: Any) -> Any:
-    """A deep copy of arguments."""
+    """A deep copy of arguments, which lies as they do."""
     if isinstance(value, tuple):
         return tuple(copied(v) for v in value)
-    return value.copy() if isinstance(value, np.ndarray) else value
+    return value.copy(order="K") if isinstance(value, np.ndarray) else value
+
+
+def kept_order(value: np.ndarray, make: Any) -> Any:
+    """``make(value)``, a copy in another framework, column by column where `value` is so."""
+    by_columns = value.ndim > 1 and value.strides[-1] > value.strides[-2]
+    return make(value.swapaxes(-1, -2)).swapaxes(-1, -2) if by_columns else make(value)
 
 
 def llama_notebook() -> dict[str, Any]:
-    """The names that the notebook of the Llama decode step in JAX defines, without its last cell, which runs it."""
+    """What the notebook of the Llama decode step in JAX defines before the cell that runs it."""
     path = Path(__file__).parents[1] / "notebooks" / "05_llama_decode_in_jax.ipynb"
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
     names: dict[str, Any] = {"__name__": "notebook"}
-    for cell in cells[:-1]:
+    first = next(i for i, c in enumerate(cells) if any("*run(steps" in line for line in c["source"]))
+    for cell in cells[:first]:
         exec(compile("".join(cell["source"]), path.name, "exec", dont_inherit=True), names)
     return names

@@ -7,7 +7,7 @@ from typing import Any
 
 from fi_cupy import reference
 from fi_cupy.arrays import View
-from fi_cupy.checks import check_shape
+from fi_cupy.checks import check_device, check_shape
 from fi_cupy.dtypes import int32, int64
 from fi_cupy.errors import ArgumentError, LayoutError, ShapeError
 from fi_cupy.gemm.fp8_blocks import Granularity, _granularity, _operands, _run, _scale, _up
@@ -169,6 +169,7 @@ def batch_deepgemm_fp8_nt_groupwise(
     x, w = fp8_view(op, "a", a), fp8_view(op, "b", b)
     check_operand(op, "a", x, 3, 16)
     check_operand(op, "b", w, 3, 16)
+    check_device(op, x, b=w)
     groups, m, k = x.shape
     n = w.shape[1]
     check_shape(op, "b", w, (groups, n, k), "= (a.shape[0], n, a.shape[2])")

@@ -270,21 +270,26 @@ def fp8_blockscale_gemm_sm90(
     flashinfer.gemm.fp8_blockscale_gemm_sm90.
     """
     op = "fp8_blockscale_gemm_sm90"
-    x, sa = _quantised(op, "input", input, input_scale)
-    w, sb = _quantised(op, "weight", weight, weight_scale)
+    x, sa = _scaled_operand(op, "input", input, input_scale)
+    w, sb = _scaled_operand(op, "weight", weight, weight_scale)
     check_device(op, x, weight=w)
     (m, k), n = x.shape, w.shape[0]
     check_shape(op, "weight", w, (n, k), "= (n, input.shape[1])")
     check_columns(op, "weight", w.shape, n)
-    check_shape(op, "input_scale", sa, (m, k // 128), "= (m, k / 128)")
-    gn = 1 if sb.shape[0] == n and n != _up(n, 128) else 128
-    check_shape(op, "weight_scale", sb, (_up(n, gn), k // 128), "= (ceil(n / 128), k / 128)")
+    if sa is not None:
+        check_shape(op, "input_scale", sa, (m, k // 128), "= (m, k / 128)")
+    gn = 1 if (sb is None or sb.shape[0] == n) and n != _up(n, 128) else 128
+    if sb is not None:
+        check_shape(op, "weight_scale", sb, (_up(n, gn), k // 128), "= (ceil(n / 128), k / 128)")
     o = output(op, x, (m, n), out, out_dtype)
+    x, sa = (x, sa) if sa is not None else quantise_rows(x)
+    w, sb = (w, sb) if sb is not None else quantise_rows(w)
     _run(op, o, x, w, sa, sb, (1, gn, 128), "K", None)
     return o.result() if out is None else out
 
 
-def _quantised(op: str, name: str, x: Any, scale: Any) -> tuple[View, View]:
+def _scaled_operand(op: str, name: str, x: Any, scale: Any) -> tuple[View, View | None]:
+    """An fp8 operand and its multipliers, or a 16-bit one, which has none yet."""
     v = view(x, op, name)
     if v.dtype is uint8:
         v = v.typed(float8_e4m3fn)
@@ -302,4 +307,4 @@ def _quantised(op: str, name: str, x: Any, scale: Any) -> tuple[View, View]:
         raise ArgumentError(
             f"{op}: {name}_scale is given for a {v.dtype.name} {name}, expected None: it is quantised here"
         )
-    return quantise_rows(v)
+    return v, None

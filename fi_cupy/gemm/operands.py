@@ -25,7 +25,7 @@ def swapped(x: View) -> View:
     shape = (*x.shape[:-2], x.shape[-1], x.shape[-2])
     strides = (*x.strides[:-2], x.strides[-1], x.strides[-2])
     host = None if x._host is None else x._host.swapaxes(-1, -2)
-    return View(x._framework, x.array, x.ptr, shape, strides, x.dtype, x.device, host)
+    return type(x)(x._framework, x.array, x.ptr, shape, strides, x.dtype, x.device, host)
 
 
 def check_operand(op: str, name: str, x: View, ndim: int, multiple: int) -> None:

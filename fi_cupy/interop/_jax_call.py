@@ -18,6 +18,7 @@ from fi_cupy import dtypes
 from fi_cupy.arrays import CPU, View
 from fi_cupy.dtypes import DType
 from fi_cupy.errors import ArgumentError, UnsupportedError
+from fi_cupy.gemm.operands import swapped
 from fi_cupy.interop import _xla
 from fi_cupy.interop.dry_run import Shaped, dense, known_dtype
 
@@ -27,10 +28,15 @@ OPTIONS = {"command_buffers": False}
 
 
 class _Slot(NamedTuple):
-    """Operand `number`; `words`: 64-bit integers that travel as pairs of 32-bit words."""
+    """Operand `number`.
+
+    `words`: 64-bit integers that travel as pairs of 32-bit words. `swapped`: a matrix that lies column by column, which
+    travels as its transpose.
+    """
 
     number: int
     words: bool = False
+    swapped: bool = False
 
 
 class _Items(NamedTuple):
@@ -55,6 +61,8 @@ def _join(value: Any, arrays: Sequence[Any]) -> Any:
     """The inverse of `_split`."""
     if isinstance(value, _Slot):
         array = arrays[value.number]
+        if value.swapped:
+            return _xla.Operand(swapped(array.view)) if isinstance(array, _xla.Operand) else array.swapaxes(-1, -2)
         if not value.words:
             return array
         if isinstance(array, np.ndarray):
@@ -113,7 +121,7 @@ class _Call:
     named: tuple[tuple[str, Any], ...]
     results: tuple[tuple[tuple[int, ...], DType], ...]  # every result, overwritten operands among them
     aliases: tuple[tuple[int, int], ...]  # (operand, result)
-    into: int  # the result that the required output parameter receives, or -1
+    into: tuple[tuple[str, int], ...]  # (required output parameter, the result that it receives)
     recordable: bool
 
     @property
@@ -123,13 +131,13 @@ class _Call:
     @cached_property
     def _split_named(self) -> tuple[dict[str, Any], list[tuple[str, int]], list[tuple[str, Any]]]:
         """Named arguments that are static, plain operands, and the others."""
-        plain = [(k, v.number) for k, v in self.named if isinstance(v, _Slot) and not v.words]
-        mixed = [(k, v) for k, v in self.named if _slots(v) and (not isinstance(v, _Slot) or v.words)]
+        plain = [(k, v.number) for k, v in self.named if isinstance(v, _Slot) and not (v.words or v.swapped)]
+        mixed = [(k, v) for k, v in self.named if _slots(v) and (not isinstance(v, _Slot) or v.words or v.swapped)]
         static = {k: _join(v, ()) for k, v in self.named if not _slots(v)}
         return static, plain, mixed
 
     def run(self, device: int, arrays: list[Any], results: list[Any]) -> list[Any]:
-        """Call the operator; what it returned for every result (None: already there)."""
+        """Call the operator; what it returned, for the first results."""
         for operand, result in self.aliases:
             arrays[operand] = results[result]
         static, plain, mixed = self._split_named
@@ -138,12 +146,12 @@ class _Call:
             named[name] = arrays[number]
         for name, value in mixed:
             named[name] = _join(value, arrays)
-        if self.into >= 0:
-            named[self.target.into] = results[self.into]
+        for name, result in self.into:
+            named[name] = results[result]
         made = self.target.callable(device)(*[_join(v, arrays) for v in self.positional], **named)
         if made is None:
             return []
-        return _flat(made)
+        return [x for x in _flat(made) if x is not None]
 
 
 def _flat(made: Any) -> list[Any]:
@@ -224,7 +232,7 @@ call_p.def_effectful_abstract_eval(_abstract)
 
 def _lowering(on_gpu: bool) -> Callable[..., Any]:
     def lower(*operands: Any, call: _Call) -> Any:
-        overwritten = {result for _, result in call.aliases} | ({call.into} if call.into >= 0 else set())
+        overwritten = {result for _, result in call.aliases} | {result for _, result in call.into}
         ins = [(tuple(x.shape), known_dtype(call.op, "an argument", x.dtype)) for x in operands]
         known = _xla.Signature(ins, call.results, overwritten, getattr(call.target.row, "copies", False))
         runs = lru_cache(lambda device: partial(call.run, device))

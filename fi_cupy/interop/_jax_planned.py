@@ -22,8 +22,9 @@ class Planned:
     """A plan/run wrapper of fi_cupy whose `run` may be called inside `jax.jit`.
 
     Constructor and `plan` take the arguments of ``fi_cupy``'s class, with two additions: the workspace may be a number
-    of bytes, of which every device in `devices` (default: all local ones of JAX's default backend) gets its own, for
-    use inside `jax.shard_map`; and `plan` takes JAX arrays, which are read to the host.
+    of bytes (and the buffers of CUDA-graph mode numbers of elements), of which every device in `devices` (default: all
+    local ones of JAX's default backend) gets its own, for use inside `jax.shard_map`; and `plan` takes JAX arrays,
+    which are read to the host.
 
     `plan` waits until the runs that were dispatched before it have ended, since they read the former plan. Plan outside
     of `jax.jit`, once a step, and `run` in every layer.
@@ -34,16 +35,18 @@ class Planned:
 
     def __init__(self, *args: Any, devices: Sequence[Any] | None = None, **kwargs: Any) -> None:
         self.name = f"{self.row.name}.run"
-        self.into = ""
         self._tracer = Tracer(self.row, self.name)
         self.compiled = lru_cache(maxsize=256)(_compile)  # its own, so that it goes with the wrapper
         arguments = inspect.signature(self.row.cls).bind(*args, **kwargs).arguments
         key = next((n for n in ("float_workspace_buffer", "workspace_buffer") if n in arguments), None)
         self._wrappers: dict[int, Any] = {}
         if key is not None and isinstance(arguments[key], (int, np.integer)):
-            nbytes = int(arguments[key])
+            sizes = {
+                k: int(v) for k, v in arguments.items() if k.endswith("_buffer") and isinstance(v, (int, np.integer))
+            }
             for device in _indices(devices):
-                self._wrappers[device] = self.row.cls(**{**arguments, key: _memory(nbytes, device)})
+                own = {k: _memory(n, device, np.uint8 if k == key else np.int32) for k, n in sizes.items()}
+                self._wrappers[device] = self.row.cls(**{**arguments, **own})
             return
         if devices is not None:
             raise ArgumentError(
@@ -121,7 +124,7 @@ class LogitsPipe:
     """
 
     row = PIPE
-    name, into, planned, recordable = "LogitsPipe", "", False, True
+    name, planned, recordable = "LogitsPipe", False, True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._pipe = PIPE.cls(*args, **kwargs)
@@ -162,10 +165,10 @@ def _indices(devices: Sequence[Any] | None) -> list[int]:
     return found
 
 
-def _memory(nbytes: int, device: int) -> Any:
+def _memory(size: int, device: int, dtype: Any) -> Any:
     if device < 0:
-        return np.empty(nbytes, np.uint8)
+        return np.empty(size, dtype)
     import cupy
 
     with cupy.cuda.Device(device):
-        return cupy.empty(nbytes, np.uint8)
+        return cupy.empty(size, dtype)

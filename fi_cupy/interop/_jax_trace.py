@@ -16,7 +16,7 @@ from fi_cupy.errors import ArgumentError, UnsupportedError
 from fi_cupy.interop import _jax_call
 from fi_cupy.interop._jax_call import _Call, _compiled, _Items, _join, _Slot, _split, _vmap_text, _words
 from fi_cupy.interop.dry_run import Shaped, check, known_dtype
-from fi_cupy.interop.table import MADE, UNKNOWN, Operator, Result
+from fi_cupy.interop.row import MADE, UNKNOWN, Operator, Result
 from fi_cupy.interop.wrappers import PlannedWrapper
 
 
@@ -33,11 +33,12 @@ class Tracer:
 
     def __init__(self, row: Operator | PlannedWrapper, op: str) -> None:
         self.row, self.op = row, op
-        self.into = getattr(row, "into", "")
-        dropped = {*row.out, self.into} - {""}
+        self.into = {x.name: x for x in getattr(row, "into", ())}
+        dropped = {*row.out, *self.into}
         self.parameters = {n: p for n, p in row.parameters.items() if n not in dropped}
         shown = list(self.parameters.values())
-        if self.into:
+        self.asks = any(x.dtype is None for x in self.into.values())
+        if self.asks:
             out_dtype = inspect.Parameter(
                 "out_dtype", inspect.Parameter.KEYWORD_ONLY, default="float8_e4m3fn", annotation="Any"
             )
@@ -45,6 +46,7 @@ class Tracer:
         self.signature = inspect.Signature(shown)
         self.dropped = dropped
         self.host = row.host
+        self.columns = getattr(row, "columns", ())
         rest = [n for n, p in self.parameters.items() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         self.dynamic = {*row.arrays, *row.either, *rest, "variant_args"}
 
@@ -52,7 +54,7 @@ class Tracer:
         """The arguments by name."""
         for name in self.dropped & kwargs.keys():
             if kwargs[name] is not None:
-                instead = "; pass out_dtype=" if name == self.into else ""
+                instead = "; pass out_dtype=" if self.asks and name in self.into else ""
                 raise ArgumentError(
                     f"{self.op}: {name} is given, but JAX arrays cannot be written: use the result{instead}"
                 )
@@ -67,7 +69,7 @@ class Tracer:
 
     def __call__(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: int, check_with: Any) -> Any:
         given = self.bind(args, dict(kwargs))
-        out_dtype = dtype(given.pop("out_dtype")) if self.into else None
+        out_dtype = dtype(given.pop("out_dtype")) if self.asks else None
         if "seed" in given and getattr(target, "draws", True):
             self._read_random(given)
         operands: list[Any] = []
@@ -79,14 +81,17 @@ class Tracer:
                 raise ArgumentError(f"{self.op}: {name} is an array, expected a static value (a Python number)")
             if name in ("seed", "offset") and isinstance(split[name], _Slot):
                 split[name] = split[name]._replace(words=True)
+            if name in self.columns and isinstance(split[name], _Slot) and operands[-1].ndim > 1:
+                operands[-1] = jax.numpy.swapaxes(operands[-1], -1, -2)  # undoes the caller's own transposition
+                split[name] = split[name]._replace(swapped=True)
         shaped = [_shaped(self.op, x, device) for x in operands]
         about = {name: _join(value, shaped) for name, value in split.items()}
         positional, named = self._order(about)
-        made = None
-        if out_dtype is not None:
-            *rows, last = about["input"].shape
-            shape = (*rows, last // 2 if getattr(self.row, "halves", False) else last)
-            made = named[self.into] = Shaped(shape, out_dtype, None, device, on_gpu())
+        made = {
+            name: Shaped(x.shape(about), x.dtype or out_dtype, None, device, on_gpu())  # type: ignore[arg-type]
+            for name, x in self.into.items()
+        }
+        named |= made
         try:
             about[MADE] = check(check_with, tuple(positional), named)
         except ArgumentError:
@@ -124,15 +129,27 @@ class Tracer:
         return positional, named
 
     def _bind(
-        self, target: Any, split: dict[str, Any], operands: list[Any], shaped: list[Shaped], structure: Any, made: Any
+        self,
+        target: Any,
+        split: dict[str, Any],
+        operands: list[Any],
+        shaped: list[Shaped],
+        structure: Any,
+        made: dict[str, Shaped],
     ) -> Any:
         results: list[tuple[tuple[int, ...], DType]] = []
         aliases: list[tuple[int, int]] = []
-        into = -1
+        into: list[tuple[str, int]] = []
 
         def place(item: Any) -> Any:
-            nonlocal into
+            if item is None:
+                return None
             if isinstance(item, Result):
+                if item.strides is not None:
+                    raise UnsupportedError(
+                        f"{self.op}: a result of shape {item.shape} would have strides {item.strides}, which JAX "
+                        "arrays do not have; leave the option out and transpose where it is needed"
+                    )
                 if UNKNOWN in item.shape:
                     raise UnsupportedError(
                         f"{self.op}: the size of the result depends on values, which jax.jit does not have; "
@@ -142,10 +159,10 @@ class Tracer:
                 return len(results) - 1
             if isinstance(item, tuple):
                 return tuple(place(x) for x in item)
-            if item == self.into:
-                results.append((made.shape, made.dtype))
-                into = len(results) - 1
-                return into
+            if item in self.into:
+                results.append((made[item].shape, made[item].dtype))
+                into.append((item, len(results) - 1))
+                return into[-1][1]
             return again(split[item])
 
         def again(value: Any) -> Any:
@@ -160,12 +177,14 @@ class Tracer:
         # PODWithPagedKVCacheWrapper makes the prompt's schedule in each call.
         recordable = _jax_call.OPTIONS["command_buffers"] and target.recordable and "q_p" not in split
         call = _Call(
-            target, tuple(positional), tuple(named.items()), tuple(results), tuple(aliases), into, recordable
+            target, tuple(positional), tuple(named.items()), tuple(results), tuple(aliases), tuple(into), recordable
         )  # fmt: skip
         flat = target.compiled(call, jax.config.jax_enable_x64)(*operands)
         narrowed = [_narrow(x, kind) for x, (_, kind) in zip(flat, results, strict=True)]
 
         def pick(item: Any) -> Any:
+            if item is None:
+                return None
             return tuple(pick(x) for x in item) if isinstance(item, tuple) else narrowed[item]
 
         return pick(where[0]) if len(where) == 1 else pick(where)
@@ -183,7 +202,7 @@ class Function:
 
     def __init__(self, row: Operator) -> None:
         self.row, self.name, self.rule = row, row.name, row.rule
-        self.into, self.recordable, self.planned = row.into, row.recordable, False
+        self.recordable, self.planned = row.recordable, False
         self._tracer = Tracer(row, row.name)
         self.__name__ = self.__qualname__ = row.name
         self.__module__ = "fi_cupy.interop.jax"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fi_cupy.dtypes import dtype
+from fi_cupy import dtypes
 from fi_cupy.errors import ArgumentError, UnsupportedError
 from fi_cupy.interop._torch_ops import (
     _COUNTERS,
@@ -27,7 +27,7 @@ from fi_cupy.interop._torch_ops import (
     torch_dtype,
 )  # fmt: skip
 from fi_cupy.interop.pipes import PIPE
-from fi_cupy.interop.table import Operator
+from fi_cupy.interop.row import Operator
 from fi_cupy.interop.wrappers import PlannedWrapper
 
 _numbers = itertools.count()
@@ -80,9 +80,33 @@ def copied_into(made: Sequence[Any], outs: Sequence[Any], first: int = 0) -> lis
     done = list(made)
     for i, out in enumerate(outs):
         if out is not None:
-            out.copy_(done[first + i])
+            made_one = done[first + i]
+            if made_one is None:
+                raise ArgumentError(f"output {i} is given, but what it would be made of is None")
+            is_bytes = out.dtype is torch.uint8 and made_one.dtype.itemsize == 1
+            out.copy_(made_one.view(torch.uint8) if is_bytes else made_one)
             done[first + i] = out
     return done
+
+
+def with_gaps(made: Sequence[Any], given: Sequence[Any]) -> list[Any]:
+    """None in the place of each result whose argument is None."""
+    rest = iter(made)
+    return [None if x is None else next(rest) for x in given]
+
+
+def kind_of_outs(given: Any, outs: Sequence[Any]) -> Any:
+    """The type asked for, else that of the first fp8 output."""
+    if given is not None:
+        return given
+    return next((x.dtype for x in outs if x is not None and x.dtype.is_floating_point), None)
+
+
+def fp8_like(x: torch.Tensor, kind: Any, cache: torch.Tensor) -> torch.Tensor:
+    """A tensor for `x` cast to the type asked for, or the cache's; bytes are e4m3."""
+    if kind is None:
+        kind = torch.float8_e4m3fn if cache.dtype is torch.uint8 else cache.dtype
+    return torch.empty(x.shape, dtype=kind, device=x.device)
 
 
 def added_to(made: Sequence[Any], counters: Sequence[Any]) -> tuple[Any, ...]:
@@ -91,14 +115,30 @@ def added_to(made: Sequence[Any], counters: Sequence[Any]) -> tuple[Any, ...]:
     return (tokens, *(n if c is None else c.add_(n) for n, c in zip(counts, counters, strict=True)))
 
 
+#: Names and torch's dtypes: what torch.compile can look up while it traces, whatever else has been looked up before.
+_BY_NAME = {name: torch_dtype(kind) for name, kind in dtypes._BY_NAME.items() if hasattr(torch, kind.name)}
+
+
 def as_torch_dtype(kind: Any) -> torch.dtype:
-    """torch's dtype of any framework's."""
-    return kind if isinstance(kind, torch.dtype) else torch_dtype(dtype(kind))
+    """torch's dtype of any framework's, or of a name."""
+    if isinstance(kind, torch.dtype):
+        return kind
+    if isinstance(kind, str) and kind in _BY_NAME:
+        return _BY_NAME[kind]
+    made: torch.dtype = _constant(kind)
+    return made
+
+
+def _resolved(kind: Any) -> torch.dtype:
+    return torch_dtype(dtypes.dtype(kind))
+
+
+_constant: Any = torch.compiler.assume_constant_result(_resolved)
 
 
 _HELPERS = (
     split_value, split_pair, split_extra, draw_seed, as_int64, refuse, one_or_all, copied_into, added_to,
-    as_torch_dtype, ArgumentError,
+    as_torch_dtype, with_gaps, kind_of_outs, fp8_like, ArgumentError,
 )  # fmt: skip
 
 
@@ -120,6 +160,8 @@ def _preparation(row: Operator | PlannedWrapper, r: Row, op: str) -> list[str]:
         if name in ("seed", "offset"):
             lines.append(f"{name}_value = as_int64({name}_value)")
     lines += [f"{name}, {name}_values = split_pair({name})" for name in r.pairs]
+    if "quantize_dtype" in r.by_name and isinstance(row, Operator) and not row.updates:
+        lines.append(f"quantize_dtype = kind_of_outs(quantize_dtype, ({', '.join(row.out)}))")
     lines += [
         f"if {name} is not None: {name} = as_torch_dtype({name})"
         for name in DTYPES if name in r.by_name
@@ -142,6 +184,10 @@ def _calls(row: Operator | PlannedWrapper, r: Row, out: Row | None) -> list[str]
         return [f"return added_to({call}, ({', '.join(_COUNTERS)}))"]
     if not row.out:
         return [f"return one_or_all({call})"]
+    if isinstance(row, Operator) and row.updates:  # torch does not functionalise an operator that does both
+        made = [f"if {o} is None and {x} is not None: {o} = fp8_like({x}, quantize_dtype, paged_kv_cache)"
+                for o, x in zip(row.out, row.absent, strict=True)]  # fmt: skip
+        return [*made, call, f"return {', '.join(row.out)}"]
     lines = []
     if out is not None:
         out_call = f"_op_out({handle}{', '.join(n for n, _ in out.fields)})"
@@ -153,7 +199,12 @@ def _calls(row: Operator | PlannedWrapper, r: Row, out: Row | None) -> list[str]
             ]
             return lines
         first, rest = row.out[0], row.out[1:]
-        everything = " and ".join([f"{first} is not None", *(f"{n} is not None" for n in rest)])
+        everything = " and ".join(f"{n} is not None" for n in row.out)
+        if isinstance(row, Operator) and row.absent:
+            everything = " and ".join(
+                f"({x} is None or {n} is not None)" for n, x in zip(row.out, row.absent, strict=True)
+            )
+            call = f"with_gaps({call}, ({', '.join(row.absent)}))"
         if "return_lse" in r.by_name:
             everything = f"{first} is not None and " + (
                 f"({rest[0]} is not None or not return_lse)" if rest else "not return_lse"
@@ -223,7 +274,9 @@ def _compose(row: Operator | PlannedWrapper, plain: tuple[Any, Row], out: tuple[
 
 def make_function(row: Operator) -> Any:
     """The function of torch tensors for a row."""
-    made = _compose(row, _operator(row, False), _operator(row, True) if row.out else None, row.name)
+    with_out = _operator(row, True) if row.out else None
+    plain = with_out if with_out and row.updates else _operator(row, False)
+    made = _compose(row, plain, with_out, row.name)
     made.__module__ = "fi_cupy.interop.torch"
     made.__doc__ = (
         f"`fi_cupy.{row.module}.{row.name}` as the custom operator ``torch.ops.fi_cupy.{row.name}``.\n\n"

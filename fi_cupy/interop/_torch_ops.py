@@ -16,16 +16,19 @@ import torch
 from fi_cupy.dtypes import DType
 from fi_cupy.errors import UnsupportedError
 from fi_cupy.interop.dry_run import Shaped, check, known_dtype
-from fi_cupy.interop.table import MADE, UNKNOWN, Operator, Result
+from fi_cupy.interop.row import MADE, UNKNOWN, Operator, Result
 from fi_cupy.interop.wrappers import PlannedWrapper
 
 #: Parameters that may be a pair of arrays.
 _PAIRS = ("paged_kv_cache", "kv_cache", "unique_kv_cache", "paged_kv_cache_d")
 #: Parameters of FlashInfer that no kernel honours, and those that a schema cannot hold.
 _LEFT_OUT = ("kv_cache_sf", "variant", "profiler_buffer", "skip_softmax_threshold_scale_factor")
-_TYPES = {"float": "float", "int": "int", "bool": "bool", "str": "str", "SfLayout": "int", "Granularity": "int[]"}
+_TYPES = {
+    "float": "float", "int": "int", "bool": "bool", "str": "str", "SfLayout": "int", "Granularity": "int[]",
+    "tuple[int, ...]": "SymInt[]",
+}  # fmt: skip
 #: Static parameters that are dtypes.
-DTYPES = ("out_dtype", "o_dtype", "dtype", "dst_dtype", "quantize_dtype")
+DTYPES = ("out_dtype", "output_dtype", "o_dtype", "dtype", "dst_dtype", "quantize_dtype")
 #: Numbers beside arrays that are integers.
 _INTEGERS = ("top_k", "seed", "offset")
 #: Outputs that are arguments only where given. A part of `PODWithPagedKVCacheWrapper`'s results has no such argument.
@@ -49,11 +52,13 @@ class Row:
 
     def __init__(self, row: Operator | PlannedWrapper, with_out: bool) -> None:
         self.row, self.with_out = row, with_out
-        self.into: str = getattr(row, "into", "")
+        self.into: tuple[str, ...] = getattr(row, "receivers", ())
         self.out = OUTS.get(row.name, row.out)
         self.mutated: tuple[str, ...] = self.out if with_out else ()
-        if isinstance(row, Operator) and row.in_place:
-            self.mutated = (*row.mutated, *filter(None, (row.into,)))
+        if isinstance(row, Operator) and (row.in_place or row.updates):
+            self.mutated += (*row.mutated, *self.into)
+        #: Whether it returns new tensors.
+        self.makes = not with_out and not (isinstance(row, Operator) and row.in_place)
         self.fields: list[tuple[str, str]] = []
         self.pairs: list[str] = []
         self.either: list[str] = []
@@ -75,7 +80,7 @@ class Row:
                 self.fields += [(inner, "Tensor?"), (f"{inner}_value", "float?")]
             self.fields += [("return_lse", "bool"), ("enable_pdl", "bool?")]
             self.fields += [(out, "Tensor?") for out in self.out if self.with_out]
-        elif name == self.into:
+        elif name in self.into:
             self.fields.append((name, "Tensor"))
         elif name in (*row.out, *self.out):
             if self.with_out:
@@ -88,8 +93,11 @@ class Row:
         elif name in row.either:
             self.either.append(name)
             self.fields += [(name, "Tensor?"), (f"{name}_value", "int?" if name in _INTEGERS else "float?")]
+        elif name in getattr(row, "lists", ()):
+            self.fields.append((name, "Tensor[]?"))
         elif name in row.arrays:
-            self.fields.append((name, "Tensor" if p.default is p.empty else "Tensor?"))
+            given = p.default is p.empty and name not in getattr(row, "optional", ())
+            self.fields.append((name, "Tensor" if given else "Tensor?"))
         elif name in DTYPES:
             self.fields.append((name, "ScalarType?"))
         elif name not in (*_LEFT_OUT, *_COUNTERS, "generator"):
@@ -101,21 +109,26 @@ class Row:
             kind += "?" if text.endswith(" | None") else ""
             self.fields.append((name, "SymInt" if name in _EXTENTS else kind))
 
-    def schema(self, returns: str) -> str:
+    def schema(self) -> str:
         """The text after the operator's name."""
+        returns = "Tensor[]" if self.makes else "()"
         marks, parts = iter("abcdefghij"), []
         for name, kind in self.fields:
-            base = name.removesuffix("_values")
-            if base in self.mutated:
+            if self._base(name) in self.mutated:
                 kind = kind.replace("Tensor", f"Tensor({next(marks)}!)")
             parts.append(f"{kind} {name}")
         if isinstance(self.row, PlannedWrapper):
             parts.insert(0, "str handle")
         return f"({', '.join(parts)}) -> {returns}"
 
+    def _base(self, name: str) -> str:
+        """The parameter that a field is a part of."""
+        first = name.removesuffix("_values")
+        return first if first in self.pairs else name
+
     def changed(self) -> list[str]:
         """The fields that are overwritten."""
-        return [n for n, _ in self.fields if n.removesuffix("_values") in self.mutated]
+        return [n for n, _ in self.fields if self._base(n) in self.mutated]
 
     def arguments(self, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The operator's arguments by name from the values of the fields, and those of its variant."""
@@ -155,15 +168,19 @@ def _new(results: Any, like: torch.Tensor) -> list[torch.Tensor]:
     made = []
     for item in _results(results):
         shape = tuple(torch.library.get_ctx().new_dynamic_size() if n is UNKNOWN else n for n in item.shape)
-        made.append(torch.empty(shape, dtype=torch_dtype(item.dtype), device=like.device))
+        kind = torch_dtype(item.dtype)
+        if item.strides is None:
+            made.append(torch.empty(shape, dtype=kind, device=like.device))
+        else:
+            made.append(torch.empty_strided(shape, item.strides, dtype=kind, device=like.device))
     return made
 
 
 def _results(items: Any) -> list[Any]:
-    """What an operator returns in a row."""
+    """The new arrays among what an operator returns, in a row."""
     if isinstance(items, tuple) and not isinstance(items, Result):
         return [r for x in items for r in _results(x)]
-    return [items]
+    return [items] if isinstance(items, Result) else []
 
 
 def torch_dtype(kind: DType) -> torch.dtype:
@@ -176,7 +193,11 @@ def _returned(made: Any) -> list[torch.Tensor]:
     """Results, dense as their fakes are."""
     if type(made) is torch.Tensor:
         return [made] if made.is_contiguous() else [made.contiguous()]
-    return [x.contiguous() for x in _flat(made)]
+    return [x.contiguous() for x in _flat(made) if x is not None]
+
+
+def _returned_as_they_lie(made: Any) -> list[torch.Tensor]:
+    return _flat(made)
 
 
 def _first_tensor(values: Sequence[Any]) -> torch.Tensor:
@@ -190,7 +211,7 @@ _LIBRARY = torch.library.Library("fi_cupy", "FRAGMENT")
 def _define(name: str, row: Row, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register one custom operator; `run` and `fake` take the values of the fields. Returns what is to be called."""
     if row.changed():
-        op = torch.library.custom_op(f"fi_cupy::{name}", run, mutates_args=row.changed(), schema=row.schema("()"))
+        op = torch.library.custom_op(f"fi_cupy::{name}", run, mutates_args=row.changed(), schema=row.schema())
         op.register_fake(fake)
         return op._opoverload
 
@@ -200,7 +221,7 @@ def _define(name: str, row: Row, run: Callable[..., Any], fake: Callable[..., An
             "torch.autograd.Function of your own"
         )
 
-    _LIBRARY.define(name + row.schema("Tensor[]"), tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(name + row.schema(), tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"fi_cupy::{name}", fake, lib=_LIBRARY)
@@ -221,9 +242,10 @@ def _body(row: Row, call: str, names: dict[str, Any]) -> Callable[..., Any]:
         lines.append("if extra_names: return _with_extra(handle, " + ", ".join(fields) + ")")
     arguments = ", ".join(f"{n}={n}" for n in passed)
     lines.append(f"made = {call}{arguments})")
-    lines.append("return None" if row.changed() else "return _returned(made)")
+    lines.append("return _returned(made)" if row.makes else "return None")
     text = f"def run({', '.join((['handle'] if planned else []) + fields)}):\n    " + "\n    ".join(lines) + "\n"
-    names = {"_returned": _returned, **names}
+    strided = row.row.name == "per_token_group_quant_8bit"  # column_major_scales
+    names = {"_returned": _returned_as_they_lie if strided else _returned, **names}
     exec(compile(text, f"<implementation of fi_cupy::{row.row.name}>", "exec"), names)
     made: Callable[..., Any] = names["run"]
     return made
@@ -237,7 +259,7 @@ def _operator(row: Operator, with_out: bool) -> tuple[Any, Row]:
         given, _ = r.arguments(values)
         about = {k: _shaped(row.name, v) for k, v in given.items()}
         about[MADE] = check(row.function, (), about)
-        if r.changed():
+        if not r.makes:
             return None
         missing = dict.fromkeys((*row.out, *r.out, *_COUNTERS))
         return _new(row.rule({**missing, **about}), _first_tensor(values))

@@ -128,7 +128,7 @@ def _external(stream: int, device: int) -> Any:
     return cupy.cuda.Stream.from_external(_Handle(stream))
 
 
-#: From operands and results to what the operator returned for every result (None: it is there already).
+#: From operands and results to what the operator returned, for the first results.
 Run = Callable[[list[Any], list[Any]], list[Any]]
 
 
@@ -158,7 +158,7 @@ class Signature:
         """Compute with the reference."""
         results = [_host_result(np.asarray(b), kind) for b, (_, _, kind) in zip(outs, self.outs, strict=True)]
         for i, made in enumerate(run([np.asarray(b) for b in ins], results)):
-            if i not in self.overwritten and made is not None:
+            if i not in self.overwritten:
                 np.copyto(results[i], made)
 
     def on_gpu(self, stream: int, runs: Callable[[int], Run], ins: Sequence[Any], outs: Sequence[Any]) -> None:
@@ -178,7 +178,7 @@ class Signature:
             wrap: Callable[[View], Any] = _as_cupy if self.copies else Operand
             made = runs(device)([wrap(v) for v in given], [wrap(v) for v in targets])
             for i, result in enumerate(made):
-                if i not in self.overwritten and result is not None:
+                if i not in self.overwritten:
                     _store(arrays.view(result), targets[i], stream)
 
 

@@ -13,11 +13,14 @@ Differences from ``fi_cupy``'s own functions:
 
 * 64-bit results are 32-bit ones unless x64 is enabled, as everywhere in JAX.
 * Random numbers: ``seed`` must be given, as an int, a JAX key (``jax.random.key``), or an integer array [1] or [rows].
-* ``rmsnorm_quant`` and ``fused_add_rmsnorm_quant`` take ``out_dtype`` (float8_e4m3fn) instead of ``out``.
+* Functions that fill required outputs return them: the ``*_quant`` casts take ``out_dtype`` (float8_e4m3fn) instead of
+  ``out``, ``fused_topk_deepseek`` returns float32 values and int32 indices.
+* Weights that lie column by column (``mm_fp8``, ``bmm_fp8``, ``mm_bf16_swiglu``): pass ``weight.T`` of a row-major one
+  inside the jitted function, and nothing is transposed.
 * `jax.vmap` and `jax.grad` are refused.
 
-Example
--------
+Examples
+--------
 >>> import jax, jax.numpy as jnp
 >>> from fi_cupy.interop import jax as fj
 >>> norm = jax.jit(lambda x, w: fj.rmsnorm(x, w) + 1)

@@ -8,7 +8,7 @@ from typing import Any
 from fi_cupy import logits_processor
 from fi_cupy.dtypes import float32, int32
 from fi_cupy.errors import UnsupportedError
-from fi_cupy.interop.table import Result
+from fi_cupy.interop.row import Result
 from fi_cupy.interop.wrappers import PlannedWrapper
 from fi_cupy.logits_processor import TensorType
 

@@ -7,95 +7,11 @@ signatures and texts of the functions themselves.
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from fi_cupy.dtypes import DType, bool_, dtype, float8_e4m3fn, float32, int32, int64, uint8
-
-
-class Result(NamedTuple):
-    """A new array."""
-
-    shape: tuple[Any, ...]
-    dtype: DType
-
-
-#: What comes back: new arrays, and the names of overwritten arguments. Arguments of a rule map names to values: arrays
-#: have `shape` and `dtype`.
-Rule = Callable[[Mapping[str, Any]], tuple["Result | str", ...]]
-
-#: Stands in a shape for an extent that depends on values.
-UNKNOWN = "unknown"
-
-
-#: Among a rule's arguments: the arrays that the operator makes before it computes, see `dry_run.check`.
-MADE = "(made)"
-
-
-def made(a: Mapping[str, Any]) -> tuple[Result, ...]:
-    """The rule of operators that make their results, in order and nothing else, before they look at a value."""
-    return tuple(Result(x.shape, x.dtype) for x in a[MADE])
-
-
-@dataclass(frozen=True, eq=False)
-class Operator:
-    """One operator.
-
-    Attributes
-    ----------
-    module, name : str
-        Where it lives: ``fi_cupy.<module>.<name>``.
-    arrays : tuple of str
-        Parameters that are arrays, or pairs of arrays, or None.
-    rule : Rule
-        What it returns. A name stands for the array given under it, after it has been overwritten.
-    either : tuple of str
-        Parameters that are an array or a number.
-    mutated : tuple of str
-        Arrays that are read and overwritten.
-    out : tuple of str
-        Optional parameters that take the place of the first results.
-    into : str
-        A required parameter that only receives a result.
-    host : tuple of str
-        Parameters that need values on the host (a random generator, a check of the result).
-    recordable : bool
-        A first call neither allocates nor copies from the host, so XLA may record it in a command buffer.
-    halves : bool
-        What `into` receives has half of the input's last dimension.
-    """
-
-    module: str
-    name: str
-    arrays: tuple[str, ...]
-    rule: Rule
-    either: tuple[str, ...] = ()
-    mutated: tuple[str, ...] = ()
-    out: tuple[str, ...] = ()
-    into: str = ""
-    host: tuple[str, ...] = ()
-    recordable: bool = True
-    halves: bool = False
-
-    @cached_property
-    def function(self) -> Callable[..., Any]:
-        """The operator itself."""
-        found: Callable[..., Any] = getattr(importlib.import_module(f"fi_cupy.{self.module}"), self.name)
-        return found
-
-    @cached_property
-    def parameters(self) -> dict[str, inspect.Parameter]:
-        """The operator's parameters in order."""
-        return dict(inspect.signature(self.function).parameters)
-
-    @cached_property
-    def in_place(self) -> bool:
-        """Whether it returns nothing, and only overwrites."""
-        return inspect.signature(self.function).return_annotation in (None, "None")
+from fi_cupy.interop.row import UNKNOWN, Into, Operator, Result, Rule, made
 
 
 def _like(*names: str) -> Rule:
@@ -104,6 +20,11 @@ def _like(*names: str) -> Rule:
 
 def _overwritten(*names: str) -> Rule:
     return lambda a: tuple(name for name in names if a[name] is not None)
+
+
+#: ``out`` of a cast that keeps the shape, or of one that halves the last dimension.
+_CAST = (Into("out", lambda a: a["input"].shape),)
+_GATED_CAST = (Into("out", lambda a: (*a["input"].shape[:-1], a["input"].shape[-1] // 2)),)
 
 
 def _typed(value: Any, default: DType) -> DType:
@@ -132,10 +53,10 @@ def _norms() -> list[Operator]:
             "norm", "gemma_fused_add_rmsnorm", xr, _overwritten("input", "residual"), mutated=("input", "residual")
         ),
         Operator("norm", "layernorm", ("input", "gamma", "beta"), _like("input")),
-        Operator("norm", "rmsnorm_quant", ("out", *x), lambda a: ("out",), either=("scale",), into="out"),
+        Operator("norm", "rmsnorm_quant", ("out", *x), lambda a: ("out",), either=("scale",), into=_CAST),
         Operator(
             "norm", "fused_add_rmsnorm_quant", ("out", *xr), lambda a: ("out", "residual"), either=("scale",),
-            mutated=("residual",), into="out",
+            mutated=("residual",), into=_CAST,
         ),
     ]  # fmt: skip
 
@@ -340,32 +261,129 @@ def _products() -> list[Operator]:
 # --- 8 and 4 bits ---------------------------------------------------------------------------------------------------
 
 
+def _grouped_cast(a: Mapping[str, Any]) -> tuple[Result, Result]:
+    *rows, n = a["x"].shape
+    width = n // 2 if a["fuse_silu_and_mul"] else n
+    scales: tuple[int, ...] = (*rows, width // a["group_size"])
+    strides = None
+    if a["column_major_scales"]:
+        strides = (1, -(-rows[0] // 4) * 4 if a["scale_tma_aligned"] else rows[0])
+    return Result((*rows, width), _typed(a["dst_dtype"], float8_e4m3fn)), Result(scales, float32, strides)
+
+
 def _quantizers() -> list[Operator]:
+    scaled: dict[str, Any] = {"either": ("scale",)}
+
+    def cast(name: str, x: str = "x", *either: str) -> Operator:
+        return Operator("quantization", name, (x,), made, either=either)
+
     return [
         Operator(
-            "activation", "silu_and_mul_quant", ("out", "input"), lambda a: ("out",), either=("scale",), into="out",
-            halves=True,
+            "activation", "silu_and_mul_quant", ("out", "input"), lambda a: ("out",), into=_GATED_CAST, **scaled
         ),
         Operator(
-            "norm", "layernorm_quant", ("out", "input", "gamma", "beta"), lambda a: ("out",), either=("scale",),
-            into="out",
+            "norm", "layernorm_quant", ("out", "input", "gamma", "beta"), lambda a: ("out",), into=_CAST, **scaled
         ),
-        Operator("quantization", "block_scale_interleave", ("unswizzled_sf",), made),
-        Operator("quantization", "nvfp4_block_scale_interleave", ("unswizzled_sf",), made),
-        Operator("quantization", "mxfp8_quantize", ("input",), made),
+        cast("block_scale_interleave", "unswizzled_sf"),
+        cast("nvfp4_block_scale_interleave", "unswizzled_sf"),
+        cast("mxfp8_quantize", "input"),
+        cast("fp4_quantize", "input", "global_scale"),
+        cast("nvfp4_quantize", "a", "a_global_sf"),
+        cast("mxfp4_quantize", "a"),
+        cast("silu_and_mul_nvfp4_quantize", "input", "global_scale"),
+        Operator("quantization", "per_token_group_quant_8bit", ("x",), _grouped_cast),
+        cast("per_token_quant_fp8"),
+        cast("per_token_quant_int8"),
+        cast("per_tensor_quant_fp8", "x", "scale"),
+        cast("quantize_fp8"),
+        cast("per_token_cast_to_fp8"),
+        cast("per_block_cast_to_fp8"),
+        Operator("quantization", "dequantize_fp8", ("x", "x_scale"), made),
+        Operator(
+            "quantization", "e2m1_and_ufp8sf_scale_to_float", ("e2m1_tensor", "ufp8_scale_tensor"), made,
+            either=("global_scale_tensor",),
+        ),
+        Operator("quantization", "mxfp4_dequantize", ("a_fp4", "a_sf"), made),
+        Operator("quantization", "mxfp8_dequantize_host", ("input", "scale_tensor"), made),
+    ]  # fmt: skip
+
+
+_ROTATED = ("q_rope", "k_rope", "q_nope", "k_nope")
+
+
+def _rotated_cast(a: Mapping[str, Any]) -> tuple[Result | None, ...]:
+    kind = _typed(a["quantize_dtype"], float8_e4m3fn)
+    return tuple(None if a[n] is None else Result(a[n].shape, kind) for n in _ROTATED)
+
+
+def _rotated_append(a: Mapping[str, Any]) -> tuple[Result | str | None, ...]:
+    kind = _typed(a["quantize_dtype"], _as_fp8(a["paged_kv_cache"][0].dtype))
+    made = (None if a[n] is None else Result(a[n].shape, kind) for n in ("q_rope", "q_nope"))
+    return (*made, "paged_kv_cache")
+
+
+def _rotating_casts() -> list[Operator]:
+    arrays, nope = (*_ROTATED, "cos_sin_cache", "pos_ids"), ("q_nope", "k_nope")
+    pages = ("kv_indices", "kv_indptr", "batch_indices", "positions")
+    return [
+        *(
+            Operator(
+                "rope", name, arrays, _rotated_cast, out=tuple(f"{n}_out" for n in _ROTATED), optional=nope,
+                absent=_ROTATED,
+            )
+            for name in ("rope_quantize_fp8", "mla_rope_quantize_fp8")
+        ),
+        Operator(
+            "rope", "rope_quantize_fp8_append_paged_kv_cache", (*arrays, "v", "paged_kv_cache", *pages),
+            _rotated_append, mutated=("paged_kv_cache",), out=("q_rope_out", "q_nope_out"), optional=(*nope, "v"),
+            absent=("q_rope", "q_nope"),
+        ),
     ]  # fmt: skip
 
 
 def _small_products() -> list[Operator]:
     scales = ("a_scale", "b_scale")
     return [
+        # A first call makes the multiplier 1, which it waits for.
+        Operator(
+            "gemm", "mm_fp8", ("a", "b", "alpha", *scales, "bias"), made, out=("out",), columns=("b",),
+            recordable=False,
+        ),
+        Operator("gemm", "bmm_fp8", ("A", "B", "A_scale", "B_scale"), made, out=("out",), columns=("B",)),
+        Operator("gemm", "mm_bf16_swiglu", ("a", "b", "bias"), made, out=("out",), columns=("b",)),
         Operator("gemm", "gemm_fp8_nt_groupwise", ("a", "b", *scales), made, out=("out",)),
         Operator("gemm", "gemm_fp8_nt_blockscaled", ("a", "b", *scales), made, out=("out",)),
+        Operator(
+            "gemm", "fp8_blockscale_gemm_sm90", ("input", "weight", "input_scale", "weight_scale"), made, out=("out",)
+        ),
         Operator("gemm", "group_gemm", ("a", "b", "m_indptr", "weight_indices", "bias"), made, out=("out",)),
         Operator("gemm", "group_gemm_fp8_nt_groupwise", ("a", "b", *scales, "m_indptr"), made, out=("out",)),
         Operator("gemm", "group_deepgemm_fp8_nt_groupwise", ("a", "b", *scales, "m_indices"), made, out=("out",)),
         Operator("gemm", "batch_deepgemm_fp8_nt_groupwise", ("a", "b", *scales, "masked_m"), made, out=("out",)),
-    ]
+    ]  # fmt: skip
+
+
+# --- mixture of experts ---------------------------------------------------------------------------------------------
+
+
+def _chosen(a: Mapping[str, Any]) -> tuple[int, int]:
+    return a["scores"].shape[0], a["topk"]
+
+
+def _experts() -> list[Operator]:
+    chosen = (Into("topk_values", _chosen, float32), Into("topk_indices", _chosen, int32))
+    return [
+        Operator(
+            "fused_moe", "fused_topk_deepseek", ("scores", "bias", "topk_values", "topk_indices"),
+            lambda a: ("topk_values", "topk_indices"), into=chosen,
+        ),
+        Operator(
+            "fused_moe", "cutlass_fused_moe",
+            ("input", "token_selected_experts", "token_final_scales", "fc1_expert_weights", "fc2_expert_weights",
+             "quant_scales", "fc1_expert_biases", "fc2_expert_biases"),
+            made, out=("output",), lists=("quant_scales",),
+        ),
+    ]  # fmt: skip
 
 
 #: Every operator by its name.
@@ -374,7 +392,7 @@ OPERATORS: dict[str, Operator] = {
     for row in (
         *(_activation(name) for name in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")),
         *_norms(), *_ropes(), *_pages(), *_samplers(), *_topks(), *_products(),
-        *_quantizers(), *_small_products(),
+        *_quantizers(), *_rotating_casts(), *_small_products(), *_experts(),
     )
 }  # fmt: skip
 

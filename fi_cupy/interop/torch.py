@@ -12,8 +12,8 @@ Differences from ``fi_cupy``'s own functions:
 * Operators have no derivative: `backward` raises. Use `torch.no_grad` or `torch.inference_mode`.
 * ``variant=`` belongs to a wrapper's constructor, and its extra arguments to ``variant_args``.
 
-Example
--------
+Examples
+--------
 >>> import torch
 >>> from fi_cupy.interop import torch as ft
 >>> norm = torch.compile(lambda x, w: ft.rmsnorm(x, w) + 1, fullgraph=True, backend="eager")

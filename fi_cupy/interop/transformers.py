@@ -7,8 +7,8 @@ layers use the plan. Padded batches and other masks run with that mask.
 
 CUDA tensors must be float16 or bfloat16; CPU tensors run the NumPy reference. For inference only.
 
-Example
--------
+Examples
+--------
 >>> from transformers import AutoModelForCausalLM
 >>> from fi_cupy.interop import transformers as fi_transformers
 >>> fi_transformers.register()

@@ -10,7 +10,8 @@ from functools import cached_property
 from typing import Any
 
 from fi_cupy.dtypes import DType
-from fi_cupy.interop.table import Result, with_lse
+from fi_cupy.interop.row import Result
+from fi_cupy.interop.table import with_lse
 from fi_cupy.kv_cache import as_fp8
 
 #: From the wrapper and the arguments of `run` to what that returns; a tuple in the place of a result is a pair.

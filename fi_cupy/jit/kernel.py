@@ -157,14 +157,16 @@ def _allow_large_clusters(function: int) -> None:
 
 
 _kernels: dict[tuple[KernelSpec, int], Kernel] = {}
-_lock = threading.RLock()
+#: One a device: loading may wait for the device's work, which may be a collective that waits for another device, whose
+#: thread must then be able to load what it needs to get there.
+_locks: dict[int, threading.RLock] = {}
 
 
 def load_kernel(spec: KernelSpec, device: int) -> Kernel:
     """The kernel of `spec` on GPU `device`: a dictionary hit when warm, else from the cache, else compiled."""
     kernel = _kernels.get((spec, device))
     if kernel is None:
-        with _lock:
+        with _locks.setdefault(device, threading.RLock()):
             kernel = _kernels.get((spec, device))
             if kernel is None:
                 kernel = _kernels[spec, device] = Kernel(spec, build(spec, devices.device_info(device).arch), device)

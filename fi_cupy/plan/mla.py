@@ -19,18 +19,21 @@ from fi_cupy.plan.prefill import Ints, PrefillPlan, _split, plan_prefill
 class Costs(NamedTuple):
     """What an item takes besides its tiles of keys, in tiles.
 
-    To start; if it is split, to leave its part and meet the others; for each of these, to add it; and for each part of
-    the whole batch its way to the workspace and back, which all CTAs share.
+    To start; if it is split, to leave its part and meet the others; for each of these, to add it; for each part of
+    the whole batch its way to the workspace and back, which all CTAs share; and for each different tile of keys of the
+    batch its way from the device's memory, which they share, too.
     """
 
     start: float
     part: float
     add: float
     traffic: float
+    memory: float = 0.0
 
 
-#: Word of an item that says whether all chunks of its tile run at a time, so that they may wait for each other.
-WAITS = 13
+#: Word of an item (PrefillItem::unused[0]) that says whether all chunks of its tile run at a time, so that they may
+#: wait for each other.
+WAITS = 14
 #: Most chunks of a tile: their weights lie in the memory of q when they are joined.
 MOST_CHUNKS = 256
 #: Items that splitting may add, for each CTA slot: captured graphs have room for so many.
@@ -81,7 +84,8 @@ def plan_mla(
     tiles = (end - begin + (tile_kv - 1)) // tile_kv  # longest first
     longest, shortest = int(tiles[0]), int(tiles[-1])
     if longest == shortest:
-        best = best_chunks(len(tiles), longest, slots, costs)
+        rows = int(np.count_nonzero(qo_indptr[1:] > qo_indptr[:-1]))
+        best = best_chunks(len(tiles), longest, slots, costs, len(tiles) // rows)
         if best == 1:
             return whole
         chunks = np.full(len(tiles), best, np.int32)
@@ -101,13 +105,17 @@ def plan_mla(
 
 
 @lru_cache(maxsize=1024)
-def best_chunks(count: int, tiles: int, slots: int, costs: Costs) -> int:
-    """Chunks each for `count` items of `tiles` tiles of keys, by the time of all waves of CTAs."""
+def best_chunks(count: int, tiles: int, slots: int, costs: Costs, share: int = 1) -> int:
+    """Chunks each for `count` items of `tiles` tiles of keys, by the time of all waves of CTAs.
+
+    `share` items have the same keys.
+    """
+    memory = costs.memory * count * tiles / share
 
     def time(chunks: int) -> float:
         waves = -(-count * chunks // slots)
         split = 0.0 if chunks == 1 else costs.part + (costs.add + costs.traffic * count) * chunks
-        return waves * (-(-tiles // chunks) + costs.start) + split
+        return max(waves * (-(-tiles // chunks) + costs.start), memory) + split
 
     most = max(min(tiles, MOST_CHUNKS, 1 + EXTRA_ITEMS * slots // count), 1)
     return min(range(1, most + 1), key=time)

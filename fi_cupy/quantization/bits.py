@@ -15,6 +15,7 @@ from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.reference import quantization as reference
+from fi_cupy.workspace import device_of
 
 _PACK = ParamsStruct("PackbitsParams", [("x", "ptr"), ("y", "ptr"), ("n", "u64")])
 _SEGMENT = ParamsStruct(
@@ -160,7 +161,8 @@ def _upload(values: np.ndarray[Any, Any], like: View, dtype: DType) -> View:
 
     made = like.empty(values.shape, dtype)
     if values.size:
-        runtime.memcpyAsync(made.ptr, values.ctypes.data, values.nbytes, runtime.memcpyHostToDevice, like.stream())
+        with device_of(like):
+            runtime.memcpyAsync(made.ptr, values.ctypes.data, values.nbytes, runtime.memcpyHostToDevice, like.stream())
     return made
 
 

@@ -25,8 +25,9 @@ def _cast(
     tile: int,
     enable_pdl: bool | None,
     gated: bool = False,
+    inversed: bool = False,
 ) -> tuple[Any, Any]:
-    """Cast [..., k] (or the gated halves of [..., 2 k]) to e2m1."""
+    """Cast [..., k] (or the gated halves of [..., 2 k]) to e2m1; `inversed`: the scale's reciprocal is given."""
     k = v.shape[-1] // 2 if gated else v.shape[-1]
     if k % sf_vec_size or (gated and v.shape[-1] % 2):
         raise ShapeError(f"{op}: input has shape {v.shape}, expected groups of {sf_vec_size} in the last dimension")
@@ -37,14 +38,16 @@ def _cast(
     if v.is_cpu:
         x = v.numpy()
         x = activation.silu_and_mul(x.astype(np.float32)) if gated else x
-        codes, values = block_formats.fp4_quantize(x, global_scale, sf_vec_size, ue8m0)  # type: ignore[arg-type]
+        given = kernels.host_number(global_scale)
+        codes, values = block_formats.fp4_quantize(x, 1.0 / given if inversed else given, sf_vec_size, ue8m0)
         q.write(codes)
         values = values.reshape(tokens, groups)
         scales.write(block_formats.tile_scales(values, tile) if tile else values)
     else:
         kernels.quantize_rows(
             op, v, q, scales, out=float4_e2m1fn, mode="e8m0" if ue8m0 else "e4m3", group=sf_vec_size,
-            scale_strides=(groups, 1), tile=tile, padded=padded, gated=gated, given=global_scale,
+            scale_strides=(groups, 1), tile=tile, padded=padded, gated=gated,
+            given=1.0 / global_scale if inversed else global_scale,  # type: ignore[operator]
             pdl=bool(enable_pdl),
         )  # fmt: skip
     return q.result(), scales.result()
@@ -115,14 +118,13 @@ def fp4_quantize(
         raise ArgumentError(f"{op}: is_sf_8x4_layout is True, expected is_sf_swizzled_layout=True with it")
     v = kernels.float_input(op, input, "input")
     given = 1.0 if global_scale is None else kernels.one_number(op, "global_scale", global_scale, v)
-    if is_global_scale_inversed:
-        if isinstance(given, View):
-            raise UnsupportedError(f"{op}: global_scale is on a GPU, expected a number with is_global_scale_inversed")
-        given = 1.0 / given
+    if is_global_scale_inversed and isinstance(given, View) and not given.reference_types:
+        raise UnsupportedError(f"{op}: global_scale is on a GPU, expected a number with is_global_scale_inversed")
     layout = SfLayout.layout_8x4 if is_sf_8x4_layout else None
     return _cast(
-        op, v, given, sf_vec_size, bool(sf_use_ue8m0), sf_layout(op, layout, is_sf_swizzled_layout), enable_pdl
-    )
+        op, v, given, sf_vec_size, bool(sf_use_ue8m0), sf_layout(op, layout, is_sf_swizzled_layout), enable_pdl,
+        inversed=bool(is_global_scale_inversed),
+    )  # fmt: skip
 
 
 def nvfp4_quantize(
@@ -301,7 +303,7 @@ def e2m1_and_ufp8sf_scale_to_float(
         scales = block_formats.untile_scales(scales, tile, (m, groups)) if tile else scales
         out.write(
             block_formats.fp4_dequantize(
-                q.numpy(), np.ascontiguousarray(scales), given, sf_vec_size, ufp8_type == 0  # type: ignore[arg-type]
+                q.numpy(), np.ascontiguousarray(scales), kernels.host_number(given), sf_vec_size, ufp8_type == 0
             )
         )  # fmt: skip
     else:

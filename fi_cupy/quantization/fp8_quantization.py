@@ -214,8 +214,9 @@ def per_tensor_quant_fp8(x: Any, scale: Any = None, dtype: Any = None) -> tuple[
     q, s = v.empty(v.shape, kind), v.empty((1,), float32)
     if v.is_cpu:
         amax = np.abs(v.numpy().astype(np.float32)).max(initial=1e-10)
-        used = np.float32(amax / np.float32(448.0 if kind is float8_e4m3fn else 57344.0)) if given is None else given
-        q.write(reference.static_quant(v.numpy(), used, kind.np))  # type: ignore[arg-type]
+        found = np.float32(amax / np.float32(448.0 if kind is float8_e4m3fn else 57344.0))
+        used = float(found) if given is None else kernels.host_number(given)
+        q.write(reference.static_quant(v.numpy(), used, kind.np))
         s.write(np.array([used], np.float32))
         return q.result(), s.result()
     if given is None:

@@ -25,6 +25,7 @@ from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppValue, KernelSpec
 from fi_cupy.prefill_kernel import fast_div
+from fi_cupy.workspace import device_of
 
 #: Two values a byte; no framework has the type, so arrays of it are bytes.
 float4_e2m1fn = DType("float4_e2m1fn", "e2m1", "fi::E2m1", 1, uint8.np)
@@ -399,7 +400,8 @@ def absolute_max(op: str, x: View) -> View:
 
     tokens, stride = token_rows(op, "input", x)
     result = x.empty((1,), float32)
-    runtime.memsetAsync(result.ptr, 0, 4, x.stream())
+    with device_of(x):
+        runtime.memsetAsync(result.ptr, 0, 4, x.stream())
     launch_absolute_max(x, result, tokens, stride)
     return result
 
@@ -462,7 +464,7 @@ def float_input(op: str, x: Any, name: str = "x", least: int = 1) -> View:
 
 
 def one_number(op: str, name: str, value: Any, x: View) -> float | View:
-    """A number, or an array of one float32 on the device of `x` (on the CPU: the number in it)."""
+    """A number, or an array of one float32 on the device of `x`."""
     if isinstance(value, (int, float, np.floating)):
         return float(value)
     s = view(value, op, name)
@@ -470,7 +472,12 @@ def one_number(op: str, name: str, value: Any, x: View) -> float | View:
         check_shape(op, name, s, (1,))
     check_dtype(op, name, s, (float32,))
     check_device(op, x, **{name: s})
-    return float(s.numpy().reshape(-1)[0]) if s.is_cpu else s
+    return s
+
+
+def host_number(given: float | View) -> float:
+    """The number, where it is one or lies in an array on the CPU."""
+    return float(given.numpy().reshape(-1)[0]) if isinstance(given, View) else given
 
 
 def dense_out(op: str, name: str, given: Any, shape: tuple[int, ...], kinds: tuple[DType, ...], x: View) -> View:

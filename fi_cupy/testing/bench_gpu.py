@@ -278,7 +278,14 @@ class GpuTimer:
         to, frm, stream = target.data.ptr, source.data.ptr, self.stream.ptr
         runtime = self._cupy.cuda.runtime
         copy, kind = runtime.memcpyAsync, runtime.memcpyDeviceToDevice
-        return self._rate("cupy", lambda s: copy(to, frm, nbytes, kind, stream), [(source, target)], 2 * nbytes)
+        sets = [(source, target)]
+        best = self._rate("cupy", lambda s: copy(to, frm, nbytes, kind, stream), sets, 2 * nbytes)
+        if self._torch is None:
+            return best
+        # The driver's copy of an H100 moved 2.4 TB/s where elementwise kernels move 2.9.
+        torch = self._torch
+        words = [tuple(torch.from_dlpack(x.view("float32")) for x in sets[0])]
+        return max(best, self._rate("torch", lambda s: torch.neg(s[0], out=s[1]), words, 2 * nbytes))
 
     def _read_rate(self, nbytes: int) -> float:
         x = self._torch.from_dlpack(random_array((nbytes // 2,), "bfloat16"))

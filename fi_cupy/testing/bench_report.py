@@ -15,7 +15,7 @@ import jinja2
 from fi_cupy.testing.bench_cli import format_rate, format_value
 
 _OURS, _LIMIT = "#7b3fa0", "#d9c9e3"
-_PEERS = ("#2c7fb8", "#31a354", "#e08214", "#7f7f7f", "#c0392b")
+_PEERS = ("#31a354", "#2c7fb8", "#e08214", "#c0392b", "#7f7f7f", "#17becf", "#8c564b", "#bcbd22", "#e377c2", "#1f3b73")
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -33,7 +33,7 @@ _PAGE = """<!doctype html>
 <p class="limits">Measured limits: {% for limit in limits %}<span>{{ limit }}</span>{% endfor %}</p>
 <p>Times are medians of CUDA-graph replays over inputs that the L2 cache does not hold (L2 marks those that fit). Peers
  in the same process ran interleaved; recorded ones ran on {{ recorded }}. Right of the line at 1, fi_cupy is
- faster.</p>
+ faster. Rows of "host" are times on the host's clock, those of "end_to_end" tokens a second.</p>
 {% for op in ops %}
 <h2>{{ op.name }}</h2>
 {{ op.chart }}
@@ -53,18 +53,41 @@ def speedups(row: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _chart(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
-    """The share of the limit as bars, the speedup over each peer as dots, one line a case."""
+def chart(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One operator's rows as SVG: shares of the limit as bars, speedups over peers as dots, one line a case; or ""."""
+    rows = [row for row in rows if row["status"] == "ok" and (row.get("percent") or speedups(row))]
+    if not rows:
+        return ""
     from matplotlib.figure import Figure
 
-    names = [row["name"] for row in rows]
-    figure = Figure(figsize=(11, 0.7 + 0.26 * len(rows)))
-    left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [1, 1.4]})
-    y = range(len(rows))
-    left.barh(y, [100] * len(rows), color=_LIMIT, height=0.7)
-    left.barh(y, [row.get("percent") or 0 for row in rows], color=_OURS, height=0.7)
-    left.set(xlabel="% of the measured limit", xlim=(0, 120), ylim=(len(rows) - 0.4, -0.6))
-    left.set_yticks(y, names, fontsize=7)
+    peers = sorted({peer for row in rows for peer in speedups(row)})
+    bars = any(row.get("percent") for row in rows)
+    figure = Figure(figsize=(11, 0.9 + 0.26 * len(rows)), facecolor="white")
+    widths = [*([1] if bars else []), *([1.4] if peers else [])]
+    panels = figure.subplots(1, len(widths), sharey=True, squeeze=False, gridspec_kw={"width_ratios": widths})[0]
+    panels[0].set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
+    panels[0].set_ylim(len(rows) - 0.4, -0.6)
+    if bars:
+        _draw_bars(panels[0], rows)
+    if peers:
+        _draw_dots(panels[-1], rows, dict(zip(peers, _PEERS * len(peers), strict=False)))
+    for axis in panels:
+        axis.tick_params(length=0)
+        for side in ("top", "right", "left"):
+            axis.spines[side].set_visible(False)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _draw_bars(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    shares = [row.get("percent") or 0 for row in rows]
+    axis.barh(range(len(rows)), [100] * len(rows), color=_LIMIT, height=0.7)
+    axis.barh(range(len(rows)), shares, color=_OURS, height=0.7)
+    axis.set(xlabel="% of the measured limit", xlim=(0, max(105, *shares)))
+
+
+def _draw_dots(right: Any, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
     for peer, colour in colours.items():
         points = [(speedups(row)[peer], i) for i, row in enumerate(rows) if peer in speedups(row)]
         if points:
@@ -78,15 +101,13 @@ def _chart(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str
     right.minorticks_off()
     right.set(xlabel="speedup over the peer", xlim=(low, high))
     right.grid(axis="x", color="#eeeeee")
-    if right.get_legend_handles_labels()[0]:
-        right.legend(frameon=False, fontsize=7)
-    for axis in (left, right):
-        axis.tick_params(length=0)
-        for side in ("top", "right", "left"):
-            axis.spines[side].set_visible(False)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight")
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
+    right.legend(frameon=False, fontsize=7, ncols=4, handletextpad=0, columnspacing=1.2, **place)
+
+
+def _time(row: Mapping[str, Any]) -> str:
+    text = format_value(row).replace("us host", "µs")
+    return f"{text} µs" if row.get("unit") == "us" else text
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, str]:
@@ -94,9 +115,7 @@ def _row(row: Mapping[str, Any]) -> dict[str, str]:
     return {
         "name": row["name"],
         "status": row["status"],
-        "time": f"{format_value(row)}{' µs' if row.get('unit') == 'us' else ''}"
-        if row["status"] == "ok"
-        else row["status"],
+        "time": _time(row) if row["status"] == "ok" else row["status"],
         "rate": format_rate(row),
         "percent": f"{row['percent']:.0f} %{' (L2)' if row.get('in_l2') else ''}" if row.get("percent") else "",
         "peers": peers if row["status"] == "ok" else row.get("error", "")[:200],
@@ -105,19 +124,10 @@ def _row(row: Mapping[str, Any]) -> dict[str, str]:
 
 def report(found: Mapping[str, Any]) -> str:
     """The page, from what ``fi-cupy bench --json`` writes."""
-    peers = sorted({peer for row in found["rows"] for peer in speedups(row)})
-    colours = {peer: _PEERS[i % len(_PEERS)] for i, peer in enumerate(peers)}
     ops = []
     for op, rows_of_op in groupby(found["rows"], key=lambda row: row["op"]):
         rows = list(rows_of_op)
-        measured = [row for row in rows if row["status"] == "ok" and (row.get("percent") or speedups(row))]
-        ops.append(
-            {
-                "name": op,
-                "chart": _chart(measured, colours) if measured else "",
-                "rows": [_row(row) for row in rows],
-            }
-        )
+        ops.append({"name": op, "chart": chart(rows), "rows": [_row(row) for row in rows]})
     limits = [f"{name} {rate / 1e12:.2f} TB/s" for name, rate in found["limits"].items() if name in ("read", "copy")]
     limits += [
         f"{name} products {rate / 1e12:.0f} TFLOP/s"

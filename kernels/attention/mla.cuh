@@ -191,8 +191,8 @@ FI_DEVICE void mla(const Params& params) {
   float* const tops = reinterpret_cast<float*>(smem + Shape::kTops);
 
   ptx::grid_launch_dependents();
-  ptx::grid_wait();
   const PrefillItem item = params.items[blockIdx.x];
+  if (!params.table_ready || item.qo_len == 0) ptx::grid_wait();
   if (item.qo_len == 0) return;
   if (threadIdx.x == 0) shared.item = item;
   const int lane = lane_id(), row_warp = warp_id() / kColWarps, column = warp_id() % kColWarps;
@@ -209,6 +209,7 @@ FI_DEVICE void mla(const Params& params) {
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) ahead[i] = loader.find(start_of(i));
   if constexpr (kStages > 1) next = loader.find(start_of(kAhead));
+  ptx::grid_wait();
 #pragma unroll 1
   for (int r = threadIdx.x >> 3; r < kTileQ; r += Shape::kThreads / 8) {
     const int packed = first_row + r, qo_idx = params.group.quotient(packed), head = packed - qo_idx * heads, sub = threadIdx.x & 7;

@@ -40,14 +40,15 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
 
   const uint32_t smem = ptx::smem_address(memory), own = smem + kMlaQ + kWg * kMlaStage, other = smem + kMlaQ + kOther * kMlaStage;
   const uint64_t q_desc = ptx::wgmma_descriptor(smem, 16, 1024);
-  const uint64_t k_desc = ptx::wgmma_descriptor(own, 16, kMlaRows8), kpe_desc = ptx::wgmma_descriptor(own + kMlaKpeAt, 16, 1024);
-  const uint64_t v_own = ptx::wgmma_descriptor(own + 2 * kWg * kMlaQuarter, 1024, kMlaRows8);
-  const uint64_t v_other = ptx::wgmma_descriptor(other + 2 * kWg * kMlaQuarter, 1024, kMlaRows8);
+  const uint64_t k_desc = ptx::wgmma_descriptor(own, 16, 1024), kpe_desc = ptx::wgmma_descriptor(own + kMlaKpeAt, 16, 1024);
+  const uint64_t v_own = ptx::wgmma_descriptor(own + 2 * kWg * kMlaQuarter, kMlaPanel, 1024);
+  const uint64_t v_other = ptx::wgmma_descriptor(other + 2 * kWg * kMlaQuarter, kMlaPanel, 1024);
   const uint64_t p_other = ptx::wgmma_descriptor(other + kMlaKpeAt, 16, 1024);
 
   float o[2][64];  // of this warpgroup's quarters
 #pragma unroll
   for (int i = 0; i < 128; ++i) o[i >> 6][i & 63] = 0.f;
+  float(&all)[128] = reinterpret_cast<float(&)[128]>(o);
   MlaRowState state{{-FI_INF, -FI_INF}, {0.f, 0.f}, {-FI_INF, -FI_INF}, {0.f, 0.f}};
   uint32_t p[kMlaKeys / 16][4];
 
@@ -62,7 +63,7 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
       for (int step = 0; step < 8; ++step) {
         const int panel = step >> 2, inside = (step & 3) * 2;
         ptx::Wgmma<T, kMlaKeys>::ss(s, q_desc + (2 * quarter + panel) * (kMlaPanel / 16) + inside,
-                                    k_desc + quarter * (kMlaQuarter / 16) + panel * 64 + inside, number + step != 0);
+                                    k_desc + (2 * quarter + panel) * (kMlaPanel / 16) + inside, number + step != 0);
       }
     }
 #pragma unroll
@@ -70,36 +71,49 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
       ptx::Wgmma<T, kMlaKeys>::ss(s, q_desc + 8 * (kMlaPanel / 16) + step * 2, kpe_desc + step * 2, 1);
     ptx::wgmma_commit();
   };
-  // p v of both quarters, a group each, so that the first becomes free before the second.
+  // p v of both quarters. Of this warpgroup's own weights a group each, so that the first becomes free before the second; of
+  // the other's, which come from shared memory, in one, so that they are read once. (Other producers need more registers, and
+  // ptxas wants some for this that are not left.)
+  constexpr bool kBoth = Config::kLoad == MlaLoad::kBoxes;
   auto multiply_own = [&] {
     ptx::wgmma_fence();
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
 #pragma unroll
       for (int step = 0; step < kMlaKeys / 16; ++step)
-        ptx::Wgmma<T, 128>::rs(o[q], p[step], v_own + q * (kMlaQuarter / 16) + step * (2 * kMlaRows8 / 16), 1);
+        ptx::Wgmma<T, 128>::rs(o[q], p[step], v_own + q * (kMlaQuarter / 16) + step * (2 * 1024 / 16), 1);
       ptx::wgmma_commit();
     }
   };
   auto multiply_other = [&] {
     ptx::wgmma_fence();
-#pragma unroll
-    for (int q = 0; q < 2; ++q) {
+    if constexpr (kBoth) {
 #pragma unroll
       for (int step = 0; step < kMlaKeys / 16; ++step)
-        ptx::Wgmma<T, 128>::st(o[q], p_other + step * 2, v_other + q * (kMlaQuarter / 16) + step * (2 * kMlaRows8 / 16), 1);
+        ptx::Wgmma<T, 256>::st(all, p_other + step * 2, v_other + step * (2 * 1024 / 16), 1);
       ptx::wgmma_commit();
+    } else {
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+#pragma unroll
+        for (int step = 0; step < kMlaKeys / 16; ++step)
+          ptx::Wgmma<T, 128>::st(o[q], p_other + step * 2, v_other + q * (kMlaQuarter / 16) + step * (2 * 1024 / 16), 1);
+        ptx::wgmma_commit();
+      }
     }
   };
   auto release = [&](int stage, int quarter) {
     if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.empty[stage][quarter]));
   };
+  // The first quarter's product is done, if it is one of its own; then both.
   auto first_done = [&](int stage) {
+    if (kBoth && stage != kWg) return;
     ptx::wgmma_wait<1>();
     release(stage, 2 * kWg);
   };
   auto done = [&](int stage) {
     ptx::wgmma_wait<0>();
+    if (kBoth && stage != kWg) release(stage, 2 * kWg);
     release(stage, 2 * kWg + 1);
     ptx::wgmma_arrived(o[0]);
     ptx::wgmma_arrived(o[1]);
@@ -260,7 +274,6 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
     const int row = warp_row + h * 8 + (lane >> 2);
     total.m[0][h] = state.m[h], total.d[0][h] = shared.d[0][row] + shared.d[1][row];
   }
-  float(&all)[128] = reinterpret_cast<float(&)[128]>(o);
   if (item.num_chunks > 1) {  // Q's memory is free: both warpgroups' products are done
     MlaJoin<Config, kMlaRows, 256, 32>::run(params, shared, reinterpret_cast<float*>(memory), all, total, scale,
                                             warp_row + (lane >> 2), kWg * 256 + 2 * (lane & 3), kWg == 0 && (lane & 3) == 0,
@@ -297,7 +310,10 @@ FI_DEVICE void load_mla_queries(const Params& params, const PrefillItem& item, u
 template <class Config, class Params>
 FI_DEVICE void mla_hopper(const Params& params) {
   static_assert(!Config::Logits::kHasQuery && !Config::Logits::kHasKey && !Config::Logits::kHasOutput && Config::Logits::kUseSoftmax);
-  constexpr bool kFp8 = Config::kLoad == MlaLoad::kFp8;
+  constexpr bool kBoxes = Config::kLoad == MlaLoad::kBoxes, kFp8 = Config::kLoad == MlaLoad::kFp8;
+  // A CTA starts with 384 x 168 or, with two warpgroups that widen, 512 x 128 registers, and has no more.
+  constexpr int kProducers = kFp8 ? 2 : 1, kProducerRegs = kFp8 ? 48 : kBoxes ? 56 : 88, kConsumerRegs = kBoxes ? 224 : 208;
+  static_assert(kProducers * kProducerRegs + 2 * kConsumerRegs <= (kFp8 ? 512 : 504));
   extern __shared__ __align__(1024) uint8_t smem[];
   auto& shared = *reinterpret_cast<MlaHopperShared*>(smem + kMlaQ + 2 * kMlaStage);
   // The same for a whole warpgroup and warp; the shuffle tells the compiler.
@@ -306,31 +322,34 @@ FI_DEVICE void mla_hopper(const Params& params) {
   ptx::grid_launch_dependents();
   if (threadIdx.x == 0) {
     for (int i = 0; i < 8; ++i) {
-      ptx::mbarrier_init(ptx::smem_address(&shared.full[i >> 2][i & 3]), Config::kLoad == MlaLoad::kBoxes ? 1 : 64);
+      ptx::mbarrier_init(ptx::smem_address(&shared.full[i >> 2][i & 3]), kBoxes ? 1 : kFp8 ? 8 : 64);
       ptx::mbarrier_init(ptx::smem_address(&shared.empty[i >> 2][i & 3]), 4);
     }
-    ptx::mbarrier_init(ptx::smem_address(&shared.tail), 1);
+    for (int i = 0; i < 4; ++i) ptx::mbarrier_init(ptx::smem_address(&shared.tail[i]), 1);
     ptx::mbarrier_init_fence();
-  } else if (Config::kLoad == MlaLoad::kBoxes && threadIdx.x == 256) {
+  } else if (kBoxes && threadIdx.x == 256) {
     ptx::tma_prefetch(params.ckv_map);
     ptx::tma_prefetch(params.kpe_map);
   }
-  ptx::grid_wait();
   const PrefillItem item = params.items[blockIdx.x];
-  if (item.qo_len == 0) return;  // padding of a captured graph
+  if (item.qo_len == 0) {  // padding of a captured graph
+    ptx::grid_wait();
+    return;
+  }
   if (threadIdx.x == 0) shared.item = item;
   __syncthreads();  // barriers and the item: written by the first thread, read by all
 
-  if (warpgroup == 2) {
-    ptx::lower_registers<kFp8 ? 88 : 56>();
+  if (warpgroup >= 2) {
+    ptx::lower_registers<kProducerRegs>();
     if constexpr (Config::kLoad == MlaLoad::kRows)
       gather_mla<Config>(params, shared, smem + kMlaQ, item, (warp - 8) >> 1);
-    else if constexpr (kFp8)
-      widen_mla<Config>(params, shared, smem + kMlaQ, item, (warp - 8) >> 1);
+    else if constexpr (!kBoxes)
+      widen_mla<Config>(params, shared, smem + kMlaQ, item);
     else if (warp < 10)
       produce_mla(params, shared, smem + kMlaQ, item, warp - 8);
   } else {
-    ptx::raise_registers<kFp8 ? 208 : 224>();
+    ptx::raise_registers<kConsumerRegs>();
+    ptx::grid_wait();
     load_mla_queries<Config>(params, item, smem);
     if (warpgroup == 0)
       consume_mla<Config, 0>(params, shared, smem);

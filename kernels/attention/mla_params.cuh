@@ -16,6 +16,7 @@ struct MlaParams : PrefillParams {
   int64_t q_pe_stride_n, q_pe_stride_h;
   float pe_ratio;    // fp8: kpe_scale / ckv_scale; sm_scale and out_scale hold the latter
   float lse_factor;  // 1, or ln 2 for a lse in base e
+  uint32_t table_ready;  // 1: kv_indices was complete before the kernel in front of this one started, as the items always are
 };
 
 // With rotary embedding inside: turns[i] is the frequency of dims 2 i and 2 i + 1 of q_pe and kpe, in 2^-64 turns a position.

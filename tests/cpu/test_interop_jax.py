@@ -10,11 +10,11 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import numpy as np
 import pytest
-from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, into_shape, wrapper_cases
+from interop_cases import CASES, NOT_IN_JIT, WRAPPER_KEYS, Case, copied, flat, has_arrays, received, wrapper_cases
 
 import fi_cupy
 from fi_cupy import errors
-from fi_cupy.interop.table import ALIASES, OPERATORS
+from fi_cupy.interop.table import OPERATORS
 from fi_cupy.interop.wrappers import WRAPPERS
 
 jax = pytest.importorskip("jax")
@@ -27,20 +27,19 @@ _compiled = _call._compiled
 
 def split(kwargs):
     """Arguments that are arrays, and the rest."""
-    arrays = {k: v for k, v in kwargs.items() if isinstance(v, (np.ndarray, tuple))}
+    arrays = {k: v for k, v in kwargs.items() if has_arrays(v)}
     return arrays, {k: v for k, v in kwargs.items() if k not in arrays}
 
 
 def eager(row, kwargs):
     """What the operator's own function returns or overwrites."""
     kwargs = copied_all(kwargs)
-    if row.into:
-        kwargs[row.into] = np.zeros(into_shape(row, kwargs), fi_cupy.dtypes.float8_e4m3fn.np)
+    kwargs |= received(row, kwargs, fi_cupy.dtypes.float8_e4m3fn.np)
     made = row.function(**kwargs)
-    overwritten = [kwargs[n] for n in ((row.into,) if row.into else ()) + row.mutated if kwargs.get(n) is not None]
+    overwritten = [kwargs[n] for n in row.receivers + row.mutated if kwargs.get(n) is not None]
     if made is None:
         return flat(tuple(overwritten))
-    returned = flat(made)
+    returned = [x for x in flat(made) if x is not None]
     return returned + [x for x in flat(tuple(overwritten)) if not any(x is y for y in returned)]
 
 
@@ -49,7 +48,7 @@ def copied_all(kwargs):
 
 
 def same(got, want):
-    got, want = [np.asarray(x) for x in flat(got)], [np.asarray(x) for x in want]
+    got, want = [np.asarray(x) for x in flat(got) if x is not None], [np.asarray(x) for x in want]
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
         narrow = {"int64": "int32", "uint64": "uint32"}.get(w.dtype.name, w.dtype.name)
@@ -57,26 +56,7 @@ def same(got, want):
         np.testing.assert_array_equal(g.astype(np.float64), w.astype(np.float64))
 
 
-#: Public functions that no framework's compiler sees: host functions, and operators whose row is still to be written.
-NOT_TRACED = {
-    "convert_bsr_mask_layout", "fast_decode_plan", "preload", "autotune",
-    *("e2m1_and_ufp8sf_scale_to_float", "mxfp4_dequantize", "mxfp8_dequantize_host"),  # checks of results
-    *("mm_fp8", "bmm_fp8", "mm_bf16_swiglu"),  # column-major operands, which XLA does not have
-    *("fp4_quantize", "nvfp4_quantize", "mxfp4_quantize", "silu_and_mul_nvfp4_quantize", "per_token_group_quant_8bit"),
-    *("rope_quantize_fp8", "mla_rope_quantize_fp8", "rope_quantize_fp8_append_paged_kv_cache", "cutlass_fused_moe"),
-    *("fused_topk_deepseek", "fp8_blockscale_gemm_sm90"),
-}  # fmt: skip
-
-
-def test_every_operator_has_a_case():
-    assert {name for name, _ in CASES} == set(OPERATORS)
-    assert {name for name, _ in WRAPPER_KEYS} == set(WRAPPERS) - {"CUDAGraphBatchDecodeWithPagedKVCacheWrapper"}
-    public = {n for n in fi_cupy.__all__ if callable(getattr(fi_cupy, n)) and hasattr(getattr(fi_cupy, n), "__code__")}
-    assert public <= set(OPERATORS) | set(ALIASES) | NOT_TRACED | {"single_prefill_with_kv_cache_return_lse"}
-    assert callable(fj.single_prefill_with_kv_cache_return_lse)
-
-
-@pytest.mark.parametrize("key", [k for k in CASES if k[0] != "segment_packbits"], ids="-".join)
+@pytest.mark.parametrize("key", [k for k in CASES if k not in NOT_IN_JIT], ids="-".join)
 def test_operator_inside_jit(rng, key):
     row = OPERATORS[key[0]]
     kwargs = CASES[key](Case(rng, "bfloat16" if key[0].startswith("silu") else "float32"))
@@ -128,6 +108,21 @@ def test_errors_come_at_trace_time_with_our_texts():
         fj.segment_packbits(x[0] > 0, jnp.array([0, 8]))
     with pytest.raises(errors.FrameworkError, match=r"JAX tracer.*fi_cupy\.interop\.jax"):
         jax.jit(fi_cupy.rmsnorm)(x, w)
+
+
+def test_weights_that_lie_column_by_column(rng):
+    """Where the caller transposes a row-major weight, no transposition is left for XLA to compute."""
+    x, w = (jnp.asarray(Case(rng, "float32").x(*s), jnp.float8_e4m3fn) for s in ((8, 64), (32, 64)))
+    step = jax.jit(lambda x, w: fj.mm_fp8(x, w.T, jnp.ones(1), out_dtype="float32"))
+    assert "transpose" not in step.lower(x, w).compile().as_text()
+    want = x.astype("float32") @ w.astype("float32").T
+    np.testing.assert_allclose(step(x, w), want, rtol=1e-6, atol=1e-5)
+    with pytest.raises(
+        errors.ShapeError, match=r"^mm_fp8: b has 32 rows in \(\) matrices, expected 64 = a.shape\[-1\]"
+    ):
+        jax.eval_shape(lambda x, w: fj.mm_fp8(x, w, jnp.ones(1)), x, w)
+    with pytest.raises(errors.UnsupportedError, match=r"^per_token_group_quant_8bit: a result .* would have strides"):
+        fj.per_token_group_quant_8bit(jnp.ones((5, 64)), 32, column_major_scales=True)
 
 
 def test_vmap_and_grad_are_refused():

@@ -9,7 +9,7 @@ import sys
 import ml_dtypes  # noqa: F401  (NumPy learns bfloat16)
 import numpy as np
 import pytest
-from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, into_shape, wrapper_cases
+from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, kept_order, received, wrapper_cases
 
 import fi_cupy
 from fi_cupy import errors
@@ -24,12 +24,14 @@ def tensor(value):
     """Torch's copy of arguments."""
     if isinstance(value, tuple):
         return tuple(tensor(v) for v in value)
-    if not isinstance(value, np.ndarray):
-        return value
-    if value.dtype.name in ("bfloat16", "float8_e4m3fn"):
-        raw = {"bfloat16": np.int16, "float8_e4m3fn": np.uint8}[value.dtype.name]
-        return torch.from_numpy(value.view(raw).copy()).view(getattr(torch, value.dtype.name))
-    return torch.from_numpy(value.copy())
+    return kept_order(value, dense_tensor) if isinstance(value, np.ndarray) else value
+
+
+def dense_tensor(value):
+    raw = {"bfloat16": np.int16, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8}.get(value.dtype.name)
+    if raw is None:
+        return torch.from_numpy(value.copy())
+    return torch.from_numpy(value.view(raw).copy()).view(getattr(torch, value.dtype.name))
 
 
 def tensors(kwargs):
@@ -39,15 +41,14 @@ def tensors(kwargs):
 def case_of(key, rng):
     row = OPERATORS[key[0]]
     kwargs = CASES[key](Case(rng, "bfloat16" if key[0].startswith("silu") else "float32"))
-    if row.into:
-        kwargs[row.into] = np.zeros(into_shape(row, kwargs), fi_cupy.dtypes.float8_e4m3fn.np)
+    kwargs |= received(row, kwargs, fi_cupy.dtypes.float8_e4m3fn.np)
     return row, kwargs
 
 
 def outcome(function, kwargs, changed):
     """What a call returns, and the arguments that it overwrites."""
     made = function(**kwargs)
-    return ([] if made is None else flat(made)) + [x for n in changed for x in flat(kwargs.get(n)) if x is not None]
+    return [x for x in flat((made, *(kwargs.get(n) for n in changed))) if x is not None]
 
 
 def same(got, want):
@@ -57,7 +58,11 @@ def same(got, want):
         torch.testing.assert_close(g.to(torch.float64), w.to(torch.float64), rtol=0, atol=0, equal_nan=True)
 
 
-FP8 = fi_cupy.dtypes.float8_e4m3fn.np
+def as_bytes(value):
+    """fp8 arguments as bytes."""
+    if isinstance(value, tuple):
+        return tuple(map(as_bytes, value))
+    return value.view(np.uint8) if getattr(value, "dtype", None) == fi_cupy.dtypes.float8_e4m3fn.np else value
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +74,7 @@ def fresh():
 @pytest.mark.parametrize("key", list(CASES), ids="-".join)
 def test_operator_compiled(rng, key):
     row, kwargs = case_of(key, rng)
-    changed = (*row.mutated, *filter(None, (row.into,)))
+    changed = (*row.mutated, *row.receivers)
     compiled = torch.compile(getattr(ft, key[0]), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         got = outcome(compiled, tensors(kwargs), changed)
@@ -90,9 +95,11 @@ def test_opcheck(rng, key):
                 )
             return op(*args, **(kwargs or {}))
 
-    if row.into:  # opcheck compares results, for which torch has no fp8
-        kwargs[row.into] = np.zeros(into_shape(row, kwargs), np.uint8)
-    kwargs = {k: v.view(np.uint8) if getattr(v, "dtype", None) == FP8 else v for k, v in kwargs.items()}
+    kwargs |= received(row, kwargs)  # opcheck compares what is overwritten, for which torch has no fp8
+    if row.updates:
+        given = zip(row.out, row.absent, strict=True)
+        kwargs |= {o: np.zeros(kwargs[x].shape, np.uint8) for o, x in given if kwargs[x] is not None}
+    kwargs = {k: as_bytes(v) for k, v in kwargs.items()}
     with Recorder(), torch.no_grad():
         getattr(ft, key[0])(**tensors(kwargs))
     (op, args, named), *more = calls
@@ -153,6 +160,14 @@ def test_outputs_that_are_given():
     best = torch.zeros(3, dtype=torch.int32)
     assert ft.argmax(x, best, torch.tensor([1, 0, 1], dtype=torch.int32)) is best
     assert best[1] == 0 and best[0] == x[0].argmax()
+
+
+@pytest.mark.parametrize("kind", ["float32", np.dtype("float32"), torch.float32, fi_cupy.dtypes.float32], ids=repr)
+def test_dtypes_of_any_kind_while_compiling(kind):
+    a, b = torch.ones(3, 64), torch.ones(64, 32)
+    compiled = torch.compile(lambda a: ft.mm_bf16(a, b, out_dtype=kind), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert compiled(a).dtype is torch.float32
 
 
 def test_sizes_may_change():

@@ -10,9 +10,9 @@ import pytest
 
 from fi_cupy import decode, errors, mla, mla_kernel
 from fi_cupy.attention import explain
-from fi_cupy.dtypes import bfloat16
+from fi_cupy.dtypes import bfloat16, float8_e4m3fn
 from fi_cupy.jit import define_variant
-from fi_cupy.mla_kernel import HOPPER_TILES, Problem, choose_tiles, geometry, hopper_maps, smem_bytes
+from fi_cupy.mla_kernel import FEW_FP8, HOPPER_TILES, Problem, choose_tiles, geometry, hopper_maps, smem_bytes
 from fi_cupy.profiles import TYPICAL
 
 SCALE, HEADS, PAGE = 192**-0.5, 3, 4
@@ -280,6 +280,15 @@ def test_what_goes_to_the_portable_kernel(other, rows, reason):
     assert not geometry(problem(), 128, TYPICAL["100a"]).hopper
 
 
+def test_few_rows_of_fp8_run_two_ctas_a_multiprocessor():
+    fp8 = problem(kv=float8_e4m3fn)
+    g = geometry(fp8, 16, TYPICAL["90a"])
+    assert not g.hopper and g.tiles == FEW_FP8 and g.slots == 2 * TYPICAL["90a"].num_sms
+    assert 2 * (g.tiles.smem_bytes + 1024) <= TYPICAL["90a"].smem_per_sm
+    assert geometry(fp8, 16, TYPICAL["80"]).slots == TYPICAL["80"].num_sms  # not enough memory for two
+    assert geometry(problem(), 16, TYPICAL["90a"]).slots == TYPICAL["90a"].num_sms
+
+
 @pytest.mark.parametrize(("page_size", "rows"), [(8, 8), (16, 16), (24, 8), (64, 64), (96, 32), (256, 64)])
 def test_maps_of_the_caches(monkeypatch, page_size, rows):
     calls = []
@@ -290,7 +299,7 @@ def test_maps_of_the_caches(monkeypatch, page_size, rows):
         == rows
     )
     (_, address, extents, strides, box), kpe = calls
-    assert (address, extents) == (1 << 20, (64, 8, 8, page_size // 8, 7)) and box == (64, 8, 2, rows // 8, 1)
+    assert (address, extents) == (1 << 20, (64, 8, 8, page_size // 8, 7)) and box == (64, 8, 1, rows // 8, 1)
     assert strides == (1152, 128, 8 * 1152, page_size * 1152)
     assert kpe[2:] == ((64, 8, 1, page_size // 8, 7), (128, 128, 1024, page_size * 128), (64, 8, 1, rows // 8, 1))
     hopper_maps.cache_clear()

@@ -17,8 +17,8 @@ from fi_cupy import decode, mla, mla_batch, mla_kernel, plan_run, prefill_batch
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.dtypes import float32
 from fi_cupy.errors import PlanError
-from fi_cupy.mla_kernel import HOPPER_TILES, Call, Costs, Geometry, Problem, choose_tiles, launch_more
-from fi_cupy.plan.mla import plan_mla
+from fi_cupy.mla_kernel import FEW_FP8, HOPPER_TILES, Call, Costs, Geometry, Problem, choose_tiles, launch_more
+from fi_cupy.plan.mla import WAITS, plan_mla
 from fi_cupy.prefill_plan import Options, Work, launch_values
 from fi_cupy.reference.mla import mla_paged
 from fi_cupy.scales import Scales
@@ -100,7 +100,7 @@ def run(batch, g, options, *, slots=7, costs=CHEAP, scales=UNSCALED, ratio=1.0, 
             g, work, x, *parts, *strides, out, lse, options, scales, indices.ptr, batch.page_size, 0, 0
         )
         tokens = None if token_scales is None else view(token_scales)
-        more = launch_more(g, x, x_pe, parts, tokens, ratio, lse_factor, turns)
+        more = launch_more(g, x, x_pe, parts, tokens, ratio, lse_factor, launches > 1, turns)
         spec = g.spec(Call(options.sm_scale > 0, kind if out_dtype else None, token_scales is not None))
         emulate._kernel(spec, 0).launch(work.num_items, 0, *values, *more)
         assert not counters.array.any()
@@ -145,7 +145,7 @@ def ctas(request, monkeypatch):
 def test_split_keys(rng, tiles, page_size, slots, ctas):
     batch = Batch(rng, [1, 2], [330, 200], 16, page_size)
     out, lse, plan = run(batch, geometry(16, page_size, tiles), PLAIN, slots=slots)
-    assert plan.num_slots >= 2 and (plan.items[:, 13] == (len(plan.items) <= slots)).all()
+    assert plan.num_slots >= 2 and (plan.items[:, WAITS] == (len(plan.items) <= slots)).all()
     check(out, lse, *batch.reference(PLAIN), "bfloat16")
 
 
@@ -181,7 +181,7 @@ def test_hopper_split_keys(rng, maps, ctas):
 
 
 @pytest.mark.parametrize("tokens", [False, True])
-@pytest.mark.parametrize("tiles", [choose_tiles(16, 101376, True), HOPPER_TILES], ids=["portable", "hopper"])
+@pytest.mark.parametrize("tiles", [FEW_FP8, HOPPER_TILES], ids=["portable", "hopper"])
 def test_fp8(rng, tiles, tokens):
     batch = Batch(rng, [1, 2], [50, 271], 7, 8, kv="float8_e4m3fn")
     scales = rng.uniform(0.5, 2.0, (*batch.cache.shape[:2], 4)).astype(np.float32) if tokens else None

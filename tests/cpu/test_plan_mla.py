@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
-from fi_cupy.plan.mla import EXTRA_ITEMS, Costs, best_chunks, plan_mla
+from fi_cupy.jit.sources import header_closure
+from fi_cupy.plan.mla import EXTRA_ITEMS, WAITS, Costs, best_chunks, plan_mla
 
 COSTS = Costs(1.5, 1.5, 0.025, 0.037)
 
@@ -75,6 +78,13 @@ def test_chunks_of_even_batches(count, tiles, chunks):
     assert best_chunks(count, tiles, 132, COSTS) == chunks
 
 
+@pytest.mark.parametrize(("share", "chunks"), [(1, 1), (2, 2)])
+def test_halves_do_not_read_memory_faster(share, chunks):
+    """64 items of 64 tiles fill half of the device, but as many different keys are all that the memory gives."""
+    costs = COSTS._replace(memory=0.0163)
+    assert best_chunks(64, 64, 132, costs, share) == chunks and best_chunks(64, 64, 132, COSTS) == 2
+
+
 def test_few_items_are_split_until_joining_costs_more():
     one = best_chunks(2, 64, 132, COSTS)
     assert 16 <= one <= 32
@@ -100,3 +110,13 @@ def test_empty_batches():
     plan = plan_mla(np.arange(3), np.zeros(2, int), np.zeros(2, int), num_heads=16, tile_q=16, tile_kv=32, slots=132,
                     costs=COSTS)  # fmt: skip
     assert len(plan.items) == 2 and plan.num_slots == 0
+
+
+def test_the_word_that_lets_chunks_wait_is_the_one_the_kernel_reads():
+    text = header_closure(b'#include "attention/prefill_params.cuh"')["attention/prefill_params.cuh"].decode()
+    body = re.sub("//.*", "", re.search(r"struct alignas\(16\) PrefillItem \{(.*?)\};", text, re.S)[1])
+    words = [w.strip() for line in re.findall(r"int32_t ([^;]*);", body) for w in line.split(",")]
+    assert words.index("unused[2]") == len(words) - 1 == WAITS
+    plan = plan_mla(np.arange(2), np.array([4096]), np.zeros(1, int), num_heads=128, tile_q=64, tile_kv=64, slots=132,
+                    costs=COSTS)  # fmt: skip
+    assert plan.num_split and plan.items[:, WAITS].all() and not plan.items[:, 13].any()

@@ -230,6 +230,71 @@ def test_dlpack_producer_gives_cupy(data):
     assert_close(to_float64(got), want, "bfloat16")
 
 
+# --- Numba, Warp, nvmath --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(rng):
+    """Rows, weight and the expected norm in a type that every library has."""
+    x, w = normal(rng, (ROWS, HIDDEN), "float32"), normal(rng, (HIDDEN,), "float32")
+    fi_cupy.rmsnorm(on_gpu(x), on_gpu(w))
+    return x, w, oracle(x, w)
+
+
+def test_cuda_array_interface_gives_cupy(plain):
+    class Producer:
+        def __init__(self, array, read_only=False):
+            data = {**array.__cuda_array_interface__}
+            data["data"] = (data["data"][0], read_only)
+            self.array, self.__cuda_array_interface__ = array, data
+
+    x, w, want = plain
+    got = fi_cupy.rmsnorm(Producer(on_gpu(x)), Producer(on_gpu(w)))  # nothing else keeps the arrays
+    assert isinstance(got, cupy.ndarray)
+    assert_close(to_float64(got), want, "float32")
+    out = Producer(poisoned(x.shape, "float32"))
+    assert fi_cupy.rmsnorm(Producer(on_gpu(x)), Producer(on_gpu(w)), out=out) is out
+    assert_close(to_float64(out.array), want, "float32")
+    with pytest.raises(errors.ImmutableArrayError, match="rmsnorm: out is a read-only array"):
+        fi_cupy.rmsnorm(on_gpu(x), on_gpu(w), out=Producer(on_gpu(x), read_only=True))
+
+
+def test_numba_arrays(plain):
+    numba_cuda = pytest.importorskip("numba.cuda")
+    x, w, want = plain
+    nx, nw = numba_cuda.to_device(x), numba_cuda.to_device(w)
+    got = fi_cupy.rmsnorm(nx, nw)
+    assert_close(numba_cuda.as_cuda_array(got).copy_to_host(), want, "float32")
+    out = numba_cuda.device_array_like(nx)
+    assert fi_cupy.rmsnorm(nx, nw, out=out) is out
+    assert_close(out.copy_to_host(), want, "float32")
+    residual = numba_cuda.to_device(x)
+    fi_cupy.fused_add_rmsnorm(nx, residual, nw)  # in place
+    assert_close(residual.copy_to_host(), 2.0 * x, "float32")
+    stream = numba_cuda.stream()
+    late = numba_cuda.to_device(x, stream=stream)  # still being copied: the array names its stream
+    assert_close(to_float64(fi_cupy.rmsnorm(late, nw)), want, "float32")
+
+
+def test_warp_arrays(plain):
+    warp = pytest.importorskip("warp")
+    x, w, want = plain
+    wx, ww = (warp.array(a, dtype=warp.float32, device="cuda:0") for a in (x, w))
+    got = fi_cupy.rmsnorm(wx, ww)
+    cupy.cuda.runtime.deviceSynchronize()
+    assert_close(warp.from_dlpack(got).numpy(), want, "float32")
+
+
+def test_nvmath_results(plain):
+    """nvmath computes on CuPy's arrays, and its results go on."""
+    advanced = pytest.importorskip("nvmath.linalg.advanced")
+    x, w, _ = plain
+    weights = normal(np.random.default_rng(0), (HIDDEN, HIDDEN), "float32", scale=HIDDEN**-0.5)
+    product = advanced.matmul(on_gpu(x), on_gpu(weights))
+    want = oracle(x.astype(np.float64) @ weights.astype(np.float64), w)
+    assert np.abs(to_float64(fi_cupy.rmsnorm(product, on_gpu(w))) - want).max() < 1e-2 * np.abs(want).max()
+
+
 # --- JAX ------------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,19 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import numpy as np
 import pytest
-from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, into_shape, llama_notebook, wrapper_cases
+from interop_cases import (
+    CASES,
+    NOT_IN_JIT,
+    WRAPPER_KEYS,
+    Case,
+    copied,
+    flat,
+    has_arrays,
+    kept_order,
+    llama_notebook,
+    received,
+    wrapper_cases,
+)
 
 import fi_cupy
 from fi_cupy import errors
@@ -37,11 +49,11 @@ def recorded(request):
 def device_copy(value):
     if isinstance(value, tuple):
         return tuple(device_copy(v) for v in value)
-    return on_gpu(value) if isinstance(value, np.ndarray) else value
+    return kept_order(value, on_gpu) if isinstance(value, np.ndarray) else value
 
 
 def split(kwargs):
-    arrays = {k: v for k, v in kwargs.items() if isinstance(v, (np.ndarray, tuple))}
+    arrays = {k: v for k, v in kwargs.items() if has_arrays(v)}
     return arrays, {k: v for k, v in kwargs.items() if k not in arrays}
 
 
@@ -52,7 +64,7 @@ def bits(x):
 
 
 def same(got, want):
-    got, want = flat(got), list(want)
+    got, want = [x for x in flat(got) if x is not None], list(want)
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
         assert g.shape == w.shape
@@ -61,12 +73,10 @@ def same(got, want):
 
 def eager(row, kwargs):
     """What the operator's own function returns or overwrites, on CuPy arrays."""
-    kwargs = {k: device_copy(copied(v)) for k, v in kwargs.items()}
-    if row.into:
-        kwargs[row.into] = cupy.zeros(into_shape(row, kwargs), np.uint8)
+    kwargs = {k: device_copy(copied(v)) for k, v in (kwargs | received(row, kwargs)).items()}
     made = row.function(**kwargs)
-    changed = flat(tuple(kwargs[n] for n in (*filter(None, (row.into,)), *row.mutated) if kwargs.get(n) is not None))
-    returned = [] if made is None else flat(made)
+    changed = flat(tuple(kwargs[n] for n in (*row.receivers, *row.mutated) if kwargs.get(n) is not None))
+    returned = [x for x in flat(made) if x is not None]
     return returned + [x for x in changed if not any(x is y for y in returned)]
 
 
@@ -75,7 +85,7 @@ IN_COMMAND_BUFFERS = (
     "fused_add_rmsnorm", "rmsnorm_quant", "apply_rope_inplace", "append_paged_kv_cache", "sampling_from_probs", "top_k",
     "mm_bf16", "chain_speculative_sampling",
 )  # fmt: skip
-KEYS = [k for k in CASES if k[0] != "segment_packbits"]
+KEYS = [k for k in CASES if k not in NOT_IN_JIT]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, into_shape, wrapper_cases
+from interop_cases import CASES, WRAPPER_KEYS, Case, copied, flat, kept_order, received, wrapper_cases
 
 import fi_cupy
 from fi_cupy import errors
@@ -22,12 +22,14 @@ ft = pytest.importorskip("fi_cupy.interop.torch")
 def tensor(value):
     if isinstance(value, tuple):
         return tuple(tensor(v) for v in value)
-    if not isinstance(value, np.ndarray):
-        return value
-    if value.dtype.name in ("bfloat16", "float8_e4m3fn"):
-        raw = {"bfloat16": np.int16, "float8_e4m3fn": np.uint8}[value.dtype.name]
-        return torch.from_numpy(value.view(raw).copy()).cuda().view(getattr(torch, value.dtype.name))
-    return torch.from_numpy(value.copy()).cuda()
+    return kept_order(value, dense_tensor) if isinstance(value, np.ndarray) else value
+
+
+def dense_tensor(value):
+    raw = {"bfloat16": np.int16, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8}.get(value.dtype.name)
+    if raw is None:
+        return torch.from_numpy(value.copy()).cuda()
+    return torch.from_numpy(value.view(raw).copy()).cuda().view(getattr(torch, value.dtype.name))
 
 
 def tensors(kwargs):
@@ -36,7 +38,7 @@ def tensors(kwargs):
 
 def outcome(function, kwargs, changed):
     made = function(**kwargs)
-    return ([] if made is None else flat(made)) + [x for n in changed for x in flat(kwargs.get(n)) if x is not None]
+    return [x for x in flat((made, *(kwargs.get(n) for n in changed))) if x is not None]
 
 
 def same(got, want):
@@ -57,9 +59,8 @@ def fresh():
 def test_operator_compiled(rng, key):
     row = OPERATORS[key[0]]
     kwargs = CASES[key](Case(rng, "bfloat16"))
-    if row.into:
-        kwargs[row.into] = np.zeros(into_shape(row, kwargs), fi_cupy.dtypes.float8_e4m3fn.np)
-    changed = (*row.mutated, *filter(None, (row.into,)))
+    kwargs |= received(row, kwargs, fi_cupy.dtypes.float8_e4m3fn.np)
+    changed = (*row.mutated, *row.receivers)
     compiled = torch.compile(getattr(ft, key[0]), fullgraph=True, backend="aot_eager")
     same(outcome(compiled, tensors(kwargs), changed), outcome(row.function, tensors(kwargs), changed))
 

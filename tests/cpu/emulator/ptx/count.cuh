@@ -6,6 +6,7 @@ inline uint32_t count_add(uint32_t* p, uint32_t x) {
   *p = old + x;
   return old;
 }
+inline uint32_t count_relaxed(uint32_t* p, uint32_t x) { return count_add(p, x); }
 inline bool count_wait(const uint32_t* p, uint32_t mask, uint32_t count, int looks) {
   for (int i = 0; i < looks * 100; ++i) {
     if ((*p & mask) == count) return true;
