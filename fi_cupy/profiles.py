@@ -93,7 +93,14 @@ def names() -> tuple[str, ...]:
 def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
     """The kernels that serving a model takes on `device`: batches of 1 to 256 requests, prompts of any length."""
     from fi_cupy import (
-        decode_kernel, lookup, norm, page, prefill_kernel, rope_kernel, rope_quantize_kernel, sampling_kernels,
+        decode_kernel,
+        lookup,
+        norm,
+        page,
+        prefill_kernel,
+        rope_kernel,
+        rope_quantize_kernel,
+        sampling_kernels,
     )  # fmt: skip
     from fi_cupy.dtypes import bfloat16, float32
     from fi_cupy.gemm.select import gated_spec, select_mm_kernel, select_rms_kernel, with_residual
