@@ -27,23 +27,23 @@ from fi_cupy.testing.bench import launch_count, random_array, set_count
 from fi_cupy.testing.bench_gpu import GpuTimer
 
 
-def shapes(fp8: bool, column_tiles: int, device: DeviceInfo) -> Iterator[DecodeTiles]:
+def shapes(fp8: bool, column_tiles: int, device: DeviceInfo, dim: int = DIM) -> Iterator[DecodeTiles]:
     """CTA shapes that fit: warps x stages x CTAs a multiprocessor, for fp8 also with two kv heads a CTA."""
     for pair in (False, True) if fp8 else (False,):
         for warps, stages, ctas in (
             (16, 1, 1), (12, 1, 1), (8, 1, 1), (8, 2, 1), (8, 3, 1), (8, 4, 1), (8, 1, 2), (8, 2, 2), (8, 3, 2),
             (4, 1, 3), (4, 2, 2), (4, 3, 2), (4, 2, 3), (4, 2, 4), (2, 3, 4),
         ):  # fmt: skip
-            size = plan.smem_bytes(warps, stages, DIM, 1 if fp8 else 2, column_tiles)
+            size = plan.smem_bytes(warps, stages, dim, 1 if fp8 else 2, column_tiles)
             fits = ctas * (size + 1024) <= device.smem_per_sm and size <= device.smem_per_block
-            if fits and 65536 // (ctas * warps * 32) >= (100 if fp8 else 120):  # registers
+            if fits and 65536 // (ctas * warps * 32) >= (96 if fp8 or dim <= 64 else 120):  # registers
                 yield DecodeTiles(warps, stages, ctas, size, pair)
 
 
-def spec_of(tiles: DecodeTiles, fp8: bool, column_tiles: int = 1) -> KernelSpec:
+def spec_of(tiles: DecodeTiles, fp8: bool, dim: int, column_tiles: int = 1) -> KernelSpec:
     kv = float8_e4m3fn if fp8 else bfloat16
     return decode_kernel.spec_of(
-        tiles, bfloat16, kv, bfloat16, DIM, column_tiles, tile_in_page=True, soft_cap=False, alibi=False, rope=False,
+        tiles, bfloat16, kv, bfloat16, dim, column_tiles, tile_in_page=True, soft_cap=False, alibi=False, rope=False,
         head_scales=False,
     )  # fmt: skip
 
@@ -81,7 +81,7 @@ def measure(timer: GpuTimer, s: Shape, chunks: list[float]) -> dict[str, float]:
         x["wrapper"].run(x["q"], x["cache"], out=x["out"])
 
     columns = plan.head_blocks(s.heads // s.kv_heads, s.dim)[2]
-    choices: list[DecodeTiles | None] = [None, *shapes(fp8, columns, device)]
+    choices: list[DecodeTiles | None] = [None, *shapes(fp8, columns, device, s.dim)]
     for tiles in choices:
         for factor in chunks if tiles is not None else [1.0]:
             label = "now*" if tiles is None else f"w{tiles.warps}s{tiles.stages}c{tiles.ctas_per_sm}"
@@ -115,7 +115,9 @@ def main() -> None:
     options = parser.parse_args()
     only = [name for name in options.only.split(",") if name]
     device = TYPICAL["90a"] if options.build else device_info(0)
-    specs = dict.fromkeys(spec_of(t, fp8) for fp8 in (False, True) for t in shapes(fp8, 1, device))
+    specs = dict.fromkeys(
+        spec_of(t, fp8, dim) for fp8 in (False, True) for dim in (DIM, 64) for t in shapes(fp8, 1, device, dim)
+    )
     for job, outcome in build_many([(s, device.arch) for s in specs], processes=options.processes):
         if isinstance(outcome, Exception):
             print(f"{job.symbol}: {outcome}")
@@ -125,9 +127,9 @@ def main() -> None:
     for s in SHAPES:
         name = f"{s.batch}x{s.kv_len}"
         fits = (not only or name in only) and (s.kv != "bfloat16") == options.fp8
-        if not fits or s.dim != DIM or s.heads // s.kv_heads > 8:
+        if not fits or s.heads // s.kv_heads > 8:
             continue
-        name += f" {s.heads}/{s.kv_heads}" + (" fp8" if options.fp8 else "") + (" ragged" if s.ragged else "")
+        name += f" {s.heads}/{s.kv_heads} d{s.dim}" + (" fp8" if options.fp8 else "") + (" ragged" if s.ragged else "")
         table[name] = measure(timer, s, [float(f) for f in options.chunks.split(",")])
         ranked = sorted(table[name].items(), key=lambda item: item[1])
         floor = bench_decode.nbytes(s) / 3.08e6

@@ -139,8 +139,8 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
         items = (
             x.ptr, k.ptr, v.ptr, o.ptr, s.ptr, both.items_ptr, indices, 0, both.partial_out, both.partial_md,
             both.counters, x.strides[0], x.strides[1], o.strides[0], o.strides[1], *strides[0], *strides[1],
-            *fast_div(p.page_size), d.num_head_blocks, d.blocks_per_kv, d.heads_per_block, d.group_size, 1, 0, 0, 0, 0,
-            *logit_floats(scale, p.options.logits_soft_cap), scales.output, *scales.kernel_values(),
+            *fast_div(p.page_size), d.num_head_blocks, d.blocks_per_kv, d.heads_per_block, d.group_size, 1, 0, 0,
+            0, 0, 0, 0, *logit_floats(scale, p.options.logits_soft_cap), scales.output, *scales.kernel_values(),
         )  # fmt: skip
         mixed.launch(
             g, x.device, x.stream(), scale, scales.on_logits, tiles, items, both.queues, both.tiles.num_items,

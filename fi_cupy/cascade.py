@@ -12,6 +12,7 @@ from fi_cupy.errors import DTypeError, UnsupportedError
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
+from fi_cupy.prefill_kernel import fast_div
 from fi_cupy.reference import cascade as reference
 
 _PAIR = ParamsStruct(
@@ -37,7 +38,9 @@ _PAIR = ParamsStruct(
         ("so_stride_n", "i64"),
         ("so_stride_h", "i64"),
         ("items", "u32"),
-        ("heads", "u32"),
+        ("heads.divisor", "u32"),
+        ("heads.magic", "u32"),
+        ("heads.shift", "u32"),
     ],
 )
 _STATES = ParamsStruct(
@@ -54,15 +57,19 @@ _STATES = ParamsStruct(
         ("s_stride_i", "i64"),
         ("s_stride_h", "i64"),
         ("items", "u32"),
-        ("heads", "u32"),
+        ("heads.divisor", "u32"),
+        ("heads.magic", "u32"),
+        ("heads.shift", "u32"),
         ("states", "u32"),
     ],
 )
-#: Items (rows times heads) of one of the pair kernel's threads: two, so that four 16-byte loads are in flight.
+#: Items (rows times heads) of one of the pair kernel's threads: two, so that four 16-byte loads are in flight; one of
+#: so few that a thread's instructions are what takes the time.
 _UNROLL = 2
 #: States whose values are loaded before the first is used: 64 bytes in flight a thread, and 64 registers. Two take
-#: 105.6 us for 4096x8, four 104.5, eight 107 (H100).
+#: 105.6 us for 4096x8, four 104.5, eight 107 (H100). Eight for so few items that every round of loads is a latency.
 _BATCH = 4
+_FEW_ITEMS = 4096
 
 
 def _threads(head_dim: int, vec: int) -> int:
@@ -74,29 +81,29 @@ def _threads(head_dim: int, vec: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def merge_pair_spec(dtype: DType, head_dim: int, vec: int) -> KernelSpec:
-    """The kernel that merges two states."""
+def merge_pair_spec(dtype: DType, head_dim: int, vec: int, unroll: int = _UNROLL) -> KernelSpec:
+    """The kernel that merges two states, `unroll` items a thread."""
     threads = _threads(head_dim, vec)
     return KernelSpec(
-        symbol=f"merge_pair_{dtype.tag}_d{head_dim}_v{vec}",
+        symbol=f"merge_pair_{dtype.tag}_d{head_dim}_v{vec}_u{unroll}",
         header="cascade.cuh",
         function="merge_pair",
         params=_PAIR,
-        config=(("T", dtype), ("kHeadDim", head_dim), ("kVec", vec), ("kThreads", threads), ("kUnroll", _UNROLL)),
+        config=(("T", dtype), ("kHeadDim", head_dim), ("kVec", vec), ("kThreads", threads), ("kUnroll", unroll)),
         threads=threads,
     )
 
 
 @lru_cache(maxsize=256)
-def merge_states_spec(dtype: DType, head_dim: int, vec: int) -> KernelSpec:
-    """The kernel that merges any number of states."""
+def merge_states_spec(dtype: DType, head_dim: int, vec: int, batch: int = _BATCH) -> KernelSpec:
+    """The kernel that merges any number of states, `batch` of them at a time."""
     threads = _threads(head_dim, vec)
     return KernelSpec(
-        symbol=f"merge_states_{dtype.tag}_d{head_dim}_v{vec}",
+        symbol=f"merge_states_{dtype.tag}_d{head_dim}_v{vec}_b{batch}",
         header="cascade.cuh",
         function="merge_states",
         params=_STATES,
-        config=(("T", dtype), ("kHeadDim", head_dim), ("kVec", vec), ("kThreads", threads), ("kBatch", _BATCH)),
+        config=(("T", dtype), ("kHeadDim", head_dim), ("kVec", vec), ("kThreads", threads), ("kBatch", batch)),
         threads=threads,
     )
 
@@ -107,7 +114,7 @@ def kernel_specs() -> list[KernelSpec]:
     for dtype, vec, dims in ((bfloat16, 8, (64, 128, 256, 512)), (float16, 8, (128,)), (float32, 4, (128,))):
         for dim in dims:
             specs += [merge_pair_spec(dtype, dim, vec), merge_states_spec(dtype, dim, vec)]
-    return specs
+    return [*specs, merge_pair_spec(bfloat16, 128, 8, 1), merge_states_spec(bfloat16, 128, 8, 8)]
 
 
 def _vec(op: str, head_dim: int, itemsize: int, addresses: int, steps: int) -> int:
@@ -156,11 +163,13 @@ def _launch_pair(
         steps |= stride
     vec = _vec(op, dim, va.dtype.itemsize, va.ptr | vb.ptr | vo.ptr, steps)
     items = _items(op, rows, heads)
-    spec = merge_pair_spec(va.dtype, dim, vec)
-    per_cta = spec.threads // (dim // vec) * _UNROLL
+    unroll = 1 if items <= _FEW_ITEMS else _UNROLL
+    spec = merge_pair_spec(va.dtype, dim, vec, unroll)
+    per_cta = spec.threads // (dim // vec) * unroll
     load_kernel(spec, va.device).launch(
         -(-items // per_cta), va.stream(), va.ptr, vb.ptr, sa.ptr, sb.ptr, vo.ptr, so.ptr,
-        0 if mask is None else mask.ptr, *strides, *sa.strides, *sb.strides, *so.strides, items, heads,
+        0 if mask is None else mask.ptr, *strides, *sa.strides, *sb.strides, *so.strides, items,
+        *fast_div(max(heads, 1)),
     )  # fmt: skip
 
 
@@ -291,11 +300,12 @@ def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
         sn, si, sh = vv.strides[:3]
         vec = _vec(op, dim, vv.dtype.itemsize, vv.ptr, sn | si | sh)
         items = _items(op, rows, heads)
-        spec = merge_states_spec(vv.dtype, dim, vec)
+        batch = 2 * _BATCH if states > _BATCH and items <= _FEW_ITEMS else _BATCH
+        spec = merge_states_spec(vv.dtype, dim, vec, batch)
         per_cta = spec.threads // (dim // vec)
         load_kernel(spec, vv.device).launch(
             -(-items // per_cta), vv.stream(), vv.ptr, sv.ptr, out.ptr, lse.ptr, sn, si, sh, *sv.strides,
-            items, heads, states,
+            items, *fast_div(max(heads, 1)), states,
         )  # fmt: skip
     return out.result(), lse.result()
 

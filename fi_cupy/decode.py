@@ -4,50 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partialmethod
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from fi_cupy import reference
-from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_device, check_dtype, check_inner, check_shape
 from fi_cupy.choice_log import log_wrapper
 from fi_cupy.customize import single_decode_with_kv_cache_with_jit_module
-from fi_cupy.decode_fallback import prefill_plan, prefill_wrapper
-from fi_cupy.decode_kernel import (
-    Geometry,
-    Problem,
-    check_problem,
-    kernel_specs,
-    logit_floats,
-    output_view,
-    sinks_view,
-    why_not,
-)
-from fi_cupy.decode_plan import Planned, fill_graph_buffers, keep_on_host, prepare
+from fi_cupy.decode_call import DecodeCalls
+from fi_cupy.decode_fallback import prefill_plan
+from fi_cupy.decode_kernel import Problem, kernel_specs
+from fi_cupy.decode_plan import Buffers, Planned, keep_on_host, prepare
 from fi_cupy.decode_single import single_decode_with_kv_cache
-from fi_cupy.decode_tuning import choose_geometry
-from fi_cupy.device import device_info
-from fi_cupy.dtypes import FP8_TYPES, float32, int32
+from fi_cupy.dtypes import FP8_TYPES
 from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
 from fi_cupy.jit.kernel import load_kernel
-from fi_cupy.kv_cache import PagedKV, as_fp8, check_layout, check_paged_kv, paged_kv, token_strides
+from fi_cupy.kv_cache import check_layout
 from fi_cupy.mla import BatchDecodeMlaWithPagedKVCacheWrapper
-from fi_cupy.page_table import check_gpu_indices
-from fi_cupy.plan.decode import (
-    ITEM_WORDS,
-    MIN_CHUNK_TILES,
-    TILE,
-    DecodePlan,
-    max_items,
-    plan_decode,
-)
-from fi_cupy.plan_run import PlanRun
-from fi_cupy.prefill_kernel import fast_div
 from fi_cupy.prefill_plan import check_backend
-from fi_cupy.scales import Scales, read_scales
 from fi_cupy.variants import AttentionVariant, variant_of
-from fi_cupy.workspace import PlanBuffer, copy_device
+from fi_cupy.workspace import PlanBuffer
 
 __all__ = [
     "BatchDecodeMlaWithPagedKVCacheWrapper", "BatchDecodeWithPagedKVCacheWrapper", "BatchDecodeWrapper",
@@ -58,26 +31,7 @@ __all__ = [
 _OP = "BatchDecodeWithPagedKVCacheWrapper"
 
 
-class Call(NamedTuple):
-    """The checked arguments of one `run`."""
-
-    x: View
-    kv: PagedKV
-    o: View
-    s: View | None
-    sink: View | None
-    scales: Scales
-
-    def result(self, out: Any, lse: Any, return_lse: bool) -> Any:
-        """What `run` returns: the caller's own arrays where it gave some."""
-        made = self.o.result() if out is None else out
-        if not return_lse:
-            return made
-        assert self.s is not None
-        return made, (self.s.result() if lse is None else lse)
-
-
-class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
+class BatchDecodeWithPagedKVCacheWrapper(DecodeCalls):
     """Batch decode attention over a paged KV cache: `plan` once for the lengths of a step, `run` for every layer.
 
     Parameters
@@ -120,12 +74,6 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
     (1, 8, 64)
     """
 
-    _op = _OP
-    #: CTAs may serve two kv heads.
-    _pairs = True
-    #: (problem, device) → Geometry.
-    _choose_geometry: Any = staticmethod(choose_geometry)
-
     def __init__(
         self,
         float_workspace_buffer: Any = None,
@@ -151,7 +99,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
         self._layout = check_layout(_OP, kv_layout)
         self._use_tensor_cores = use_tensor_cores
         self._graph = use_cuda_graph
-        self._buffers: tuple[View, View, View] | None = None
+        self._buffers: Buffers | None = None
         self._problem: Problem | None = None
         self._geometry: Any = None
         self._planned: Planned | None = None
@@ -164,29 +112,6 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
         self._prefill: Any = None  # made when first needed
         self._by_prefill: Any = None  # the same, where the plan runs in the prefill kernel
         self._why_prefill = ""
-
-    def _route(self, op: str, p: Planned) -> tuple[Any, str]:
-        """The prefill wrapper, and why, where the decode kernel does not take a plan; else (None, "")."""
-        why, problem = "", self._problem_of(p)
-        if self._variant is not None:
-            why = f"variant {self._variant.name} is applied there"
-        elif self.device >= 0 and p.q_len_per_req > 1:
-            why = f"q_len_per_req is {p.q_len_per_req}"
-        elif self.device >= 0 and problem != self._problem:  # else the decode kernel took it before
-            why = why_not(problem)
-        if self._graph and self._planned is not None and bool(why) != (self._by_prefill is not None):
-            raise PlanError(f"{op}: a CUDA-graph wrapper keeps the kernel of its first plan; make another wrapper")
-        if why and self._prefill is None:
-            self._prefill = prefill_wrapper(
-                _OP, self._workspace, self._layout, self._graph, self._buffers, self._variant
-            )
-        return (self._prefill if why else None), why
-
-    def _attach_graph_buffers(self, indptr: Any, indices: Any, last_page_len: Any) -> None:
-        given = {"indptr": indptr, "indices": indices, "last_page_len": last_page_len}
-        a, b, c = (self._graph_buffer(f"paged_kv_{name}_buffer", x, int32) for name, x in given.items())
-        check_shape(_OP, "paged_kv_indptr_buffer", a, (c.shape[0] + 1,), "= len(last_page_len_buffer) + 1")
-        self._buffers = (a, b, c)
 
     @property
     def use_tensor_cores(self) -> bool:
@@ -303,87 +228,6 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
 
     begin_forward = plan
 
-    def _problem_of(self, p: Planned) -> Problem:
-        split_keys, disable_split = p.split
-        return Problem(
-            p.batch_size, p.num_qo_heads, p.num_kv_heads, p.head_dim, p.dtype, p.kv_dtype, p.out_dtype,
-            p.page_size % TILE == 0, p.logits_soft_cap > 0, p.alibi, p.rope, disable_split or split_keys is not None,
-            self._pairs and self._layout == "NHD",
-        )  # fmt: skip
-
-    def _schedule(self, p: Planned, kv_len: np.ndarray[Any, Any]) -> tuple[DecodePlan, int]:
-        """The work list, and the partial slots to reserve (in graph mode those of the worst case)."""
-        split_keys, disable_split = p.split
-        problem = self._problem_of(p)
-        if problem != self._problem:
-            check_problem(f"{_OP}.plan", problem)
-        if problem != self._problem or not self._graph:  # a captured graph keeps its kernel, whatever is tuned since
-            self._geometry = self._choose_geometry(problem, device_info(self.device))
-            self._problem = problem
-        g = p.geometry = self._geometry
-        bound = self._item_bound(p, g, split_keys, disable_split) if self._graph else None
-        schedule = plan_decode(
-            kv_len, p.indptr[:-1], num_head_blocks=g.num_head_blocks, slots=g.slots, window_left=p.window_left,
-            split_keys=split_keys, disable_split=disable_split, pad_to=bound,
-        )  # fmt: skip
-        if bound is not None and schedule.num_items > bound:
-            raise PlanError(f"{_OP}.plan: {schedule.num_items} work items exceed the captured grid's {bound}")
-        p.grid = schedule.num_items * g.num_head_blocks
-        p.counts = (*fast_div(p.page_size), g.num_head_blocks, g.blocks_per_kv, g.heads_per_block, g.group_size)
-        return schedule, schedule.num_slots if bound is None else bound
-
-    def _item_bound(self, p: Planned, g: Geometry, split_keys: int | None, disable_split: bool) -> int:
-        """Work items of the fixed grid: no lengths that fit the indices buffer need more."""
-        assert self._buffers is not None
-        most_keys = self._buffers[1].shape[0] * p.page_size
-        if disable_split:
-            return p.batch_size
-        if split_keys is not None:
-            return p.batch_size + most_keys // split_keys
-        return min(
-            max_items(p.batch_size, g.num_head_blocks, g.slots),
-            p.batch_size + -(-most_keys // (TILE * MIN_CHUNK_TILES)),
-        )
-
-    def _upload(self, p: Planned, schedule: DecodePlan, num_slots: int) -> None:
-        """One copy of the work items (and host page numbers) to the GPU; in graph mode the caller's buffers too."""
-        indices = p.indices
-        stream = self._workspace.stream()
-        own = indices.is_cpu
-        if self._graph_state is not None:
-            own = self._graph_state[-1]
-        elif self._buffers is not None and not own:
-            own = indices.ptr != self._buffers[1].ptr
-        if self._buffers is not None:
-            state = (p.kernel, p.grid, p.turns, p.sm_scale, p.logits_soft_cap, p.counts, p.partial_md, own)
-            if self._graph_state is not None and state != self._graph_state:
-                raise PlanError(
-                    f"{_OP}.plan: a CUDA-graph wrapper keeps kernel, grid and scales of its first plan; only the page "
-                    "table may change (make another wrapper for other sizes)"
-                )
-            self._graph_state = state
-        words = schedule.num_items * ITEM_WORDS
-        used = int(p.indptr[-1])
-        room = 0 if not own else (used if self._buffers is None else self._buffers[1].shape[0])
-        if self._plan_buffer is None:
-            self._plan_buffer = PlanBuffer(self.device, 4 * (words + room))
-        buffer = self._plan_buffer
-        buffer.reserve(4 * (words + room), num_slots * p.geometry.num_head_blocks)
-        from_host = own and indices.is_cpu
-        staged = buffer.stage(words + (used if from_host else 0))
-        staged[:words] = schedule.items.reshape(-1)
-        if from_host:
-            staged[words:] = p.table.host_indices
-        p.items_ptr = buffer.upload(staged, stream)
-        p.copied_indices = words if own else 0
-        if not indices.is_cpu:
-            check_gpu_indices(f"{_OP}.plan", "indices", p.table, self._workspace)
-            if own:
-                copy_device(p.items_ptr + 4 * words, indices.ptr, 4 * used, stream, self.device)
-        if self._buffers is not None:
-            fill_graph_buffers(self._buffers, p, self.device, stream)
-            buffer.frozen = True
-
     def workspace_size(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """(float bytes, int bytes) that `plan` with these arguments needs; the wrapper owns the integer part.
 
@@ -492,61 +336,6 @@ class BatchDecodeWithPagedKVCacheWrapper(PlanRun):
         return c.result(out, lse, return_lse)
 
     run_return_lse = partialmethod(run, return_lse=True)
-
-    def _checked(
-        self, op: str, p: Planned, q: Any, paged_kv_cache: Any, q_scale: Any, k_scale: Any, v_scale: Any,
-        out: Any, lse: Any, return_lse: bool, sinks: Any,
-    ) -> Call:  # fmt: skip
-        """The arguments of `run` held to the plan, and its outputs."""
-        x = as_fp8(view(q, op, "q"), p.dtype)
-        shape = (p.batch_size * p.q_len_per_req, p.num_qo_heads, p.head_dim)
-        if x.shape != shape:
-            check_shape(op, "q", x, shape, "= (batch * q_len_per_req, num_qo_heads, head_dim) of the plan")
-        if x.dtype is not p.dtype:
-            check_dtype(op, "q", x, (p.dtype,), "= q_data_type of the plan")
-        if x.device != self.device:
-            check_device(op, self._workspace, q=x)
-        check_inner(op, "q", x)
-        kv = paged_kv(op, paged_kv_cache)
-        kv_dtype = p.kv_dtype if kv.k.dtype is not float32 or not x.is_cpu else float32
-        kv = check_paged_kv(op, kv, x, kv_dtype, p.page_size, p.num_kv_heads, p.head_dim, self._layout)
-        if p.max_index >= kv.k.shape[0]:
-            raise ArgumentError(f"{op}: indices holds page {p.max_index}, but the cache has {kv.k.shape[0]} pages")
-        o = output_view(op, "out", out, x, shape, p.out_dtype if x.dtype is p.dtype else x.dtype)
-        s = output_view(op, "lse", lse, x, shape[:2], float32) if return_lse or lse is not None else None
-        if s is not None and not s.contiguous:
-            raise ArgumentError(f"{op}: lse has strides {s.strides}, expected a contiguous array")
-        sink = None if sinks is None else sinks_view(op, sinks, x, p.num_qo_heads)
-        return Call(x, kv, o, s, sink, read_scales(op, x, p.num_qo_heads, p.num_kv_heads, q_scale, k_scale, v_scale))
-
-    def _values(self, p: Planned, c: Call) -> tuple[Any, ...]:
-        """The fields of DecodeParams."""
-        if p.copied_indices:
-            indices, ready = p.items_ptr + 4 * p.copied_indices, 1
-        elif self._buffers is not None:
-            indices, ready = self._buffers[1].ptr, 0
-        else:
-            indices, ready = p.indices.ptr, 0
-        assert self._plan_buffer is not None
-        x, kv, o = c.x, c.kv, c.o
-        return (
-            x.ptr, kv.k.ptr, kv.v.ptr, o.ptr, 0 if c.s is None else c.s.ptr, p.items_ptr, indices,
-            0 if c.sink is None else c.sink.ptr, p.partial_out, p.partial_md, self._plan_buffer.counters_ptr,
-            x.strides[0], x.strides[1], o.strides[0], o.strides[1],
-            *token_strides(kv.k, self._layout), *token_strides(kv.v, self._layout),
-            *p.counts, ready, 0, 0, 0, 0, *logit_floats(p.sm_scale * c.scales.logit, p.logits_soft_cap),
-            c.scales.output, *c.scales.kernel_values(),
-        )  # fmt: skip
-
-    def _run_cpu(self, p: Planned, c: Call) -> None:
-        values, lse = reference.attention.batch_decode_paged(
-            c.x.numpy(), c.kv.k.numpy(), c.kv.v.numpy(), p.indptr, p.indices, p.last_page_len, kv_layout=self._layout,
-            sm_scale=p.sm_scale * c.scales.logit, sinks=None if c.sink is None else c.sink.numpy(),
-            out_dtype=c.o.dtype.np, q_len_per_req=p.q_len_per_req, **c.scales.reference(), **p.options,
-        )  # fmt: skip
-        c.o.write(values)
-        if c.s is not None and lse is not None:
-            c.s.write(lse)
 
     def forward(
         self, q: Any, paged_kv_cache: Any, pos_encoding_mode: str = "NONE", q_scale: Any = None,

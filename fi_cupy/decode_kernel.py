@@ -32,7 +32,7 @@ _STRIDES = (
 )  # fmt: skip
 _COUNTS = (
     "page_size.divisor", "page_size.magic", "page_size.shift", "num_head_blocks", "blocks_per_kv",
-    "heads_per_block", "group_size", "table_ready",
+    "heads_per_block", "group_size", "table_ready", "resident", "shares",
 )  # fmt: skip
 _SINGLE = ("kv_len", "first_key", "chunk_keys", "num_chunks")
 _FLOATS = ("logit_scale", "logit_cap", "slope_scale", "out_scale")
@@ -319,6 +319,15 @@ def check_problem(op: str, p: Problem) -> None:
     step, rotated = (16, " with ROPE_LLAMA") if p.rope else (8, "")
     if p.head_dim % step or not 0 < p.head_dim <= 256:
         raise ShapeError(f"{op}: head_dim is {p.head_dim}, expected a multiple of {step} up to 256{rotated}")
+
+
+def shares_of(k: tuple[int, ...], v: tuple[int, ...], kv_heads: int, head_dim: int, blocks_per_kv: int) -> int:
+    """`DecodeParams.shares` for the (page, token, head) strides of keys and values."""
+    if blocks_per_kv != 1:
+        return 0
+    if k[1:] == v[1:] == (kv_heads * head_dim, head_dim):
+        return 1
+    return 2 if k[1] == v[1] == head_dim else 0
 
 
 def logit_floats(sm_scale: float, logits_soft_cap: float) -> tuple[float, float, float]:

@@ -18,6 +18,7 @@ from fi_cupy.decode_kernel import (
     geometry,
     logit_floats,
     rope_turns,
+    shares_of,
     why_not,
 )
 from fi_cupy.device import DeviceInfo, device_info
@@ -196,8 +197,9 @@ def _launch(
         num_chunks * g.num_head_blocks, stream,
         x.ptr, k.ptr, v.ptr, o.ptr, 0 if s is None else s.ptr, 0, 0, 0, partial_out, partial_md, counters,
         0, x.strides[0], 0, o.strides[0], *strides(k), *strides(v),
-        *fast_div(max(kv_len, 1)), g.num_head_blocks, g.blocks_per_kv, g.heads_per_block, g.group_size, 1,
-        kv_len, first, chunk, num_chunks, *logit_floats(scale * scales.logit, cap), scales.output,
+        *fast_div(max(kv_len, 1)), g.num_head_blocks, g.blocks_per_kv, g.heads_per_block, g.group_size, 1, g.slots,
+        shares_of(strides(k), strides(v), g.num_head_blocks, g.head_dim, g.blocks_per_kv), kv_len, first, chunk,
+        num_chunks, *logit_floats(scale * scales.logit, cap), scales.output,
         *scales.kernel_values(), *turns,
         pdl=pdl and has_driver_binding(),
     )  # fmt: skip

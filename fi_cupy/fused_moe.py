@@ -35,6 +35,8 @@ from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
 
+__all__ = ["ActivationType", "cutlass_fused_moe", "fused_topk_deepseek", "kernel_specs"]
+
 _SORT = ParamsStruct(
     "MoeSortParams",
     [

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from fi_cupy import decode, mixed, prefill_kernel, prefill_single
 from fi_cupy.checks import check_device
 from fi_cupy.choice_log import log_wrapper
+from fi_cupy.decode_call import Call
 from fi_cupy.decode_kernel import geometry as decode_geometry
 from fi_cupy.decode_plan import Planned
 from fi_cupy.device import DeviceInfo, device_info
@@ -277,7 +278,7 @@ class PODWithPagedKVCacheWrapper:
 
     forward = run
 
-    def _launch(self, p: Planned, prompt: prefill_single.Call, c: decode.Call, enable_pdl: bool | None) -> None:
+    def _launch(self, p: Planned, prompt: prefill_single.Call, c: Call, enable_pdl: bool | None) -> None:
         """One launch of the mixed kernel, or a launch for each part."""
         device = device_info(prompt.x.device)
         stream = c.x.stream()
@@ -316,7 +317,7 @@ class PODWithPagedKVCacheWrapper:
         )  # fmt: skip
 
     def _launch_both(
-        self, both: mixed.Geometry, p: Planned, prompt: prefill_single.Call, c: decode.Call, stream: int, pdl: bool
+        self, both: mixed.Geometry, p: Planned, prompt: prefill_single.Call, c: Call, stream: int, pdl: bool
     ) -> None:
         """The mixed kernel."""
         device = prompt.x.device

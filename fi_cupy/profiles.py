@@ -92,8 +92,17 @@ def names() -> tuple[str, ...]:
 
 def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
     """The kernels that serving a model takes on `device`: batches of 1 to 256 requests, prompts of any length."""
-    from fi_cupy import decode_kernel, lookup, norm, page, prefill_kernel, rope, rope_quantize_kernel, sampling_kernels
-    from fi_cupy.dtypes import bfloat16, float32, int32
+    from fi_cupy import (
+        decode_kernel,
+        lookup,
+        norm,
+        page,
+        prefill_kernel,
+        rope_kernel,
+        rope_quantize_kernel,
+        sampling_kernels,
+    )  # fmt: skip
+    from fi_cupy.dtypes import bfloat16, float32
     from fi_cupy.gemm.select import gated_spec, select_mm_kernel, select_rms_kernel, with_residual
     from fi_cupy.prefill_hopper import Load
 
@@ -103,7 +112,7 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
         norm.norm_spec(bfloat16, bfloat16, bfloat16, h, 8),
         norm.norm_spec(bfloat16, bfloat16, bfloat16, h, 8, residual=True),
         *lookup.kernel_specs(),
-        rope.rope_spec(bfloat16, int32, d, 8, rope._threads((qo + kv) * d // 16)),
+        *rope_kernel.model_specs(d, (qo + kv) * d // 16),
         *(page.append_spec(2 * d, 2 * d, 16, unroll) for unroll in (1, 4)),
         *rope_quantize_kernel.append_specs(bfloat16),  # both in one
         *sampling_kernels.kernel_specs()[:6],  # softmax and draws from float32 logits
@@ -138,8 +147,8 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
 
 def latent_specs(shape: LatentShape, device: DeviceInfo) -> list[KernelSpec]:
     """The kernels of latent attention and the layers beside it that serving a model takes on `device`."""
-    from fi_cupy import lookup, mla_kernel, norm, page, prefill_kernel, rope
-    from fi_cupy.dtypes import bfloat16, int32
+    from fi_cupy import lookup, mla_kernel, norm, page, prefill_kernel, rope_kernel
+    from fi_cupy.dtypes import bfloat16
     from fi_cupy.gemm.select import select_mm_kernel
     from fi_cupy.prefill_hopper import Load
 
@@ -151,7 +160,7 @@ def latent_specs(shape: LatentShape, device: DeviceInfo) -> list[KernelSpec]:
         *(page.append_spec(2 * shape.kv_rank, 2 * shape.rope, 16, unroll) for unroll in (1, 4)),
     ]
     for heads in (shape.num_heads // ranks for ranks in (1, 2, 4, 8) if shape.num_heads % ranks == 0):
-        specs.append(rope.rope_spec(bfloat16, int32, shape.rope, 8, rope._threads((heads + 1) * shape.rope // 16)))
+        specs += rope_kernel.model_specs(shape.rope, (heads + 1) * shape.rope // 16)
         qk = heads * (shape.nope + shape.rope)
         products = [(qk, shape.q_rank or h), (latent, h), (h, heads * shape.value)]
         products += [(shape.q_rank, h)] * (shape.q_rank > 0)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from fi_cupy import rope_quantize_kernel
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
-from fi_cupy.dtypes import FLOAT_TYPES, INDEX_TYPES, DType, bfloat16, float16, float32, int32, int64
+from fi_cupy.dtypes import FLOAT_TYPES, INDEX_TYPES, float32
 from fi_cupy.errors import ArgumentError, ShapeError, UnsupportedError
-from fi_cupy.jit.kernel import load_kernel
-from fi_cupy.jit.params import ParamsStruct
-from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.reference import rope as reference
+from fi_cupy.rope_kernel import MAX_PAIRS, Frequencies, launch, radians, turns_of
+from fi_cupy.rope_kernel import kernel_specs as kernel_specs
+from fi_cupy.rope_kernel import rope_spec as rope_spec
 from fi_cupy.rope_quantize import (
     mla_rope_quantize_fp8 as mla_rope_quantize_fp8,
 )
@@ -29,121 +26,6 @@ from fi_cupy.rope_quantize import (
 from fi_cupy.rope_quantize import (
     rope_quantize_fp8_append_paged_kv_cache as rope_quantize_fp8_append_paged_kv_cache,
 )
-
-#: Pairs of features that the parameter struct has frequencies for.
-_MAX_PAIRS = 128
-#: The frequencies travel in the parameters, as opaque blocks of 16: no device table to make, keep or copy.
-_BLOCKS = _MAX_PAIRS // 16
-
-_PARAMS = ParamsStruct(
-    "RopeParams",
-    [
-        *((f"turns[{16 * i}]", "tensormap") for i in range(_BLOCKS)),
-        ("q", "ptr"),
-        ("k", "ptr"),
-        ("q_out", "ptr"),
-        ("k_out", "ptr"),
-        ("positions", "ptr"),
-        ("indptr", "ptr"),
-        ("cos_sin", "ptr"),
-        ("q_stride_n", "i64"),
-        ("q_stride_h", "i64"),
-        ("k_stride_n", "i64"),
-        ("k_stride_h", "i64"),
-        ("q_out_stride_n", "i64"),
-        ("q_out_stride_h", "i64"),
-        ("k_out_stride_n", "i64"),
-        ("k_out_stride_h", "i64"),
-        ("cos_sin_stride", "i64"),
-        ("num_qo_heads", "u32"),
-        ("num_kv_heads", "u32"),
-        ("batch", "u32"),
-    ],
-)
-_NO_TURNS = (bytes(128),) * _BLOCKS
-
-
-@lru_cache(maxsize=256)
-def rope_spec(
-    dtype: DType,
-    index: DType,
-    rotary_dim: int,
-    vec: int,
-    threads: int,
-    *,
-    rest: int = 0,
-    interleave: bool = False,
-    segments: bool = False,
-    cache: bool = False,
-) -> KernelSpec:
-    """The kernel for `rotary_dim` features read `vec` at a time; `rest` features after them are copied."""
-    form = ("_interleave" if interleave else "") + ("_segments" if segments else "") + ("_cache" if cache else "")
-    return KernelSpec(
-        symbol=f"rope{form}_{dtype.tag}_{index.tag}_d{rotary_dim}{f'r{rest}' if rest else ''}_v{vec}_t{threads}",
-        header="rope.cuh",
-        function="rope",
-        params=_PARAMS,
-        config=(
-            ("T", dtype),
-            ("I", index),
-            ("kRotaryDim", rotary_dim),
-            ("kVec", vec),
-            ("kRest", rest),
-            ("kThreads", threads),
-            ("kInterleave", interleave),
-            ("kSegments", segments),
-            ("kCache", cache),
-        ),
-        threads=threads,
-    )
-
-
-def kernel_specs() -> list[KernelSpec]:
-    """The canonical instances."""
-    specs = []
-    for dtype, shapes in ((bfloat16, ((64, 12), (128, 40))), (float16, ((128, 40),))):
-        for dim, heads in shapes:
-            threads = _threads(heads * dim // 16)
-            specs.append(rope_spec(dtype, int32, dim, 8, threads))
-            specs.append(rope_spec(dtype, int64, dim, 8, threads))
-            specs.append(rope_spec(dtype, int32, dim, 8, threads, interleave=True))
-            specs.append(rope_spec(dtype, int32, dim, 8, threads, segments=True))
-            specs.append(rope_spec(dtype, int64, dim, 8, threads, cache=True))
-            specs.append(rope_spec(dtype, int64, dim, 8, threads, cache=True, interleave=True))
-    specs.append(rope_spec(float32, int32, 128, 4, 256))
-    specs.append(rope_spec(bfloat16, int32, 64, 8, 96, rest=64))
-    return specs + rope_quantize_kernel.kernel_specs()
-
-
-def _threads(units: int) -> int:
-    """Threads of a token's CTA: two units a thread, as few rounds as 256 threads allow, all of them full."""
-    rounds = max(1, -(-units // 512))
-    return max(32, -(-units // (64 * rounds)) * 32)
-
-
-#: rotary_dim, rope_scale, rope_theta, and Llama 3.1's (low_freq_factor, high_freq_factor, old_context_len) or None.
-_Frequencies = tuple[int, float, float, "tuple[float, float, int] | None"]
-
-
-def _radians(frequencies: _Frequencies) -> Any:
-    """Radians a position of every pair, float64."""
-    dim, scale, theta, blend = frequencies
-    if blend is None:
-        return reference.rope_frequencies(dim, scale, theta)
-    return reference.llama31_frequencies(dim, scale, theta, *blend)
-
-
-@lru_cache(maxsize=512)
-def _turns(frequencies: _Frequencies) -> tuple[bytes, ...]:
-    """Frequencies as turns a position in units of 2^-64, modulo one turn, in blocks of 128 bytes.
-
-    A float64 frequency has a relative error of 1e-16, so at position 2^20 the angle is good to 1e-10 radians.
-    """
-    turns = np.zeros(_MAX_PAIRS, np.uint64)
-    for i, f in enumerate(_radians(frequencies).tolist()):
-        turns[i] = round(f / (2 * math.pi) * 2.0**64) % 2**64
-    data = turns.tobytes()
-    return tuple(data[i : i + 128] for i in range(0, len(data), 128))
 
 
 def _check_qk(op: str, q: View, k: View, names: tuple[str, str], inplace: bool) -> None:
@@ -172,44 +54,6 @@ def _rotary_dim(op: str, rotary_dim: int | None, head_dim: int) -> int:
     if dim < 2 or dim % 2 or dim > head_dim:
         raise ArgumentError(f"{op}: rotary_dim is {dim}, expected an even number from 2 to head_dim = {head_dim}")
     return dim
-
-
-def _launch(
-    q: View,
-    k: View,
-    q_out: View,
-    k_out: View,
-    head_strides: tuple[int, int, int, int],
-    heads: tuple[int, int, int],
-    rotary_dim: int,
-    interleave: bool,
-    positions: View,
-    *,
-    indptr: View | None = None,
-    cos_sin: View | None = None,
-    turns: tuple[bytes, ...] = _NO_TURNS,
-) -> None:
-    """Launch over all tokens; `heads` is (q heads, k heads, head_dim), `head_strides` in elements."""
-    num_q, num_k, head_dim = heads
-    size = q.dtype.itemsize
-    half = rotary_dim // 2
-    rest = 0 if q_out is q else head_dim - rotary_dim
-    qs, ks, qos, kos = head_strides
-    qn, kn, qon, kon = q.strides[0], k.strides[0], q_out.strides[0], k_out.strides[0]
-    # The largest power of two, up to 16 bytes, that divides every address.
-    steps = half | rest | qs | ks | qos | kos | qn | kn | qon | kon
-    common = q.ptr | k.ptr | q_out.ptr | k_out.ptr | steps * size | 16
-    vec = (common & -common) // size or 1
-    spec = rope_spec(
-        q.dtype, positions.dtype, rotary_dim, vec, _threads((num_q + num_k) * (half // vec)), rest=rest,
-        interleave=interleave, segments=indptr is not None, cache=cos_sin is not None,
-    )  # fmt: skip
-    load_kernel(spec, q.device).launch(
-        q.shape[0], q.stream(), *turns, q.ptr, k.ptr, q_out.ptr, k_out.ptr, positions.ptr,
-        0 if indptr is None else indptr.ptr, 0 if cos_sin is None else cos_sin.ptr,
-        qn, qs, kn, ks, qon, qos, kon, kos, 0 if cos_sin is None else cos_sin.strides[0],
-        num_q, num_k, 0 if indptr is None else positions.shape[0],
-    )  # fmt: skip
 
 
 def _apply(
@@ -250,20 +94,20 @@ def _apply(
     if qv.is_cpu:
         new = _on_cpu(op, qv, kv, pos, ip, frequencies, interleave)
         return _cpu_results(qv, kv, *new, inplace)
-    if dim > 2 * _MAX_PAIRS:
-        raise UnsupportedError(f"{op}: rotary_dim is {dim}, expected at most {2 * _MAX_PAIRS}; use a cos/sin cache")
+    if dim > 2 * MAX_PAIRS:
+        raise UnsupportedError(f"{op}: rotary_dim is {dim}, expected at most {2 * MAX_PAIRS}; use a cos/sin cache")
     qo, ko = (qv, kv) if inplace else (qv.empty(qv.shape), kv.empty(kv.shape))
-    _launch(
+    launch(
         qv, kv, qo, ko, (qv.strides[1], kv.strides[1], qo.strides[1], ko.strides[1]),
-        (qv.shape[1], kv.shape[1], head_dim), dim, bool(interleave), pos, indptr=ip, turns=_turns(frequencies),
+        (qv.shape[1], kv.shape[1], head_dim), dim, bool(interleave), pos, indptr=ip, turns=turns_of(frequencies),
     )  # fmt: skip
     return None if inplace else (qo.result(), ko.result())
 
 
 def _on_cpu(
-    op: str, q: View, k: View, positions: View, indptr: View | None, frequencies: _Frequencies, interleave: bool
+    op: str, q: View, k: View, positions: View, indptr: View | None, frequencies: Frequencies, interleave: bool
 ) -> tuple[Any, Any]:
-    freq = _radians(frequencies)
+    freq = radians(frequencies)
     if indptr is None:
         return reference._apply(q.numpy(), k.numpy(), positions.numpy(), freq, interleave)
     offsets = indptr.numpy()
@@ -510,7 +354,7 @@ def _apply_cached(
         new = reference.apply_rope_with_cos_sin_cache(ids, q.numpy(), k.numpy(), head_size, table.numpy(), is_neox)
         return _cpu_results(q, k, *new, inplace)
     qo, ko = (q, k) if inplace else (q.empty(q.shape), k.empty(k.shape))
-    _launch(
+    launch(
         q, k, qo, ko, (head_size,) * 4, (q.shape[1] // head_size, k.shape[1] // head_size, head_size), dim,
         not is_neox, pos, cos_sin=table,
     )  # fmt: skip

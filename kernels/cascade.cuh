@@ -5,6 +5,7 @@
 // Shared memory: none. Bytes moved: the states once, the result once; a thread has kBatch (or 2 * kUnroll) vectors in
 // flight. Architecture: any.
 #pragma once
+#include "attention/fast_div.cuh"
 #include "common/math.cuh"
 #include "common/vec.cuh"
 #include "ptx/pdl.cuh"
@@ -22,7 +23,7 @@ struct MergePairParams {
   int64_t va_stride_n, va_stride_h, vb_stride_n, vb_stride_h, vo_stride_n, vo_stride_h;  // elements
   int64_t sa_stride_n, sa_stride_h, sb_stride_n, sb_stride_h, so_stride_n, so_stride_h;
   uint32_t items;  // rows * heads, below 2^31
-  uint32_t heads;
+  FastDiv heads;
 };
 
 // Config: T, kHeadDim, kVec, kThreads, kUnroll
@@ -41,41 +42,43 @@ FI_DEVICE void merge_pair(const MergePairParams& params) {
   const uint32_t first = blockIdx.x * (kItems * kUnroll) + slot;
   V a[kUnroll], b[kUnroll];
   float sa[kUnroll], sb[kUnroll];
+  int64_t row[kUnroll], head[kUnroll];
   bool active[kUnroll];
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
     const uint32_t item = first + n * kItems;
     active[n] = slot < kItems && item < params.items;
-    const int64_t row = item / params.heads, head = item % params.heads;
-    if (active[n] && params.mask) active[n] = params.mask[row] != 0;
+    row[n] = params.heads.quotient(item), head[n] = item - uint32_t(row[n]) * params.heads.divisor;
+    if (active[n] && params.mask) active[n] = params.mask[row[n]] != 0;
     if (active[n]) {
-      a[n] = V::load(static_cast<const T*>(params.v_a) + row * params.va_stride_n + head * params.va_stride_h + column);
-      b[n] = V::load(static_cast<const T*>(params.v_b) + row * params.vb_stride_n + head * params.vb_stride_h + column);
-      sa[n] = params.s_a[row * params.sa_stride_n + head * params.sa_stride_h];
-      sb[n] = params.s_b[row * params.sb_stride_n + head * params.sb_stride_h];
+      a[n] = V::load(static_cast<const T*>(params.v_a) + row[n] * params.va_stride_n + head[n] * params.va_stride_h + column);
+      b[n] = V::load(static_cast<const T*>(params.v_b) + row[n] * params.vb_stride_n + head[n] * params.vb_stride_h + column);
+      sa[n] = params.s_a[row[n] * params.sa_stride_n + head[n] * params.sa_stride_h];
+      sb[n] = params.s_b[row[n] * params.sb_stride_n + head[n] * params.sb_stride_h];
     }
   }
   __syncthreads();  // in place: every thread of an item has read its s before one of them writes it
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
     if (active[n]) {
-      const uint32_t item = first + n * kItems;
-      const int64_t row = item / params.heads, head = item % params.heads;
       const float top = fmaxf(sa[n], sb[n]);
       const float base = top == -FI_INF ? 0.f : top;
-      const float wa = exp2f(sa[n] - base), wb = exp2f(sb[n] - base);
-      const float total = wa + wb, inverse = total > 0.f ? 1.f / total : 0.f;
+      const float wa = math::ptx_exp2(sa[n] - base), wb = math::ptx_exp2(sb[n] - base);
+      const float total = wa + wb, inverse = total > 0.f ? __frcp_rn(total) : 0.f;
+      const float left = wa * inverse, right = wb * inverse;
+      // A state that weighs nothing may hold anything, NaN included. NaN weights are passed on.
+      if (wa == 0.f) a[n] = V{};
+      if (wb == 0.f) b[n] = V{};
       float x[kVec], y[kVec];
       a[n].to_floats(x);
       b[n].to_floats(y);
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        // A state that weighs nothing may hold anything, NaN included. NaN weights are passed on.
-        const float left = wa == 0.f ? 0.f : wa * x[j], right = wb == 0.f ? 0.f : wb * y[j];
-        x[j] = (left + right) * inverse;
-      }
-      V::from_floats(x).store(static_cast<T*>(params.v_out) + row * params.vo_stride_n + head * params.vo_stride_h + column);
-      if (column == 0) params.s_out[row * params.so_stride_n + head * params.so_stride_h] = base == top ? top + log2f(total) : top;
+      for (int j = 0; j < kVec; ++j) x[j] = fmaf(left, x[j], right * y[j]);
+      V::from_floats(x).store(static_cast<T*>(params.v_out) + row[n] * params.vo_stride_n + head[n] * params.vo_stride_h +
+                              column);
+      if (column == 0)
+        params.s_out[row[n] * params.so_stride_n + head[n] * params.so_stride_h] =
+            base == top ? top + math::ptx_log2(total) : top;
     }
   }
 }
@@ -88,7 +91,7 @@ struct MergeStatesParams {
   int64_t v_stride_n, v_stride_i, v_stride_h;  // elements
   int64_t s_stride_n, s_stride_i, s_stride_h;
   uint32_t items;  // rows * heads, below 2^31
-  uint32_t heads;
+  FastDiv heads;
   uint32_t states;
 };
 
@@ -107,7 +110,7 @@ FI_DEVICE void merge_states(const MergeStatesParams& params) {
   const uint32_t slot = threadIdx.x / kVecs, column = threadIdx.x % kVecs * kVec;
   const uint32_t item = blockIdx.x * kItems + slot;
   if (slot >= kItems || item >= params.items) return;
-  const int64_t row = item / params.heads, head = item % params.heads;
+  const int64_t row = params.heads.quotient(item), head = item - uint32_t(row) * params.heads.divisor;
   const T* v = static_cast<const T*>(params.v) + row * params.v_stride_n + head * params.v_stride_h + column;
   const float* s = params.s + row * params.s_stride_n + head * params.s_stride_h;
 
@@ -146,11 +149,11 @@ FI_DEVICE void merge_states(const MergeStatesParams& params) {
       }
     }
   }
-  const float inverse = total > 0.f ? 1.f / total : 0.f;
+  const float inverse = total > 0.f ? __frcp_rn(total) : 0.f;
 #pragma unroll
   for (int j = 0; j < kVec; ++j) sum[j] *= inverse;
   V::from_floats(sum).store(static_cast<T*>(params.v_out) + int64_t(item) * Config::kHeadDim + column);
-  if (column == 0) params.s_out[item] = top == -FI_INF ? top : top + log2f(total);
+  if (column == 0) params.s_out[item] = top == -FI_INF ? top : top + math::ptx_log2(total);
 }
 
 }  // namespace fi

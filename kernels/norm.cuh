@@ -114,6 +114,7 @@ FI_DEVICE void norm(const NormParams& params) {
     accumulate(values[n]);  // zeros where the row has ended
   }
   // The rest of a row that registers cannot hold: read again below, where the residual is written, once.
+#pragma unroll 1
   for (uint32_t i = first + kVecs * kStep; i < hidden; i += kStep) {
     float v[kVec];
     read(i, v, false);
@@ -132,6 +133,7 @@ FI_DEVICE void norm(const NormParams& params) {
 #pragma unroll
         for (int j = 0; j < kVec; ++j) centred = fmaf(values[n][j] - mean, values[n][j] - mean, centred);
       }
+#pragma unroll 1
     for (uint32_t i = first + kVecs * kStep; i < hidden; i += kStep) {
       float v[kVec];
       read(i, v, false);
@@ -161,6 +163,7 @@ FI_DEVICE void norm(const NormParams& params) {
     const uint32_t i = first + n * kStep;
     if (i < hidden) write(i, values[n]);
   }
+#pragma unroll 1
   for (uint32_t i = first + kVecs * kStep; i < hidden; i += kStep) {
     float v[kVec];
     read(i, v, true);

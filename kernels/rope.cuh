@@ -1,6 +1,6 @@
 // Rotary position embedding of q and k, in place or not: features (a, b) of a pair become
 //   (a cos - b sin, b cos + a sin)  with the angle position * frequency[pair].
-// One CTA computes one token, all its q and k heads; grid = tokens. The token's data are loaded first, then its cosines
+// The gridDim.y CTAs of a token share its q and k heads; grid = tokens x parts. The token's data are loaded first, then its cosines
 // and sines are computed once (while the loads fly) and shared by all heads.
 // Angles are fractions of a turn in 64-bit fixed point: position * turns[pair] modulo 2^64 is the exact range reduction,
 // so the error does not grow with the position, and no slow path is needed.
@@ -28,13 +28,13 @@ struct alignas(64) RopeParams {
   uint32_t batch;
 };
 
-// Config: T, I (int32_t or int64_t), kRotaryDim, kVec, kRest, kThreads, kInterleave, kSegments, kCache
+// Config: T, I (int32_t or int64_t), kRotaryDim, kVec, kRest, kThreads, kUnroll (units a thread at a time), kInterleave, kSegments, kCache
 // kRest: features after kRotaryDim that are copied (0 in place).
 template <class Config>
 FI_DEVICE void rope(const RopeParams& params) {
   using T = typename Config::T;
   using I = typename Config::I;
-  constexpr int kVec = Config::kVec, kThreads = Config::kThreads, kUnroll = 2;
+  constexpr int kVec = Config::kVec, kThreads = Config::kThreads, kUnroll = Config::kUnroll;
   constexpr int kHalf = Config::kRotaryDim / 2, kPerHead = kHalf / kVec, kRestVecs = Config::kRest / kVec;
   // A thread's unit is two vectors: the halves of kVec pairs, or kVec / 2 whole pairs in each.
   constexpr bool kAdjacent = Config::kInterleave && kVec == 1;  // the pair is two neighbouring one-element vectors
@@ -62,16 +62,6 @@ FI_DEVICE void rope(const RopeParams& params) {
                                       : k_out + (head - params.num_qo_heads) * params.k_out_stride_h;
   };
 
-  int64_t position = 0;
-  if constexpr (Config::kSegments) {
-    const I* indptr = static_cast<const I*>(params.indptr);
-    const int segment = warp_find_segment(indptr, int(params.batch), token);
-    // Tokens outside every segment stay as they are: position 0.
-    if (segment >= 0) position = int64_t(static_cast<const I*>(params.positions)[segment]) + token - indptr[segment];
-  } else {
-    position = static_cast<const I*>(params.positions)[token];
-  }
-
   V a[kUnroll], b[kUnroll];
   auto load = [&](uint32_t first) {
 #pragma unroll
@@ -84,10 +74,27 @@ FI_DEVICE void rope(const RopeParams& params) {
       }
     }
   };
-  load(threadIdx.x);
+
+  const uint32_t start = blockIdx.y * (kThreads * kUnroll) + threadIdx.x, step = gridDim.y * (kThreads * kUnroll);
+  int64_t position = 0;
+  if constexpr (Config::kSegments) {
+    const I* indptr = static_cast<const I*>(params.indptr);
+    const int segment = warp_find_segment(indptr, int(params.batch), token);
+    // Tokens outside every segment stay as they are: position 0.
+    if (segment >= 0) position = int64_t(static_cast<const I*>(params.positions)[segment]) + token - indptr[segment];
+    load(start);
+  } else {
+    // The position is asked for first and looked at last: everything else of the token is under way by then.
+    I raw = static_cast<const I*>(params.positions)[token];
+    load(start);
+    keep_until_here(raw);
+    position = raw;
+  }
 
 #pragma unroll
-  for (int pair = threadIdx.x; pair < kHalf; pair += kThreads) {
+  for (int i = 0; i < ceil_div(kHalf, kThreads); ++i) {
+    const int pair = threadIdx.x + i * kThreads;
+    if (kHalf % kThreads != 0 && pair >= kHalf) break;
     if constexpr (Config::kCache) {
       const float* row = params.cos_sin + position * params.cos_sin_stride;
       cosines[pair] = row[pair];
@@ -141,15 +148,15 @@ FI_DEVICE void rope(const RopeParams& params) {
       }
     }
   };
-  for (uint32_t first = threadIdx.x;;) {
+  for (uint32_t first = start;;) {
     rotate_and_store(first);
-    first += kThreads * kUnroll;
+    first += step;
     if (first >= units) break;
     load(first);
   }
 
   if constexpr (kRestVecs > 0) {
-    for (uint32_t i = threadIdx.x; i < heads * kRestVecs; i += kThreads) {
+    for (uint32_t i = blockIdx.y * kThreads + threadIdx.x; i < heads * kRestVecs; i += gridDim.y * kThreads) {
       const uint32_t column = Config::kRotaryDim + (i % kRestVecs) * kVec;
       V::load(source(i / kRestVecs) + column).store(target(i / kRestVecs) + column);
     }

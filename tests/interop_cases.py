@@ -462,7 +462,7 @@ def llama_notebook() -> dict[str, Any]:
     path = Path(__file__).parents[1] / "notebooks" / "05_llama_decode_in_jax.ipynb"
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
     names: dict[str, Any] = {"__name__": "notebook"}
-    first = next(i for i, c in enumerate(cells) if any("run(steps" in line for line in c["source"]))
+    first = next(i for i, c in enumerate(cells) if any("*run(steps" in line for line in c["source"]))
     for cell in cells[:first]:
         exec(compile("".join(cell["source"]), path.name, "exec", dont_inherit=True), names)
     return names

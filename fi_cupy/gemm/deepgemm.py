@@ -169,6 +169,7 @@ def batch_deepgemm_fp8_nt_groupwise(
     x, w = fp8_view(op, "a", a), fp8_view(op, "b", b)
     check_operand(op, "a", x, 3, 16)
     check_operand(op, "b", w, 3, 16)
+    check_device(op, x, b=w)
     groups, m, k = x.shape
     n = w.shape[1]
     check_shape(op, "b", w, (groups, n, k), "= (a.shape[0], n, a.shape[2])")

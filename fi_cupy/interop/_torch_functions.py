@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fi_cupy.dtypes import dtype
+from fi_cupy import dtypes
 from fi_cupy.errors import ArgumentError, UnsupportedError
 from fi_cupy.interop._torch_ops import (
     _COUNTERS,
@@ -115,9 +115,25 @@ def added_to(made: Sequence[Any], counters: Sequence[Any]) -> tuple[Any, ...]:
     return (tokens, *(n if c is None else c.add_(n) for n, c in zip(counts, counters, strict=True)))
 
 
+#: Names and torch's dtypes: what torch.compile can look up while it traces, whatever else has been looked up before.
+_BY_NAME = {name: torch_dtype(kind) for name, kind in dtypes._BY_NAME.items() if hasattr(torch, kind.name)}
+
+
 def as_torch_dtype(kind: Any) -> torch.dtype:
-    """torch's dtype of any framework's."""
-    return kind if isinstance(kind, torch.dtype) else torch_dtype(dtype(kind))
+    """torch's dtype of any framework's, or of a name."""
+    if isinstance(kind, torch.dtype):
+        return kind
+    if isinstance(kind, str) and kind in _BY_NAME:
+        return _BY_NAME[kind]
+    made: torch.dtype = _constant(kind)
+    return made
+
+
+def _resolved(kind: Any) -> torch.dtype:
+    return torch_dtype(dtypes.dtype(kind))
+
+
+_constant: Any = torch.compiler.assume_constant_result(_resolved)
 
 
 _HELPERS = (

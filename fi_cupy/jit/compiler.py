@@ -25,6 +25,7 @@ from typing import Any
 
 from fi_cupy.errors import CompileError, CudaUnavailableError
 from fi_cupy.jit import env
+from fi_cupy.jit.cubin import resources
 
 _BOOT = "import sys,json,runpy; sys.path[:]=json.loads(sys.argv[1]); runpy.run_path(sys.argv[2], run_name='__main__')"
 
@@ -226,7 +227,11 @@ def compile_job(job: CompileJob, worker: Worker | None = None) -> CompileResult:
         if answer.get("broken"):
             raise CudaUnavailableError(f"compile: the compiler process cannot use NVRTC: {answer['log']}")
         raise CompileError(_diagnose(job, answer["log"]), symbol=job.symbol, source=job.source, log=answer["log"])
-    return CompileResult(answer["code"], answer["log"], answer["seconds"], *ptxas_figures(answer["log"]))
+    figures = ptxas_figures(answer["log"])
+    if not figures[0] and not message["ptx"]:  # NVRTC's own cache answered: ptxas did not run and reports nothing
+        registers, frame = resources(answer["code"])
+        figures = registers, frame, frame  # without an array of a thread's own, a frame holds what was spilled
+    return CompileResult(answer["code"], answer["log"], answer["seconds"], *figures)
 
 
 _USED = re.compile(r"Used (\d+) registers")

@@ -22,9 +22,11 @@ namespace fi {
 
 // Config: T (q), KV, O, kHeadDim, kTilesN, kWarps, kStages, kSmemBytes, kTileInPage (a tile of 16 keys never crosses a
 // page), kSoftCap, kAlibi, kRope, kHeadScales (factors of q and k a head), kHeadPair (blocks_per_kv is 1)
-// Computes one item for one head block; the CTA's threads may call it again after a barrier.
+// Computes one item for one head block; the CTA's threads may call it again after a barrier. `alone`: CTA number b of the
+// launch computes item and head block b and nothing else.
 template <class Config>
-FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turns, int index, uint32_t head_block) {
+FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turns, int index, uint32_t head_block,
+                           bool alone = false) {
   using namespace decode_detail;
   using Tr = DecodeTraits<Config>;
   using T = typename Config::T;
@@ -71,7 +73,20 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
 #pragma unroll
   for (int s = 0; s < kStages; ++s) pages[s] = source.page_of(walker + s * kWalkers, tiles);
   int next_page = source.page_of(walker + kStages * kWalkers, tiles);
-  if (params.table_ready) ptx::grid_wait();  // K, V and q may come from the kernel in front: not before this
+  // Only where all CTAs start together: in later waves those of a token's heads do not, and L2 is asked in vain.
+  const bool ask = alone && gridDim.x <= params.resident;
+  const bool ask_ahead = Tr::kAskAhead && ask && params.shares == 1;
+  int later_page = ask_ahead ? source.page_of(walker + (kStages + 1) * kWalkers, tiles) : 0;
+  if (params.table_ready) {
+    // L2 may be asked for the first keys while the kernel in front still runs: what it writes of them it writes in L2. With
+    // fp8 not for a few tiles (1x4096 lost 0.5 us).
+    if (ask && (!Tr::kFp8 || tiles > kStages * kWalkers)) {
+#pragma unroll
+      for (int s = 0; s < kStages; ++s)
+        if (walker + s * kWalkers < tiles) source.ask(walker + s * kWalkers, pages[s], head_block, kv_head);
+    }
+    ptx::grid_wait();  // K, V and q may come from the kernel in front: not before this
+  }
 
   // Queries are asked for in front of the keys, or they would arrive behind all of the ring; what is done with them comes
   // after the copies are under way.
@@ -101,6 +116,9 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
     }
     ptx::cp_async_commit();
   }
+
+  if (ask_ahead && walker + kStages * kWalkers < tiles)
+    source.ask(walker + kStages * kWalkers, next_page, head_block, kv_head);
 
   float slope[kTilesN][2], scale[kTilesN][2];
 #pragma unroll
@@ -255,7 +273,13 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
     if (next_tile < tiles) {
       source.issue_keys(buffer, next_tile, next_page);
       source.issue_values(buffer, next_tile, next_page);
-      next_page = source.page_of(next_tile + kWalkers, tiles);
+      if (ask_ahead) {
+        if (next_tile + kWalkers < tiles) source.ask(next_tile + kWalkers, later_page, head_block, kv_head);
+        next_page = later_page;
+        later_page = source.page_of(next_tile + 2 * kWalkers, tiles);
+      } else {
+        next_page = source.page_of(next_tile + kWalkers, tiles);
+      }
     }
     ptx::cp_async_commit();
     slot = slot + 1 == kStages ? 0 : slot + 1;
@@ -334,13 +358,13 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
 template <class Config>
 FI_DEVICE void batch_decode(const DecodeParams& params) {
   ptx::grid_launch_dependents();
-  decode_item<Config>(params, nullptr, blockIdx.x / params.num_head_blocks, blockIdx.x % params.num_head_blocks);
+  decode_item<Config>(params, nullptr, blockIdx.x / params.num_head_blocks, blockIdx.x % params.num_head_blocks, true);
 }
 template <class Config>
 FI_DEVICE void batch_decode_rope(const DecodeRopeParams& params) {
   ptx::grid_launch_dependents();
   const uint32_t blocks = params.base.num_head_blocks;
-  decode_item<Config>(params.base, params.turns, blockIdx.x / blocks, blockIdx.x % blocks);
+  decode_item<Config>(params.base, params.turns, blockIdx.x / blocks, blockIdx.x % blocks, true);
 }
 
 }  // namespace fi

@@ -5,6 +5,7 @@
 #include "common/math.cuh"
 #include "common/vec.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/l2_prefetch.cuh"
 #include "ptx/mma.cuh"
 
 namespace fi::decode_detail {
@@ -115,6 +116,25 @@ struct TileSource {
   }
   FI_DEVICE void issue_values(uint8_t* slot, int tile, int page) const {
     issue(slot + Tr::kTileBytes, v, params.v_stride_page, params.v_stride_token, tile, page);
+  }
+  // Ask L2 for this CTA's share of a tile (by a warp). Where a token's kv heads lie side by side, the CTAs of the other
+  // heads run beside this one, and each asks for one piece of the bytes of all: a few KB that lie together, where a head's
+  // own rows are pieces far apart. Where a head's tokens lie side by side, for its own tile.
+  FI_DEVICE void ask(int tile, int page, uint32_t head_block, uint32_t kv_head) const {
+    if constexpr (Config::kTileInPage) {
+      constexpr int kPiece = Tr::kTile * Tr::kHeadDim * Tr::kPair;
+      const uint32_t first = origin + tile * Tr::kTile;
+      // One lane for the keys and one for the values; of a pair's warps, which walk the same tiles, one for either.
+      const bool second = Config::kHeadPair ? warp_id() % 2 : lane_id();
+      if (lane_id() >= (Config::kHeadPair ? 1 : 2) || params.shares == 0 || first + Tr::kTile > item.kv_len) return;
+      const int64_t in_page = first - params.page_size.quotient(first) * params.page_size.divisor;
+      const int64_t piece = params.shares == 1 ? int64_t(head_block) * kPiece
+                                               : kv_head * (second ? params.v_stride_head : params.k_stride_head);
+      ptx::l2_prefetch(static_cast<const KV*>(second ? params.v : params.k) +
+                           page * (second ? params.v_stride_page : params.k_stride_page) +
+                           in_page * (second ? params.v_stride_token : params.k_stride_token) + piece,
+                       kPiece * int(sizeof(KV)));
+    }
   }
 
  private:

@@ -50,7 +50,17 @@ struct alignas(sizeof(T) * N) Vec {
   static_assert(sizeof(T) * N <= 16, "one access is at most 16 bytes");
   T data[N];
 
-  FI_DEVICE static Vec load(const void* p) { return *static_cast<const Vec*>(p); }
+  // By words: of elements loaded under a condition the compiler would take 16-bit halves apart behind the load, which waits
+  // for the data before the next load is issued.
+  FI_DEVICE static Vec load(const void* p) {
+    if constexpr (sizeof(Vec) == 16) {
+      Vec v;
+      *reinterpret_cast<uint4*>(&v) = *static_cast<const uint4*>(p);
+      return v;
+    } else {
+      return *static_cast<const Vec*>(p);
+    }
+  }
   // As assembly: of a plain assignment the compiler may make several narrow stores, which cost half the bandwidth.
   FI_DEVICE void store(void* p) const {
     if constexpr (sizeof(Vec) == 16) {
@@ -83,6 +93,14 @@ struct alignas(sizeof(T) * N) Vec {
   FI_DEVICE const T& operator[](int i) const { return data[i]; }
 
   FI_DEVICE void to_floats(float (&out)[N]) const {
+    if constexpr (is_same_v<T, __nv_bfloat16> && N % 2 == 0) {
+#pragma unroll
+      for (int i = 0; i < N; i += 2) {
+        const uint32_t pair = reinterpret_cast<const uint32_t*>(data)[i / 2];
+        out[i] = __uint_as_float(pair << 16), out[i + 1] = __uint_as_float(pair & 0xffff0000u);
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < N; ++i) out[i] = to_float(data[i]);
   }
@@ -105,6 +123,10 @@ FI_DEVICE void load_floats(const T* p, float (&out)[N]) {
     for (int j = 0; j < kPart; ++j) out[i + j] = to_float(part[j]);
   }
 }
+
+// What is made of a loaded x is made from here on: the compiler would widen it right behind its load, and wait for it there.
+FI_DEVICE void keep_until_here(int32_t& x) { asm volatile("" : "+r"(x)); }
+FI_DEVICE void keep_until_here(int64_t& x) { asm volatile("" : "+l"(x)); }
 
 // Read once, never again: past L1.
 template <typename V>

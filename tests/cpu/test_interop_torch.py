@@ -167,6 +167,14 @@ def test_outputs_that_are_given():
     assert best[1] == 0 and best[0] == x[0].argmax()
 
 
+@pytest.mark.parametrize("kind", ["float32", np.dtype("float32"), torch.float32, fi_cupy.dtypes.float32], ids=repr)
+def test_dtypes_of_any_kind_while_compiling(kind):
+    a, b = torch.ones(3, 64), torch.ones(64, 32)
+    compiled = torch.compile(lambda a: ft.mm_bf16(a, b, out_dtype=kind), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert compiled(a).dtype is torch.float32
+
+
 def test_sizes_may_change():
     graphs = []
 

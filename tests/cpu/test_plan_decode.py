@@ -178,12 +178,30 @@ def test_fp8_takes_pairs_of_heads_in_batches_that_fill_the_device(dim, rope, gro
         assert tiles.ctas_per_sm * tiles.warps <= (
             16 if columns == 1 and not rope else 8
         )  # 128 registers a thread, or 255
-        alone = choose_tiles(sms, dim, 1, columns, may_pair=True, **options)
-        assert alone == choose_tiles(sms, dim, 1, columns, **options) and not alone.head_pair
+        few = sms // 4 if arch == 90 and dim <= 64 and columns == 1 and not rope else sms
+        alone = choose_tiles(few, dim, 1, columns, may_pair=True, **options)
+        assert alone == choose_tiles(few, dim, 1, columns, **options) and not alone.head_pair
         one, many = (
             choose_tiles(n, dim, 1, columns, may_pair=True, batch_invariant=True, **options) for n in (1, 10**4)
         )
         assert one == many and one.head_pair, "the batch decides"
+
+
+def test_narrow_heads_take_more_warps_unless_there_are_few_ctas():
+    def shape(groups, itemsize, **options):
+        return choose_tiles(groups, 64, itemsize, 1, **options, **HOPPER)[:3]
+
+    many = {1: (8, 2, 2), 2: (8, 1, 2)}
+    for itemsize, shapes in many.items():
+        assert shape(10**4, itemsize) == shape(192, itemsize) == shapes
+        assert shape(48, itemsize) == shapes, "two chunks of 48 leave a quarter of the device idle"
+        assert shape(3, itemsize)[2] == 1
+        assert shape(3, itemsize, batch_invariant=True) == shape(10**4, itemsize, batch_invariant=True) == shapes
+    assert shape(64, 2)[2] == 1 and shape(64, 1) == (8, 2, 2)
+    assert shape(12, 2) == (8, 1, 1) and shape(24, 2)[1] > 1
+    wide = choose_tiles(48, 128, 1, 1, may_pair=True, **HOPPER)
+    assert wide[:3] == (8, 2, 2) and not wide.head_pair
+    assert choose_tiles(48, 128, 2, 1, **HOPPER)[2] == 1
 
 
 def test_who_never_takes_pairs():

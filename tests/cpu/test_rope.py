@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from fi_cupy import errors, rope
+from fi_cupy import errors, rope, rope_kernel
 from fi_cupy.dtypes import bfloat16, int32
 from fi_cupy.reference import rope as reference
 from fi_cupy.testing.generators import normal
@@ -175,8 +175,8 @@ def test_errors(rng, call, error, text):
 @pytest.mark.parametrize("scale", [1.0, 8.0, 0.03])
 def test_fixed_point_turns_give_exact_angles(rng, scale):
     """What the kernel computes from the table: position * turns modulo 2^64, its top 32 bits as half turns."""
-    turns = np.frombuffer(b"".join(rope._turns((64, scale, 1e4, None))), np.uint64)
-    assert len(turns) == rope._MAX_PAIRS
+    turns = np.frombuffer(b"".join(rope_kernel.turns_of((64, scale, 1e4, None))), np.uint64)
+    assert len(turns) == rope_kernel.MAX_PAIRS
     freq = reference.rope_frequencies(64, scale, 1e4)
     for position in [0, 1, 77, 131_072, 10**6, 10**7 + 1, -5, *rng.integers(100_000, 131_072, 30).tolist()]:
         top = np.array([(position * int(t)) % 2**64 >> 32 for t in turns[:32]], np.uint32).view(np.int32)
@@ -189,7 +189,7 @@ def test_fixed_point_turns_give_exact_angles(rng, scale):
 
 @pytest.mark.parametrize("units", [1, 8, 48, 96, 320, 513, 576, 1040, 1056, 5000])
 def test_threads_of_a_token(units):
-    threads = rope._threads(units)
+    threads = rope_kernel.threads_of(units)
     assert threads % 32 == 0 and 32 <= threads <= 256
     assert rope.rope_spec(bfloat16, int32, 128, 8, threads).threads == threads
     rounds = -(-units // (2 * threads))

@@ -13,6 +13,7 @@ from kernel_jobs import nested_job, run_python, slow_job, toy_job
 
 from fi_cupy.errors import CompileError, CudaUnavailableError, FiCupyError
 from fi_cupy.jit.compiler import CompileJob, Worker, compile_job, compile_many, nvrtc_version, ptxas_figures
+from fi_cupy.jit.cubin import resources
 
 _OPTIONS = ("-arch=sm_80", "-default-device")
 pytest.importorskip("cupy", reason="compiling needs CuPy's NVRTC binding")
@@ -60,6 +61,16 @@ def test_result_holds_machine_code_and_figures(worker, arch):
     assert 0 < result.registers < 64
     assert (result.stack_bytes, result.spill_bytes) == (0, 0)
     assert 0 < result.seconds < 60
+    assert resources(result.code) == (result.registers, 0)
+
+
+def test_figures_without_a_report_come_from_the_code(worker, monkeypatch):
+    """As where NVRTC answers from a cache of its own, and ptxas says nothing."""
+    known = compile_job(toy_job(), worker)
+    ask = worker.request
+    monkeypatch.setattr(worker, "request", lambda *given: {**ask(*given), "log": ""})
+    assert compile_job(toy_job(), worker).registers == known.registers
+    assert resources(b"not a cubin") == (0, 0)
 
 
 def test_compute_target_gives_ptx(worker):
