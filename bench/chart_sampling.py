@@ -1,7 +1,7 @@
 """Draws sampling times over the batch size from the bench's JSON.
 
 fi-cupy bench --op sampling_batches --json batches.json
-python bench/chart_sampling.py batches.json sampling.svg    # matplotlib: the extra `bench`
+python bench/chart_sampling.py batches.json sampling_h100.png    # matplotlib: the extra `bench`
 """
 
 from __future__ import annotations
@@ -11,26 +11,32 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
+from bench_sampling import VOCABS
 from bench_sampling_batches import CURVES, curve_of
 
+#: Name in the chart -> colour; others get one of matplotlib's own.
+_COLOURS = {"fi_cupy": "#c0392b", "FlashInfer, recorded": "#31a354", "torch": "#7f7f7f", "torch, recorded": "#7f7f7f"}
 
-def points(document: dict[str, object]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Curve, then who ran it, to (batch, microseconds)."""
-    found: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
-    for row in document["rows"]:  # type: ignore[attr-defined]
+
+def points(document: dict[str, Any]) -> dict[str, dict[str, dict[int, float]]]:
+    """Curve, then who ran it, to microseconds by batch: float32, the vocabulary of the chart."""
+    found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in document["rows"]:
         curve = curve_of(row["name"])
-        if curve is None or row["status"] != "ok":
+        match = re.search(rf" (\d+)x{VOCABS[0]} f32$", row["name"])
+        if curve is None or match is None or row["status"] != "ok":
             continue
-        match = re.search(r" (\d+)x\d+ ", row["name"] + " ")
-        assert match is not None, row["name"]
         batch = int(match[1])
-        found[curve]["fi_cupy"].append((batch, row["us"]))
+        found[curve]["fi_cupy"][batch] = row["us"]
         for peer, told in row.get("peers", {}).items():
             if "us" in told:
-                found[curve][peer].append((batch, told["us"]))
+                found[curve][peer][batch] = told["us"]
         for told in row.get("recorded", ()):
-            found[curve][f"{told['peer']}, recorded"].append((batch, told["value"]))
+            # What ran beside ours is not shown a second time.
+            if told["peer"] not in row.get("peers", {}) or "us" not in row["peers"][told["peer"]]:
+                found[curve][f"{told['peer']}, recorded"][batch] = told["value"]
     return found
 
 
@@ -40,18 +46,19 @@ def main(source: str, target: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = points(json.loads(Path(source).read_text()))
+    document = json.loads(Path(source).read_text())
+    found = points(document)
     figure, axes = plt.subplots(2, 4, figsize=(16, 7), sharex=True, layout="constrained")
     for axis, curve in zip(axes.flat, CURVES, strict=True):
         for who, values in found[curve].items():
-            values.sort()
             style = {"marker": "o", "linewidth": 2.2} if who == "fi_cupy" else {"marker": ".", "linestyle": "--"}
-            axis.plot(*zip(*values, strict=True), label=who, **style)
+            axis.plot(*zip(*sorted(values.items()), strict=True), label=who, color=_COLOURS.get(who), **style)
         axis.set(title=curve, xscale="log", yscale="log")
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.supxlabel("rows (vocabulary 128256, float32)")
+    figure.suptitle(f"Sampling, {document['device']['name']}")
+    figure.supxlabel(f"rows (vocabulary {VOCABS[0]}, float32)")
     figure.supylabel("microseconds a call")
     figure.savefig(target, dpi=150)
 

@@ -73,8 +73,8 @@ _SPECULATIVE_PARAMS = ParamsStruct(
 )
 
 
-#: Shared memory for the segments that a CTA of softmax holds, bytes at most.
-MOST_HELD = 128 * 1024
+#: Shared memory for the segments that a CTA holds, bytes at most.
+MOST_HELD = 192 * 1024
 
 
 class LaunchShape(NamedTuple):
@@ -119,9 +119,9 @@ _WIDE_PAIR = LaunchShape(512, 2, 1)
 
 def _shared_bytes(segments: int, tops: bool, listed: int) -> int:
     """sizeof(fi::sampling::RowShared<segments, tops, listed>)."""
-    size = 8 * segments + 8 * 32 + 16 * (256 if listed else 1) + 32
+    size = 8 * segments + 8 * 32 + (8 * (256 + 16) if listed else 16) + 48
     size = -(-size // 16) * 16 + 4 * (4096 if listed else 4)
-    size += 4 * segments + 4 * (8 * segments if tops else 4) + 8 * max(listed, 1) + 24
+    size += 4 * segments + 4 * (8 * segments if tops else 4) + 8 * max(listed, 4) + 24
     return -(-size // 16) * 16
 
 
@@ -147,8 +147,9 @@ def row_shared(room: int, kind: str, shape: LaunchShape) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
     """The shape of a launch, by its kind: "draw" (nothing is filtered), "reject" (top-p alone), "min_p" (alone),
-    "select" (a token of what other filters keep), "top_k", "fill" (rows of which few elements are kept), "keep" (rows
-    of which many are), "renorm" (after top-p alone), "softmax" or "speculative". bench/tune_sampling.py times them all.
+    "select" (a token of what other filters keep; "select16" of 16-bit rows), "top_k", "fill" (rows of which few
+    elements are kept), "keep" (rows of which many are), "renorm" (after top-p alone), "softmax" or "speculative".
+    bench/tune_sampling.py times them all.
     """
     segments, arch = _segments(vocab), device.code_number
     if arch < 90:
@@ -180,6 +181,8 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
         return LaunchShape(512, shared(16) if kind in ("reject", "keep", "softmax") else clusters(8, 16), 1)
     if kind == "softmax":
         return LaunchShape(256, max(shared(16), clusters(16, 8)), 4, True)
+    if kind == "renorm" and few and clusters(16, 8) == 2 and 64 < segments <= 160:  # all rows at once
+        return LaunchShape(1024, 2, 1, True)
     if kind == "renorm":  # 80 registers a thread: the search between reading and writing takes them
         cluster = max(shared(16), clusters(16, 8))
         return LaunchShape(256, cluster, 2 if cluster == 16 else 3, True)
@@ -197,10 +200,14 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
     if kind in ("draw", "reject", "min_p"):  # little to do behind the pass over the row
         cluster = clusters(16, 8)
         return LaunchShape(512, 2, 2) if cluster == 2 and segments > 16 else LaunchShape(256, cluster, 4)
-    # One CTA decides, the faster the more threads it has; with many rows, others read meanwhile.
-    if kind == "fill" and few and clusters(16, 8) == 2:
-        return LaunchShape(1024, 2, 1)
-    return LaunchShape(512, clusters(16, 8), 1) if few else LaunchShape(512, 1, 2)
+    # One CTA decides; with many rows, others read meanwhile.
+    if rows * 16 * 2 <= device.num_sms and segments > 64:
+        return LaunchShape(256, 16, 2)
+    if few:  # of an H100's multiprocessors, clusters of eight reach 120
+        return LaunchShape(512, clusters(8 if rows * 8 * 11 <= device.num_sms * 10 else 4, 8), 1)
+    if rows <= device.num_sms:
+        return LaunchShape(512, 1, 1)
+    return LaunchShape(512, 1, 2) if kind in ("top_k", "select16") else LaunchShape(256, 1, 2)
 
 
 def launched_bytes(spec: KernelSpec, vocab: int, dtype: DType, shape: LaunchShape) -> int:
@@ -323,7 +330,8 @@ def filter_spec(
 def renorm_spec(dtype: DType, room: int = 256, shape: LaunchShape = NARROW) -> KernelSpec:
     """Probabilities after top-p alone, renormalised."""
     steps = shape.cluster * shape.threads // 32
-    size = 24 * steps + 8 * shape.cluster + 288 + 8 * 2048 // shape.cluster + 4 * 4096  # sizeof(RenormShared)
+    size = 32 * steps + 16 * shape.cluster + 296  # sizeof(RenormShared)
+    size = -(-size // 16) * 16 + 8 * 2048 // shape.cluster + 4 * 4096 + 8 * steps + 4
     size = -(-size // 16) * 16
     return KernelSpec(
         symbol=f"renorm_top_p_{dtype.tag}_s{room}_{shape.tag}",
@@ -407,12 +415,14 @@ _FIRST: tuple[tuple[str, Callable[[DType, LaunchShape], KernelSpec]], ...] = (
 
 
 def kernel_specs() -> list[KernelSpec]:
-    """The canonical instances: a CTA a row for every architecture, and what 64 rows of 128,256 tokens take on sm_90."""
+    """The canonical instances: a CTA a row for every architecture, and what 64 rows of 128,256 tokens take on sm_90
+    (of bfloat16, without the longest to compile).
+    """
     alone = DeviceInfo(80, "80", 108, 163 << 10, 164 << 10, 40 << 20, "sm_80")
     hopper = DeviceInfo(90, "90a", 132, 227 << 10, 228 << 10, 50 << 20, "sm_90")
     return [
         make(dtype, launch_shape(kind, 64, 128256, device))
         for dtype, count in ((float32, len(_FIRST)), (bfloat16, 3), (float16, 2))
         for kind, make in _FIRST[:count]
-        for device in ((alone, hopper) if dtype is not float16 else (alone,))
+        for device in ((alone, hopper) if dtype is float32 or (dtype is bfloat16 and kind != "select") else (alone,))
     ]

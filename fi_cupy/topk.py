@@ -98,7 +98,7 @@ def sort_spec(dtype: DType) -> KernelSpec:
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances."""
     alone = [top_k_spec(dtype) for dtype in (float32, bfloat16, float16)]
-    return [*alone, top_k_spec(float32, 256, LaunchShape(1024, 2, 1)), sort_spec(float32)]
+    return [*alone, top_k_spec(float32, 256, LaunchShape(512, 2, 1)), sort_spec(float32)]
 
 
 def _count(op: str, k: Any, most: int | None = None) -> int:

@@ -10,6 +10,7 @@
 #pragma once
 #include "ptx/pdl.cuh"
 #include "sampling/draw.cuh"
+#include "sampling/gather.cuh"
 #include "sampling/parameters.cuh"
 
 namespace fi {
@@ -52,8 +53,16 @@ struct Judged {
   bool first;
   bool nan, valid;
   bool whole;   // nothing is filtered: the sums are the first pass's
+  bool listed;  // this CTA's candidates are everything of its segments that may be kept (where rows are written)
   Verdict verdict;
-  uint64_t random;  // of warp 0, and without a filter of all threads
+  uint64_t random;  // without a filter
+};
+
+// The key of min-p's bound, for candidates of min-p alone.
+template <class Domain>
+struct MinPBound {
+  float min_p;
+  FI_DEVICE uint32_t operator()(uint32_t top_key) const { return Domain::min_p_key(min_p, value_of(top_key)); }
 };
 
 // Read a row by the whole cluster, and in its first CTA find what the filter keeps. `held`: what becomes of the segments
@@ -66,16 +75,31 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
   const bool alone = top_p && !top_k;  // no bound is known for it: the row is searched
   const bool joint = Domain::kOwnRef && top_p && args.joint;  // top-p compares with the whole row's mass
   const bool sums = whole || alone || joint;
-  Judged judged = {Shape::rank() == 0, false, false, whole, {}, 0};
+  Judged judged = {Shape::rank() == 0, false, false, whole, false, {}, 0};
+  uint32_t size = 0;  // not 0: every CTA lists its candidates
+  if (Filter::kFilters && !whole && !alone) size = group_size<Row>(row.segments(), top_k ? args.top_k : 0);
+  const Tell tell = tell_of<Row>(size);
   Started<Shape> started;
-  summarise<Domain, Filter::kFilters, Held::kKeeps, Shape>(row, shared, sums, started, held);
-  if (!judged.first) return judged;
-  if (kDraws && (!Filter::kFilters || warp_id() == 0)) {
+  summarise<Domain, Filter::kFilters, Filter::kFilters, Shape>(row, shared, sums, started, held, tell);
+  if (!judged.first && size == 0) return judged;
+  // Random bits, while others are awaited: with filters by the warp that has least to read.
+  if (kDraws && judged.first && (!Filter::kFilters || warp_id() == Shape::kThreads / 32 - 1)) {
     judged.random = fresh();
-    asm volatile("" : "+l"(judged.random));  // now, while the other CTAs are awaited
+    asm volatile("" : "+l"(judged.random));  // now
+    if (Filter::kFilters && lane_id() == 0) shared.random = judged.random;
   }
-  Shape::receive(&shared.box[0], 0, summary_bytes<Filter::kFilters>(row, sums));
-  const State state(row, shared);
+  Shape::receive(&shared.box[0], 0, summary_bytes<Filter::kFilters>(row, sums, tell, judged.first));
+  Bounds bounds = {0, 0};
+  if constexpr (Filter::kFilters) {
+    if (size != 0) {
+      bounds = shortlist<Shape, MassLoad<Domain>, Held::kKeeps, Row, Shared>(row, size, top_k ? args.top_k : 0,
+                                                                            MinPBound<Domain>{args.min_p});
+      judged.listed = !(top_k && args.top_k > 1 && bounds.low == bounds.top);
+      if (!judged.listed && MassLoad<Domain>::valid(bounds.top)) add_ties<Domain, Shape, Row, Shared>(row, bounds.top);
+      if (!judged.first) return judged;
+    }
+  }
+  const State state(row, shared, size != 0 ? bounds.top : row_top(shared, row.segments()));
   judged.nan = state.nan();
   judged.valid = state.valid();
   if (!judged.valid) return judged;
@@ -86,17 +110,20 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
     if constexpr (Filter::kMin) {
       if (args.has_min_p()) left.least = Domain::min_p_key(args.min_p, state.top);
     }
-    uint32_t low = top_k || top_p ? 0 : left.least, listed = kWholeRow;  // min-p looks at what the others left
+    uint32_t low = bounds.low, listed = kWholeRow;
     uint64_t total = 0;
-    if (alone) state.correct_unit();
-    if (alone || joint) total = state.total();
-    if (!alone && (!top_k || lower_bound(state, args.top_k, low))) {
-      listed = gather<State, true>(row, low, state.top_key);
-      if (listed <= kPairs && few<Shape::kThreads>(listed)) {
-        judged.verdict = settle<State, kDraws>(row, state.top_key, listed, left, total, judged.random);
-        return judged;
-      }
+    if (size != 0 && !judged.listed) {  // ties
+      judged.verdict.threshold = state.top_key;
+      return judged;
     }
+    if (alone) state.correct_unit();
+    if (size != 0) {
+      judged.verdict = settle<State, Shape, kDraws>(row, state.top_key, left);
+      if (judged.verdict.drawn) return judged;
+      judged.listed = false;  // they give way to the list
+    }
+    if (alone || joint) total = state.total();
+    if (size != 0 || (top_k && lower_bound(state, args.top_k, low))) listed = gather<State>(row, low);
     if (threadIdx.x < row.segments()) shared.sum[threadIdx.x] = 0;
     __syncthreads();  // sums are clear
     const Rest rest = {listed <= Shared::kList ? listed : kWholeRow, low, state.top_key};
@@ -123,7 +150,7 @@ FI_DEVICE void sample(const SamplingParams& params) {
   extern __shared__ __align__(1024) uint8_t smem[];
   Shared& shared = *reinterpret_cast<Shared*>(smem);
 
-  set_counters(shared);
+  set_counters<Shape>(shared);
   Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
@@ -131,7 +158,7 @@ FI_DEVICE void sample(const SamplingParams& params) {
   const uint32_t output_row = Shape::row(), flags = params.flags;
   const int64_t index = params.indices ? read_index(params.indices, flags & kIndices64, output_row) : output_row;
   uint32_t token = 0;
-  bool nan = false, valid = false;
+  bool nan = false, valid = false, writes = threadIdx.x == 0;
   if (0 <= index && index < params.rows) {
     const PlainRow<T> plain{static_cast<const T*>(params.input) + index * params.stride, params.vocab,
                             (flags & kAlignedInput) != 0};
@@ -163,13 +190,14 @@ FI_DEVICE void sample(const SamplingParams& params) {
       if (!judged.first) return;
       nan = judged.nan;
       valid = judged.valid;
-      if (valid) {
-        using State = RowState<Domain, Config::kThreads, Row, Shared>;
+      using State = RowState<Domain, Config::kThreads, Row, Shared>;
+      if (Filter::kFilters && valid && judged.verdict.drawn) {
+        token = judged.verdict.token;
+        writes = judged.verdict.mine;
+      } else if (valid) {
         const State state(row, shared);
         if constexpr (!Filter::kFilters) {
           token = draw<true>(state, 0, judged.random).token;
-        } else if (judged.verdict.drawn) {
-          token = judged.verdict.token;
         } else if (Filter::kMass || !judged.whole) {
           token = draw_apart<false, State>(row, state.top_key, judged.verdict.threshold, fresh(0)).token;
         } else {
@@ -180,7 +208,7 @@ FI_DEVICE void sample(const SamplingParams& params) {
   } else if (Shape::rank() != 0) {
     return;
   }
-  if (threadIdx.x == 0) {
+  if (writes) {
     write_index(params.output, flags & kIndices64, output_row, token);
     if (params.valid) params.valid[output_row] = valid;
     if (params.nan) params.nan[output_row] = nan;
@@ -205,7 +233,7 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   extern __shared__ __align__(1024) uint8_t smem[];
   Shared& shared = *reinterpret_cast<Shared*>(smem);
 
-  set_counters(shared);
+  set_counters<Shape>(shared);
   Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
@@ -242,6 +270,17 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   const float told_sum = __uint_as_float(uint32_t(shared.told >> 32));
   const float least = value_of(threshold);  // NaN for an invalid row: nothing reaches it
   const Quotient quotient(told_sum);
+  if (fills && judged.listed) __syncthreads();  // this CTA's candidates are complete, and its fill is written
+  if (fills && judged.listed && shared.count <= Shared::room(Shape::kCluster)) {
+    for (uint32_t i = threadIdx.x; i < shared.count; i += Config::kThreads) {
+      const uint64_t candidate = shared.candidates()[i];
+      const uint32_t key = uint32_t(candidate), index = uint32_t(candidate >> 32);
+      if (key < threshold) continue;
+      const float x = key == key_of(0.f) ? row.at(index) : value_of(key);  // the sign of 0 is not in its key
+      output[index] = from_float<T>(kMask ? x : quotient(x));
+    }
+    return;
+  }
   constexpr int kStep = Shape::kStep;
   const int first = Shape::first(), left = int(row.segments()) - 1 - first;
 #pragma unroll 1

@@ -1,13 +1,14 @@
 // The k largest elements of rows, exactly k of them: ties at the k-th go to the smallest or to the largest indices. Keys
 // and places are integers: the result is the same for every launch shape. NaN counts as the largest value.
-// A cluster of kCluster CTAs (1 below sm_90) of kThreads reads one row; grid = rows * kCluster. Its first CTA has the
-// segments' and blocks' largest keys then, reads again only the blocks that reach a proven lower bound (candidates.cuh)
-// and sorts what it listed there. If the list overflows (ties, or k of thousands), a radix search over the row finds the
-// k-th key, and a last pass counts its way through the row, in index order.
+// A cluster of kCluster CTAs (1 below sm_90) of kThreads reads one row; grid = rows * kCluster. Every CTA finds a lower bound
+// in the largest keys of all, and lists its elements that reach it, for the first CTA to rank (candidates.cuh). If they are
+// many (ties, or k of hundreds), that one reads the blocks again that reach a bound and sorts a longer list, or finds the
+// k-th key by a radix search over the row and counts its way through, in index order.
 // Shared memory (dynamic): RowShared. Bytes moved: rows * length * sizeof(T). Architecture: any; clusters need sm_90.
 #pragma once
 #include "ptx/pdl.cuh"
 #include "sampling/candidates.cuh"
+#include "sampling/gather.cuh"
 
 namespace fi {
 
@@ -72,6 +73,18 @@ FI_DEVICE void sort_network(uint32_t n, Compare&& compare) {
   __syncthreads();  // the order is complete
 }
 
+// What candidates are compared by: their order in the result.
+struct OrderLoad {
+  static constexpr bool kTies = false;
+  static constexpr uint32_t kLowest = 0;
+  uint32_t flip;
+  FI_DEVICE static bool valid(uint32_t) { return true; }
+  FI_DEVICE uint64_t operator()(uint32_t key, uint32_t index) const { return uint64_t(key) << 32 | (index ^ flip); }
+};
+struct NoLeast {
+  FI_DEVICE uint32_t operator()(uint32_t) const { return 0; }
+};
+
 // Where a row's results go.
 template <typename T>
 struct TopKOutput {
@@ -89,9 +102,10 @@ struct TopKOutput {
       table += line * params.table_stride + (starts ? starts[row] : 0);
     }
   }
-  FI_DEVICE void write(uint32_t place, uint32_t index) const {
+  FI_DEVICE void write(uint32_t place, uint32_t index) const { write(place, index, params.values ? data[index] : T()); }
+  FI_DEVICE void write(uint32_t place, uint32_t index, T value) const {
     const int64_t at = row * params.k + place;
-    if (params.values) static_cast<T*>(params.values)[at] = data[index];
+    if (params.values) static_cast<T*>(params.values)[at] = value;
     if (params.raw) params.raw[at] = index;
     if (params.indices) {
       params.indices[at] = index;
@@ -112,27 +126,28 @@ struct TopKOutput {
 // The list's n elements in order; `put(place, index)` for the first k. Tags are made of indices here.
 template <int kThreads, class Shared, class Put>
 FI_DEVICE void rank_list(Shared& shared, uint32_t n, uint32_t k, uint32_t flip, Put&& put) {
-  if (few<kThreads>(n)) {
-    const int split = threads_for_each<kThreads>(n);
-    const uint32_t mine = threadIdx.x / split;
-    const uint32_t key = mine < n ? shared.key[mine] : 0, tag = mine < n ? shared.index[mine] ^ flip : 0;
-    uint32_t before = 0;
-#pragma unroll 4
-    for (uint32_t i = threadIdx.x % split; i < n; i += split) before += ahead(shared.key[i], shared.index[i] ^ flip, key, tag);
-    before = split_sum(before, split);
-    if (mine < n && threadIdx.x % split == 0 && before < k) put(before, tag ^ flip);
-  } else {
-    sort_network<kThreads>(n, [&](uint32_t a, uint32_t b) {
-      const uint32_t key_a = shared.key[a], key_b = shared.key[b], index_a = shared.index[a], index_b = shared.index[b];
-      if (ahead(key_b, index_b ^ flip, key_a, index_a ^ flip)) {
-        shared.key[a] = key_b;
-        shared.key[b] = key_a;
-        shared.index[a] = index_b;
-        shared.index[b] = index_a;
-      }
-    });
-    for (uint32_t i = threadIdx.x; i < k; i += kThreads) put(i, shared.index[i]);
-  }
+  sort_network<kThreads>(n, [&](uint32_t a, uint32_t b) {
+    const uint32_t key_a = shared.key[a], key_b = shared.key[b], index_a = shared.index[a], index_b = shared.index[b];
+    if (ahead(key_b, index_b ^ flip, key_a, index_a ^ flip)) {
+      shared.key[a] = key_b;
+      shared.key[b] = key_a;
+      shared.index[a] = index_b;
+      shared.index[b] = index_a;
+    }
+  });
+  for (uint32_t i = threadIdx.x; i < k; i += kThreads) put(i, shared.index[i]);
+}
+
+// The n candidates: everyone is compared with everyone; `put(place, candidate)` for the first k.
+template <class Put>
+FI_DEVICE void rank_candidates(const Candidate* list, uint32_t n, uint32_t k, Put&& put) {
+  const Split split(n);
+  if (!split.works()) return;
+  const Candidate own = list[split.item];
+  int32_t before = 0;  // negative
+  split.compare(list, [&](const Candidate& other) { ptx::count_less(before, own.load, other.load); });
+  before = split.sum(before);
+  if (split.item < n && split.part == 0 && before + int32_t(k) > 0) put(uint32_t(-before), own);
 }
 
 // The k largest of a row with more than k elements, in index order: put(place, key, index). Keys below `low` are surely
@@ -160,17 +175,34 @@ FI_DEVICE void count_through(const State& state, uint32_t k, uint32_t low, bool 
     }
     return sum;
   };
+  // If nothing is larger than the k-th, k of the ties are enough, from the end that they are taken from.
+  const bool ties_only = kth == state.top_key;
+  if (threadIdx.x < segments) shared.sum[threadIdx.x] = 0;
+  if (threadIdx.x == 0) shared.inside = 0;
+  __syncthreads();  // counts are clear
 #pragma unroll 1
-  for (uint32_t s = warp_id(); s < segments; s += kThreads / 32) {
-    uint64_t sum = 0;
-#pragma unroll 4
-    for (int b = 0; b < Row::kBlocks; ++b) {
-      float v[kPer];
-      if (shared.block_top[s * Row::kBlocks + b] >= kth)
-        sum += count(s * kSegment + b * Row::kBlock + lane_id() * kPer, v);
+  for (uint32_t i = warp_id(); i < round_up(segments, uint32_t(kThreads / 32)); i += kThreads / 32) {
+    if (ties_only) {
+      const bool enough = shared.inside >= k;
+      __syncthreads();  // everyone has seen that
+      if (enough) break;
     }
-    sum = ptx::warp_sum_u64(sum);
-    if (lane_id() == 0) shared.sum[s] = sum;
+    const uint32_t s = large_ties ? segments - 1 - i : i;
+    uint64_t sum = 0;
+    if (i < segments) {
+#pragma unroll 4
+      for (int b = 0; b < Row::kBlocks; ++b) {
+        float v[kPer];
+        if (shared.block_top[s * Row::kBlocks + b] >= kth)
+          sum += count(s * kSegment + b * Row::kBlock + lane_id() * kPer, v);
+      }
+      sum = ptx::warp_sum_u64(sum);
+      if (lane_id() == 0) shared.sum[s] = sum;
+    }
+    if (ties_only) {
+      if (lane_id() == 0) atomicAdd(&shared.inside, uint32_t(sum));
+      __syncthreads();  // these segments are counted
+    }
   }
   __syncthreads();  // counts are complete
   uint64_t total;
@@ -183,6 +215,8 @@ FI_DEVICE void count_through(const State& state, uint32_t k, uint32_t low, bool 
 #pragma unroll 1
   for (uint32_t s = warp_id(); s < segments; s += kThreads / 32) {
     uint64_t before = shared.sum[s];
+    const uint64_t behind = s + 1 < segments ? shared.sum[s + 1] : total;
+    if (behind >> 32 == before >> 32 && (uint32_t(behind) <= first_tie || uint32_t(before) >= end_tie)) continue;
 #pragma unroll 1
     for (int b = 0; b < Row::kBlocks; ++b) {
       if (shared.block_top[s * Row::kBlocks + b] < kth) continue;
@@ -225,7 +259,7 @@ FI_DEVICE void top_k(const TopKParams& params) {
   extern __shared__ __align__(1024) uint8_t smem[];
   Shared& shared = *reinterpret_cast<Shared*>(smem);
 
-  set_counters(shared);
+  set_counters<Shape>(shared);
   Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();
@@ -238,25 +272,41 @@ FI_DEVICE void top_k(const TopKParams& params) {
   length = min_of(length, vocab - start);
   const T* data = static_cast<const T*>(params.input) + row_number * params.stride + start;
   const Row row({data, length, reinterpret_cast<uint64_t>(data) % 16 == 0}, Canonical{});
+  const bool all = length <= k && !(params.flags & kTopKSorted), first = Shape::rank() == 0;
+  const uint32_t size = all ? 0 : group_size<Row>(row.segments(), k);  // not 0: every CTA lists its candidates
+  const Tell tell = tell_of<Row>(size);
   Started<Shape> started;
-  summarise<Logits, true, false, Shape>(row, shared, false, started, NotHeld{});
-  if (Shape::rank() != 0) return;
-  Shape::receive(&shared.box[0], 0, summary_bytes<true>(row, false));
+  summarise<Logits, true, true, Shape>(row, shared, false, started, NotHeld{}, tell);
+  if (!first && size == 0) return;
+  Shape::receive(&shared.box[0], 0, summary_bytes<true>(row, false, tell, first));
 
   const TopKOutput<T> output(params, data, row_number);
-  if (length <= k && !(params.flags & kTopKSorted)) {  // all
+  if (all) {
     for (uint32_t i = threadIdx.x; i < k; i += Config::kThreads) {
       if (i < length) output.write(i, i);
       else output.pad(i);
     }
     return;
   }
-  const State state(row, shared);
   const bool large = (params.flags & kTopKLargeTies) != 0;
   const uint32_t flip = large ? 0 : 0xffffffffu;
-  uint32_t low = 0, listed = kWholeRow;
-  const bool bounded = length <= Shared::kList || lower_bound(state, k, low);
-  if (bounded) listed = gather<State, false>(row, low, state.top_key);
+  Bounds bounds = {0, 0};
+  if (size != 0) {
+    bounds = shortlist<Shape, OrderLoad, false, Row, Shared>(row, size, k, NoLeast{});
+    if (!first) return;
+    const uint32_t n = collect<Shape>(shared, OrderLoad{flip});
+    if (n != kWholeRow) {
+      rank_candidates(collected(shared), n, k, [&](uint32_t place, const Candidate& c) {
+        const bool exact = c.key <= kInfKey && c.key != key_of(0.f);  // the key has all of the element
+        output.write(place, c.index, exact || !params.values ? from_float<T>(value_of(c.key)) : data[c.index]);
+      });
+      return;
+    }
+  }
+  const State state(row, shared, size != 0 ? bounds.top : row_top(shared, row.segments()));
+  uint32_t low = bounds.low, listed = kWholeRow;
+  const bool bounded = size != 0 || length <= Shared::kList || lower_bound(state, k, low);
+  if (bounded) listed = gather<State>(row, low);
   if (listed <= Shared::kList) {
     rank_list<Config::kThreads>(shared, listed, k, flip, [&](uint32_t place, uint32_t index) { output.write(place, index); });
   } else if (k <= Shared::kList && (params.flags & kTopKSorted)) {

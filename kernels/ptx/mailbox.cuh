@@ -9,10 +9,10 @@
 
 namespace fi::ptx {
 
-// By one thread, before the cluster's first barrier.
-FI_DEVICE void mailbox_open(uint64_t* box) {
+// By one thread, before the cluster's first barrier. A phase of several senders ends when each has said how much it sends.
+FI_DEVICE void mailbox_open(uint64_t* box, uint32_t senders = 1) {
 #if FI_ARCH >= 900
-  mbarrier_init(smem_address(box), 1);
+  mbarrier_init(smem_address(box), senders);
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
@@ -20,6 +20,19 @@ FI_DEVICE void mailbox_open(uint64_t* box) {
 FI_DEVICE void mailbox_expect(uint64_t* box, uint32_t bytes) {
 #if FI_ARCH >= 900
   mbarrier_arrive_expect(smem_address(box), bytes);
+#endif
+}
+// By one thread of each sender, once in each phase: so many bytes of this phase's mail for CTA `rank` are its own.
+FI_DEVICE void mailbox_announce(uint64_t* box, uint32_t bytes, uint32_t rank) {
+#if FI_ARCH >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 counter;\n"
+      "mapa.shared::cluster.u32 counter, %0, %2;\n"
+      "mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [counter], %1;\n"
+      "}" ::"r"(smem_address(box)),
+      "r"(bytes), "r"(rank)
+      : "memory");
 #endif
 }
 // What was posted in the phase is seen behind this.
@@ -79,6 +92,19 @@ FI_DEVICE void post_add(uint64_t* at, uint64_t value, uint64_t* box, uint32_t ra
       "red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u64 [there], %1, [counter];\n"
       "}" ::"r"(smem_address(at)),
       "l"(value), "r"(smem_address(box)), "r"(rank)
+      : "memory");
+#endif
+}
+FI_DEVICE void post_add(uint32_t* at, uint32_t value, uint64_t* box, uint32_t rank) {
+#if FI_ARCH >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, counter;\n"
+      "mapa.shared::cluster.u32 there, %0, %3;\n"
+      "mapa.shared::cluster.u32 counter, %2, %3;\n"
+      "red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [there], %1, [counter];\n"
+      "}" ::"r"(smem_address(at)),
+      "r"(value), "r"(smem_address(box)), "r"(rank)
       : "memory");
 #endif
 }

@@ -47,6 +47,16 @@ FI_DEVICE uint64_t warp_sum_u64(uint64_t x) {
 #endif
 }
 
+// n -= a < b. Two instructions: the borrow is subtracted.
+FI_DEVICE void count_less(int32_t& n, uint32_t a, uint32_t b) {
+  asm("{ .reg .u32 t; sub.cc.u32 t, %1, %2; subc.s32 %0, %0, 0; }" : "+r"(n) : "r"(a), "r"(b));
+}
+FI_DEVICE void count_less(int32_t& n, uint64_t a, uint64_t b) {
+  asm("{ .reg .u32 t; sub.cc.u32 t, %1, %3; subc.cc.u32 t, %2, %4; subc.s32 %0, %0, 0; }"
+      : "+r"(n)
+      : "r"(uint32_t(a)), "r"(uint32_t(a >> 32)), "r"(uint32_t(b)), "r"(uint32_t(b >> 32)));
+}
+
 // The larger of two floats; NaN (0x7fffffff) if one is NaN.
 FI_DEVICE float max_nan(float a, float b) {
 #if FI_ARCH >= 800

@@ -1,285 +1,355 @@
-// Filters that keep few tokens: gather what reaches a proven lower bound into a list, in index order, and decide there.
+// Filters that keep few tokens: every warp lists what reaches a proven lower bound in its part of the row, and the first CTA
+// compares that. If it is much, the first CTA gathers a longer list, in index order, or searches the row.
 #pragma once
 #include "sampling/filters.cuh"
 
 namespace fi::sampling {
 
-// What became of a row: the smallest kept key, and if the list was short (`drawn`; then known to warp 0 only) also the
-// mass of what is kept and the token. Else the segments' sums hold the mass of what is kept.
+// What became of a row: the smallest kept key, and if candidates were few (`drawn`) also the mass of what is kept (both of
+// them in warp 0) or the token, which one thread has (`mine`). Else the segments' sums hold the mass of what is kept.
 struct Verdict {
   uint32_t threshold;
   uint64_t total;
   uint32_t token;
-  bool drawn;
+  bool drawn, mine;
 };
 
-// Comparing everything with everything is worth it for so many items.
-template <int kThreads>
-FI_DEVICE bool few(uint32_t n) {
-  return n <= kPairs && n * n <= 64 * kThreads;
-}
-
-// Every one of n items is compared with all by `split` threads: a power of two, so that n * split threads suffice.
-template <int kThreads>
-FI_DEVICE int threads_for_each(uint32_t n) {
-  int split = 1;
-  while (split < 32 && n * split * 2 <= kThreads) split *= 2;
-  return split;
-}
-FI_DEVICE uint32_t split_sum(uint32_t x, int split) {
-  for (int offset = split / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullMask, x, offset);
-  return x;
-}
-FI_DEVICE uint64_t split_sum(uint64_t x, int split) {
-  for (int offset = split / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullMask, x, offset);
-  return x;
-}
-// Inclusive sums over the warp's lanes.
-FI_DEVICE uint64_t warp_scan(uint64_t x) {
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const uint64_t other = __shfl_up_sync(kFullMask, x, offset);
-    if (lane_id() >= offset) x += other;
+// Every one of n items is compared with all by 2^shift threads that follow each other: few, as an exchange between lanes
+// takes as long as many comparisons. Items are padded to `padded`, a multiple of 8 for each of the threads and at most
+// round_up(n, 32).
+struct Split {
+  int shift;
+  uint32_t padded, item, part;
+  FI_DEVICE explicit Split(uint32_t n) : shift(n <= 32 ? 2 : n <= 64 ? 1 : 0) {
+    padded = round_up(n, 8u << shift);
+    item = threadIdx.x >> shift;
+    part = threadIdx.x & ((1u << shift) - 1);
   }
-  return x;
-}
-// The warps' counts: those before this warp's, and all.
-template <int kWarps>
-FI_DEVICE uint32_t before(const uint32_t* counts, uint32_t& all) {
-  const uint32_t count = lane_id() < kWarps ? counts[lane_id()] : 0;
-  all = ptx::warp_sum_u32(count);
-  return ptx::warp_sum_u32(lane_id() < warp_id() ? count : 0);
-}
+  // Whether this thread's warp has items; their comparisons: f(other).
+  FI_DEVICE bool works() const { return warp_id() * 32 < padded << shift; }
+  template <class F>
+  FI_DEVICE void compare(const Candidate* list, F&& f) const {
+    const uint32_t each = padded >> shift;
+    list += part * each;
+#pragma unroll 1
+    for (uint32_t i = 0; i < each; i += 8) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) f(list[i + j]);
+    }
+  }
+  template <typename V>
+  FI_DEVICE V sum(V x) const {
+    if (shift > 1) x += __shfl_xor_sync(kFullMask, x, 2);
+    if (shift > 0) x += __shfl_xor_sync(kFullMask, x, 1);
+    return x;
+  }
+};
+// What lists are padded with: less than any item, and without a mass.
+FI_DEVICE Candidate padding() { return {0, 0xffffffffu, 0}; }
 
-// A key that at least k elements reach: the k-th largest of the largest keys of segments, or of a power of two of blocks.
-// The more of those there are, the fewer elements reach it that are not among the k largest. False if there are too few.
-// shared.bound must be 0xffffffff, shared.inside 0, and a barrier behind that.
-template <class State>
-FI_DEVICE bool lower_bound(const State& state, uint32_t k, uint32_t& low) {
-  constexpr int kThreads = State::kThreads, kBlocks = State::Row::kBlocks;
-  auto& shared = state.shared;
-  const uint32_t segments = state.row.segments(), blocks = segments * kBlocks;
-  uint32_t groups = segments, size = kBlocks;
-  while (size > 1 && groups < 2 * k) {
+// How many blocks the groups have whose largest keys give a bound for the k largest elements: a power of two, and the more
+// groups there are, the fewer elements reach the k-th largest that are not among the k largest. 0: they would be too few.
+template <class Row>
+FI_DEVICE uint32_t group_size(uint32_t segments, uint32_t k) {
+  uint32_t size = Row::kBlocks, groups = segments;
+  while (groups > kPairs) {
+    groups = ceil_div(groups, 2u);
+    size *= 2;
+  }
+  while (size > 1 && groups < 2 * k && 2 * groups <= kPairs) {
     groups *= 2;
     size /= 2;
   }
-  if (k <= segments && !few<kThreads>(groups)) groups = segments;
-  if (k <= groups && (groups == segments || few<kThreads>(groups))) {
-    const uint32_t* keys = shared.top;
-    if (groups != segments) {
-      for (uint32_t g = threadIdx.x; g < groups; g += kThreads) {
-        uint32_t key = 0;
-        for (uint32_t b = 0; b < size; ++b) key = max_of(key, shared.block_top[g * size + b]);
-        shared.bins[g] = key;
-      }
-      keys = shared.bins;
-      __syncthreads();  // the groups' keys are known
-    }
-    const int split = threads_for_each<kThreads>(groups);
-    const uint32_t mine = threadIdx.x / split;
-    const uint32_t key = mine < groups ? keys[mine] : 0;
-    uint32_t ranks = 0;  // larger ones; and in the upper half, equal ones
-#pragma unroll 4
-    for (uint32_t i = threadIdx.x % split; i < groups; i += split) {
-      const uint32_t other = keys[i];
-      ranks += other > key ? 1 : other == key ? 1 << 16 : 0;
-    }
-    ranks = split_sum(ranks, split);
-    const uint32_t larger = ranks & 0xffff;
-    if (mine < groups && larger < k && k <= larger + (ranks >> 16)) shared.bound = key;  // all the same one
-    __syncthreads();  // the bound is known
-    low = shared.bound;
-    return true;
-  }
-  if (k > blocks - blocks / 4) return false;
-  uint32_t least = 0xffffffffu, count = 0;
-  for (uint32_t b = threadIdx.x; b < blocks; b += kThreads) {
-    const uint32_t key = shared.block_top[b];
-    if (key <= key_of(-FI_INF)) continue;  // nothing there
-    least = min_of(least, key);
-    ++count;
-  }
-  least = ptx::warp_min_u32(least);
-  count = ptx::warp_sum_u32(count);
-  if (lane_id() == 0) {
-    atomicMin(&shared.bound, least);
-    atomicAdd(&shared.inside, count);
-  }
-  __syncthreads();  // the tops' range is known
-  if (shared.inside < k) return false;
-  auto visit = [&](uint32_t from, uint32_t to, auto&& f) {
-    for (uint32_t b = threadIdx.x; b < blocks; b += kThreads) {
-      const uint32_t key = shared.block_top[b];
-      if (from <= key && key <= to) f(0.f, key);
-    }
-  };
-  // A lower bound may be rounded down: mostly, one histogram tells enough.
-  low = select<kThreads>(visit, [](float) { return uint64_t(1); }, shared.bound, state.top_key, uint64_t(k), 14, shared);
-  return true;
+  return k <= min_of(groups, kPairs / 8 * 5) ? size : 0;
+}
+// What the CTAs have to know for that.
+template <class Row>
+FI_DEVICE Tell tell_of(uint32_t size) {
+  return size == 0 ? Tell::kNothing : size < Row::kBlocks ? Tell::kBlockTops : Tell::kTops;
 }
 
-// List every element with a key of at least `low`, in index order, and (kMasses) the masses of the first kPairs. Returns
-// how many; more than the list holds if it overflows. The State's shared memory is the dynamic one. Not inlined, as
-// `search`.
-template <class State, bool kMasses>
-__device__ __noinline__ uint32_t gather(typename State::Row row, uint32_t low, uint32_t top_key) {
-  using Row = typename State::Row;
-  using Domain = typename State::Domain;
-  constexpr int kPer = Row::kPer, kWarps = State::kThreads / 32, kList = State::Shared::kList;
-  constexpr int kFlight = 16 / kPer;   // loads of a thread that are on their way together
-  constexpr int kBits = 16;            // of a count of a block's elements, packed
-  static_assert(kFlight * kBits <= 64 && State::Shared::kSelects);
-  extern __shared__ __align__(1024) uint8_t smem[];
-  auto& shared = *reinterpret_cast<typename State::Shared*>(smem);
-  uint32_t* const counts = reinterpret_cast<uint32_t*>(shared.warp_sum);
-  // The blocks, in order: a warp looks at some of them that follow each other.
-  const uint32_t blocks = row.segments() * Row::kBlocks;
-  const uint32_t own = round_up(ceil_div(blocks, uint32_t(kWarps)), 32u);
-  const uint32_t from = min_of(warp_id() * own, blocks), to = min_of(from + own, blocks);
-  auto takes = [&](uint32_t b) { return __ballot_sync(kFullMask, b + lane_id() < to && shared.block_top[b + lane_id()] >= low); };
-  uint32_t found = 0;
-  for (uint32_t b = from; b < to; b += 32) found += __popc(takes(b));
-  if (lane_id() == 0) counts[warp_id()] = found;
-  __syncthreads();  // blocks are counted, and the bins not in use
-  uint32_t n;
-  uint32_t at = before<kWarps>(counts, n);
-  if (n > kList) return n;
-  for (uint32_t b = from; b < to; b += 32) {
-    const uint32_t taken = takes(b);
-    if (taken >> lane_id() & 1) shared.bins[at + __popc(taken & ((1u << lane_id()) - 1))] = b + lane_id();
-    at += __popc(taken);
-  }
-  __syncthreads();  // the list of blocks is complete
-  // Their elements, in rounds of up to kFlight blocks a warp that follow each other in the list.
-  uint32_t total = 0;
+struct Bounds {
+  uint32_t low, top;
+};
+
+// The k-th largest of the groups' largest keys, which at least k elements reach, and the largest. Every CTA for itself.
+template <int kThreads, class Row, class Shared>
+FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, uint32_t k) {
+  constexpr uint32_t kBlocks = Row::kBlocks, kWarps = kThreads / 32;
+  static_assert(kThreads >= kPairs && kWarps % 8 == 0);
+  const uint32_t* keys = shared.top;
+  uint32_t groups = segments;
+  if (size != kBlocks) {
+    const bool parts = size < kBlocks;
+    const uint32_t* const of = parts ? shared.block_top : shared.top;
+    const uint32_t each = parts ? size : size / kBlocks, all = parts ? segments * kBlocks : segments;
+    groups = (all + each - 1) >> (31 - __clz(each));
+    if (threadIdx.x < kPairs) {
+      uint32_t key = 0;
 #pragma unroll 1
-  for (uint32_t first = 0, round = 0; first < n && total <= kList; first += kFlight * kWarps, round ^= 1) {
-    const uint32_t each = min_of(uint32_t(kFlight), ceil_div(n - first, uint32_t(kWarps)));
-    const uint32_t start = first + warp_id() * each, end = min_of(start + each, n);
-    float v[kFlight][kPer];
-#pragma unroll
-    for (int f = 0; f < kFlight; ++f) {
-#pragma unroll
-      for (int j = 0; j < kPer; ++j) v[f][j] = -FI_INF;
-      if (start + f < end) row.load_at(shared.bins[start + f] * Row::kBlock + lane_id() * kPer, v[f]);
+      for (uint32_t i = threadIdx.x * each; i < min_of(threadIdx.x * each + each, all); ++i) key = max_of(key, of[i]);
+      shared.bins[threadIdx.x] = key;
     }
-    uint32_t marks = 0;
-    uint64_t mine = 0;  // this lane's elements of every block
+    keys = shared.bins;
+    __syncthreads();  // the groups' keys are known
+  }
+  // Padded to 128 or 256 keys. A warp compares 32 of them, a lane one, with a part of all.
+  const bool many = groups > 128;
+  const uint32_t set = warp_id() & (many ? 7 : 3), part = warp_id() >> (many ? 3 : 2);
+  const uint32_t parts = kWarps >> (many ? 3 : 2), each = (many ? 64 : 32) / parts;  // groups of four keys
+  const uint4* const quads = reinterpret_cast<const uint4*>(keys);
+  uint32_t* const counts = shared.bins + kPairs;
+  const uint32_t key = keys[set * 32 + lane_id()];
+  int32_t larger[2] = {0, 0};  // negative
+#pragma unroll 1
+  for (uint32_t i = part * each; i < part * each + each; i += 4) {
 #pragma unroll
-    for (int f = 0; f < kFlight; ++f) {
-      if (start + f >= end) break;
-      const uint32_t index = shared.bins[start + f] * Row::kBlock + lane_id() * kPer;
-      uint32_t marked = 0;
-#pragma unroll
-      for (int j = 0; j < kPer; ++j) marked |= uint32_t(key_of(v[f][j]) >= low && index + j < row.vocab) << j;
-      marks |= marked << (f * kPer);
-      mine |= uint64_t(__popc(marked)) << (f * kBits);
-    }
-    const uint64_t until = warp_scan(mine), all = __shfl_sync(kFullMask, until, 31);
-    uint64_t places = until - mine;  // every block's first place, for this lane
-    uint32_t count = 0, blocks_before[kFlight];
-#pragma unroll
-    for (int f = 0; f < kFlight; ++f) {
-      blocks_before[f] = count + (uint32_t(places >> (f * kBits)) & ((1u << kBits) - 1));
-      count += uint32_t(all >> (f * kBits)) & ((1u << kBits) - 1);
-    }
-    if (lane_id() == 0) counts[32 * round + warp_id()] = count;
-    __syncthreads();  // elements are counted
-    uint32_t of_round;
-    const uint32_t base = total + before<kWarps>(counts + 32 * round, of_round);
-    total += of_round;
-#pragma unroll
-    for (int f = 0; f < kFlight; ++f) {
-      if (start + f >= end) break;
-      const uint32_t index = shared.bins[start + f] * Row::kBlock + lane_id() * kPer;
-      uint32_t place = base + blocks_before[f];
-#pragma unroll
-      for (int j = 0; j < kPer; ++j) {
-        if (!(marks >> (f * kPer + j) & 1)) continue;
-        if (place < kList) {
-          shared.key[place] = key_of(v[f][j]);
-          shared.index[place] = index + j;
-        }
-        ++place;
-      }
-    }
-    if constexpr (kMasses) {
-      __syncwarp();
-      const auto ref = Domain::ref(value_of(top_key));
-      for (uint32_t i = base + lane_id(); i < min_of(base + count, kPairs); i += 32)
-        shared.mass[i] = Domain::mass(value_of(shared.key[i]), ref);
+    for (int j = 0; j < 4; ++j) {
+      const uint4 others = quads[i + j];
+      ptx::count_less(larger[0], key, others.x);
+      ptx::count_less(larger[1], key, others.y);
+      ptx::count_less(larger[0], key, others.z);
+      ptx::count_less(larger[1], key, others.w);
     }
   }
-  __syncthreads();  // the list is complete
-  return total;
+  counts[part * kPairs + set * 32 + lane_id()] = -(larger[0] + larger[1]);
+  __syncthreads();  // parts are counted
+  // The k-th largest is the smallest of those that fewer than k are larger than.
+  uint32_t low = 0xffffffffu, top = 0;
+#pragma unroll 1
+  for (uint32_t i = lane_id(); i < (many ? 64 : 32); i += 32) {
+    const uint4 four = quads[i];
+    uint4 above = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
+    for (uint32_t r = 0; r < parts; ++r) {
+      const uint4 more = reinterpret_cast<const uint4*>(counts)[r * (kPairs / 4) + i];
+      above = make_uint4(above.x + more.x, above.y + more.y, above.z + more.z, above.w + more.w);
+    }
+    low = min_of(low, min_of(above.x < k ? four.x : 0xffffffffu, above.y < k ? four.y : 0xffffffffu));
+    low = min_of(low, min_of(above.z < k ? four.z : 0xffffffffu, above.w < k ? four.w : 0xffffffffu));
+    top = max_of(max_of(top, max_of(four.x, four.y)), max_of(four.z, four.w));
+  }
+  return {ptx::warp_min_u32(low), ptx::warp_max_u32(top)};
 }
 
-// A short list with its masses: everyone is compared with everyone, and warp 0 adds up what is kept, in order, and draws
-// from it (kDraws). The State's shared memory is the dynamic one. Not inlined, as `search`.
-template <class State, bool kDraws>
-__device__ __noinline__ Verdict settle(typename State::Row row, uint32_t top_key, uint32_t n, FilterArgs args,
-                                       uint64_t total, uint64_t random) {
+// What candidates are compared by: their mass,
+template <class Domain>
+struct MassLoad {
+  typename Domain::Ref ref;
+  static constexpr bool kTies = true;
+  static constexpr uint32_t kLowest = Domain::kNothing + 1;  // what has no mass is never a candidate
+  FI_DEVICE explicit MassLoad(uint32_t top_key) : ref(Domain::ref(value_of(top_key))) {}
+  FI_DEVICE static bool valid(uint32_t top_key) { return top_key <= kInfKey && Domain::valid(value_of(top_key)); }
+  FI_DEVICE uint64_t operator()(uint32_t key, uint32_t) const { return Domain::mass(value_of(key), ref); }
+};
+
+// Every warp lists what reaches a bound in its own segments, for the first CTA: the k-th largest of the groups' largest
+// keys, or (k = 0) `least(top)`. In no order. With kKeeps every CTA also has its own candidates. Nothing is listed if k
+// elements are ties of the largest (for a Load with kTies). Behind the summary; not inlined, as `search`. The shared memory
+// is the dynamic one.
+template <class Shape, class Load, bool kKeeps, class Row, class Shared, class Least>
+__device__ __noinline__ Bounds shortlist(Row row, uint32_t size, uint32_t k, Least least) {
+  constexpr int kBlocks = Row::kBlocks, kPer = Row::kPer, kStep = Shape::kStep;
+  constexpr int kTogether = 64 / kBlocks;  // segments whose blocks a warp looks at together
+  constexpr int kFlight = 32 / kPer;       // loads of a thread that are on their way together
+  constexpr uint32_t kRoom = Shared::room(Shape::kCluster);
+  static_assert(Shared::kSelects);
+  extern __shared__ __align__(1024) uint8_t smem[];
+  Shared& shared = *reinterpret_cast<Shared*>(smem);
+  const uint32_t segments = row.segments(), rank = Shape::rank();
+  Bounds bounds = group_bounds<Shape::kThreads, Row>(shared, segments, size, k);
+  if (!Load::valid(bounds.top)) return bounds;
+  bounds.low = max_of(k ? bounds.low : least(bounds.top), Load::kLowest);
+  if (Load::kTies && k > 1 && bounds.low == bounds.top) return bounds;
+  const float bound = value_of(bounds.low);
+  uint32_t sent = 0, listed = 0;
+  bool full = false;
+#pragma unroll 1
+  for (uint32_t first = Shape::first(); first < segments && !full; first += kTogether * kStep) {
+    auto block_of = [&](uint32_t place) { return (first + place / kBlocks * kStep) * kBlocks + place % kBlocks; };
+    auto reaches = [&](uint32_t place) {
+      return __ballot_sync(kFullMask, first + place / kBlocks * kStep < segments && shared.block_top[block_of(place)] >= bounds.low);
+    };
+    uint64_t taken = reaches(lane_id());
+    if (first + kTogether / 2 * kStep < segments) taken |= uint64_t(reaches(lane_id() + 32)) << 32;
+#pragma unroll 1
+    while (taken && !full) {
+      // Loads without conditions, and conversions behind all of them: they would wait for one another.
+      decltype(row.raw(0)) v[kFlight][kPer];
+      float x = 0.f;
+      uint64_t places = 0;  // a byte each
+      const uint32_t count = min_of(__popcll(taken), kFlight);
+#pragma unroll
+      for (int f = 0; f < kFlight; ++f) {
+        if (f >= count) break;
+        const uint32_t place = __ffsll(taken) - 1;
+        taken &= taken - 1;
+        places |= uint64_t(place) << (8 * f);
+        const uint32_t at = block_of(place) * Row::kBlock + lane_id();
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) v[f][j] = row.raw(min_of(at + 32 * j, row.vocab - 1));
+      }
+      auto index_of = [&](uint32_t bit) {
+        return block_of(uint32_t(places >> (bit / kPer * 8)) & 0xff) * Row::kBlock + bit % kPer * 32 + lane_id();
+      };
+      uint32_t marks = 0;  // the last one's value is x
+#pragma unroll
+      for (int f = 0; f < kFlight; ++f) {
+        if (f >= count) break;
+        const uint32_t at = index_of(f * kPer), left = at < row.vocab ? (row.vocab - 1 - at) / 32 + 1 : 0;
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) {
+          const float y = row.value(v[f][j]);
+          if (y < bound || j >= left) continue;
+          marks |= 1u << (f * kPer + j);
+          x = y;
+        }
+      }
+      if (marks) {
+        uint32_t place = atomicAdd(&shared.count, __popc(marks));
+        listed += __popc(marks);
+        for (;; ++place) {
+          const uint32_t bit = 31 - __clz(marks), index = index_of(bit);
+          full = place >= kRoom;
+          if (full) break;
+          const uint64_t made = uint64_t(index) << 32 | key_of(x);
+          if (kKeeps && rank != 0) shared.candidates()[place] = made;
+          Shape::post(shared.candidates() + rank * kRoom + place, made, &shared.box[2], 0);
+          ++sent;
+          marks ^= 1u << bit;
+          if (!marks) break;
+          x = row.at(index_of(31 - __clz(marks)));  // once more: it is rare, and registers cannot be indexed
+        }
+      }
+      full = __any_sync(kFullMask, full);
+    }
+  }
+  if constexpr (Shape::kCluster > 1) {
+    sent = ptx::warp_sum_u32(sent);
+    listed = ptx::warp_sum_u32(listed);
+    if (lane_id() == 0) {
+      Shape::add(&shared.found[rank], uint64_t(listed), &shared.box[2], 0);
+      ptx::mailbox_announce(&shared.box[2], 8 * sent + 8, 0);
+    }
+  }
+  return bounds;
+}
+
+// The candidates, one behind the other. In the first CTA.
+template <class Shared>
+FI_DEVICE Candidate* collected(Shared& shared) {
+  return reinterpret_cast<Candidate*>(shared.bins);
+}
+// Makes them, padded, and returns how many there are, or kWholeRow if they are too many.
+template <class Shape, class Load, class Shared>
+FI_DEVICE uint32_t collect(Shared& shared, const Load& load) {
+  constexpr uint32_t kRoom = Shared::room(Shape::kCluster);
+  uint32_t n = 0, from = threadIdx.x;
+  bool fits = true;
+  if constexpr (Shape::kCluster == 1) {
+    __syncthreads();  // candidates are complete
+    n = shared.count;
+    fits = n <= kRoom;
+  } else {
+    ptx::mailbox_wait(&shared.box[2], 0);
+#pragma unroll
+    for (uint32_t r = 0; r < Shape::kCluster; ++r) {
+      const uint32_t found = uint32_t(shared.found[r]);
+      fits = fits && found <= kRoom;
+      if (threadIdx.x >= n) from = r * kRoom + threadIdx.x - n;
+      n += found;
+    }
+  }
+  if (!fits || n > kPairs) return kWholeRow;
+  if (threadIdx.x < n) {
+    const uint64_t candidate = shared.candidates()[from];
+    const uint32_t key = uint32_t(candidate), index = uint32_t(candidate >> 32);
+    collected(shared)[threadIdx.x] = {key, index, load(key, index)};
+  }
+  if (n <= threadIdx.x && threadIdx.x < round_up(n, 32u)) collected(shared)[threadIdx.x] = padding();
+  __syncthreads();  // candidates follow each other
+  return n;
+}
+
+// The candidates, if they are few: everyone is compared with everyone, by key to know what is kept, and by index to draw from
+// it (kDraws). The State's shared memory is the dynamic one. Not inlined, as `search`.
+template <class State, class Shape, bool kDraws>
+__device__ __noinline__ Verdict settle(typename State::Row row, uint32_t top_key, FilterArgs args) {
   using Domain = typename State::Domain;
-  constexpr int kThreads = State::kThreads;
+  constexpr int kWarps = Shape::kThreads / 32;
   extern __shared__ __align__(1024) uint8_t smem[];
   auto& shared = *reinterpret_cast<typename State::Shared*>(smem);
-  const uint64_t* const mass = shared.mass;
-  uint64_t* const kept_mass = shared.kept_mass;
-  const int split = threads_for_each<kThreads>(n);
-  const uint32_t mine = threadIdx.x / split, part = threadIdx.x % split;
-  const bool there = mine < n;
-  const uint32_t key = there ? shared.key[mine] : 0;
-  uint32_t ranks = 0;  // larger ones; and in the upper half, equal ones
-  uint64_t above = 0;
-#pragma unroll 4
-  for (uint32_t i = part; i < n; i += split) {
-    const uint32_t other = shared.key[i];
-    ranks += other > key ? 1 : other == key ? 1 << 16 : 0;
-    above += other > key ? mass[i] : 0;
+  Verdict verdict = {0, 0, 0, false, false};
+  const MassLoad<Domain> load(top_key);
+  // While candidates are awaited:
+  const uint64_t factor = args.has_top_p() ? share_factor(args.p) : 0;
+  const bool joint = Domain::kOwnRef && args.has_top_p() && args.joint;  // compares with the row's mass
+  if (joint) {
+    const uint64_t part = ptx::warp_sum_u64(State(row, shared, top_key).part(threadIdx.x));
+    if (lane_id() == 0) shared.warp_sum[warp_id()] = part;
   }
-  ranks = split_sum(ranks, split);
-  const uint32_t larger = ranks & 0xffff, equal = ranks >> 16, k = min_of(args.top_k, n);
-  bool kept = there && larger < k;
-  const uint64_t own = kept ? mass[mine] : 0;
+  const uint32_t n = collect<Shape>(shared, load);
+  if (n == kWholeRow) return verdict;
+  verdict.drawn = true;
+  const Candidate* const list = collected(shared);
+  Candidate* const kept_list = collected(shared) + kPairs;
+  const Split split(n);
+  const uint32_t k = min_of(args.top_k, n);
+  Candidate own = padding();
+  uint64_t above = 0;
+  int32_t larger = 0;  // negative
+  uint32_t equal = 0;
+  if (split.works()) {
+    own = list[split.item];
+    if (!args.has_top_p()) {
+      split.compare(list, [&](const Candidate& other) { ptx::count_less(larger, own.key, other.key); });
+    } else {
+      split.compare(list, [&](const Candidate& other) {
+        equal += other.key == own.key;
+        if (other.key <= own.key) return;
+        --larger;
+        above += other.load;
+      });
+      above = split.sum(above);
+      equal = split.sum(equal);
+    }
+    larger = split.sum(larger);
+  }
+  bool kept = own.key != 0 && larger + int32_t(k) > 0;
   if (args.has_top_p()) {
-    above = split_sum(above, split);
+    uint64_t total = 0;
+    if (joint) total = ptx::warp_sum_u64(lane_id() < kWarps ? shared.warp_sum[lane_id()] : 0);
     if (!args.joint) {
-      if (kept && k <= larger + equal) shared.above = above + equal * own;  // all the same: those on the k-th place
+      if (kept && int32_t(k) <= int32_t(equal) - larger) shared.above = above + equal * own.load;  // those on the k-th place
       __syncthreads();  // the mass of what top-k keeps is known
       total = shared.above;
     }
-    kept = kept && above < args.target<Domain>(total, Domain::ref(value_of(top_key)));
+    kept = kept && above < args.target<Domain>(total, load.ref, factor);
   }
-  kept = kept && key >= args.least;
-  if (there && part == 0) kept_mass[mine] = kept ? own : 0;
-  if (there && part == 0) shared.bins[mine] = kept ? key : 0xffffffffu;
-  __syncthreads();  // kept masses are complete
-  Verdict verdict = {0, 0, 0, true};
-  if (warp_id() != 0) return verdict;
-  const uint32_t each = ceil_div(n, 32u), first = lane_id() * each, end = min_of(first + each, n);
-  uint64_t sum = 0;
-  uint32_t lowest = 0xffffffffu;
-  for (uint32_t i = first; i < end; ++i) {
-    sum += kept_mass[i];
-    lowest = min_of(lowest, shared.bins[i]);
-  }
-  verdict.threshold = ptx::warp_min_u32(lowest);
-  uint64_t until = warp_scan(sum);
-  verdict.total = __shfl_sync(kFullMask, until, 31);
+  kept = kept && own.key >= args.least;
+  if (split.works() && split.part == 0) kept_list[split.item] = {kept ? own.key : 0xffffffffu, own.index, kept ? own.load : 0};
+  __syncthreads();  // what is kept is known
   if constexpr (kDraws) {
-    const uint64_t target = __umul64hi(random, verdict.total);
-    uint32_t token = 0;
-    if (until - sum <= target && target < until) {  // one lane
-      until -= sum;
-      for (uint32_t i = first; i < end; ++i) {
-        until += kept_mass[i];
-        if (target >= until) continue;
-        token = shared.index[i] + 1;
-        break;
-      }
+    if (split.works()) {
+      uint64_t before = 0, all = 0;
+      split.compare(kept_list, [&](const Candidate& other) {
+        all += other.load;
+        before += other.index < own.index ? other.load : 0;
+      });
+      before = split.sum(before);
+      const uint64_t target = __umul64hi(shared.random, split.sum(all));
+      verdict.token = own.index;
+      verdict.mine = kept && split.part == 0 && before <= target && target - before < own.load;
     }
-    verdict.token = ptx::warp_max_u32(token) - 1;
+  } else if (warp_id() == 0) {
+    uint64_t sum = 0;
+    uint32_t lowest = 0xffffffffu;
+    for (uint32_t i = lane_id(); i < n; i += 32) {
+      sum += kept_list[i].load;
+      lowest = min_of(lowest, kept_list[i].key);
+    }
+    verdict.total = ptx::warp_sum_u64(sum);
+    verdict.threshold = ptx::warp_min_u32(lowest);
   }
   return verdict;
 }

@@ -138,7 +138,24 @@ FI_DEVICE void add_many_from(const Row& row, typename Domain::Ref ref, uint32_t 
   }
 }
 
-// The same where they are few: several at a time, whatever segments they are of.
+// Rows whose k largest elements are ties: whatever the filters, these are kept, and every CTA adds up its own. To the first
+// CTA, by the candidates' mailbox; not inlined, as `search`.
+template <class Domain, class Shape, class Row, class Shared>
+__device__ __noinline__ void add_ties(Row row, uint32_t top_key) {
+  extern __shared__ __align__(1024) uint8_t smem[];
+  Shared& shared = *reinterpret_cast<Shared*>(smem);
+  add_many_from<Domain, Shape>(row, Domain::ref(value_of(top_key)), top_key, shared, &shared.box[2]);
+  if constexpr (Shape::kCluster == 1) {
+    __syncthreads();  // sums are complete
+  } else {
+    const uint32_t segments = row.segments(), first = Shape::first();
+    const uint32_t own = first < segments ? (segments - 1 - first) / Shape::kStep + 1 : 0;
+    if (lane_id() == 0) ptx::mailbox_announce(&shared.box[2], 8 * own, 0);
+    if (Shape::rank() == 0) ptx::mailbox_wait(&shared.box[2], 0);
+  }
+}
+
+// Mass from a key on where few blocks reach it: several at a time, whatever segments they are of.
 template <class Domain, class Shape, class Row, class Shared>
 FI_DEVICE void add_from(const Row& row, typename Domain::Ref ref, uint32_t least, Shared& shared, uint64_t* box) {
   constexpr int kBlocks = Row::kBlocks, kPer = Row::kPer;

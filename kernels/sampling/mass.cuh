@@ -47,6 +47,7 @@ FI_DEVICE uint64_t scaled(uint64_t sum, uint64_t weight) { return __umul64hi(sum
 // Inputs are logits: probability e^x, relative to a reference value (the row's or a segment's largest). +inf takes all;
 // -inf, none. A token below 2^-43 of the reference is never drawn.
 struct Logits {
+  static constexpr uint32_t kNothing = 0x007fffffu;  // key_of(-inf): up to there nothing has a mass
   static constexpr bool kOwnRef = true;  // sums of segments are relative to the segment's largest value
   struct Ref {
     float top;
@@ -72,6 +73,7 @@ struct Logits {
 // lies in [2^kFloor, 2), so that a row can be added up while it is read, else 2^-43 of that value's power of two.
 template <int kFloor>
 struct Probabilities {
+  static constexpr uint32_t kNothing = 0x80000000u;  // key_of(0)
   static constexpr bool kOwnRef = false;
   struct Ref {
     float first, second;  // their product is 2^(kMassBits - exponent); two factors, since it may exceed the range

@@ -1,46 +1,18 @@
 // Rows of probabilities after top-p: what it rejects at 0 and the rest divided by its sum.
 // A cluster of kCluster CTAs (1 below sm_90) of kThreads computes one row; grid = rows * kCluster. The row stays on chip
 // (kHold: a warp's last segment in its registers, the others in shared memory; without, all but the last are read again).
-// The threshold is found by all CTAs together: every one adds its masses to a histogram, the histograms are added up where
-// each CTA has a share of the bins, and the bin that the target falls into is divided again, until it holds one value:
-// three rounds, whatever the row looks like.
+// The threshold is found by all CTAs together: while the row is read, every one adds its masses to a histogram, the
+// histograms are added up where each CTA has a share of the bins, and of the bin that the target falls into, every CTA
+// gets all elements and compares them. If they are many, or the row does not sum to about 1, the bins of more histograms
+// divide the range until it holds one value: two or three rounds, whatever the row looks like.
 // Shared memory (dynamic): RenormShared, and the held segments as T. Bytes moved: rows * vocab * 2 * sizeof(T), without
 // kHold another sizeof(T). Architecture: any; clusters need sm_90.
 #pragma once
 #include "ptx/pdl.cuh"
-#include "sampling/filters.cuh"
 #include "sampling/parameters.cuh"
+#include "sampling/renorm_range.cuh"
 
 namespace fi {
-
-namespace sampling {
-
-template <class Shape>
-struct alignas(16) RenormShared {
-  uint64_t part_sum[2][Shape::kStep];  // a warp of the cluster: the mass of what it read, and the largest key
-  uint64_t share_sum[Shape::kCluster];
-  uint64_t found[2];  // the bin, and the mass from the top to its end
-  uint64_t warp_sum[32];
-  uint64_t box[2];
-  uint64_t own[kBins / Shape::kCluster];  // of this CTA's share of the bins, the cluster's sums
-  uint32_t bins[2 * kBins];
-  uint32_t part_top[2][Shape::kStep];
-};
-
-// The exchanges of a cluster take the two mailboxes in turn: everyone is at most one ahead.
-template <class Shape>
-struct Exchange {
-  uint64_t* boxes;
-  uint32_t number = 0;
-
-  FI_DEVICE uint64_t* box() const { return boxes + number % 2; }
-  FI_DEVICE void receive(uint32_t bytes) {
-    Shape::receive(box(), number / 2, bytes);
-    ++number;
-  }
-};
-
-}  // namespace sampling
 
 // Config: T, kThreads, kCluster, kSegments (at most), kHold, kSharedBytes (of RenormShared)
 template <class Config>
@@ -62,9 +34,14 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
   if (threadIdx.x == 0) {
     ptx::mailbox_open(&shared.box[0]);
     ptx::mailbox_open(&shared.box[1]);
+    ptx::mailbox_open(&shared.box[2], kCluster);
+    shared.count = 0;
   }
   for (int i = threadIdx.x; i < kShare; i += kThreads) shared.own[i] = 0;
+  for (int i = threadIdx.x; i < kFirstBins / 4; i += kThreads)
+    reinterpret_cast<uint4*>(shared.bins)[i] = make_uint4(0, 0, 0, 0);
   Shape::start();
+  if constexpr (kCluster > 1) __syncthreads();  // bins are clear
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
@@ -79,6 +56,9 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
   Block v[Row::kBlocks];
   Exchange<Shape> exchange{shared.box};
   Started<Shape> started;
+  // All tokens lighter than `least_first` cannot fill the gap between a mass of kLeastTotal and the target.
+  const float gap = args.joint ? kLeastTotal - fmaxf(args.p, 0.f) : kLeastTotal * (1.f - args.p);
+  const float least_first = args.has_top_p() ? fmaxf(gap * (0.99f / float(vocab)), __int_as_float(1)) : FI_INF;
   uint32_t top = 0;
   uint64_t sum = 0;
 #pragma unroll
@@ -93,7 +73,30 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
     if (s != last) held.put(s, v);
     uint4 keys;
     top = max_of(top, segment_top<false, Row>(v, keys));
-    each_value<Row>(v, [&](float x, int, int) { sum += Domain::mass(x); });
+#pragma unroll
+    for (int b = 0; b < Row::kBlocks; ++b) {
+      float x[kPer];
+      uint32_t rough[kPer], bin[kPer], together = 0;
+      v[b].to_floats(x);
+      bool alike = true;
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) {
+        const uint64_t mass = Domain::mass(x[j]);
+        sum += mass;
+        rough[j] = uint32_t(mass >> (kMassBits - kRoughBits));
+        bin[j] = x[j] < least_first ? kFirstBins : first_bin(__float_as_int(x[j]));
+        together += rough[j];
+        alike = alike && bin[j] == bin[0];
+      }
+      if (alike) {  // ties would queue up
+        if (bin[0] < kFirstBins) atomicAdd(&shared.bins[bin[0]], together);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) {
+          if (bin[j] < kFirstBins) atomicAdd(&shared.bins[bin[j]], rough[j]);
+        }
+      }
+    }
   }
   started.wait();
   // f(value) of everything that this warp has: the last segment, and the others in parts.
@@ -150,7 +153,22 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
 
   const uint64_t target = args.has_top_p() ? args.target<Domain>(total, ref) : ~uint64_t(0);
   uint32_t threshold = valid ? key_of(-FI_INF) : 0xffffffffu;  // nothing is kept of an invalid row
-  if (valid && target <= total) {
+  Threshold known = {false, 0, 0, 0};
+  constexpr uint64_t kOne = uint64_t(1) << kMassBits;
+  if (valid && target <= total && ref.exponent == 0 && total < 2 * kOne && total >= uint64_t(double(kLeastTotal) * double(kOne))) {
+    __syncthreads();  // bins are complete
+    const uint32_t from = first_bin(int(top & 0x7fffffffu)), to = first_bin(__float_as_int(least_first));
+    const uint2 bins = find_bins(shared, exchange, from, to - from + 1, target, vocab);
+    const uint32_t last = from + bins.x;
+    known.low = last < kFirstBins - 1 ? uint32_t(kFirstTop) - ((last + 1) << kFirstShift) + 1 : 0;
+    known.low = max_of(known.low, __float_as_uint(least_first)) | 0x80000000u;
+    known.high = uint32_t(kFirstTop - ((from + bins.y) << kFirstShift)) | 0x80000000u;
+    known = compare_range<Shape, Domain>(shared, ref, known.low, known.high, target, visit);
+  }
+  if (known.found) {
+    threshold = known.low;
+    total = known.total;
+  } else if (valid && target <= total) {
     uint32_t lowest = key_of(0.f) + 1;
     // All tokens lighter than (total - target) / vocab together cannot fill the gap, so they are all rejected.
     const float light = __ull2float_rz(total - target) * (0.999f / float(vocab));
@@ -159,8 +177,11 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
     // have what lies above their range in bin 0; if the rough round was wrong, they start again with the whole range.
     const int down = max_of(33 - __clzll(total), 0);
     const float rough_unit = ref.second * __int_as_float((127 - down) << 23);
-    uint32_t low = lowest, high = top;
-    bool rough = true;
+    bool rough = known.high == 0;
+    uint32_t low = rough ? lowest : known.low, high = rough ? top : min_of(known.high, top);
+    // What is known to be above needs not be added up again.
+    const float ceiling = rough ? FI_INF : value_of(high);
+    const uint64_t base = known.total;
 #pragma unroll 1
     for (;;) {
       const int bits = low < high ? 32 - __clz(high - low) : 0, most = rough ? kBinBits : kBinBits - 1;
@@ -188,7 +209,7 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
       } else {
         uint64_t run = 0;
         visit([&](float x) {
-          if (x < bound) return;
+          if (x < bound || x > ceiling) return;
           const int below = top_bits - __float_as_int(x);
           const uint32_t bin = below < 0 ? 0 : 1 + (uint32_t(below) >> shift);
           if (bin != latest) {
@@ -223,6 +244,8 @@ FI_DEVICE void renorm_top_p(const SamplingParams& params) {
         before += r < Shape::rank() ? other : 0;
         all += other;
       }
+      before += base;
+      all += base;
       const uint64_t goal = rough ? max_of<uint64_t>(target >> down, 1) : target;
       uint32_t found = 0;
       if (goal <= all) {

@@ -11,6 +11,12 @@ namespace fi::sampling {
 constexpr int kBins = 2048, kBinBits = 11;  // of the histograms in select.cuh
 constexpr uint32_t kPairs = 256;  // so many candidates at most are compared with each other (candidates.cuh)
 
+// An element that may be kept, with its mass or what else it is compared by.
+struct alignas(16) Candidate {
+  uint32_t key, index;
+  uint64_t load;
+};
+
 // How a row is shared out: segment s belongs to CTA s % kCluster, and there to warp s / kCluster % kWarps.
 template <int kThreads_, int kCluster_>
 struct Shape {
@@ -38,7 +44,8 @@ struct Shape {
     }
   }
   // The same, added to what is there.
-  FI_DEVICE static void add(uint64_t* at, uint64_t value, uint64_t* box, uint32_t rank) {
+  template <typename V>
+  FI_DEVICE static void add(V* at, V value, uint64_t* box, uint32_t rank) {
     if constexpr (kCluster > 1) {
       ptx::post_add(at, value, box, rank);
     } else {
@@ -75,23 +82,40 @@ struct RowShared {
   static constexpr bool kSelects = kList > 0;
   uint64_t sum[kSegments];   // mass of each segment
   uint64_t warp_sum[32];
-  uint64_t mass[kSelects ? kPairs : 1], kept_mass[kSelects ? kPairs : 1];  // of a short list, and of what is kept of it
+  uint64_t kept_mass[kSelects ? kPairs : 1];  // of what is kept of the candidates, in index order
+  uint64_t found[kSelects ? 16 : 1];  // candidates of each CTA
   uint64_t above;
+  uint64_t random;
   uint64_t told;    // two words from the first CTA
-  uint64_t box[2];  // mailboxes: of what all CTAs send, and of what the first one sends
+  uint64_t box[3];  // mailboxes: of what all CTAs send, of what the first one sends, and of candidates
   alignas(16) uint32_t bins[kSelects ? 2 * kBins : 4];  // two halves of 64-bit weights; also other short-lived arrays
-  uint32_t top[kSegments];   // largest key of each segment
+  alignas(16) uint32_t top[kSegments];  // largest key of each segment
   alignas(16) uint32_t block_top[kTops ? kSegments * 8 : 4];  // and of each block
-  uint32_t key[kSelects ? kList : 1], index[kSelects ? kList : 1];
+  alignas(16) uint32_t key[kSelects ? kList : 4];
+  uint32_t index[kSelects ? kList : 4];
   uint32_t count, bin, threshold, token, bound, inside;
+
+  // Candidates (key and, in the upper half, index) lie where the list will be, if it has to be made: for each CTA of the
+  // cluster, so many.
+  static constexpr uint32_t room(uint32_t cluster) { return kList / cluster < kPairs ? kList / cluster : kPairs; }
+  FI_DEVICE uint64_t* candidates() { return reinterpret_cast<uint64_t*>(key); }
 };
 
 // Before the cluster's start.
-template <class Shared>
+template <class Shape, class Shared>
 FI_DEVICE void set_counters(Shared& shared) {
+  if constexpr (Shared::kSelects) {  // places past the last segment count as the smallest key
+    for (int i = threadIdx.x; i < Shared::kSegments; i += Shape::kThreads) shared.top[i] = 0;
+    if constexpr (Shape::kCluster > 1) __syncthreads();  // they are clear
+  }
   if (threadIdx.x == 0) {
     ptx::mailbox_open(&shared.box[0]);
     ptx::mailbox_open(&shared.box[1]);
+    if constexpr (Shared::kSelects) {
+      ptx::mailbox_open(&shared.box[2], Shape::kStep);
+#pragma unroll
+      for (int r = 0; r < Shape::kCluster; ++r) shared.found[r] = 0;
+    }
     shared.count = shared.inside = 0;
     shared.bound = 0xffffffffu;
   }
@@ -144,7 +168,8 @@ struct Filled {
   }
 };
 
-// The segment's largest key, NaN's if one is there. kBlockKeys: and in lane i < kBlocks / 4 those of blocks 4 * i ... + 3.
+// The segment's largest key, NaN's if one is there. kBlockKeys: and in lane i those of the blocks from
+// i % (kBlocks / 4) * 4 on, four of them.
 template <bool kBlockKeys, class Row>
 FI_DEVICE uint32_t segment_top(const typename Row::Block (&v)[Row::kBlocks], uint4& keys) {
   uint32_t top = 0, quad[4] = {0, 0, 0, 0};
@@ -158,7 +183,7 @@ FI_DEVICE uint32_t segment_top(const typename Row::Block (&v)[Row::kBlocks], uin
     uint32_t key = key_of(largest);
     if constexpr (kBlockKeys) {
       key = ptx::warp_max_u32(key);
-      quad[b % 4] = lane_id() == b / 4 ? key : quad[b % 4];
+      quad[b % 4] = lane_id() % (Row::kBlocks / 4) == b / 4 ? key : quad[b % 4];
     }
     top = max_of(top, key);
   }
@@ -166,17 +191,22 @@ FI_DEVICE uint32_t segment_top(const typename Row::Block (&v)[Row::kBlocks], uin
   return kBlockKeys ? top : ptx::warp_max_u32(top);
 }
 
+// What every CTA of the cluster is told while the row is read, and not the first one only.
+enum class Tell : uint32_t { kNothing, kTops, kBlockTops };
+
 // What `summarise` sends to a CTA, bytes.
 template <bool kSendTops, class Row>
-FI_DEVICE uint32_t summary_bytes(const Row& row, bool sums) {
+FI_DEVICE uint32_t summary_bytes(const Row& row, bool sums, Tell tell = Tell::kNothing, bool first = true) {
+  if (!first) return row.segments() * 4 * (tell == Tell::kTops ? 1 : Row::kBlocks);
   return row.segments() * (4 + (sums ? 8 : 0) + (kSendTops ? 4 * Row::kBlocks : 0));
 }
 
 // The first pass: to the first CTA, every segment's largest key, its mass (if `sums`; relative to its own largest value or
-// in the unit of 2^-43), and the blocks' largest keys (with kSendTops). With kKeepTops every CTA has those of its own
-// segments. No barrier inside.
+// in the unit of 2^-43), and the blocks' largest keys (with kSendTops); to the others, what `tell` says (with kSendTops).
+// With kKeepTops every CTA has its own segments' blocks' largest keys. No barrier inside.
 template <class Domain, bool kSendTops, bool kKeepTops, class Shape, class Row, class Shared, class Held>
-FI_DEVICE void summarise(const Row& row, Shared& shared, bool sums, Started<Shape>& started, const Held& held) {
+FI_DEVICE void summarise(const Row& row, Shared& shared, bool sums, Started<Shape>& started, const Held& held,
+                         Tell tell = Tell::kNothing) {
   constexpr bool kOne = Shape::kCluster == 1, kBlockKeys = kSendTops || kKeepTops;
   const uint32_t segments = row.segments();
 #pragma unroll 1
@@ -187,10 +217,16 @@ FI_DEVICE void summarise(const Row& row, Shared& shared, bool sums, Started<Shap
     held.put(s, v);
     uint4 keys;
     const uint32_t top = segment_top<kBlockKeys, Row>(v, keys);
-    if (kBlockKeys && lane_id() < Row::kBlocks / 4) {
-      uint4* const place = reinterpret_cast<uint4*>(shared.block_top + s * Row::kBlocks) + lane_id();
-      if constexpr (kKeepTops || kOne) *place = keys;
-      if constexpr (kSendTops && !kOne) Shape::post(place, keys, &shared.box[0], 0);
+    if constexpr (kBlockKeys) {
+      constexpr int kQuads = Row::kBlocks / 4;
+      uint4* const place = reinterpret_cast<uint4*>(shared.block_top + s * Row::kBlocks) + lane_id() % kQuads;
+      if ((kKeepTops || kOne) && lane_id() < kQuads) *place = keys;
+      if constexpr (kSendTops && !kOne) {
+        const int to = lane_id() / kQuads;
+        if (to < (tell == Tell::kBlockTops ? Shape::kCluster : 1)) Shape::post(place, keys, &shared.box[0], to);
+        if (tell == Tell::kTops && 0 < lane_id() && lane_id() < Shape::kCluster)
+          Shape::post(&shared.top[s], top, &shared.box[0], lane_id());
+      }
     }
     uint64_t sum = 0;
     if (sums) {

@@ -47,7 +47,10 @@ struct PlainRow {
       }
     }
   }
-  FI_DEVICE float at(uint32_t i) const { return to_float(data[i]); }
+  FI_DEVICE float at(uint32_t i) const { return value(raw(i)); }
+  // In two steps: an element as it lies there, and its value.
+  FI_DEVICE T raw(uint32_t i) const { return data[i]; }
+  FI_DEVICE float value(T x) const { return to_float(x); }
   // kPer elements from `first` on, a multiple of kPer; places past the end become -inf.
   FI_DEVICE void load_at(uint32_t first, float (&v)[kPer]) const {
     if (aligned && first + kPer <= vocab) {
@@ -88,7 +91,9 @@ struct MappedRow {
 #pragma unroll
     for (int b = 0; b < kCount; ++b) v[b] = {p[b], map};
   }
-  FI_DEVICE float at(uint32_t i) const { return map(plain.at(i)); }
+  FI_DEVICE float at(uint32_t i) const { return value(raw(i)); }
+  FI_DEVICE T raw(uint32_t i) const { return plain.raw(i); }
+  FI_DEVICE float value(T x) const { return map(to_float(x)); }
   FI_DEVICE void load_at(uint32_t first, float (&v)[kPer]) const {
     plain.load_at(first, v);
 #pragma unroll

@@ -7,6 +7,15 @@
 
 namespace fi::sampling {
 
+// Inclusive sums over the warp's lanes.
+FI_DEVICE uint64_t warp_scan(uint64_t x) {
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const uint64_t other = __shfl_up_sync(kFullMask, x, offset);
+    if (lane_id() >= offset) x += other;
+  }
+  return x;
+}
 // Inclusive sums of x over the CTA's threads in order, and the total of all. Two barriers; warp_sum is free after them.
 template <int kThreads>
 FI_DEVICE uint64_t block_scan(uint64_t x, uint64_t* warp_sum, uint64_t& total) {

@@ -36,7 +36,7 @@ FI_DEVICE void chain_speculative(const SpeculativeParams& params) {
   extern __shared__ __align__(1024) uint8_t smem[];
   Shared& shared = *reinterpret_cast<Shared*>(smem);
 
-  set_counters(shared);
+  set_counters<Shape>(shared);
   Shape::start();
   ptx::grid_launch_dependents();
   ptx::grid_wait();

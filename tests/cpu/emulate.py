@@ -48,14 +48,16 @@ FI_DEVICE void cluster_wait() { emulator::cluster_wait(); }
 _MAILBOX = """#pragma once
 #include "ptx/cluster.cuh"
 namespace fi::ptx {
-FI_DEVICE void mailbox_open(uint64_t* box) { *box = 0; }
+FI_DEVICE void mailbox_open(uint64_t* box, uint32_t senders = 1) { emulator::mailbox_open(box, senders); }
+FI_DEVICE void mailbox_announce(uint64_t* box, uint32_t bytes, uint32_t rank) {
+  emulator::mailbox_announce(box, bytes, rank);
+}
 FI_DEVICE void mailbox_expect(uint64_t* box, uint32_t bytes) { emulator::mailbox_expect(box, bytes); }
 FI_DEVICE void mailbox_wait(uint64_t* box, uint32_t parity) { emulator::mailbox_wait(box, parity); }
 template <typename T>
 FI_DEVICE void post(T* at, T value, uint64_t* box, uint32_t rank) { emulator::post(at, value, box, rank, false); }
-FI_DEVICE void post_add(uint64_t* at, uint64_t x, uint64_t* box, uint32_t rank) {
-  emulator::post(at, x, box, rank, true);
-}
+template <typename T>
+FI_DEVICE void post_add(T* at, T x, uint64_t* box, uint32_t rank) { emulator::post(at, x, box, rank, true); }
 }
 """
 _REPLACED = [
@@ -77,6 +79,7 @@ _REPLACED = [
         r"memset(ptx::smem_at(\1), 0, 16);",
     ),
     (r'asm volatile\("cp\.async\.cg\.shared\.global \[.*?\);', "ptx::cp_async<16>(ptx::smem_at(to), from, valid);"),
+    (r'asm\("\{ \.reg \.u32 t; sub\.cc.*?\);\n', "n -= a < b;\n"),
     (r'asm\("ex2.*?\);', "y = exp2f(x); if (fabsf(y) < 1.1754944e-38f) y = 0.f;"),
     (r'asm\("lg2.*?\);', "y = log2f(x);"),
     (r'asm\("rcp.*?\);', "y = 1.f / x;"),

@@ -347,6 +347,25 @@ def test_peers_can_be_chosen():
         bench_cli.with_peers(cases, "flash,torch")
 
 
+def test_the_sampling_chart_reads_a_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import chart_sampling
+
+    recorded = [{"peer": "FlashInfer", "value": 50.0}, {"peer": "torch", "value": 62.0}]
+    rows = [
+        {"name": "softmax 64x128256 f32", "status": "ok", "us": 26.0, "peers": {"torch": {"us": 61.0}},
+         "recorded": recorded},
+        {"name": "softmax 4x128256 f32", "status": "ok", "us": 5.0, "peers": {"flashinfer": {"missing": "no"}}},
+        {"name": "softmax 64x32000 f32", "status": "ok", "us": 8.0},  # another vocabulary
+        {"name": "softmax 64x128256 bf16", "status": "ok", "us": 17.0},
+        {"name": "softmax 8x128256 f32", "status": "failed", "error": "no"},
+        {"name": "rmsnorm 64x128256 f32", "status": "ok", "us": 3.0},
+    ]  # fmt: skip
+    assert chart_sampling.points({"rows": rows}) == {
+        "softmax": {"fi_cupy": {64: 26.0, 4: 5.0}, "torch": {64: 61.0}, "FlashInfer, recorded": {64: 50.0}}
+    }
+
+
 def test_the_prefill_chart_reads_a_run(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     import chart_prefill

@@ -200,8 +200,8 @@ T* cluster_map(T* p, uint32_t rank) {
   if (offset >= current->cta->bytes || rank >= cluster->ctas.size()) fail("cluster_map");
   return reinterpret_cast<T*>(cluster->ctas[rank].memory + offset);
 }
-// Mailboxes: the bytes that are missing in this phase (lower half; negative before they are expected), and the phase with
-// the expectation as its lowest bit. What is posted arrives at any time.
+// Mailboxes: the bytes that are missing in this phase (negative before they are expected), the phase, and how many of the
+// senders have not said how much they send. What is posted arrives at any time.
 struct Mail {
   Cta* cta;
   uint8_t *at, *box;
@@ -212,30 +212,43 @@ struct Mail {
 inline std::vector<Mail> mail;
 struct Box {
   int32_t missing;
-  uint32_t state;
+  uint32_t phase : 8, pending : 12, senders : 12;
 };
 inline void mailbox_count(Box& box, int bytes) {
   box.missing += bytes;
-  if ((box.state & 1) && box.missing == 0) ++box.state;
+  if (box.pending > 0 || box.missing != 0) return;
+  ++box.phase;
+  box.pending = box.senders;
 }
 inline void deliver(size_t i) {
   const Mail m = mail[i];
   mail[i] = mail.back();
   mail.pop_back();
   if (m.cta->alive == 0) fail("mail for a CTA that has ended");
-  if (m.adds) *reinterpret_cast<uint64_t*>(m.at) += *reinterpret_cast<const uint64_t*>(m.value);
+  if (m.adds && m.size == 4) *reinterpret_cast<uint32_t*>(m.at) += *reinterpret_cast<const uint32_t*>(m.value);
+  else if (m.adds) *reinterpret_cast<uint64_t*>(m.at) += *reinterpret_cast<const uint64_t*>(m.value);
   else memcpy(m.at, m.value, m.size);
   mailbox_count(*reinterpret_cast<Box*>(m.box), -m.size);
 }
+inline void mailbox_open(uint64_t* box, uint32_t senders) {
+  Box& b = *reinterpret_cast<Box*>(box);
+  b.missing = 0;
+  b.phase = 0;
+  b.pending = b.senders = senders;
+}
 inline void mailbox_expect(uint64_t* box, uint32_t bytes) {
   Box& b = *reinterpret_cast<Box*>(box);
-  if (b.state & 1) fail("two expectations in a phase");
-  ++b.state;
+  if (b.pending == 0) fail("too many expectations in a phase");
+  --b.pending;
   mailbox_count(b, bytes);
+}
+inline void mailbox_announce(uint64_t* box, uint32_t bytes, uint32_t rank) {
+  if (cluster->ctas[rank].alive == 0) fail("mail for a CTA that has ended");
+  mailbox_expect(cluster_map(box, rank), bytes);
 }
 inline void mailbox_wait(uint64_t* box, uint32_t parity) {
   const Box& b = *reinterpret_cast<Box*>(box);
-  for (int i = 0; (b.state >> 1 & 1) == parity; ++i) {
+  for (int i = 0; (b.phase & 1) == parity; ++i) {
     if (i > 1000000) fail("no mail");
     current->at = "mailbox";
     ready.push_back(current);
@@ -430,6 +443,7 @@ T atomicMin(T* p, typename Same<T>::Type x) {
 }
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 inline int __clzll(uint64_t x) { return x ? __builtin_clzll(x) : 64; }
 inline int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
