@@ -42,7 +42,6 @@ NOT_TRACED = {
     "convert_bsr_mask_layout": "host arrays, before a plan",
     "explain": "says on the host which kernel would run",
     "fast_decode_plan": "a plan, made on the host",
-    "routing_lanes": "the shape of a launch, on the host",
     "single_decode_with_kv_cache_with_jit_module": "FlashInfer's old form of a variant; the wrappers take `variant=`",
     "single_prefill_with_kv_cache_with_jit_module": "FlashInfer's old form of a variant; the wrappers take `variant=`",
 }
