@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 GPU_TESTS = ROOT / "tests" / "gpu"
 RECEIPT = Path(os.environ.get("FI_CUPY_RECEIPT") or GPU_TESTS / "receipt.json")
 UNVERIFIED = GPU_TESTS / "unverified.txt"
+#: Why a test was skipped that `--seconds` left no time for, and the share of such tests that a receipt may have.
+NO_TIME = "not begun in the time given"
+MOST_NOT_BEGUN = 0.02
 
 
 def source_hashes() -> dict[str, str]:
@@ -89,6 +92,9 @@ def complaints(
             lines.append(f"{receipt['counts']['failed']} tests failed on the GPU")
         if not receipt["counts"]["passed"]:
             lines.append("no test passed on the GPU")
+        not_begun = receipt.get("skips", {}).get(NO_TIME, 0)
+        if not_begun > MOST_NOT_BEGUN * sum(receipt["counts"].values()):
+            lines.append(f"{not_begun} tests were {NO_TIME}")
     return lines
 
 

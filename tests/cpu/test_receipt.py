@@ -86,6 +86,13 @@ def test_failures_cannot_be_excused():
     assert complaints(empty, HASHES, HEADERS, {}) == ["no test passed on the GPU"]
 
 
+def test_only_a_few_tests_may_be_left_out_for_want_of_time():
+    few = {**GOOD, "counts": {"passed": 980, "failed": 0, "skipped": 20}, "skips": {gpu_receipt.NO_TIME: 20}}
+    assert complaints(few, HASHES, HEADERS, {}) == []
+    many = {**few, "skips": {gpu_receipt.NO_TIME: 21}}
+    assert complaints(many, HASHES, HEADERS, {}) == ["21 tests were not begun in the time given"]
+
+
 def test_unverified_file():
     text = "# comment\n\nnorm.cuh: a reason: with a colon\n  rope.cuh :x\nbare.cuh\n"
     assert unverified(text) == {"norm.cuh": "a reason: with a colon", "rope.cuh": "x", "bare.cuh": ""}

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
-from gpu_receipt import GPU_TESTS, RECEIPT, Recorder
+from gpu_receipt import GPU_TESTS, NO_TIME, RECEIPT, Recorder
 
 from fi_cupy import prefill_kernel
 from fi_cupy.device import device_info, num_devices
+
+BEGAN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seconds", type=float, help="begin no test of tests/gpu after this long; the receipt counts those left out"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--seconds", None)
+    if limit is not None and Path(__file__).parent in item.path.parents and time.monotonic() - BEGAN > limit:
+        pytest.skip(NO_TIME)
 
 
 def pytest_configure(config: pytest.Config) -> None:
