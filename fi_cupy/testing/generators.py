@@ -75,6 +75,18 @@ def poisoned(shape: tuple[int, ...], dtype: Any) -> Any:
     return raw.view(np.uint8 if kind.name.startswith("float8") else kind.np).reshape(shape)
 
 
+def new_stream() -> Any:
+    """A CuPy stream for a test to capture or run on, behind all that was queued before.
+
+    Non-blocking streams do not wait for the default stream: without the wait here, what made a test's arrays could
+    still run after what the test does with them, and did where many processes shared a GPU.
+    """
+    import cupy
+
+    cupy.cuda.runtime.deviceSynchronize()
+    return cupy.cuda.Stream(non_blocking=True)
+
+
 def to_float64(array: Any) -> np.ndarray[Any, Any]:
     """Any framework's array as float64 on the CPU."""
     from fi_cupy.arrays import view

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fi_cupy import activation, reference
-from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
@@ -84,7 +84,7 @@ def test_graph_capture(rng):
     x, out = on_gpu(normal(rng, (4, 256))), poisoned((4, 128), "bfloat16")
     run("silu", x, out=out)  # compiled and loaded before the capture
     cupy.cuda.get_current_stream().synchronize()
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     with stream:
         stream.begin_capture()
         run("silu", x, out=out)

@@ -9,7 +9,7 @@ from paged_cases import Pages, bits, check, indptr_of
 from fi_cupy import attention, errors
 from fi_cupy.reference.attention import attention as reference
 from fi_cupy.reference.masks import multi_item_mask
-from fi_cupy.testing.generators import normal, on_gpu, poisoned
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned
 
 cupy = pytest.importorskip("cupy")
 #: (queries, keys): prompts, a chunk, single tokens, fully masked rows, no keys, no queries.
@@ -144,7 +144,7 @@ def test_two_streams_at_once(rng):
     batches = [Batch(rng, [(300, 9000), (1, 9000), (1, 10)]), Batch(rng, MIXED)]
     wrappers = [batch.plan(attention.BatchAttention(), causal=True) for batch in batches]
     outputs = [[batch.outputs() for _ in range(10)] for batch in batches]
-    streams = [cupy.cuda.Stream(non_blocking=True) for _ in batches]
+    streams = [new_stream() for _ in batches]
     cupy.cuda.runtime.deviceSynchronize()
     for i in range(10):
         for batch, wrapper, stream, made in zip(batches, wrappers, streams, outputs, strict=True):
@@ -171,7 +171,7 @@ def test_graph_capture(rng):
     want, want_lse = batch.run(wrapper)
     out, lse = batch.outputs()
     cupy.cuda.runtime.deviceSynchronize()
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     with stream:
         stream.begin_capture()
         wrapper.run(batch.gpu_q, batch.gpu_cache, out, lse)

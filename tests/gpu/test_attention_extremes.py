@@ -8,7 +8,7 @@ from paged_cases import Pages, bits, check, indptr_of
 
 from fi_cupy import BatchAttention, arrays, cascade_attention, decode, page, prefill
 from fi_cupy.reference.attention import batch_decode_paged, batch_prefill_paged, batch_prefill_ragged
-from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned, to_float64
 
 cupy = pytest.importorskip("cupy")
 DTYPE = "bfloat16"
@@ -232,7 +232,7 @@ def test_two_streams_at_once(rng):
     buffers = {k: workspace() for k in kinds}
     outs = {k: [[poisoned(s.q.shape, DTYPE) for _ in range(5)] for s in batches[k]] for k in kinds}
     wrappers = {k: batches[k][0].wrapper(buffers[k]) for k in kinds}
-    streams = {k: cupy.cuda.Stream(non_blocking=True) for k in kinds}
+    streams = {k: new_stream() for k in kinds}
     cupy.cuda.Device().synchronize()
     for turn in range(5):
         for b in range(4):
@@ -263,7 +263,7 @@ def test_a_ragged_graph_follows_later_plans(rng, masked):
     wrapper = Ragged(workspace(), "NHD", True, *(buffers if masked else buffers[:2]))
     q, out = poisoned((most_rows, 8, 64), DTYPE), poisoned((most_rows, 8, 64), DTYPE)
     k, v, lse = *(poisoned((most_keys, 2, 64), DTYPE) for _ in "kv"), poisoned((most_rows, 8), "float32")
-    stream, graph = cupy.cuda.Stream(non_blocking=True), None
+    stream, graph = new_stream(), None
     cupy.cuda.Device().synchronize()
     for lens in cases:
         qo, kv = (indptr_of([x[i] for x in lens]) for i in (0, 1))

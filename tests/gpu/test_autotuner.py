@@ -20,7 +20,7 @@ from fi_cupy.dtypes import bfloat16, dtype, float16
 from fi_cupy.gemm import bmm_bf16, mm_bf16
 from fi_cupy.gemm.dense import _multiply
 from fi_cupy.gemm.tuning import MmProblem, choose_mm_kernel, mm_candidates
-from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
 from fi_cupy.tuning import choice, file
 
@@ -135,7 +135,7 @@ def test_no_measurement_inside_a_capture(rng, tuner):
     mm_bf16(a, w.T, out=out)
     expected = to_float64(out)
     out[...] = float("nan")
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     cupy.cuda.Device().synchronize()
     with at.autotune(), stream:
         stream.begin_capture()

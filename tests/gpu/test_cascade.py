@@ -7,7 +7,7 @@ import pytest
 
 from fi_cupy import cascade
 from fi_cupy.reference import cascade as reference
-from fi_cupy.testing.generators import normal, on_gpu, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
@@ -108,7 +108,7 @@ def test_graph_capture(rng):
     wide = [to_float64(x) for x in (v, s)]
     cascade.merge_state_in_place(v.copy(), s.copy(), other, s_other)  # compiled and loaded before the capture
     cupy.cuda.get_current_stream().synchronize()
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     with stream:
         stream.begin_capture()
         cascade.merge_state_in_place(v, s, other, s_other)

@@ -8,7 +8,7 @@ from paged_cases import Pages, bits, check, indptr_of
 
 from fi_cupy import cascade, errors
 from fi_cupy.reference.attention import attention
-from fi_cupy.testing.generators import normal, on_gpu, poisoned
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned
 
 cupy = pytest.importorskip("cupy")
 pytestmark = pytest.mark.usefixtures("kernel")  # both prefill kernels
@@ -143,7 +143,7 @@ def test_trap_28_graph_follows_later_plans(rng, queries):
     q = poisoned((queries * size, 8, 128), "bfloat16")
     cache = poisoned((pages, 2, 16, 2, 128), "bfloat16")
     out, lse = poisoned(q.shape, "bfloat16"), poisoned(q.shape[:2], "float32")
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     graph = None
     cupy.cuda.runtime.deviceSynchronize()  # the buffers' first contents come from another stream
     with stream:

@@ -8,7 +8,7 @@ import pytest
 from fi_cupy import decode, errors
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.reference.attention import batch_decode_paged, single_decode
-from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
@@ -345,7 +345,7 @@ def test_trap_28_graph_follows_later_plans(rng, on_device, kv):
     q, cache = poisoned((size, 8, 64), "bfloat16"), poisoned((pages + 3, 2, 16, 2, 64), kv)
     split = {} if kv == "bfloat16" else {"fixed_split_size": 8}  # fp8: two kv heads a CTA
     out, lse = poisoned(q.shape, "bfloat16"), poisoned((size, 8), "float32")
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     graph = None
     with stream:
         for lens in cases:
@@ -408,7 +408,7 @@ def test_single_decode(rng, layout, n):
 def test_single_decode_in_a_graph(rng):
     q, k, v = (on_gpu(normal(rng, shape)) for shape in ((8, 128), (4000, 2, 128), (4000, 2, 128)))
     want = decode.single_decode_with_kv_cache(q, k, v)
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     with stream:
         stream.begin_capture()  # no scratch memory for this stream yet: it comes from the capture
         out = decode.single_decode_with_kv_cache(q, k, v)

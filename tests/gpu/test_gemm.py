@@ -12,7 +12,7 @@ from fi_cupy.dtypes import bfloat16, float16
 from fi_cupy.gemm import bmm_bf16, mm_bf16
 from fi_cupy.gemm.select import H100, select_mm_kernel
 from fi_cupy.jit.kernel import load_kernel
-from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
@@ -223,7 +223,7 @@ def test_graph_capture(rng, m):
     a, w = on_gpu(normal(rng, (m, 256))), on_gpu(normal(rng, (128, 256)))
     out = poisoned((m, 128), "bfloat16")
     mm_bf16(a, w.T, out=out)  # compiled and loaded before the capture
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     with stream:
         stream.begin_capture()
         mm_bf16(a, w.T, out=out)

@@ -12,7 +12,7 @@ from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.dtypes import float8_e4m3fn
 from fi_cupy.gemm.few_fp8 import launch_few_fp8, launch_few_fp8_blocks
 from fi_cupy.gemm.select import FewConfig
-from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
@@ -115,7 +115,7 @@ def test_graph_capture_and_changed_segments(rng):
     gx, gw, lens, out = on_gpu(x), on_gpu(w), on_gpu(np.array([4, 60, 0, 9])), poisoned((73, 64), "bfloat16")
     wrapper = gemm.SegmentGEMMWrapper(cupy.empty(4096, np.uint8))
     wrapper.run(gx, gw, 4, True, out, seg_lens=lens)
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     with stream:
         stream.begin_capture()
         wrapper.run(gx, gw, 4, True, out, seg_lens=lens)

@@ -11,7 +11,7 @@ from fi_cupy.dtypes import FP8_TYPES
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.jit import define_variant, ops
 from fi_cupy.reference.mla import mla_paged
-from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
@@ -197,7 +197,7 @@ def test_cuda_graph_follows_later_plans(rng, backend):
     q = on_gpu(first.q_nope), on_gpu(first.q_pe)
     outputs = first.outputs()
     load(first)
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     cupy.cuda.runtime.deviceSynchronize()
     with stream:
         stream.begin_capture()

@@ -7,7 +7,7 @@ import pytest
 
 from fi_cupy import reference
 from fi_cupy.fused_moe import cutlass_fused_moe, fused_topk_deepseek
-from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
@@ -117,7 +117,7 @@ def test_graph_capture(rng):
     gpu = [on_gpu(a) for a in (x, chosen, scales, fc1, fc2)]
     out = poisoned((16, 64), "bfloat16")
     cutlass_fused_moe(*gpu, "bfloat16", output=out)
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     pool = cupy.cuda.MemoryPool()
     with stream, cupy.cuda.using_allocator(pool.malloc):
         cutlass_fused_moe(*gpu, "bfloat16", output=out)

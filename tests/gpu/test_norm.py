@@ -7,7 +7,7 @@ import pytest
 
 import fi_cupy
 from fi_cupy import reference
-from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
@@ -90,7 +90,7 @@ def test_graph_capture(rng):
     x, w = on_gpu(normal(rng, (4, 256))), on_gpu(normal(rng, (256,)))
     out = poisoned((4, 256), "bfloat16")
     fi_cupy.rmsnorm(x, w, out=out)  # compiled and loaded before the capture
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     with stream:
         stream.begin_capture()
         fi_cupy.rmsnorm(x, w, out=out)

@@ -7,7 +7,7 @@ import pytest
 
 from fi_cupy import errors, page
 from fi_cupy.reference import page as reference
-from fi_cupy.testing.generators import normal, on_gpu
+from fi_cupy.testing.generators import new_stream, normal, on_gpu
 
 cupy = pytest.importorskip("cupy")
 
@@ -155,7 +155,7 @@ def test_graph_capture(rng):
     page.append_paged_kv_cache(new, new, b, p, cache, *table)  # compiled and loaded before the capture
     cache[...] = 0
     cupy.cuda.get_current_stream().synchronize()
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     with stream:
         stream.begin_capture()
         page.append_paged_kv_cache(new, new, b, p, cache, *table)

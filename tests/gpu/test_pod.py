@@ -8,7 +8,7 @@ from paged_cases import Pages, bits, check
 
 from fi_cupy import attention, pod
 from fi_cupy.reference.attention import attention as reference
-from fi_cupy.testing.generators import normal, on_gpu, poisoned
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned
 
 cupy = pytest.importorskip("cupy")
 HEADS, KV_HEADS, DIM, PAGE = 8, 2, 128, 16
@@ -135,7 +135,7 @@ def test_parts_that_one_kernel_cannot_hold(rng):
 def test_two_wrappers_on_two_streams_and_on_one_workspace(rng):
     cases = [Case(rng, 200, 9000), Case(rng, 30, 300, [5000, 1, 20])]
     shared = workspace(64 << 20)
-    streams = [cupy.cuda.Stream(non_blocking=True) for _ in cases]
+    streams = [new_stream() for _ in cases]
     for buffers in ([shared, shared], [workspace(), workspace()]):
         wrappers = [
             case.plan(pod.PODWithPagedKVCacheWrapper(buffer)) for case, buffer in zip(cases, buffers, strict=True)
@@ -162,7 +162,7 @@ def test_trap_28_graph_follows_later_plans(rng):
     first = Case(rng, 200, 260, num_pages=pages)
     arrays = [*first.gpu_p, *first.gpu_d]
     out_d, lse_d = poisoned(first.q_d.shape, "bfloat16"), poisoned(first.q_d.shape[:2], "float32")
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     cupy.cuda.runtime.deviceSynchronize()
     graph = None
     with stream:

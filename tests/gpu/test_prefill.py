@@ -8,7 +8,7 @@ from paged_cases import bits, check, indptr_of
 
 from fi_cupy import errors, prefill
 from fi_cupy.reference.attention import batch_prefill_paged, batch_prefill_ragged, single_prefill
-from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned, to_float64
 
 cupy = pytest.importorskip("cupy")
 Paged, Ragged = prefill.BatchPrefillWithPagedKVCacheWrapper, prefill.BatchPrefillWithRaggedKVCacheWrapper
@@ -299,7 +299,7 @@ def test_trap_28_graph_follows_later_plans(rng):
     check(out, lse, *first.expect(causal=True))
     pages = max(first.cache.shape[0], 2000)
     cache = cupy.zeros((pages, *first.cache.shape[1:]), cupy.uint16).view(first.gpu_kv[0].dtype)
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     with stream:
         stream.begin_capture()
         wrapper.run(first.gpu_q, cache, out=out, lse=lse, return_lse=True)
@@ -324,7 +324,7 @@ def test_trap_28_graph_follows_later_plans(rng):
 
 def test_single_in_a_graph(rng):
     q, k, v = (on_gpu(normal(rng, shape)) for shape in ((30, 8, 128), (4000, 2, 128), (4000, 2, 128)))
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     prefill.single_prefill_with_kv_cache(q[:29], k, v)  # kernels loaded; not this schedule
     with stream:
         stream.begin_capture()

@@ -10,7 +10,7 @@ from paged_cases import ROPE_LSE
 
 from fi_cupy import attention, decode, jit, prefill, sparse
 from fi_cupy.dtypes import dtype as to_dtype
-from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
@@ -399,7 +399,7 @@ def test_graph_with_everything(rng):
     plan(batch)
     q, cache = on_gpu(batch.q), tuple(map(on_gpu, batch.cache))
     out, lse = wrapper.run(q, cache, return_lse=True, **given)
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     with stream:
         stream.begin_capture()
         wrapper.run(q, cache, out=out, lse=lse, return_lse=True, **given)
@@ -513,7 +513,7 @@ def test_decode_graph_by_the_prefill_kernel(rng):
     wrapper.plan(*batch.table, 8, 2, 64, 16, **batch.types, q_len_per_req=3)
     q, cache = on_gpu(batch.q), tuple(map(on_gpu, batch.cache))
     out, lse = wrapper.run(q, cache, return_lse=True)
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     with stream:
         stream.begin_capture()
         wrapper.run(q, cache, out=out, lse=lse, return_lse=True)

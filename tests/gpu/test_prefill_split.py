@@ -8,7 +8,7 @@ from paged_cases import Pages, bits, check, indptr_of
 
 from fi_cupy import prefill
 from fi_cupy.reference.attention import attention
-from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned, to_float64
 
 cupy = pytest.importorskip("cupy")
 pytestmark = pytest.mark.usefixtures("kernel")  # both prefill kernels
@@ -101,7 +101,7 @@ def test_two_streams_at_once(rng):
     batches = [Batch(rng, [(3, 20000)]), Batch(rng, [(100, 12000), (2, 3000)])]
     wrappers = [batch.plan(Paged(workspace())) for batch in batches]
     outputs = [[batch.outputs() for _ in range(12)] for batch in batches]
-    streams = [cupy.cuda.Stream(non_blocking=True) for _ in batches]
+    streams = [new_stream() for _ in batches]
     cupy.cuda.runtime.deviceSynchronize()
     for i in range(12):
         for batch, wrapper, stream, out in zip(batches, wrappers, streams, outputs, strict=True):
@@ -133,7 +133,7 @@ def test_graph_follows_plans_with_other_splits(rng, dim):
     cache = cupy.zeros((most + 8, 2, PAGE, 2, dim), cupy.uint16)
     q = poisoned((8, 8, dim), "bfloat16")
     out, lse = poisoned(q.shape, "bfloat16"), poisoned(q.shape[:2], "float32")
-    stream, graph, splits = cupy.cuda.Stream(non_blocking=True), None, set()
+    stream, graph, splits = new_stream(), None, set()
     typed = cache.view(q.dtype)
     cupy.cuda.runtime.deviceSynchronize()
     with stream:
@@ -164,7 +164,7 @@ def test_single_on_two_streams(rng, rows):
     """Functions without a plan have partial results and counters of their own on each stream."""
     cases = [[normal(rng, (n, h, 128)) for n, h in ((rows, 8), (kv, 2), (kv, 2))] for kv in (9000, 17000)]
     gpu = [[on_gpu(x) for x in case] for case in cases]
-    streams = [cupy.cuda.Stream(non_blocking=True) for _ in cases]
+    streams = [new_stream() for _ in cases]
     cupy.cuda.runtime.deviceSynchronize()
     results = [[], []]
     for _ in range(10):

@@ -7,7 +7,7 @@ import pytest
 
 from fi_cupy import rope
 from fi_cupy.reference import rope as reference
-from fi_cupy.testing.generators import normal, on_gpu, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
@@ -144,7 +144,7 @@ def test_graph_capture(rng):
     rope.apply_rope_pos_ids(q, k, pos)
     rope.apply_rope_pos_ids_inplace(q.copy(), k.copy(), pos)  # compiled and loaded before the capture
     cupy.cuda.get_current_stream().synchronize()
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     with stream:
         stream.begin_capture()
         rope.apply_rope_pos_ids_inplace(q, k, pos)

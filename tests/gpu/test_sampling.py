@@ -10,7 +10,7 @@ from fi_cupy.device import device_info
 from fi_cupy.reference import sampling as rs
 from fi_cupy.reference import sampling_filters as sf
 from fi_cupy.sampling_kernels import LaunchShape
-from fi_cupy.testing.generators import normal, odd_rows, on_gpu, to_float64
+from fi_cupy.testing.generators import new_stream, normal, odd_rows, on_gpu, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
@@ -287,7 +287,7 @@ def test_graph_replay_draws_fresh_tokens(rng):
     logits = on_gpu(normal(rng, (rows, 2000), "float32", 3.0))
     seed, offset = cupy.asarray(rng.integers(0, 1 << 62, rows)), cupy.zeros(1, cupy.int64)
     sampling.top_k_top_p_sampling_from_logits(logits, 50, 0.9, seed=seed, offset=offset)
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     seen = []
     cupy.cuda.runtime.deviceSynchronize()
     with stream:

@@ -10,7 +10,7 @@ from paged_cases import bits, check
 
 from fi_cupy import errors, sparse
 from fi_cupy.reference.sparse import block_sparse_attention, variable_block_sparse_attention
-from fi_cupy.testing.generators import normal, on_gpu, poisoned
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned
 
 cupy = pytest.importorskip("cupy")
 pytestmark = pytest.mark.usefixtures("kernel")  # both prefill kernels
@@ -134,7 +134,7 @@ def test_graph_capture(rng):
     q, k, v = map(on_gpu, arrays)
     out, lse = poisoned(q.shape, "bfloat16"), poisoned(q.shape[:2], "float32")
     cupy.cuda.runtime.deviceSynchronize()
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     with stream:
         stream.begin_capture()
         wrapper.run(q, k, v, out=out, lse=lse)

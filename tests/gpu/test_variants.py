@@ -19,7 +19,7 @@ from fi_cupy.reference.attention import (
     batch_prefill_ragged,
     get_alibi_slopes,
 )
-from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
@@ -237,7 +237,7 @@ def test_paged_batch_in_a_graph(rng):
     arrays = [on_gpu(q), on_gpu(cache), cupy.asarray(gain), cupy.asarray(ids)]
     out = poisoned(q.shape, "bfloat16")
     cupy.cuda.Device().synchronize()  # the plan and the inputs were made on the default stream
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = new_stream()
     with stream:
         wrapper.run(*arrays, out=out)
         stream.synchronize()
