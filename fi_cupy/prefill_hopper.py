@@ -92,6 +92,14 @@ _VARIANT_TILES = {
 
 #: A soft cap or ALiBi at head dim 256, or both: up to 48 bytes.
 _ITEM_VALUES = "values of the item, stored and loaded once an item"
+_ONE_VALUE = "one value, stored and loaded outside the products (NVRTC 13.5; 13.0 needs no memory for it)"
+
+
+def _spills(tiles: HopperTiles, qk: int, soft_cap: bool, alibi: bool, paged: bool) -> str:
+    """Why an instance may spill."""
+    if (soft_cap or alibi) and (qk == 256 or (soft_cap and alibi)):
+        return _ITEM_VALUES
+    return _ONE_VALUE if paged and tiles.consumers == 2 else ""
 
 
 @lru_cache(maxsize=512)
@@ -144,7 +152,7 @@ def hopper_spec(
         ),
         threads=128 * (tiles.consumers + 1),
         min_blocks=1,
-        spills=_ITEM_VALUES if (soft_cap or alibi) and (qk == 256 or (soft_cap and alibi)) else "",
+        spills=_spills(tiles, qk, soft_cap, alibi, paged),
         smem_bytes=tiles.smem_bytes,
         min_arch=90,
         max_arch=90,

@@ -228,6 +228,8 @@ def spills(kind: str, shape: LaunchShape) -> str:
         return (
             "64 registers a thread, for full multiprocessors: what the decision and the last pass need waits in memory"
         )
+    if kind == "top_k_top_p":
+        return "on sm_120 two values wait in memory from before the loop over the row until after it"
     return ""
 
 
