@@ -1,6 +1,6 @@
 """fi_cupy: kernels for LLM serving, compiled at run time through CuPy.
 
-The public names are listed in ``__init__.pyi`` and imported on first use: ``import fi_cupy`` costs a millisecond.
+The public names are listed in ``__init__.pyi`` and imported on first use: ``import fi_cupy`` costs a few milliseconds.
 """
 
 from __future__ import annotations

@@ -102,7 +102,6 @@ def test_two_streams_at_once(rng):
     wrappers = [batch.plan(Paged(workspace())) for batch in batches]
     outputs = [[batch.outputs() for _ in range(12)] for batch in batches]
     streams = [new_stream() for _ in batches]
-    cupy.cuda.runtime.deviceSynchronize()
     for i in range(12):
         for batch, wrapper, stream, out in zip(batches, wrappers, streams, outputs, strict=True):
             with stream:
@@ -135,7 +134,6 @@ def test_graph_follows_plans_with_other_splits(rng, dim):
     out, lse = poisoned(q.shape, "bfloat16"), poisoned(q.shape[:2], "float32")
     stream, graph, splits = new_stream(), None, set()
     typed = cache.view(q.dtype)
-    cupy.cuda.runtime.deviceSynchronize()
     with stream:
         for case in lens:
             batch = Batch(rng, case, dim=dim)
@@ -165,7 +163,6 @@ def test_single_on_two_streams(rng, rows):
     cases = [[normal(rng, (n, h, 128)) for n, h in ((rows, 8), (kv, 2), (kv, 2))] for kv in (9000, 17000)]
     gpu = [[on_gpu(x) for x in case] for case in cases]
     streams = [new_stream() for _ in cases]
-    cupy.cuda.runtime.deviceSynchronize()
     results = [[], []]
     for _ in range(10):
         for stream, arrays, made in zip(streams, gpu, results, strict=True):
