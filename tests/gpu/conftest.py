@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if here in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason="no GPU: these tests run where CuPy finds one"))
+    # `--dist worksteal` deals the list out in equal pieces: a long test at the head of each ends with the others.
+    long, others = ([x for x in items if (x.get_closest_marker("long") is not None) == y] for y in (True, False))
+    pieces = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if pieces > 1:
+        cuts = [len(others) * i // pieces for i in range(pieces + 1)]
+        items[:] = [x for i in range(pieces) for x in (*long[i::pieces], *others[cuts[i] : cuts[i + 1]])]
 
 
 @pytest.fixture(params=["portable", "hopper"])

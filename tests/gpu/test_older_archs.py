@@ -25,6 +25,7 @@ def test_code_is_made_for_the_target_that_the_environment_names():
     assert kernel.meta.arch == (env.TARGET.get() or default_target(device_info(0).number))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", ["compute_75", "compute_80"])
 def test_marked_tests_pass_with_older_code(target):
     if env.TARGET.get():

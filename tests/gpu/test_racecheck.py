@@ -18,6 +18,7 @@ pytest.importorskip("cupy")
 TOOL = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("case", [*race_prefill_hopper.CASES, "control"])
 def test_prefill_hopper(case):
@@ -31,7 +32,7 @@ def test_prefill_hopper(case):
     root = str(Path(race_prefill_hopper.__file__).parents[2])
     paths = os.pathsep.join(x for x in (root, os.environ.get("PYTHONPATH", "")) if x)
     found = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": paths}, check=False
+        command, capture_output=True, text=True, timeout=420, env={**os.environ, "PYTHONPATH": paths}, check=False
     )
     said = found.stdout + found.stderr
     summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", said)
