@@ -81,15 +81,24 @@ def _threads(head_dim: int, vec: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def merge_pair_spec(dtype: DType, head_dim: int, vec: int, unroll: int = _UNROLL) -> KernelSpec:
-    """The kernel that merges two states, `unroll` items a thread."""
+def merge_pair_spec(
+    dtype: DType, head_dim: int, vec: int, unroll: int = _UNROLL, dense: bool = False
+) -> KernelSpec:  # fmt: skip
+    """The kernel that merges two states, `unroll` items a thread; `dense`: of dense arrays without a mask."""
     threads = _threads(head_dim, vec)
     return KernelSpec(
-        symbol=f"merge_pair_{dtype.tag}_d{head_dim}_v{vec}_u{unroll}",
+        symbol=f"merge_pair_{dtype.tag}_d{head_dim}_v{vec}_u{unroll}{'_dense' if dense else ''}",
         header="cascade.cuh",
         function="merge_pair",
         params=_PAIR,
-        config=(("T", dtype), ("kHeadDim", head_dim), ("kVec", vec), ("kThreads", threads), ("kUnroll", unroll)),
+        config=(
+            ("T", dtype),
+            ("kHeadDim", head_dim),
+            ("kVec", vec),
+            ("kThreads", threads),
+            ("kUnroll", unroll),
+            ("kDense", dense),
+        ),
         threads=threads,
     )
 
@@ -164,7 +173,12 @@ def _launch_pair(
     vec = _vec(op, dim, va.dtype.itemsize, va.ptr | vb.ptr | vo.ptr, steps)
     items = _items(op, rows, heads)
     unroll = 1 if items <= _FEW_ITEMS else _UNROLL
-    spec = merge_pair_spec(va.dtype, dim, vec, unroll)
+    dense = (
+        mask is None
+        and va.strides[:2] == vb.strides[:2] == vo.strides[:2] == (heads * dim, dim)
+        and sa.strides == sb.strides == so.strides == (heads, 1)
+    )
+    spec = merge_pair_spec(va.dtype, dim, vec, unroll, dense)
     per_cta = spec.threads // (dim // vec) * unroll
     load_kernel(spec, va.device).launch(
         -(-items // per_cta), va.stream(), va.ptr, vb.ptr, sa.ptr, sb.ptr, vo.ptr, so.ptr,

@@ -44,14 +44,10 @@ _THREADS = 128
 
 
 @lru_cache(maxsize=256)
-def append_spec(bytes_a: int, bytes_b: int, vec: int, unroll: int = 4) -> KernelSpec:
-    """The kernel that copies rows of `bytes_a` and `bytes_b` bytes a head, `vec` bytes an access.
-
-    Four accesses a thread keep 64 bytes in flight while the page table is read; one a thread spreads a decode step's
-    few tokens over more multiprocessors.
-    """
+def append_spec(bytes_a: int, bytes_b: int, vec: int, unroll: int = 8, threads: int = _THREADS) -> KernelSpec:
+    """The kernel that copies rows of `bytes_a` and `bytes_b` bytes a head, `vec` an access, of `unroll` tokens."""
     return KernelSpec(
-        symbol=f"append_pages_{bytes_a}_{bytes_b}_v{vec}x{unroll}",
+        symbol=f"append_pages_{bytes_a}_{bytes_b}_v{vec}x{unroll}t{threads}",
         header="page.cuh",
         function="append_pages",
         params=_APPEND,
@@ -59,11 +55,17 @@ def append_spec(bytes_a: int, bytes_b: int, vec: int, unroll: int = 4) -> Kernel
             ("kBytesA", bytes_a),
             ("kBytesB", bytes_b),
             ("kVec", vec),
-            ("kThreads", _THREADS),
+            ("kThreads", threads),
             ("kUnroll", unroll),
         ),
-        threads=_THREADS,
+        threads=threads,
     )
+
+
+def append_specs(bytes_a: int, bytes_b: int, heads: int) -> list[KernelSpec]:
+    """The copying kernels of few and of many tokens of `heads` heads."""
+    threads, _ = page_quantized.append_shape(1, heads * (bytes_a + bytes_b) // 16, 1)
+    return [append_spec(bytes_a, bytes_b, 16, unroll, threads) for unroll in (1, 8)]
 
 
 @lru_cache(maxsize=1)
@@ -94,8 +96,8 @@ def seq_lens_spec() -> KernelSpec:
 
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: head dims 64, 128 and 256 of 16-bit types, 128 of fp8, and MLA's 512 + 64."""
-    rows = [(n, n) for n in (128, 256, 512)] + [(1024, 128)]
-    copies = [append_spec(a, b, 16, u) for a, b in rows for u in (1, 4)]
+    rows = [(n, n, 8) for n in (128, 256, 512)] + [(1024, 128, 1)]
+    copies = [spec for row in rows for spec in append_specs(*row)]
     return [*copies, *page_quantized.kernel_specs(), positions_spec(), seq_lens_spec()]
 
 
@@ -300,11 +302,6 @@ def _append(
             _launch(places[0], places[1] if len(places) == 2 else None, heads, page_size, table)
 
 
-def _unroll(vectors: int) -> int:
-    """Accesses a thread."""
-    return 4 if vectors >= 1 << 17 else 1
-
-
 def _launch(
     first: tuple[View, View, int, int, int],
     second: tuple[View, View, int, int, int] | None,
@@ -326,12 +323,15 @@ def _launch(
     vec = common & -common
     batch_indices, positions, indices, indptr = table
     nnz = a.shape[0]
-    vectors = nnz * heads * ((row_a + row_b) // vec)
-    unroll = _unroll(vectors)
-    load_kernel(append_spec(row_a, row_b, vec, unroll), a.device).launch(
-        -(-vectors // (_THREADS * unroll)), a.stream(), a.ptr, b.ptr, a_cache.ptr, b_cache.ptr,
+    token_vectors = heads * ((row_a + row_b) // vec)
+    if nnz * token_vectors == 0:
+        return
+    unroll = page_quantized.unroll_of(nnz, token_vectors)
+    threads, grid = page_quantized.append_shape(nnz, token_vectors, unroll)
+    load_kernel(append_spec(row_a, row_b, vec, unroll, threads), a.device).launch(
+        grid, a.stream(), a.ptr, b.ptr, a_cache.ptr, b_cache.ptr,
         batch_indices.ptr, positions.ptr, indices.ptr, indptr.ptr, sa[0], sa[1], sb[0], sb[1], *sa[2:], *sb[2:],
-        vectors, heads, indptr.shape[0] - 1, page_size,
+        nnz, token_vectors, heads, indptr.shape[0] - 1, page_size,
     )  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from fi_cupy.errors import ArgumentError, DTypeError, ShapeError
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
-from fi_cupy.prefill_kernel import fast_div
 from fi_cupy.reference import quantization as reference
 
 APPEND_FIELDS = [
@@ -36,7 +35,8 @@ APPEND_FIELDS = [
     ("b_page", "i64"),
     ("b_row", "i64"),
     ("b_head", "i64"),
-    ("vectors", "u64"),
+    ("tokens", "u32"),
+    ("token_vectors", "u32"),
     ("heads", "u32"),
     ("batch", "u32"),
     ("page_size", "u32"),
@@ -51,23 +51,32 @@ _PARAMS = ParamsStruct(
         ("b_value", "f32"),
         ("a_scale_head", "u32"),
         ("b_scale_head", "u32"),
-        *((f"token_vectors.{name}", "u32") for name in ("divisor", "magic", "shift")),
     ],
 )
 _THREADS = 128
-#: Accesses a thread, whose pages are looked up together: 23.0 us for 8192 tokens of 8 x 128, 23.5 with one, 24.1 with
-#: four.
-_UNROLL = 2
+
+
+def append_shape(tokens: int, token_vectors: int, unroll: int) -> tuple[int, tuple[int, int, int]]:
+    """(threads, grid) of an append kernel whose threads have one place in a token each, of `unroll` tokens."""
+    threads = _THREADS
+    if threads // 2 < token_vectors < threads:
+        threads = -(-token_vectors // 32) * 32
+    side = max(1, threads // token_vectors)
+    return threads, (-(-tokens // (side * unroll)), -(-token_vectors // threads), 1)
+
+
+def unroll_of(tokens: int, token_vectors: int) -> int:
+    """Tokens a thread: eight keep enough bytes in flight, one spreads a decode step's few over the multiprocessors."""
+    return 8 if tokens * token_vectors >= 1 << 17 else 1
 
 
 @lru_cache(maxsize=256)
-def append_spec(dtype: DType, cache: DType, dim_a: int, dim_b: int, vec: int, unroll: int = 1) -> KernelSpec:
-    """The kernel that casts rows of `dim_a` and `dim_b` elements a head, `vec` an access.
-
-    Two accesses a thread at most: many threads hide the look-up of a page better than several accesses each (H100).
-    """
+def append_spec(
+    dtype: DType, cache: DType, dim_a: int, dim_b: int, vec: int, unroll: int, threads: int = _THREADS
+) -> KernelSpec:
+    """The kernel that casts rows of `dim_a` and `dim_b` elements a head, `vec` an access; `unroll` tokens a thread."""
     return KernelSpec(
-        symbol=f"append_quantized_{dtype.tag}_{cache.tag}_{dim_a}_{dim_b}_v{vec}{f'u{unroll}' if unroll > 1 else ''}",
+        symbol=f"append_quantized_{dtype.tag}_{cache.tag}_{dim_a}_{dim_b}_v{vec}u{unroll}t{threads}",
         header="page.cuh",
         function="append_quantized",
         params=_PARAMS,
@@ -77,16 +86,19 @@ def append_spec(dtype: DType, cache: DType, dim_a: int, dim_b: int, vec: int, un
             ("kDimA", dim_a),
             ("kDimB", dim_b),
             ("kVec", vec),
-            ("kThreads", _THREADS),
+            ("kThreads", threads),
             ("kUnroll", unroll),
         ),
-        threads=_THREADS,
+        threads=threads,
     )
 
 
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances: a head dimension of 128, and MLA's 512 + 64."""
-    return [append_spec(bfloat16, float8_e4m3fn, a, b, 8, _UNROLL) for a, b in ((128, 128), (512, 64))]
+    return [
+        append_spec(bfloat16, float8_e4m3fn, 128, 128, 8, 8),
+        append_spec(bfloat16, float8_e4m3fn, 512, 64, 8, 1, 96),
+    ]
 
 
 class Cast(NamedTuple):
@@ -177,15 +189,17 @@ def launch(
         pointers.append(pointers[0])
     batch_indices, positions, indices, indptr = table
     x = pairs[0][0].new
-    vectors = x.shape[0] * heads * (sum(dims) // vec)
-    if vectors >= 1 << 31:
-        raise ShapeError(f"append: {x.shape} tokens, heads and elements are {vectors} vectors, expected less than 2^31")
+    tokens, token_vectors = x.shape[0], heads * (sum(dims) // vec)
+    if x.shape[0] * token_vectors == 0:
+        return
+    unroll = unroll_of(tokens, token_vectors)
+    threads, grid = append_shape(tokens, token_vectors, unroll)
     scales = [c.scale for c, *_ in pairs] + [1.0] * (2 - len(pairs))
     arrays = [s if isinstance(s, View) else None for s in scales]
-    load_kernel(append_spec(x.dtype, pairs[0][0].cache.dtype, *dims, vec, _UNROLL), x.device).launch(
-        -(-vectors // (_THREADS * _UNROLL)), x.stream(), pointers[0][0], pointers[1][0], pointers[0][1], pointers[1][1],
+    load_kernel(append_spec(x.dtype, pairs[0][0].cache.dtype, *dims, vec, unroll, threads), x.device).launch(
+        grid, x.stream(), pointers[0][0], pointers[1][0], pointers[0][1], pointers[1][1],
         batch_indices.ptr, positions.ptr, indices.ptr, indptr.ptr, *new_strides, *cache_strides,
-        vectors, heads, indptr.shape[0] - 1, page_size,
+        tokens, token_vectors, heads, indptr.shape[0] - 1, page_size,
         *(0 if s is None else s.ptr for s in arrays), *(1.0 if isinstance(s, View) else s for s in scales),
-        *(int(s is not None and s.size > 1) for s in arrays), *fast_div(max(heads * (sum(dims) // vec), 1)),
+        *(int(s is not None and s.size > 1) for s in arrays),
     )  # fmt: skip

@@ -113,7 +113,7 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
         norm.norm_spec(bfloat16, bfloat16, bfloat16, h, 8, residual=True),
         *lookup.kernel_specs(),
         *rope_kernel.model_specs(d, (qo + kv) * d // 16),
-        *(page.append_spec(2 * d, 2 * d, 16, unroll) for unroll in (1, 4)),
+        *page.append_specs(2 * d, 2 * d, kv),
         *rope_quantize_kernel.append_specs(bfloat16),  # both in one
         *sampling_kernels.kernel_specs()[:6],  # softmax and draws from float32 logits
     ]
@@ -157,7 +157,7 @@ def latent_specs(shape: LatentShape, device: DeviceInfo) -> list[KernelSpec]:
         *(norm.norm_spec(bfloat16, bfloat16, bfloat16, n, 8) for n in sorted({h, shape.q_rank or h, shape.kv_rank})),
         norm.norm_spec(bfloat16, bfloat16, bfloat16, h, 8, residual=True),
         *lookup.kernel_specs(),
-        *(page.append_spec(2 * shape.kv_rank, 2 * shape.rope, 16, unroll) for unroll in (1, 4)),
+        *page.append_specs(2 * shape.kv_rank, 2 * shape.rope, 1),
     ]
     for heads in (shape.num_heads // ranks for ranks in (1, 2, 4, 8) if shape.num_heads % ranks == 0):
         specs += rope_kernel.model_specs(shape.rope, (heads + 1) * shape.rope // 16)

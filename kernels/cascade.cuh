@@ -26,7 +26,8 @@ struct MergePairParams {
   FastDiv heads;
 };
 
-// Config: T, kHeadDim, kVec, kThreads, kUnroll
+// Config: T, kHeadDim, kVec, kThreads, kUnroll, kDense (no mask, and all arrays dense: the strides are not looked at. Of so few rows
+// that nothing hides a thread's instructions, those of the strides are a third.)
 template <class Config>
 FI_DEVICE void merge_pair(const MergePairParams& params) {
   using T = typename Config::T;
@@ -44,41 +45,50 @@ FI_DEVICE void merge_pair(const MergePairParams& params) {
   float sa[kUnroll], sb[kUnroll];
   int64_t row[kUnroll], head[kUnroll];
   bool active[kUnroll];
+  // Elements from the start of an array to an item (`n` of this thread) whose strides are given.
+  auto offset = [&](int n, int64_t stride_n, int64_t stride_h, int dim) {
+    if constexpr (Config::kDense) return int64_t(first + n * kItems) * dim;
+    return row[n] * stride_n + head[n] * stride_h;
+  };
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
     const uint32_t item = first + n * kItems;
-    active[n] = slot < kItems && item < params.items;
-    row[n] = params.heads.quotient(item), head[n] = item - uint32_t(row[n]) * params.heads.divisor;
-    if (active[n] && params.mask) active[n] = params.mask[row[n]] != 0;
+    active[n] = (Config::kThreads % kVecs == 0 || slot < kItems) && item < params.items;
+    if constexpr (!Config::kDense) {
+      row[n] = params.heads.quotient(item), head[n] = item - uint32_t(row[n]) * params.heads.divisor;
+      if (active[n] && params.mask) active[n] = params.mask[row[n]] != 0;
+    }
     if (active[n]) {
-      a[n] = V::load(static_cast<const T*>(params.v_a) + row[n] * params.va_stride_n + head[n] * params.va_stride_h + column);
-      b[n] = V::load(static_cast<const T*>(params.v_b) + row[n] * params.vb_stride_n + head[n] * params.vb_stride_h + column);
-      sa[n] = params.s_a[row[n] * params.sa_stride_n + head[n] * params.sa_stride_h];
-      sb[n] = params.s_b[row[n] * params.sb_stride_n + head[n] * params.sb_stride_h];
+      sa[n] = params.s_a[offset(n, params.sa_stride_n, params.sa_stride_h, 1)];
+      sb[n] = params.s_b[offset(n, params.sb_stride_n, params.sb_stride_h, 1)];
+      a[n] = V::load(static_cast<const T*>(params.v_a) + offset(n, params.va_stride_n, params.va_stride_h, Config::kHeadDim) + column);
+      b[n] = V::load(static_cast<const T*>(params.v_b) + offset(n, params.vb_stride_n, params.vb_stride_h, Config::kHeadDim) + column);
     }
   }
-  __syncthreads();  // in place: every thread of an item has read its s before one of them writes it
+  // In place: every thread of an item has read its s before one of them writes it.
+  if constexpr (32 % kVecs == 0)
+    __syncwarp();
+  else
+    __syncthreads();
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
     if (active[n]) {
       const float top = fmaxf(sa[n], sb[n]);
       const float base = top == -FI_INF ? 0.f : top;
       const float wa = math::ptx_exp2(sa[n] - base), wb = math::ptx_exp2(sb[n] - base);
-      const float total = wa + wb, inverse = total > 0.f ? __frcp_rn(total) : 0.f;
+      const float total = wa + wb, inverse = total == 0.f ? 0.f : __fdividef(1.f, total);  // 1 <= total <= 2, 0 or NaN
       const float left = wa * inverse, right = wb * inverse;
-      // A state that weighs nothing may hold anything, NaN included. NaN weights are passed on.
-      if (wa == 0.f) a[n] = V{};
-      if (wb == 0.f) b[n] = V{};
       float x[kVec], y[kVec];
       a[n].to_floats(x);
       b[n].to_floats(y);
+      // A state that weighs nothing may hold anything, NaN included. NaN weights are passed on.
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) x[j] = fmaf(left, x[j], right * y[j]);
-      V::from_floats(x).store(static_cast<T*>(params.v_out) + row[n] * params.vo_stride_n + head[n] * params.vo_stride_h +
+      for (int j = 0; j < kVec; ++j)
+        x[j] = fmaf(left, wa == 0.f ? 0.f : x[j], wb == 0.f ? 0.f : right * y[j]);
+      V::from_floats(x).store(static_cast<T*>(params.v_out) + offset(n, params.vo_stride_n, params.vo_stride_h, Config::kHeadDim) +
                               column);
       if (column == 0)
-        params.s_out[row[n] * params.so_stride_n + head[n] * params.so_stride_h] =
-            base == top ? top + math::ptx_log2(total) : top;
+        params.s_out[offset(n, params.so_stride_n, params.so_stride_h, 1)] = base == top ? top + math::ptx_log2(total) : top;
     }
   }
 }

@@ -1,12 +1,12 @@
 // Paged key/value cache: copying or casting new tokens into their pages, and the index arithmetic around it.
 // append_pages copies two tensors (keys and values, or compressed KV and rope keys) byte for byte into their caches. Token t of
 // request b at position p goes to row p % page_size of page kv_indices[kv_indptr[b] + p / page_size].
-// One CTA copies kThreads * kUnroll vectors of the flattened (token, tensor, head, vector) list; grid = vectors /
-// (kThreads * kUnroll). The data are loaded before the page is looked up, so the look-up's latency is hidden.
+// A thread has one place in a token (tensor, head, vector) and kUnroll tokens: its addresses are computed once. A CTA has kThreads
+// places, of several tokens where a token has fewer; grid = token groups x groups of places. The data are asked for first;
+// then each of the CTA's tokens is looked up by one thread.
 // append_quantized does the same with caches of a byte an element: it divides the elements by a scale and casts them.
-// Shared memory: none. Bytes moved: the appended tokens twice, and 4 indices a token. Architecture: any.
+// Shared memory: 16 bytes a token of the CTA. Bytes moved: the appended tokens twice, and 4 indices a token. Architecture: any.
 #pragma once
-#include "attention/fast_div.cuh"
 #include "common/segments.cuh"
 #include "common/vec.cuh"
 #include "ptx/pdl.cuh"
@@ -14,12 +14,9 @@
 
 namespace fi {
 
-// Where a token goes: false for one that goes nowhere.
-FI_DEVICE bool find_row(const int32_t* batch_indices, const int32_t* positions, const int32_t* kv_indices,
-                        const int32_t* kv_indptr, uint32_t batch, uint32_t page_size, uint32_t token, int64_t& page,
-                        uint32_t& row) {
-  const int32_t request = batch_indices[token];
-  const int32_t position = positions[token];
+// Where the token at a position of a request goes: false for one that goes nowhere.
+FI_DEVICE bool place_row(int32_t request, int32_t position, const int32_t* kv_indices, const int32_t* kv_indptr,
+                         uint32_t batch, uint32_t page_size, int64_t& page, uint32_t& row) {
   if (request < 0 || uint32_t(request) >= batch || position < 0) return false;
   const uint32_t in_request = uint32_t(position) / page_size;
   const int32_t begin = kv_indptr[request], end = kv_indptr[request + 1];
@@ -29,38 +26,11 @@ FI_DEVICE bool find_row(const int32_t* batch_indices, const int32_t* positions, 
   row = uint32_t(position) - in_request * page_size;
   return true;
 }
-
-// The same for several tokens of a thread at a time: none waits for the look-ups of another. No token: 0xffffffff.
-template <int kCount>
-struct FoundRows {
-  bool there[kCount];
-  int32_t page[kCount];
-  uint32_t row[kCount];
-  FI_DEVICE FoundRows(const int32_t* batch_indices, const int32_t* positions, const int32_t* kv_indices, const int32_t* kv_indptr,
-                      uint32_t batch, uint32_t page_size, const uint32_t (&token)[kCount]) {
-    int32_t request[kCount], position[kCount], begin[kCount], end[kCount];
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      there[n] = token[n] != 0xffffffffu;
-      request[n] = there[n] ? batch_indices[token[n]] : -1;
-      position[n] = there[n] ? positions[token[n]] : -1;
-    }
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      there[n] = request[n] >= 0 && uint32_t(request[n]) < batch && position[n] >= 0;
-      begin[n] = there[n] ? kv_indptr[request[n]] : 0;
-      end[n] = there[n] ? kv_indptr[request[n] + 1] : 0;
-    }
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      const uint32_t in_request = uint32_t(position[n]) / page_size;
-      row[n] = uint32_t(position[n]) - in_request * page_size;
-      // A position past the request's pages would land in another request's page.
-      there[n] = there[n] && int64_t(begin[n]) + in_request < end[n];
-      page[n] = there[n] ? kv_indices[begin[n] + in_request] : 0;
-    }
-  }
-};
+FI_DEVICE bool find_row(const int32_t* batch_indices, const int32_t* positions, const int32_t* kv_indices,
+                        const int32_t* kv_indptr, uint32_t batch, uint32_t page_size, uint32_t token, int64_t& page,
+                        uint32_t& row) {
+  return place_row(batch_indices[token], positions[token], kv_indices, kv_indptr, batch, page_size, page, row);
+}
 
 struct AppendParams {
   const void* a;  // [nnz, heads, kBytesA]
@@ -74,10 +44,75 @@ struct AppendParams {
   int64_t a_stride_n, a_stride_h, b_stride_n, b_stride_h;  // bytes, as all strides here
   int64_t a_page, a_row, a_head;
   int64_t b_page, b_row, b_head;
-  uint64_t vectors;  // nnz * heads * (kBytesA + kBytesB) / kVec
+  uint32_t tokens;
+  uint32_t token_vectors;  // heads * (kBytesA + kBytesB) / kVec
   uint32_t heads;
   uint32_t batch;
   uint32_t page_size;
+};
+
+// What a thread of the append kernels has: a place in a token, and which of the CTA's tokens.
+template <int kThreads_, int kUnroll>
+struct AppendShare {
+  static constexpr int kThreads = kThreads_;
+  static constexpr int64_t kNowhere = int64_t(1) << 63;
+  struct Target {
+    int64_t a, b;  // bytes from the start of either cache to the token's row; kNowhere
+  };
+  uint32_t side;    // tokens whose places lie side by side in the CTA
+  uint32_t slot;    // which of them this thread's are
+  uint32_t column;  // vector of the token
+  uint32_t first;   // first token of the CTA
+  uint32_t count;   // its tokens,
+  uint32_t tokens;  // and those that there are from `first` on
+  bool active;
+
+  FI_DEVICE explicit AppendShare(const AppendParams& params) : side(1), slot(0), column(blockIdx.y * kThreads + threadIdx.x) {
+    active = column < params.token_vectors;
+    if (2 * params.token_vectors <= kThreads) {  // uniform
+      side = kThreads / params.token_vectors;
+      slot = column / params.token_vectors;
+      column -= slot * params.token_vectors;
+      active = slot < side;
+    }
+    count = side * kUnroll;
+    first = blockIdx.x * count;
+    tokens = params.tokens - first;
+  }
+  FI_DEVICE uint32_t token(int n) const { return n * side + slot; }
+  FI_DEVICE bool has(int n) const { return active && token(n) < tokens; }
+};
+
+// Looks up every token of a CTA, each by one thread: the longest chain of loads here, so it begins in front of the data.
+template <class Share>
+struct AppendLookup {
+  using Target = typename Share::Target;
+  const AppendParams& params;
+  const Share& share;
+  int32_t request = -1, position = 0;  // of token threadIdx.x
+
+  FI_DEVICE AppendLookup(const AppendParams& params, const Share& share) : params(params), share(share) {
+    if (threadIdx.x < share.count && threadIdx.x < share.tokens) ask(threadIdx.x);
+  }
+  FI_DEVICE void ask(uint32_t i) {
+    request = params.batch_indices[share.first + i];
+    position = params.positions[share.first + i];
+  }
+  FI_DEVICE void finish(Target* targets) {
+    for (uint32_t i = threadIdx.x; i < share.count; i += Share::kThreads) {
+      if (i != threadIdx.x) {
+        request = -1;
+        if (i < share.tokens) ask(i);
+      }
+      int64_t page;
+      uint32_t row;
+      Target to{Share::kNowhere, Share::kNowhere};
+      if (place_row(request, position, params.kv_indices, params.kv_indptr, params.batch, params.page_size, page, row))
+        to = {page * params.a_page + row * params.a_row, page * params.b_page + row * params.b_row};
+      targets[i] = to;
+    }
+    __syncthreads();  // the targets are complete
+  }
 };
 
 // Config: kBytesA, kBytesB (of one head), kVec (bytes an access), kThreads, kUnroll
@@ -85,61 +120,34 @@ template <class Config>
 FI_DEVICE void append_pages(const AppendParams& params) {
   constexpr int kVec = Config::kVec, kThreads = Config::kThreads, kUnroll = Config::kUnroll;
   constexpr uint32_t kVecsA = Config::kBytesA / kVec, kVecsB = Config::kBytesB / kVec;
-  // A place in the list of a token's vectors: which tensor, which head, which byte of the head's row.
-  struct Place {
-    bool is_a;
-    uint32_t head, offset;
-    FI_DEVICE Place(uint32_t i, uint32_t vectors_a) {
-      is_a = kVecsB == 0 || i < vectors_a;
-      if (!is_a) i -= vectors_a;
-      head = is_a ? i / kVecsA : i / max_of(kVecsB, 1u);
-      offset = (is_a ? i - head * kVecsA : i - head * kVecsB) * kVec;
-    }
-  };
   using V = Vec<uint8_t, kVec>;
+  using Share = AppendShare<kThreads, kUnroll>;
+  __shared__ typename Share::Target targets[kThreads * kUnroll];
 
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
-  const uint64_t first = uint64_t(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
+  const Share share(params);
+  AppendLookup<Share> lookup(params, share);
   const uint32_t vectors_a = params.heads * kVecsA;
-  const uint32_t token_vectors = vectors_a + params.heads * kVecsB;
+  const bool is_a = kVecsB == 0 || share.column < vectors_a;
+  const uint32_t rest = is_a ? share.column : share.column - vectors_a;
+  const uint32_t head = is_a ? rest / kVecsA : rest / max_of(kVecsB, 1u);
+  const uint32_t offset = (rest - head * (is_a ? kVecsA : kVecsB)) * kVec;
+  const int64_t stride_n = is_a ? params.a_stride_n : params.b_stride_n;
+  const uint8_t* from = static_cast<const uint8_t*>(is_a ? params.a : params.b) + (share.first + share.slot) * stride_n +
+                        head * (is_a ? params.a_stride_h : params.b_stride_h) + offset;
   V data[kUnroll];
-  constexpr uint32_t kNone = 0xffffffffu;
-  uint32_t token[kUnroll], rest[kUnroll];
+#pragma unroll
+  for (int n = 0; n < kUnroll; ++n)
+    if (share.has(n)) data[n] = load_streaming<V>(from + n * share.side * stride_n);
+  lookup.finish(targets);
+  uint8_t* cache = static_cast<uint8_t*>(is_a ? params.a_cache : params.b_cache) +
+                   head * (is_a ? params.a_head : params.b_head) + offset;
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
-    const uint64_t i = first + n * kThreads;
-    token[n] = kNone;
-    if (i < params.vectors) {
-      if (params.vectors <= 0xffffffffu) {  // uniform; a 32-bit division is four times cheaper
-        token[n] = uint32_t(i) / token_vectors;
-        rest[n] = uint32_t(i) - token[n] * token_vectors;
-      } else {
-        token[n] = uint32_t(i / token_vectors);
-        rest[n] = uint32_t(i - uint64_t(token[n]) * token_vectors);
-      }
-      const Place at(rest[n], vectors_a);
-      const uint8_t* source = static_cast<const uint8_t*>(at.is_a ? params.a : params.b) +
-                              int64_t(token[n]) * (at.is_a ? params.a_stride_n : params.b_stride_n) +
-                              at.head * (at.is_a ? params.a_stride_h : params.b_stride_h) + at.offset;
-      data[n] = load_streaming<V>(source);
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < kUnroll; ++n) {
-    if (token[n] != kNone) {
-      int64_t page;
-      uint32_t row;
-      if (!find_row(params.batch_indices, params.positions, params.kv_indices, params.kv_indptr, params.batch,
-                    params.page_size, token[n], page, row))
-        continue;
-      const Place at(rest[n], vectors_a);
-      uint8_t* target = static_cast<uint8_t*>(at.is_a ? params.a_cache : params.b_cache) +
-                        page * (at.is_a ? params.a_page : params.b_page) + row * (at.is_a ? params.a_row : params.b_row) +
-                        at.head * (at.is_a ? params.a_head : params.b_head) + at.offset;
-      data[n].store(target);
-    }
+    const int64_t to = is_a ? targets[share.token(n)].a : targets[share.token(n)].b;
+    if (share.active && to != Share::kNowhere) data[n].store(cache + to);
   }
 }
 
@@ -149,7 +157,6 @@ struct AppendQuantizedParams {
   const float* b_scale;
   float a_value, b_value;
   uint32_t a_scale_head, b_scale_head;
-  FastDiv token_vectors;  // of all heads of both tensors; to.vectors is below 2^31
 };
 
 // Config: T (of the tokens), O (of the caches), kDimA, kDimB (elements of one head), kVec, kThreads, kUnroll
@@ -159,51 +166,43 @@ FI_DEVICE void append_quantized(const AppendQuantizedParams& params) {
   using O = typename Config::O;
   using V = Vec<T, Config::kVec>;
   constexpr int kVec = Config::kVec, kThreads = Config::kThreads, kUnroll = Config::kUnroll;
-  constexpr uint32_t kVecsA = Config::kDimA / kVec, kVecsB = Config::kDimB / kVec, kNone = 0xffffffffu;
+  constexpr uint32_t kVecsA = Config::kDimA / kVec, kVecsB = Config::kDimB / kVec;
+  using Share = AppendShare<kThreads, kUnroll>;
+  __shared__ typename Share::Target targets[kThreads * kUnroll];
   const AppendParams& to = params.to;
 
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
+  const Share share(to);
+  AppendLookup<Share> lookup(to, share);
   const uint32_t vectors_a = to.heads * kVecsA;
+  const bool is_a = kVecsB == 0 || share.column < vectors_a;
+  const uint32_t rest = is_a ? share.column : share.column - vectors_a;
+  const uint32_t head = is_a ? rest / kVecsA : rest / max_of(kVecsB, 1u);
+  const uint32_t column = (rest - head * (is_a ? kVecsA : kVecsB)) * kVec;
+  const int64_t stride_n = is_a ? to.a_stride_n : to.b_stride_n;
+  const uint8_t* from = static_cast<const uint8_t*>(is_a ? to.a : to.b) + (share.first + share.slot) * stride_n +
+                        head * (is_a ? to.a_stride_h : to.b_stride_h) + column * sizeof(T);
   V data[kUnroll];
-  uint32_t token[kUnroll], head[kUnroll], column[kUnroll];
-  bool is_a[kUnroll];
+#pragma unroll
+  for (int n = 0; n < kUnroll; ++n)
+    if (share.has(n)) data[n] = load_streaming<V>(from + n * share.side * stride_n);
+  float scale = is_a ? params.a_value : params.b_value;
+  if (const float* given = is_a ? params.a_scale : params.b_scale; given && share.active)
+    scale = given[head * (is_a ? params.a_scale_head : params.b_scale_head)];
+  lookup.finish(targets);
+  const float inverse = 1.f / scale;
+  uint8_t* cache = static_cast<uint8_t*>(is_a ? to.a_cache : to.b_cache) + head * (is_a ? to.a_head : to.b_head) + column;
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
-    const uint32_t i = blockIdx.x * (kThreads * kUnroll) + n * kThreads + threadIdx.x;
-    token[n] = kNone;
-    if (i < to.vectors) {
-      token[n] = params.token_vectors.quotient(i);
-      uint32_t rest = i - token[n] * params.token_vectors.divisor;
-      is_a[n] = kVecsB == 0 || rest < vectors_a;
-      if (!is_a[n]) rest -= vectors_a;
-      head[n] = is_a[n] ? rest / kVecsA : rest / max_of(kVecsB, 1u);
-      column[n] = (rest - head[n] * (is_a[n] ? kVecsA : kVecsB)) * kVec;
-      const uint8_t* source = static_cast<const uint8_t*>(is_a[n] ? to.a : to.b) +
-                              int64_t(token[n]) * (is_a[n] ? to.a_stride_n : to.b_stride_n) +
-                              head[n] * (is_a[n] ? to.a_stride_h : to.b_stride_h) + column[n] * sizeof(T);
-      data[n] = load_streaming<V>(source);
-    }
-  }
-  const FoundRows<kUnroll> found(to.batch_indices, to.positions, to.kv_indices, to.kv_indptr, to.batch, to.page_size, token);
-#pragma unroll
-  for (int n = 0; n < kUnroll; ++n) {
-    if (found.there[n]) {
-      const int64_t page = found.page[n];
-      const uint32_t row = found.row[n];
-      const float* given = is_a[n] ? params.a_scale : params.b_scale;
-      const float scale = given ? given[head[n] * (is_a[n] ? params.a_scale_head : params.b_scale_head)]
-                                : (is_a[n] ? params.a_value : params.b_value);
-      const float inverse = 1.f / scale;
+    const int64_t target = is_a ? targets[share.token(n)].a : targets[share.token(n)].b;
+    if (share.active && target != Share::kNowhere) {
       float v[kVec];
       quant::to_floats(data[n], v);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) v[j] = quant::divide(v[j], scale, inverse);
-      uint8_t* target = static_cast<uint8_t*>(is_a[n] ? to.a_cache : to.b_cache) +
-                        page * (is_a[n] ? to.a_page : to.b_page) + row * (is_a[n] ? to.a_row : to.b_row) +
-                        head[n] * (is_a[n] ? to.a_head : to.b_head) + column[n];
-      quant::store<O>(v, target);
+      quant::store<O>(v, cache + target);
     }
   }
 }

@@ -29,7 +29,8 @@ struct alignas(64) RopeParams {
 };
 
 // Config: T, I (int32_t or int64_t), kRotaryDim, kVec, kRest, kThreads, kUnroll (units a thread at a time), kInterleave, kSegments, kCache
-// kRest: features after kRotaryDim that are copied (0 in place).
+// kRest: features after kRotaryDim that are copied (0 in place). kUnroll 1: few tokens, of which each thread has one unit (the
+// grid has CTAs enough), and whose time is that of a thread's own instructions.
 template <class Config>
 FI_DEVICE void rope(const RopeParams& params) {
   using T = typename Config::T;
@@ -47,6 +48,7 @@ FI_DEVICE void rope(const RopeParams& params) {
   ptx::grid_launch_dependents();
   ptx::grid_wait();
 
+  constexpr bool kOnce = kUnroll == 1;
   const uint32_t token = blockIdx.x;
   const uint32_t heads = params.num_qo_heads + params.num_kv_heads;
   const uint32_t units = heads * kPerHead;
@@ -55,19 +57,30 @@ FI_DEVICE void rope(const RopeParams& params) {
   T* q_out = static_cast<T*>(params.q_out) + token * params.q_out_stride_n;
   T* k_out = static_cast<T*>(params.k_out) + token * params.k_out_stride_n;
   auto source = [&](uint32_t head) {
-    return head < params.num_qo_heads ? q + head * params.q_stride_h : k + (head - params.num_qo_heads) * params.k_stride_h;
+    const bool is_q = head < params.num_qo_heads;
+    if constexpr (kOnce)  // which array is chosen before anything is multiplied: no branch
+      return static_cast<const T*>(is_q ? params.q : params.k) + token * (is_q ? params.q_stride_n : params.k_stride_n) +
+             (is_q ? head : head - params.num_qo_heads) * (is_q ? params.q_stride_h : params.k_stride_h);
+    return is_q ? q + head * params.q_stride_h : k + (head - params.num_qo_heads) * params.k_stride_h;
   };
   auto target = [&](uint32_t head) {
-    return head < params.num_qo_heads ? q_out + head * params.q_out_stride_h
-                                      : k_out + (head - params.num_qo_heads) * params.k_out_stride_h;
+    const bool is_q = head < params.num_qo_heads;
+    if constexpr (kOnce)
+      return static_cast<T*>(is_q ? params.q_out : params.k_out) +
+             token * (is_q ? params.q_out_stride_n : params.k_out_stride_n) +
+             (is_q ? head : head - params.num_qo_heads) * (is_q ? params.q_out_stride_h : params.k_out_stride_h);
+    return is_q ? q_out + head * params.q_out_stride_h : k_out + (head - params.num_qo_heads) * params.k_out_stride_h;
   };
 
   V a[kUnroll], b[kUnroll];
   auto load = [&](uint32_t first) {
 #pragma unroll
     for (int n = 0; n < kUnroll; ++n) {
-      const uint32_t unit = first + n * kThreads;
-      if (unit < units) {
+      uint32_t unit = first + n * kThreads;
+      // Without a branch ptxas multiplies by the position behind these loads; what it makes of a cache row's address, with one.
+      constexpr bool kStraight = kOnce && !Config::kCache;
+      if (kStraight) unit = min(unit, units - 1);
+      if (kStraight || unit < units) {
         const T* x = source(unit / kPerHead) + (unit % kPerHead) * kStep;
         a[n] = V::load(x);
         b[n] = V::load(x + kDistance);
@@ -75,7 +88,9 @@ FI_DEVICE void rope(const RopeParams& params) {
     }
   };
 
-  const uint32_t start = blockIdx.y * (kThreads * kUnroll) + threadIdx.x, step = gridDim.y * (kThreads * kUnroll);
+  const uint32_t start = blockIdx.y * (kThreads * kUnroll) + threadIdx.x;
+  T* first_target = nullptr;
+  uint64_t first_turn = 0;
   int64_t position = 0;
   if constexpr (Config::kSegments) {
     const I* indptr = static_cast<const I*>(params.indptr);
@@ -87,7 +102,14 @@ FI_DEVICE void rope(const RopeParams& params) {
     // The position is asked for first and looked at last: everything else of the token is under way by then.
     I raw = static_cast<const I*>(params.positions)[token];
     load(start);
+    if constexpr (kOnce) {
+      first_target = target(start / kPerHead);
+      // The frequency is asked for early: it comes from the launch's parameters, another 8 bytes a lane.
+      if constexpr (!Config::kCache) first_turn = params.turns[threadIdx.x % kHalf];
+    }
     keep_until_here(raw);
+    // ptxas moves no load across it, and would move some of the data behind the wait for the position.
+    if constexpr (kOnce && !Config::kCache) __syncthreads();
     position = raw;
   }
 
@@ -101,8 +123,13 @@ FI_DEVICE void rope(const RopeParams& params) {
       sines[pair] = row[kHalf + pair];
     } else {
       // The top 32 bits as a signed number are the angle in (-1/2, 1/2) turns; sincospi takes half turns.
-      const int32_t turn = int32_t((uint64_t(position) * params.turns[pair]) >> 32);
-      sincospif(float(turn) * 0x1p-31f, &sines[pair], &cosines[pair]);
+      const int32_t turn = int32_t((uint64_t(position) * (kOnce && !Config::kSegments && i == 0 ? first_turn : params.turns[pair])) >> 32);
+      if constexpr (sizeof(T) == 2) {  // the unit's own error there, 5e-7, is far below the rounding of a 16-bit feature
+        const float angle = float(turn) * (0x1p-31f * 3.14159265f);
+        sines[pair] = __sinf(angle), cosines[pair] = __cosf(angle);
+      } else {
+        sincospif(float(turn) * 0x1p-31f, &sines[pair], &cosines[pair]);
+      }
     }
   }
   __syncthreads();  // cosines and sines are complete
@@ -142,17 +169,22 @@ FI_DEVICE void rope(const RopeParams& params) {
             y[j] = y0 * c[j] + x0 * s[j];
           }
         }
-        T* out = target(unit / kPerHead) + slot * kStep;
+        T* out = (kOnce && !Config::kSegments ? first_target : target(unit / kPerHead)) + slot * kStep;
         V::from_floats(x).store(out);
         V::from_floats(y).store(out + kDistance);
       }
     }
   };
-  for (uint32_t first = start;;) {
-    rotate_and_store(first);
-    first += step;
-    if (first >= units) break;
-    load(first);
+  if constexpr (kOnce) {
+    rotate_and_store(start);
+  } else {
+    const uint32_t step = gridDim.y * (kThreads * kUnroll);
+    for (uint32_t first = start;;) {
+      rotate_and_store(first);
+      first += step;
+      if (first >= units) break;
+      load(first);
+    }
   }
 
   if constexpr (kRestVecs > 0) {

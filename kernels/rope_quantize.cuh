@@ -7,6 +7,7 @@
 // first, in front of the wait for the kernel before this one, which then wrote neither the tables nor the positions.
 // Shared memory: none. Bytes moved: the inputs once, a byte an element out. Architecture: any.
 #pragma once
+#include "attention/fast_div.cuh"
 #include "page.cuh"
 
 namespace fi {

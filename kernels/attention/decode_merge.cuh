@@ -37,7 +37,8 @@ FI_DEVICE void finish(const DecodeParams& params, int row, uint32_t head, int di
     p.m = m;
   }
   const bool empty = p.d <= 0.f;  // no key was seen; a NaN among the logits is passed on
-  const float f = empty ? 0.f : params.out_scale * params.scales.output(head / params.group_size) / p.d;
+  // The denominator is far from the 2^126 where this division ends.
+  const float f = empty ? 0.f : __fdividef(params.out_scale * params.scales.output(head / params.group_size), p.d);
   const float values[4] = {p.o.x * f, p.o.y * f, p.o.z * f, p.o.w * f};
   O* out = static_cast<O*>(params.out) + row * params.out_stride_row + head * params.out_stride_head + dim;
   Vec<O, 4>::from_floats(values).store(out);
@@ -47,61 +48,81 @@ FI_DEVICE void finish(const DecodeParams& params, int row, uint32_t head, int di
   }
 }
 
-// One CTA merges the chunks of a request's head block. smem: 24 bytes a thread. The state of chunk c and head h is
-// number first_state + c * chunk_stride + h.
+// One CTA merges the chunks of a request's head block. The state of chunk c and head h is number
+// first_state + c * chunk_stride + h. Threads are `slices` rows of `width` units; a slice takes every slices-th chunk, 8 loads in
+// flight at a time. What the constructor does is done before the CTA knows that it is the one: a whole request waits for the rest.
 template <class Config, class Tr>
-FI_DEVICE void merge_chunks(const DecodeParams& params, const DecodeItem& item, uint32_t first_head, int units,
-                            int64_t first_state, int64_t chunk_stride, uint8_t* smem) {
-  constexpr int kQuads = Tr::kHeadDim / 4;
-  // Threads are `slices` rows of `width` units; a slice takes every slices-th chunk, 8 loads in flight at a time.
-  const int width = min(units, Tr::kThreads), slices = Tr::kThreads / width;
-  const int slice = threadIdx.x / width, column = threadIdx.x % width;
-  constexpr int kBatch = 8;
-  float4* exchange_o = reinterpret_cast<float4*>(smem);
-  float2* exchange_md = reinterpret_cast<float2*>(smem + Tr::kThreads * 16);
-  for (int base = 0; base < units; base += width) {
-    const int unit = base + column;
-    const bool active = slice < slices && unit < units;
-    const int head = unit / kQuads, dim = unit % kQuads * 4;
-    Partial sum;
-    if (active) {
-      for (int chunk = slice; chunk < item.num_chunks; chunk += kBatch * slices) {
-        float4 part[kBatch];
-        float2 md[kBatch];
-        float top = sum.m;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const int c = chunk + i * slices;
-          const int64_t state = first_state + c * chunk_stride + head;
-          const bool there = c < item.num_chunks;
-          md[i] = there ? __ldcg(params.partial_md + state) : make_float2(-FI_INF, 0.f);
-          part[i] = there ? __ldcg(reinterpret_cast<const float4*>(params.partial_out + state * Tr::kHeadDim + dim))
-                          : make_float4(0.f, 0.f, 0.f, 0.f);
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) top = fmaxf(top, md[i].x);
-        sum.scale(math::ptx_exp2(sum.m - finite_or_zero(top)));
-        sum.m = top;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) sum.add(math::ptx_exp2(md[i].x - finite_or_zero(top)), md[i].y, part[i]);
-      }
-      exchange_o[threadIdx.x] = sum.o;
-      exchange_md[threadIdx.x] = make_float2(sum.m, sum.d);
-    }
-    if (slices > 1) {
-      __syncthreads();
-      if (active && slice == 0) {
-        for (int other = 1; other < slices; ++other) {
-          const float2 md = exchange_md[other * width + column];
-          const float top = fmaxf(sum.m, md.x);
-          sum.scale(math::ptx_exp2(sum.m - finite_or_zero(top)));
-          sum.add(math::ptx_exp2(md.x - finite_or_zero(top)), md.y, exchange_o[other * width + column]);
-          sum.m = top;
-        }
-      }
-    }
-    if (active && slice == 0) finish<Config>(params, item.request, first_head + head, dim, sum);
+struct ChunkMerge {
+  static constexpr int kQuads = Tr::kHeadDim / 4, kBatch = 8;
+  const DecodeParams& params;
+  const DecodeItem& item;
+  int units, width, slices, slice, column;
+  uint32_t first_state, step;  // in states, of which there are far fewer than 2^32
+  const float2* from_md;       // of this thread's first unit and chunk
+  const float* from_o;
+
+  FI_DEVICE ChunkMerge(const DecodeParams& params, const DecodeItem& item, int units, uint32_t first_state, uint32_t chunk_stride)
+      : params(params), item(item), units(units), width(min(units, Tr::kThreads)) {
+    // Small whole numbers: half of one is far more than the error of this division.
+    slices = int(__fdividef(Tr::kThreads + 0.5f, float(width)));
+    slice = int(__fdividef(threadIdx.x + 0.5f, float(width)));
+    column = threadIdx.x - slice * width;
+    this->first_state = first_state + slice * chunk_stride;
+    step = slices * chunk_stride;
+    point(column);
+    asm volatile("" : "+l"(from_md), "+l"(from_o));
   }
-}
+  FI_DEVICE void point(int unit) {
+    const uint32_t state = first_state + unit / kQuads;
+    from_md = params.partial_md + state;
+    from_o = params.partial_out + int64_t(state) * Tr::kHeadDim + unit % kQuads * 4;
+  }
+
+  // smem: 24 bytes a thread.
+  FI_DEVICE void run(uint32_t first_head, uint8_t* smem) {
+    float4* exchange_o = reinterpret_cast<float4*>(smem);
+    float2* exchange_md = reinterpret_cast<float2*>(smem + Tr::kThreads * 16);
+    for (int unit = column; unit - column < units; unit += width) {
+      const bool active = slice < slices && unit < units;
+      Partial sum;
+      if (active) {
+        if (unit != column) point(unit);
+        for (int chunk = slice; chunk < item.num_chunks; chunk += kBatch * slices) {
+          float4 part[kBatch];
+          float2 md[kBatch];
+          float top = sum.m;
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            const bool there = chunk + i * slices < item.num_chunks;
+            md[i] = there ? __ldcg(from_md) : make_float2(-FI_INF, 0.f);
+            part[i] = there ? __ldcg(reinterpret_cast<const float4*>(from_o)) : make_float4(0.f, 0.f, 0.f, 0.f);
+            from_md += step, from_o += int64_t(step) * Tr::kHeadDim;
+          }
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) top = fmaxf(top, md[i].x);
+          sum.scale(math::ptx_exp2(sum.m - finite_or_zero(top)));
+          sum.m = top;
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) sum.add(math::ptx_exp2(md[i].x - finite_or_zero(top)), md[i].y, part[i]);
+        }
+        exchange_o[threadIdx.x] = sum.o;
+        exchange_md[threadIdx.x] = make_float2(sum.m, sum.d);
+      }
+      if (slices > 1) {
+        __syncthreads();
+        if (active && slice == 0) {
+          for (int other = 1; other < slices; ++other) {
+            const float2 md = exchange_md[other * width + column];
+            const float top = fmaxf(sum.m, md.x);
+            sum.scale(math::ptx_exp2(sum.m - finite_or_zero(top)));
+            sum.add(math::ptx_exp2(md.x - finite_or_zero(top)), md.y, exchange_o[other * width + column]);
+            sum.m = top;
+          }
+        }
+      }
+      if (active && slice == 0) finish<Config>(params, item.request, first_head + unit / kQuads, unit % kQuads * 4, sum);
+    }
+  }
+};
 
 }  // namespace fi::decode_detail

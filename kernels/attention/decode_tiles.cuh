@@ -4,7 +4,7 @@
 #include "attention/expand.cuh"
 #include "common/math.cuh"
 #include "common/vec.cuh"
-#include "ptx/cp_async.cuh"
+#include "ptx/l2_policy.cuh"
 #include "ptx/l2_prefetch.cuh"
 #include "ptx/mma.cuh"
 
@@ -88,7 +88,8 @@ struct TileSource {
   const KV *k, *v;  // at this kv head
   const DecodeParams& params;
   const DecodeItem& item;
-  int origin;  // key of row 0 of tile 0
+  int origin;       // key of row 0 of tile 0
+  uint64_t policy;  // of the copies (kReadOnce)
 
   FI_DEVICE TileSource(const DecodeParams& p, const DecodeItem& i, uint32_t kv_head)
       : k(static_cast<const KV*>(p.k) + kv_head * p.k_stride_head),
@@ -96,7 +97,9 @@ struct TileSource {
         params(p),
         item(i),
         // With whole tiles inside pages the tiles start at multiples of 16 keys.
-        origin(Config::kTileInPage ? i.kv_begin & ~(Tr::kTile - 1) : i.kv_begin) {}
+        origin(Config::kTileInPage ? i.kv_begin & ~(Tr::kTile - 1) : i.kv_begin) {
+    if constexpr (Tr::kReadOnce) policy = ptx::evict_first_policy();
+  }
 
   FI_DEVICE int num_tiles() const { return (item.kv_end - origin + Tr::kTile - 1) / Tr::kTile; }
 
@@ -109,6 +112,23 @@ struct TileSource {
   FI_DEVICE int page_of(int tile, int tiles) const {
     if (params.indices == nullptr || tile >= tiles) return 0;
     return params.indices[item.page_begin + params.page_size.quotient(lookup_key(tile))];
+  }
+
+  // All 16 keys of the tile are the item's.
+  FI_DEVICE bool whole(int tile) const {
+    const int first = origin + tile * Tr::kTile;
+    return first >= item.kv_begin && first + Tr::kTile <= item.kv_end;
+  }
+  // kRegular: where this lane's first chunk of a whole tile lies, and the copies from there.
+  FI_DEVICE const KV* keys_of(int tile, int page) const {
+    return source(k, params.k_stride_page, params.k_stride_token, tile, page);
+  }
+  FI_DEVICE const KV* values_of(int tile, int page) const {
+    return source(v, params.v_stride_page, params.v_stride_token, tile, page);
+  }
+  FI_DEVICE void copy_whole(uint8_t* slot, const KV* keys, const KV* values) const {
+    copy(slot, keys, params.k_stride_token);
+    copy(slot + Tr::kTileBytes, values, params.v_stride_token);
   }
 
   FI_DEVICE void issue_keys(uint8_t* slot, int tile, int page) const {
@@ -138,24 +158,34 @@ struct TileSource {
   }
 
  private:
+  FI_DEVICE void copy_16(uint8_t* to, const KV* from, bool valid = true) const {
+    if constexpr (Tr::kReadOnce)
+      ptx::cp_async_16_policy(to, from, policy, valid);
+    else
+      ptx::cp_async_16(to, from, valid);
+  }
+  FI_DEVICE const KV* source(const KV* base, int64_t stride_page, int64_t stride_token, int tile, int page) const {
+    const uint32_t key = lookup_key(tile);
+    const uint32_t in_page = key - params.page_size.quotient(key) * params.page_size.divisor;
+    return base + page * stride_page + (in_page + lane_id() / Tr::kChunks) * stride_token +
+           lane_id() % Tr::kChunks * kElements;
+  }
+  FI_DEVICE void copy(uint8_t* slot, const KV* from, int64_t stride_token) const {
+    constexpr int kRows = 32 / Tr::kChunks;
+    uint8_t* to = slot + lane_id() / Tr::kChunks * Tr::kPitch + lane_id() % Tr::kChunks * 16;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i, from += kRows * stride_token)
+      copy_16(to + i * kRows * Tr::kPitch, from);
+  }
   // The slot waits for these instructions, so all that can be left out of a whole tile's copies is.
   FI_DEVICE void issue(uint8_t* slot, const KV* base, int64_t stride_page, int64_t stride_token, int tile,
                        int page) const {
     const int first = origin + tile * Tr::kTile;
+    if constexpr (kRegular) {
+      if (whole(tile)) return copy(slot, source(base, stride_page, stride_token, tile, page), stride_token);
+    }
     const uint32_t key = lookup_key(tile);
     const int64_t in_page = key - params.page_size.quotient(key) * params.page_size.divisor;
-    if constexpr (kRegular) {
-      if (first >= item.kv_begin && first + Tr::kTile <= item.kv_end) {
-        constexpr int kRows = 32 / Tr::kChunks;
-        const int row = lane_id() / Tr::kChunks, chunk = lane_id() % Tr::kChunks;
-        const KV* from = base + page * stride_page + (in_page + row) * stride_token + chunk * kElements;
-        uint8_t* to = slot + row * Tr::kPitch + chunk * 16;
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i, from += kRows * stride_token)
-          ptx::cp_async_16(to + i * kRows * Tr::kPitch, from);
-        return;
-      }
-    }
     const int64_t lane_offset = page * stride_page + in_page * stride_token;
     constexpr int kUnroll = kRegular ? 1 : kLoads;  // regular: only for the first and the last tile
 #pragma unroll kUnroll
@@ -171,7 +201,7 @@ struct TileSource {
       const bool inside = first + row >= item.kv_begin && first + row < item.kv_end;
       const bool valid = inside && (Tr::kChunks == Tr::kChunksRead || chunk < Tr::kChunksRead);
       // Rows outside become zeros: 0 * NaN from a stale page would be NaN. Their addresses may leave the allocation.
-      ptx::cp_async_16(slot + row * Tr::kPitch + chunk * 16, base + (valid ? offset + chunk * kElements : 0), valid);
+      copy_16(slot + row * Tr::kPitch + chunk * 16, base + (valid ? offset + chunk * kElements : 0), valid);
     }
   }
 };

@@ -67,6 +67,18 @@ _REPLACED = [
         r"__shared__ (?:__align__\(\d+\) )?float partial((?:\[\w+\])+);",
         r"auto& partial = *reinterpret_cast<float(*)\1>(emulator::fixed_memory());",
     ),
+    (
+        r"__shared__ typename Share::Target targets\[kThreads \* kUnroll\];",
+        "auto* targets = reinterpret_cast<typename Share::Target*>(emulator::fixed_memory());",
+    ),
+    (  # of rope
+        r"__shared__ __align__\(16\) float cosines\[kHalf\];",
+        "auto& cosines = *reinterpret_cast<float(*)[kHalf]>(emulator::fixed_memory());",
+    ),
+    (
+        r"__shared__ __align__\(16\) float sines\[kHalf\];",
+        "auto& sines = *reinterpret_cast<float(*)[kHalf]>(emulator::fixed_memory() + 4 * kHalf);",
+    ),
     (  # beside `partial`, which takes 48 KB at most
         r"__shared__ __align__\(16\) float squares((?:\[\w+\])+);",
         r"auto& squares = *reinterpret_cast<float(*)\1>(emulator::fixed_memory() + (48 << 10));",
