@@ -17,3 +17,8 @@ if os.environ.get("FI_CUPY_PRELOAD"):
     from fi_cupy.profiles import preload_from_environment
 
     preload_from_environment()
+
+if os.environ.get("FI_CUPY_LOGLEVEL") or os.environ.get("FLASHINFER_LOGLEVEL"):
+    from fi_cupy.api_logging import install
+
+    install()
