@@ -14,6 +14,7 @@ Source: flashinfer.jit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 from fi_cupy.device import DeviceInfo, device_info, num_devices
@@ -94,15 +95,14 @@ def _decode_kernels(
     """Instances of the decode kernel; none for what the prefill kernel does."""
     from fi_cupy import decode_kernel
 
-    for group in GROUPS:
-        for batch in batches:
-            problem = decode_kernel.Problem(
-                batch, group * KV_HEADS, KV_HEADS, dim, q, kv, o, tile_in_page, soft_cap, mode == 2, mode == 1, False,
-                True,
-            )  # fmt: skip
-            if not decode_kernel.why_not(problem):
-                decode_kernel.check_problem("gen_decode_module", problem)
-                yield decode_kernel.geometry(problem, device).spec
+    for group, batch, adjacent in product(GROUPS, batches, (True, False)):  # NHD, HND
+        problem = decode_kernel.Problem(
+            batch, group * KV_HEADS, KV_HEADS, dim, q, kv, o, tile_in_page, soft_cap, mode == 2, mode == 1, False,
+            adjacent,
+        )  # fmt: skip
+        if not decode_kernel.why_not(problem):
+            decode_kernel.check_problem("gen_decode_module", problem)
+            yield decode_kernel.geometry(problem, device).spec
 
 
 def _prefill_kernels(
