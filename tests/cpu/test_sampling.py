@@ -368,6 +368,8 @@ P = np.full((4, 8), 0.125, np.float32)
         (lambda: sampling.top_k_sampling_from_probs(P, 0), errors.ArgumentError, "top_k is 0, expected at least 1"),
         (lambda: sampling.top_k_renorm_probs(P, 2.5), errors.ArgumentError, "top_k is 2.5, expected an integer"),
         (lambda: sampling.top_p_renorm_probs(P, 1.5), errors.ArgumentError, "top_p is 1.5, expected 0 to 1"),
+        (lambda: sampling.min_p_sampling_from_probs(P, math.nan), errors.ArgumentError, "min_p is nan, expected 0 to"),
+        (lambda: sampling.softmax(P, math.nan), errors.ArgumentError, "temperature is nan, expected a number"),
         (
             lambda: sampling.top_k_top_p_sampling_from_probs(P, 2, 0.5, filter_apply_order="x"),
             errors.ArgumentError,
