@@ -7,7 +7,14 @@ import re
 import pytest
 from kernel_jobs import ROOT
 
-PAGES = ["index.md", "tutorials/kv_cache.md", "tutorials/recipes.md", "tutorials/tuning.md", "tutorials/variants.md"]
+PAGES = [
+    "index.md",
+    "tutorials/kv_cache.md",
+    "tutorials/logging.md",
+    "tutorials/recipes.md",
+    "tutorials/tuning.md",
+    "tutorials/variants.md",
+]
 
 
 def blocks(text: str) -> list[str]:
