@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import pytest
@@ -34,6 +35,17 @@ def test_examples_of_a_framework_run(framework):
     exec(compile("\n".join(code), framework, "exec", dont_inherit=True), {"__name__": "docs"})
 
 
+@pytest.fixture
+def log_levels():
+    """The levels of the loggers as they were: one page sets them."""
+    loggers = [logging.getLogger(name) for name in ("fi_cupy", "fi_cupy.attention")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("log_levels")
 @pytest.mark.parametrize("page", PAGES)
 def test_examples_run(page):
     code = blocks((ROOT / "docs" / page).read_text())
