@@ -299,7 +299,8 @@ SIGNATURES = {
     "sparse.convert_bsr_mask_layout": "mask indptr",
     "norm.rmsnorm_quant": "out input weight scale eps=1e-06 enable_pdl=None",
     "norm.fused_add_rmsnorm_quant": "out input residual weight scale eps=1e-06 enable_pdl=None",
-    "norm.layernorm_quant": "out input gamma beta scale eps=1e-06",
+    "norm.layernorm": "input gemma beta eps=1e-06",
+    "norm.layernorm_quant": "out input gemma beta scale eps=1e-06",
     "rope.rope_quantize_fp8": ROPE_QUANTIZE,
     "rope.mla_rope_quantize_fp8": ROPE_QUANTIZE,
     "rope.rope_quantize_fp8_append_paged_kv_cache": (
