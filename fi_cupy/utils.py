@@ -56,8 +56,8 @@ LibraryError = CudaUnavailableError
 BackendSupportedError = UnsupportedError
 
 _LEVELS = {
-    "trace": 5, "debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR,
-    "critical": logging.CRITICAL,
+    "trace": 5, "debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "warning": logging.WARNING,
+    "error": logging.ERROR, "critical": logging.CRITICAL,
 }  # fmt: skip
 
 
@@ -317,7 +317,7 @@ def set_log_level(lvl_str: str) -> None:
 
     Parameters
     ----------
-    lvl_str : {"trace", "debug", "info", "warn", "error", "critical"}
+    lvl_str : {"trace", "debug", "info", "warn", "warning", "error", "critical"}
         At "debug" attention says which kernel each plan or call takes, and why. Where no handler is configured,
         Python shows warnings and worse alone: ``logging.basicConfig()`` shows the rest.
 

@@ -64,6 +64,9 @@ LOG_LEVEL = Variable(
 LOG_DEST = Variable(
     ("FI_CUPY_LOGDEST", "FLASHINFER_LOGDEST"), "where calls are logged: stdout (default), stderr or a file, %i: the pid"
 )
+LOGGING_LEVEL = Variable(
+    ("FI_CUPY_LOGGING_LEVEL", "FLASHINFER_LOGGING_LEVEL"), 'level of the logger "fi_cupy": debug, info ...'
+)
 DUMP_DIR = Variable(("FI_CUPY_DUMP_DIR", "FLASHINFER_DUMP_DIR"), "folder of calls at level 10 [default: fi_cupy_dumps]")
 DUMP_MAX_SIZE_GB = Variable(("FI_CUPY_DUMP_MAX_SIZE_GB", "FLASHINFER_DUMP_MAX_SIZE_GB"), "how much, GB (default 20)")
 DUMP_MAX_COUNT = Variable(("FI_CUPY_DUMP_MAX_COUNT", "FLASHINFER_DUMP_MAX_COUNT"), "how many calls (default 1000)")
@@ -74,7 +77,8 @@ DUMP_EXCLUDE = Variable(("FI_CUPY_DUMP_EXCLUDE", "FLASHINFER_DUMP_EXCLUDE"), "an
 
 ALL: tuple[Variable, ...] = (
     CACHE_DIR, NO_COMPILE, ARCH_LIST, TARGET, AUTOTUNE_DIR, CUBIN_PACK, PRELOAD, VERBOSE, LINEINFO, DEBUG, EXTRA_FLAGS,
-    COMPILE_TIMEOUT, LOG_LEVEL, LOG_DEST, DUMP_DIR, DUMP_MAX_SIZE_GB, DUMP_MAX_COUNT, DUMP_INCLUDE, DUMP_EXCLUDE,
+    COMPILE_TIMEOUT, LOG_LEVEL, LOG_DEST, LOGGING_LEVEL, DUMP_DIR, DUMP_MAX_SIZE_GB, DUMP_MAX_COUNT,
+    DUMP_INCLUDE, DUMP_EXCLUDE,
 )  # fmt: skip
 
 

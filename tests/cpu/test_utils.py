@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import enum
+import functools
 import logging
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -85,6 +89,18 @@ def test_log_level():
             utils.set_log_level("loud")
     finally:
         log.setLevel(before)
+
+
+@pytest.mark.parametrize("name", ["FI_CUPY_LOGGING_LEVEL", "FLASHINFER_LOGGING_LEVEL"])
+def test_the_environments_log_level_shows_records_on_standard_error(name):
+    code = "import fi_cupy, logging; logging.getLogger('fi_cupy.attention').debug('a kernel')"
+    run = functools.partial(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    clean = {key: value for key, value in os.environ.items() if not key.endswith("_LOGGING_LEVEL")}
+    assert run(env=clean | {name: "DEBUG"}).stderr == "a kernel\n"
+    assert run(env=clean | {name: "warning"}).stderr == ""
+    wrong = run(env=clean | {name: "loud"})
+    assert wrong.returncode == 1
+    assert "lvl_str is 'loud'" in wrong.stderr
 
 
 # --- requirements ---------------------------------------------------------------------------------------------------
