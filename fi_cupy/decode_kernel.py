@@ -271,8 +271,8 @@ def geometry(problem: Problem, device: DeviceInfo, tiles: DecodeTiles | None = N
         for scaled in (False, True)
     )  # fmt: skip
     if tiles.head_pair:
-        # So small a CTA leaves room for more of its kind. Those of the next launch, which start early, would crowd on the
-        # multiprocessors that end first: 64x1024 58.8 us, and 47.7 with room for no more than `ctas_per_sm`.
+        # So small a CTA leaves room for more of its kind: those of the next launch, which start early, would crowd on
+        # the multiprocessors that end first. 64x1024 took 58.8 us, and takes 47.7 with room for `ctas_per_sm`.
         room = device.smem_per_sm // (tiles.ctas_per_sm + 1) - 1023
         spec, heads_spec = (replace(s, smem_bytes=max(s.smem_bytes, room)) for s in (spec, heads_spec))
     slots = device.num_sms * tiles.ctas_per_sm
