@@ -123,7 +123,8 @@ def kernel_specs() -> list[KernelSpec]:
     for dtype, vec, dims in ((bfloat16, 8, (64, 128, 256, 512)), (float16, 8, (128,)), (float32, 4, (128,))):
         for dim in dims:
             specs += [merge_pair_spec(dtype, dim, vec), merge_states_spec(dtype, dim, vec)]
-    return [*specs, merge_pair_spec(bfloat16, 128, 8, 1), merge_states_spec(bfloat16, 128, 8, 8)]
+    specs += [merge_pair_spec(bfloat16, 128, 8, unroll, dense=True) for unroll in (1, 2)]
+    return [*specs, merge_states_spec(bfloat16, 128, 8, 8)]
 
 
 def _vec(op: str, head_dim: int, itemsize: int, addresses: int, steps: int) -> int:

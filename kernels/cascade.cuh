@@ -61,8 +61,10 @@ FI_DEVICE void merge_pair(const MergePairParams& params) {
     if (active[n]) {
       sa[n] = params.s_a[offset(n, params.sa_stride_n, params.sa_stride_h, 1)];
       sb[n] = params.s_b[offset(n, params.sb_stride_n, params.sb_stride_h, 1)];
-      a[n] = V::load(static_cast<const T*>(params.v_a) + offset(n, params.va_stride_n, params.va_stride_h, Config::kHeadDim) + column);
-      b[n] = V::load(static_cast<const T*>(params.v_b) + offset(n, params.vb_stride_n, params.vb_stride_h, Config::kHeadDim) + column);
+      a[n] = V::load(static_cast<const T*>(params.v_a) + column +
+                     offset(n, params.va_stride_n, params.va_stride_h, Config::kHeadDim));
+      b[n] = V::load(static_cast<const T*>(params.v_b) + column +
+                     offset(n, params.vb_stride_n, params.vb_stride_h, Config::kHeadDim));
     }
   }
   // In place: every thread of an item has read its s before one of them writes it.

@@ -123,7 +123,8 @@ FI_DEVICE void rope(const RopeParams& params) {
       sines[pair] = row[kHalf + pair];
     } else {
       // The top 32 bits as a signed number are the angle in (-1/2, 1/2) turns; sincospi takes half turns.
-      const int32_t turn = int32_t((uint64_t(position) * (kOnce && !Config::kSegments && i == 0 ? first_turn : params.turns[pair])) >> 32);
+      const uint64_t frequency = kOnce && !Config::kSegments && i == 0 ? first_turn : params.turns[pair];
+      const int32_t turn = int32_t((uint64_t(position) * frequency) >> 32);
       if constexpr (sizeof(T) == 2) {  // the unit's own error there, 5e-7, is far below the rounding of a 16-bit feature
         const float angle = float(turn) * (0x1p-31f * 3.14159265f);
         sines[pair] = __sinf(angle), cosines[pair] = __cosf(angle);
