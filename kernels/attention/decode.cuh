@@ -132,7 +132,7 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
       if (walker + s * kWalkers < tiles) source.copy_whole(ring + s * 2 * Tr::kTileBytes, from_k[s], from_v[s]);
       ptx::cp_async_commit();
     }
-  } else {  // seldom, so not unrolled
+  } else if constexpr (kRegular) {  // seldom, so not unrolled
 #pragma unroll 1
     for (int s = 0; s < kStages; ++s) {
       const int tile = walker + s * kWalkers;
@@ -142,6 +142,16 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
       if (tile < tiles) {
         source.issue_keys(ring + s * 2 * Tr::kTileBytes, tile, page);
         source.issue_values(ring + s * 2 * Tr::kTileBytes, tile, page);
+      }
+      ptx::cp_async_commit();
+    }
+  } else {
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) {
+      const int tile = walker + s * kWalkers;
+      if (tile < tiles) {
+        source.issue_keys(ring + s * 2 * Tr::kTileBytes, tile, pages[s]);
+        source.issue_values(ring + s * 2 * Tr::kTileBytes, tile, pages[s]);
       }
       ptx::cp_async_commit();
     }

@@ -4,7 +4,7 @@
 #include "attention/expand.cuh"
 #include "common/math.cuh"
 #include "common/vec.cuh"
-#include "ptx/l2_policy.cuh"
+#include "ptx/cp_async.cuh"
 #include "ptx/l2_prefetch.cuh"
 #include "ptx/mma.cuh"
 
@@ -88,8 +88,7 @@ struct TileSource {
   const KV *k, *v;  // at this kv head
   const DecodeParams& params;
   const DecodeItem& item;
-  int origin;       // key of row 0 of tile 0
-  uint64_t policy;  // of the copies (kReadOnce)
+  int origin;  // key of row 0 of tile 0
 
   FI_DEVICE TileSource(const DecodeParams& p, const DecodeItem& i, uint32_t kv_head)
       : k(static_cast<const KV*>(p.k) + kv_head * p.k_stride_head),
@@ -97,9 +96,7 @@ struct TileSource {
         params(p),
         item(i),
         // With whole tiles inside pages the tiles start at multiples of 16 keys.
-        origin(Config::kTileInPage ? i.kv_begin & ~(Tr::kTile - 1) : i.kv_begin) {
-    if constexpr (Tr::kReadOnce) policy = ptx::evict_first_policy();
-  }
+        origin(Config::kTileInPage ? i.kv_begin & ~(Tr::kTile - 1) : i.kv_begin) {}
 
   FI_DEVICE int num_tiles() const { return (item.kv_end - origin + Tr::kTile - 1) / Tr::kTile; }
 
@@ -158,12 +155,6 @@ struct TileSource {
   }
 
  private:
-  FI_DEVICE void copy_16(uint8_t* to, const KV* from, bool valid = true) const {
-    if constexpr (Tr::kReadOnce)
-      ptx::cp_async_16_policy(to, from, policy, valid);
-    else
-      ptx::cp_async_16(to, from, valid);
-  }
   FI_DEVICE const KV* source(const KV* base, int64_t stride_page, int64_t stride_token, int tile, int page) const {
     const uint32_t key = lookup_key(tile);
     const uint32_t in_page = key - params.page_size.quotient(key) * params.page_size.divisor;
@@ -175,7 +166,7 @@ struct TileSource {
     uint8_t* to = slot + lane_id() / Tr::kChunks * Tr::kPitch + lane_id() % Tr::kChunks * 16;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i, from += kRows * stride_token)
-      copy_16(to + i * kRows * Tr::kPitch, from);
+      ptx::cp_async_16(to + i * kRows * Tr::kPitch, from);
   }
   // The slot waits for these instructions, so all that can be left out of a whole tile's copies is.
   FI_DEVICE void issue(uint8_t* slot, const KV* base, int64_t stride_page, int64_t stride_token, int tile,
@@ -201,7 +192,7 @@ struct TileSource {
       const bool inside = first + row >= item.kv_begin && first + row < item.kv_end;
       const bool valid = inside && (Tr::kChunks == Tr::kChunksRead || chunk < Tr::kChunksRead);
       // Rows outside become zeros: 0 * NaN from a stale page would be NaN. Their addresses may leave the allocation.
-      copy_16(slot + row * Tr::kPitch + chunk * 16, base + (valid ? offset + chunk * kElements : 0), valid);
+      ptx::cp_async_16(slot + row * Tr::kPitch + chunk * 16, base + (valid ? offset + chunk * kElements : 0), valid);
     }
   }
 };
