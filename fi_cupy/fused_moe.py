@@ -96,16 +96,18 @@ def _spec(function: str, *types: DType) -> KernelSpec:
 
 
 @lru_cache(maxsize=64)
-def routing_spec(scores: DType, bias: DType, out: DType, per: int) -> KernelSpec:
-    """The kernel of `fused_topk_deepseek` for element types and a number of experts a lane."""
+def routing_spec(scores: DType, bias: DType, out: DType, per: int, full: bool) -> KernelSpec:
+    """The kernel of `fused_topk_deepseek` for element types and how many experts lanes have; `full`: all of them."""
     return KernelSpec(
-        symbol=f"routing_topk_{scores.tag}_{bias.tag}_{out.tag}_{per}",
+        symbol=f"routing_topk_{scores.tag}_{bias.tag}_{out.tag}_{per}{'_full' * full}",
         header="routing.cuh",
         function="routing_topk",
         params=_ROUTING,
-        config=(("T", scores), ("Bias", bias), ("Out", out), ("kWarps", _ROUTING_WARPS), ("kPer", per)),
+        config=(
+            ("T", scores), ("Bias", bias), ("Out", out), ("kWarps", _ROUTING_WARPS), ("kPer", per), ("kFull", full)
+        ),
         threads=32 * _ROUTING_WARPS,
-    )
+    )  # fmt: skip
 
 
 def routing_lanes(experts: int, groups: int) -> tuple[int, int]:
@@ -121,7 +123,7 @@ def kernel_specs() -> list[KernelSpec]:
         _spec("moe_gather"),
         _spec("moe_finish", bfloat16, bfloat16),
         _spec("moe_finish", float16, float16),
-        routing_spec(float32, float32, float32, 8),
+        routing_spec(float32, float32, float32, 8, True),
     ]
 
 
@@ -193,7 +195,7 @@ def fused_topk_deepseek(
     shift, per = routing_lanes(experts, n_group)
     vectors = not (s.ptr % 16 or b.ptr % 16 or s.strides[0] * s.dtype.itemsize % 16)
     vectors = vectors and all(size * x.dtype.itemsize % 16 == 0 for x in (s, b))
-    load_kernel(routing_spec(s.dtype, b.dtype, values.dtype, per), s.device).launch(
+    load_kernel(routing_spec(s.dtype, b.dtype, values.dtype, per, per * 32 == experts), s.device).launch(
         -(-tokens // _ROUTING_WARPS), s.stream(), s.ptr, b.ptr, values.ptr, indices.ptr, s.strides[0],
         values.strides[0], indices.strides[0], tokens, n_group, topk_group, topk, size, shift, routed_scaling_factor,
         int(indices.dtype is int64), int(vectors), pdl=bool(launch_with_pdl),

@@ -59,6 +59,8 @@ FEW_MAX = 16
 #: so that reading them once a CTA is cheap.
 STREAM_A_BYTES = 96 * 1024
 STREAM_MAX = 128
+#: With dependent launch one row of a k below this goes to `gemm_few`.
+DEPENDENT_K = 1024
 
 
 def _up(a: int, b: int) -> int:
@@ -99,15 +101,16 @@ def _spec(
 
 @lru_cache(maxsize=256)
 def rows_spec(
-    dtype: DType, out: DType, m: int, lanes: int, rows: int, depth: int, warps_k: int, warps_n: int, ahead: bool = False
-) -> KernelSpec:
+    dtype: DType, out: DType, m: int, lanes: int, rows: int, depth: int, warps_k: int, warps_n: int,
+    ahead: bool = False, once: bool = False,
+) -> KernelSpec:  # fmt: skip
     """The CUDA-core kernel for `m` rows of a; the other numbers are ``kernels/gemm/rows.cuh``'s Config."""
     return _spec(
-        f"m{m}_l{lanes}r{rows}d{depth}_w{warps_k}x{warps_n}{'a' * ahead}", "gemm_rows", dtype, out,
+        f"m{m}_l{lanes}r{rows}d{depth}_w{warps_k}x{warps_n}{'a' * ahead}{'_once' * once}", "gemm_rows", dtype, out,
         32 * warps_k * warps_n,
         (
             ("kM", m), ("kLanes", lanes), ("kRows", rows), ("kDepth", depth), ("kWarpsK", warps_k),
-            ("kWarpsN", warps_n), ("kAhead", ahead), ("kResidual", False),
+            ("kWarpsN", warps_n), ("kAhead", ahead), ("kResidual", False), ("kOnce", once),
         ),
     )  # fmt: skip
 
@@ -115,18 +118,18 @@ def rows_spec(
 @lru_cache(maxsize=256)
 def few_spec(
     dtype: DType, out: DType, a_tiles: int, w_tiles: int, depth: int, warps_k: int, *, wide: bool = False,
-    ahead: bool = False, gated: bool = False, min_blocks: int = 0, rms: bool = False,
+    ahead: bool = False, gated: bool = False, min_blocks: int = 0, rms: bool = False, once: bool = False,
 ) -> KernelSpec:  # fmt: skip
     """The tensor-core kernel with the weight as left operand; Config of ``kernels/gemm/few.cuh``.
 
     `rms`: rows of a are divided by their root mean square (``kernels/gemm/few_rms.cuh``).
     """
     return _spec(
-        f"{8 * a_tiles}x{16 * w_tiles}{'w' * wide}_d{depth}_w{warps_k}{'a' * ahead}{'_gated' * gated}"
+        f"{8 * a_tiles}x{16 * w_tiles}{'w' * wide}_d{depth}_w{warps_k}{'a' * ahead}{'_gated' * gated}{'_once' * once}"
         f"{f'_b{min_blocks}' if min_blocks else ''}", "gemm_few" + "_rms" * rms, dtype, out, 32 * warps_k,
         (
             ("kATiles", a_tiles), ("kWTiles", w_tiles), ("kWide", wide), ("kGated", gated), ("kAhead", ahead),
-            ("kDepth", depth), ("kWarpsK", warps_k), ("kResidual", False),
+            ("kDepth", depth), ("kWarpsK", warps_k), ("kResidual", False), ("kOnce", once),
         ),
         min_blocks=min_blocks,
         min_arch=80 if dtype is bfloat16 else 75,  # Turing's tensor cores have no bf16
@@ -203,13 +206,17 @@ def few_config(m: int, n: int, k: int, *, batch: int = 1, pdl: bool = False) -> 
 
 @lru_cache(maxsize=256)
 def stream_spec(
-    dtype: DType, out: DType, m_tiles: int, n_tiles: int, wide: bool, depth: int, warps_k: int
-) -> KernelSpec:
+    dtype: DType, out: DType, m_tiles: int, n_tiles: int, wide: bool, depth: int, warps_k: int, *,
+    ahead: bool = False, once: bool = False,
+) -> KernelSpec:  # fmt: skip
     """The tensor-core kernel without shared memory for the operands; Config of ``kernels/gemm/stream.cuh``."""
     return _spec(
-        f"{16 * m_tiles}x{8 * n_tiles}{'w' if wide else ''}_d{depth}_w{warps_k}", "gemm_stream", dtype, out,
-        32 * warps_k,
-        (("kMTiles", m_tiles), ("kNTiles", n_tiles), ("kWide", wide), ("kDepth", depth), ("kWarpsK", warps_k)),
+        f"{16 * m_tiles}x{8 * n_tiles}{'w' if wide else ''}_d{depth}_w{warps_k}{'a' * ahead}{'_once' * once}",
+        "gemm_stream", dtype, out, 32 * warps_k,
+        (
+            ("kMTiles", m_tiles), ("kNTiles", n_tiles), ("kWide", wide), ("kAhead", ahead), ("kDepth", depth),
+            ("kWarpsK", warps_k), ("kOnce", once),
+        ),
         min_arch=80 if dtype is bfloat16 else 75,  # Turing's tensor cores have no bf16
     )  # fmt: skip
 
@@ -357,14 +364,13 @@ def select_mm_kernel(
             return found
     slow = _slow_bf16(dtype, device)
     if not row_major_b:
-        dependent = pdl and device.has_pdl and k < 1024 and not slow
+        dependent = pdl and device.has_pdl and k < DEPENDENT_K and not slow
         if m <= (4 if slow else 0 if dependent else ROWS_MAX):
-            lanes, rows, depth, warps_k, warps_n = rows_config(k)
-            spec = rows_spec(dtype, out, m if m <= 2 else 4, lanes, rows, depth, warps_k, warps_n, True)
-            return spec, (_up(n, warps_n * rows * (32 // lanes)), 1, batch)
+            lanes, rows, _, _, warps_n = config = rows_config(k)
+            return _rows(config, m, k, dtype, out), (_up(n, warps_n * rows * (32 // lanes)), 1, batch)
         if m <= FEW_MAX and not slow:
             few = few_config(m, n, k, batch=batch, pdl=dependent)
-            return _few(few, dtype, out), (_up(n, 16 * few.w_tiles), 1, batch)
+            return _few(few, k, dtype, out), (_up(n, 16 * few.w_tiles), 1, batch)
         if not slow and _streams(m, n, k, device, batch):
             config = stream_config(m, n, k, device, batch)
             return stream_spec(dtype, out, *config), (_up(n, 8 * config[1]), _up(m, 16 * config[0]), batch)
@@ -373,9 +379,18 @@ def select_mm_kernel(
     return spec, (_up(m, config_tiled[0]) * _up(n, config_tiled[1]), 1, batch)
 
 
-def _few(config: FewConfig, dtype: DType, out: DType, gated: bool = False) -> KernelSpec:
+def _rows(config: tuple[int, int, int, int, int], m: int, k: int, dtype: DType, out: DType) -> KernelSpec:
+    lanes, rows, depth, warps_k, warps_n = config
+    once = k <= 8 * lanes * depth * warps_k  # all of k is in registers before the first product
+    return rows_spec(dtype, out, m if m <= 2 else 4, lanes, rows, depth, warps_k, warps_n, True, once)
+
+
+def _few(config: FewConfig, k: int, dtype: DType, out: DType, *, gated: bool = False, rms: bool = False) -> KernelSpec:
     a_tiles, w_tiles, depth, warps_k, wide, ahead = config
-    return few_spec(dtype, out, a_tiles, w_tiles, depth, warps_k, wide=wide, ahead=ahead, gated=gated)
+    once = k <= 64 * depth * warps_k
+    return few_spec(
+        dtype, out, a_tiles, w_tiles, depth, warps_k, wide=wide, ahead=ahead, gated=gated, rms=rms, once=once
+    )
 
 
 def select_rms_kernel(
@@ -386,9 +401,7 @@ def select_rms_kernel(
     if m > FEW_MAX or _slow_bf16(dtype, device):
         return None
     c = few_config(m, 2 * n if gated else n, k, pdl=pdl and device.has_pdl)
-    spec = few_spec(
-        dtype, out, c.a_tiles, c.w_tiles, c.depth, c.warps_k, wide=c.wide, ahead=c.ahead, gated=gated, rms=True
-    )
+    spec = _few(c, k, dtype, out, gated=gated, rms=True)
     return spec, (_up(n, (8 if gated else 16) * c.w_tiles), 1, 1)
 
 
@@ -399,7 +412,7 @@ def select_gated_kernel(
     if m > FEW_MAX or _slow_bf16(dtype, device):
         return None
     few = few_config(m, 2 * n, k)
-    return _few(few, dtype, out, True), (_up(n, 8 * few.w_tiles), 1, 1)
+    return _few(few, k, dtype, out, gated=True), (_up(n, 8 * few.w_tiles), 1, 1)
 
 
 def gated_spec(
@@ -487,7 +500,7 @@ def kernel_specs() -> list[KernelSpec]:
         add(m, 4096, 4096)
     add(1, 14336, 4096)
     add(1, 4096, 14336)
-    specs.append(few_spec(bfloat16, bfloat16, 1, 1, 2, 8, wide=True, ahead=True, gated=True, rms=True))
+    specs.append(few_spec(bfloat16, bfloat16, 1, 1, 2, 8, wide=True, ahead=True, gated=True, rms=True, once=True))
     add(4096, 4096, 4096, _B200, row_major_b=True)
     for m in (1, 16, 4096):
         add(m, 4096, 4096, _B200, float16)

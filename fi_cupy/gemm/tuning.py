@@ -104,7 +104,7 @@ def _rows(p: MmProblem) -> Iterator[Candidate]:
         shapes += [(8, 1, select._even_depth(-(-steps // w), 4), w, max(1, 4 // w)) for w in (3, 8) if w <= steps]
     for shape in dict.fromkeys(shapes):
         if shape[3] * shape[4] <= 16:
-            spec = select.rows_spec(p.dtype, p.out, held, *shape, True)
+            spec = select._rows(shape, p.m, p.k, p.dtype, p.out)
             yield Candidate(spec, held, shape[4] * shape[1] * (32 // shape[0]), "plane", held)
 
 
@@ -117,7 +117,7 @@ def _few(p: MmProblem) -> Iterator[Candidate]:
         if warps_k <= steps and depth <= -(-steps // warps_k) and not (wide and depth == 3):
             shapes.append(select.FewConfig(own.a_tiles, 1, depth, warps_k, wide, ahead))
     for shape in dict.fromkeys(shapes):
-        spec = select._few(shape, p.dtype, p.out)
+        spec = select._few(shape, p.k, p.dtype, p.out)
         yield Candidate(spec, 8 * shape.a_tiles, 16 * shape.w_tiles, "plane")
 
 
@@ -136,6 +136,14 @@ def _stream(p: MmProblem) -> Iterator[Candidate]:
                 shapes.append((m_tiles, n_tiles, wide, depth, warps_k))
     for shape in dict.fromkeys(shapes):
         yield Candidate(select.stream_spec(p.dtype, p.out, *shape), 16 * shape[0], 8 * shape[1], "plane")
+    for tiles, depth in itertools.product(((1, 2), (1, 4), (2, 2), (2, 4), (4, 2), (4, 4), (1, 1)), (1, 2, 3)):
+        # All of k on its way before the first product: what of both operands fits a thread's registers, and sums 48 KB.
+        warps_k, sums = -(-steps // depth), 16 * tiles[0] * (8 * tiles[1] + 8) * 4
+        if warps_k > 12 or depth * sum(tiles) > 10 or (tiles[0] > 1 and 8 * tiles[0] >= p.m):
+            continue
+        if warps_k * sums <= 48 << 10 or warps_k % 2 == 0:
+            spec = select.stream_spec(p.dtype, p.out, *tiles, False, depth, warps_k, ahead=True, once=True)
+            yield Candidate(spec, 16 * tiles[0], 8 * tiles[1], "plane")
 
 
 def _tiled(p: MmProblem, slow: bool) -> Iterator[Candidate]:

@@ -391,6 +391,11 @@ FEW = [
     (few_spec(bfloat16, bfloat16, 1, 2, 2, 2, wide=True, ahead=True, gated=True), 16),
     (rows_spec(bfloat16, bfloat16, 2, 8, 1, 3, 3, 1, True), 4), (rows_spec(bfloat16, bfloat16, 1, 32, 2, 2, 2, 2), 4),
     (stream_spec(bfloat16, bfloat16, 1, 1, True, 2, 4), 8),
+    (few_spec(bfloat16, bfloat16, 1, 1, 2, 6, ahead=True, once=True), 16),
+    (few_spec(bfloat16, bfloat16, 2, 1, 2, 6, wide=True, ahead=True, gated=True, once=True), 8),
+    (rows_spec(bfloat16, bfloat16, 1, 16, 1, 2, 3, 2, True, True), 4),
+    (stream_spec(bfloat16, bfloat16, 1, 2, False, 1, 11, ahead=True, once=True), 16),
+    (stream_spec(float16, float32, 2, 1, False, 3, 2, ahead=True), 8),
     (tiled_spec(bfloat16, bfloat16, 64, 64, 32, 2, 8, False), 0),
 ]  # fmt: skip
 
