@@ -187,7 +187,10 @@ def _hopper(p: MmProblem) -> Iterator[Candidate]:
             spec = hopper_rows.rows_spec(tile, p.dtype, p.dtype, p.out, row_major_b=p.row_major_b)
             yield Candidate(spec, 64, block_n, "plane")
     if p.m > 16:
-        for shape in (hopper.LARGE, hopper.BROAD, hopper.MIDDLE, hopper.WIDE, hopper.SMALL, hopper.TINY):
+        tiles = [hopper.LARGE, hopper.BROAD, hopper.MIDDLE, hopper.WIDE, hopper.SMALL, hopper.TINY]
+        if p.k < 2048:  # a store through shared memory takes longer from the last product to the end
+            tiles += [x._replace(bulk=False) for x in tiles[:3]]
+        for shape in tiles:
             columns = shape.block_n // shape.warps_n
             if columns >= 32 * (1 + p.row_major_b) and (shape.block_m == 64 or p.m > 64):
                 large = hopper.hopper_spec(shape, p.dtype, p.dtype, p.out, row_major_b=p.row_major_b)
