@@ -149,7 +149,8 @@ def test_every_choice_covers_the_matrix_and_fits_the_device(m, n, k, batch, devi
     # No warp without work, and no register slot that is never filled.
     assert (warps_k - 1) * step < k and (depth - 1) * warps_k * step < k
     # All of k in one round of loads: only where that round holds it.
-    assert k <= warps_k * depth * step if config["kOnce"] else spec.function == "gemm_stream" or k > warps_k * depth * step
+    held = warps_k * depth * step
+    assert k <= held if config["kOnce"] else spec.function == "gemm_stream" or k > held
 
 
 def test_the_measured_configurations():
