@@ -45,6 +45,13 @@ FI_DEVICE int64_t computed_here(int64_t x) {
 #endif
   return x;
 }
+FI_DEVICE float computed_here(float x) {
+  uint32_t bits = __float_as_uint(x);
+#if FI_VARIANT >= 2
+  asm volatile("" : "+r"(bits));
+#endif
+  return __uint_as_float(bits);
+}
 
 // 16 bytes of a weight that are not read again, past L1. Not as constants: those ptxas moves behind the wait for the predecessor.
 FI_DEVICE uint4 load_weight(const void* p) {
