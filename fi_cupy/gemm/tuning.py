@@ -116,6 +116,8 @@ def _few(p: MmProblem) -> Iterator[Candidate]:
         # Neither more warps than steps nor more slots than a warp has steps.
         if warps_k <= steps and depth <= -(-steps // warps_k) and not (wide and depth == 3):
             shapes.append(select.FewConfig(own.a_tiles, 1, depth, warps_k, wide, ahead))
+    if own.a_tiles == 2 and steps >= 32:  # half as many reads of a
+        shapes += [select.FewConfig(2, 2, depth, warps_k, False, True) for depth in (1, 2) for warps_k in (8, 12)]
     for shape in dict.fromkeys(shapes):
         spec = select._few(shape, p.k, p.dtype, p.out)
         yield Candidate(spec, 8 * shape.a_tiles, 16 * shape.w_tiles, "plane")
