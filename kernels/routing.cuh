@@ -5,9 +5,6 @@
 // experts, so that the lowest lane with the largest value holds the lowest number. Shared memory: none. Bytes moved: the scores once.
 // Architecture: any.
 #pragma once
-#if defined(FI_VARIANT) && FI_VARIANT == 0
-#include "routing_old.cuh"
-#else
 #include "common/math.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
@@ -167,4 +164,3 @@ FI_DEVICE void routing_topk(const RoutingParams& params) {
 }
 
 }  // namespace fi
-#endif

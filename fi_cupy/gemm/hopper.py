@@ -38,8 +38,7 @@ NONE, VECTORS, BLOCKS = "none", "vectors", "blocks"
 class HopperTile(NamedTuple):
     """Shape of a CTA: rows, columns, consumer warpgroups along both (64 rows each), stages of 128 bytes of k in flight.
 
-    `bulk`: out leaves through shared memory and the copy engine. `cluster`: CTAs that fetch b together (dense products
-    with a k-contiguous b).
+    `bulk`: out leaves through shared memory and the copy engine.
     """
 
     block_m: int
@@ -48,7 +47,6 @@ class HopperTile(NamedTuple):
     warps_n: int
     stages: int
     bulk: bool
-    cluster: int = 1
 
     def smem_bytes(self, scale: str) -> int:
         """Operands, store buffers, and struct HopperGemmShared."""
@@ -109,7 +107,7 @@ def hopper_spec(
     suffix = "".join(f"_{word}" for word, on in words if on)
     return KernelSpec(
         symbol=f"gemm_hopper_{types}_{tile.block_m}x{tile.block_n}"
-        f"w{tile.warps_m}x{tile.warps_n}s{tile.stages}{f'c{tile.cluster}' if tile.cluster > 1 else ''}{suffix}",
+        f"w{tile.warps_m}x{tile.warps_n}s{tile.stages}{suffix}",
         header="gemm/hopper.cuh",
         function="gemm_hopper",
         params=PARAMS,
@@ -119,14 +117,13 @@ def hopper_spec(
             ("kWarpsM", tile.warps_m), ("kWarpsN", tile.warps_n), ("kPromote", promote),
             ("kScale", CppValue(f"fi::HopperScale::{scale}")),
             ("kRowMajorB", row_major_b), ("kGrouped", grouped), ("kGated", gated), ("kBulkStore", bulk),
-            ("kProducerRegs", producer), ("kConsumerRegs", consumer), ("kCluster", tile.cluster),
+            ("kProducerRegs", producer), ("kConsumerRegs", consumer),
         ),
         threads=128 * (tile.warps_m * tile.warps_n + 1),
         min_blocks=1,
         smem_bytes=tile.smem_bytes(scale),
         min_arch=90,
         max_arch=90,
-        cluster=tile.cluster if tile.cluster > 1 else 0,
     )  # fmt: skip
 
 
@@ -260,7 +257,7 @@ def _maps(
     if config["kRowMajorB"]:
         b_map = _matrix_map(kind_b, *w, 64, 64)
     else:
-        columns = config["kBlockN"] // (2 * config["kWarpsN"] if config["kGated"] else config["kCluster"])
+        columns = config["kBlockN"] // (2 * config["kWarpsN"] if config["kGated"] else 1)
         b_map = _matrix_map(kind_b, *w, inner, columns)
     out_map = _matrix_map(config["Out"], *out, 64, 64) if config["kBulkStore"] else a_map  # any valid one if not used
     steps = [int(len(shape) == 3 and strides[0] != 0) for _, shape, strides in (a, w)]
@@ -316,12 +313,6 @@ RASTER = 16
 _ALL = 64
 
 
-def hopper_grid(tile: HopperTile, m: int, n: int, sms: int, batch: int = 1, gated: bool = False) -> int:
-    """CTAs of a dense product: a tile each, as many as the device has multiprocessors."""
-    rows = _up(_up(m, tile.block_m), tile.cluster)
-    return min(sms // tile.cluster, batch * rows * _up(n, tile.block_n // (2 if gated else 1))) * tile.cluster
-
-
 def _dense(
     out: View, a: View, tile: HopperTile | None, *, gated: bool = False, **options: Any
 ) -> tuple[HopperTile, int, int]:
@@ -331,7 +322,7 @@ def _dense(
     sms = device_info(a.device).num_sms
     if tile is None:
         tile = hopper_tile(m, n, a.shape[-1] * a.dtype.itemsize, sms, batch=batch, gated=gated, **options)
-    return tile, batch, hopper_grid(tile, m, n, sms, batch, gated)
+    return tile, batch, min(sms, batch * _up(m, tile.block_m) * _up(n, tile.block_n // (2 if gated else 1)))
 
 
 def launch_hopper_mm(

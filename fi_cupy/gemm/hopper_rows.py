@@ -59,7 +59,7 @@ def rows_spec(
             ("kBlockM", 64), ("kBlockN", tile.block_n), ("kRowsA", tile.rows), ("kStages", tile.stages),
             ("kWarpsM", 1), ("kWarpsN", 1), ("kPromote", promote), ("kScale", CppValue(f"fi::HopperScale::{scale}")),
             ("kRowMajorB", row_major_b), ("kGrouped", False), ("kGated", gated), ("kBulkStore", False),
-            ("kSplit", tile.split), ("kCluster", 1),
+            ("kSplit", tile.split),
         ),
         threads=160 + 32 * (scale == BLOCKS),
         min_blocks=1,

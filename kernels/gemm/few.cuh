@@ -129,11 +129,7 @@ FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Confi
   for (int d = 0; d < kDepth; ++d) fill_a(d, warp * 64 + d * kStride);
   ahead_of_sums();
 
-#if FI_VARIANT >= 2
   constexpr bool kOnce = Config::kOnce;
-#else
-  constexpr bool kOnce = false;
-#endif
   // Wide: fragment rows of loads 2 p and 2 p + 1, half h of the step, at 2 p + h. Narrow and short: half h at h, a chain of dependent
   // products each.
   constexpr int kAccs = kWide ? 4 : kOnce ? 2 : 1;

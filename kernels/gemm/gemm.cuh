@@ -35,29 +35,19 @@ FI_DEVICE float2 unpack2<__nv_bfloat16>(uint32_t pair) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
-#ifndef FI_VARIANT
-#define FI_VARIANT 2
-#endif
 // A number that is computed here, not where it is used: behind the last barrier its arithmetic would be waited for.
 FI_DEVICE int64_t computed_here(int64_t x) {
-#if FI_VARIANT >= 2
   asm volatile("" : "+l"(x));
-#endif
   return x;
 }
 FI_DEVICE float computed_here(float x) {
   uint32_t bits = __float_as_uint(x);
-#if FI_VARIANT >= 2
   asm volatile("" : "+r"(bits));
-#endif
   return __uint_as_float(bits);
 }
 
 // 16 bytes of a weight that are not read again, past L1. Not as constants: those ptxas moves behind the wait for the predecessor.
 FI_DEVICE uint4 load_weight(const void* p) {
-#if FI_VARIANT == 0
-  return load_streaming<uint4>(p);
-#endif
   uint4 r;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
@@ -68,9 +58,6 @@ FI_DEVICE uint4 load_weight(const void* p) {
 
 // 16 bytes of a in front of the first product: the compiler would load the next ones behind it, which waits for these.
 FI_DEVICE uint4 load_ahead(const void* p) {
-#if FI_VARIANT < 2
-  return *static_cast<const uint4*>(p);
-#endif
   uint4 r;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p) : "memory");
   return r;

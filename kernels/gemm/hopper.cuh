@@ -20,25 +20,18 @@ struct HopperGemmConsumer {
   using Shape = HopperGemmShape<Config>;
   using Product = ptx::WgmmaShared<typename Config::TA, typename Config::TB, Shape::kWarpN>;
   GemmRing<Config::kStages> ring;
-  uint32_t full, empty;  // of a cluster's lane i: those of CTA i's empty barriers
-  uint64_t a, b;         // descriptors of stage 0
+  uint32_t full, empty;
+  uint64_t a, b;  // descriptors of stage 0
 
   FI_DEVICE HopperGemmConsumer(HopperGemmShared<Config>& shared, uint32_t smem, int warp_m, int warp_n) {
     full = ptx::smem_address(shared.full), empty = ptx::smem_address(shared.empty);
-    if constexpr (Config::kCluster > 1)
-      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(empty) : "r"(empty), "r"(lane_id() % Config::kCluster));
     a = ptx::wgmma_descriptor(smem + warp_m * 64 * 128, 16, 1024);
     b = Config::kRowMajorB ? ptx::wgmma_descriptor(smem + Shape::kB + warp_n * (Shape::kWarpN / 64) * 8192, 8192, 1024)
                            : ptx::wgmma_descriptor(smem + Shape::kB + warp_n * Shape::kWarpN * 128, 16, 1024);
   }
   FI_DEVICE void wait() const { ptx::mbarrier_wait(full + ring.at * 8, ring.phase); }
   FI_DEVICE void release(uint32_t stage) const {
-    if constexpr (Config::kCluster > 1) {  // without ".release.cluster", which fences all of memory
-      if (lane_id() < Config::kCluster)
-        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(empty + stage * 8) : "memory");
-    } else {
-      if (lane_id() == 0) ptx::mbarrier_arrive(empty + stage * 8);
-    }
+    if (lane_id() == 0) ptx::mbarrier_arrive(empty + stage * 8);
   }
   // accumulate 0: the block starts the sums.
   FI_DEVICE void multiply(float (&d)[Shape::kRegs], int accumulate) const {
@@ -192,7 +185,7 @@ FI_DEVICE void consume_tiles(const HopperGemmParams& params, HopperGemmShared<Co
   HopperGemmWalk<Config> walk(params);
   HopperGemmTile tile;
 #pragma unroll 1
-  for (uint32_t number = blockIdx.x / Config::kCluster; walk.find(number, tile); number += gridDim.x / Config::kCluster) {
+  for (uint32_t number = blockIdx.x; walk.find(number, tile); number += gridDim.x) {
     const uint32_t m = tile.m_first + warp_m * 64, n = tile.n_first + warp_n * Shape::kWarpOutN;
     if (m >= tile.m_end) {  // the segment ends above this warpgroup's rows
       consumer.skip(blocks);
@@ -222,12 +215,7 @@ FI_DEVICE void gemm_hopper(const HopperGemmParams& params) {
   const int warpgroup = __shfl_sync(kFullMask, threadIdx.x / 128, 0), warp = __shfl_sync(kFullMask, threadIdx.x / kWarpSize, 0);
   ptx::grid_launch_dependents();
   if (warp == 4 * Shape::kConsumers) init_barriers<Config>(params, shared);
-  if constexpr (Config::kCluster > 1) {
-    __syncwarp();
-    ptx::cluster_arrive(), ptx::cluster_wait();  // all CTAs' barriers are there
-  } else {
-    __syncthreads();  // barriers are there
-  }
+  __syncthreads();  // barriers are there
   ptx::grid_wait();
 
   if (warpgroup == Shape::kConsumers) {
@@ -237,10 +225,6 @@ FI_DEVICE void gemm_hopper(const HopperGemmParams& params) {
   } else {
     ptx::raise_registers<Config::kConsumerRegs>();
     consume_tiles<Config>(params, shared, smem, warpgroup);
-  }
-  if constexpr (Config::kCluster > 1) {
-    __syncwarp();
-    ptx::cluster_arrive(), ptx::cluster_wait();  // nobody's copies or arrivals come any more
   }
 }
 

@@ -1,7 +1,6 @@
 // Hopper matrix products (gemm/hopper.cuh): parameters, shared memory, the walk over tiles, and the producers.
 #pragma once
 #include "common/segments.cuh"
-#include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/pdl.cuh"
 #include "ptx/tma_store.cuh"
@@ -41,7 +40,6 @@ enum class HopperScale {
 // Config: TA, TB, Out, Bias, kBlockM, kBlockN, kStages, kWarpsM, kWarpsN (consumer warpgroups along m and n; each has 64 rows),
 // kPromote (blocks of k after which the tensor cores' sums are added to others in full fp32; 0: never), kScale,
 // kRowMajorB, kGrouped, kGated, kBulkStore (16-bit Out through shared memory and the copy engine), kProducerRegs, kConsumerRegs,
-// kCluster (CTAs with neighbouring tile rows that fetch b together, a part of its columns each; dense, k-contiguous b only),
 // kRowsA (rows of a in shared memory, copied in boxes of up to 64; past them products read what comes next, into rows that nobody
 // stores).
 template <class Config>
@@ -51,8 +49,7 @@ struct HopperGemmShape {
   static constexpr int kOutN = Config::kGated ? kBlockN / 2 : kBlockN;  // columns of out a tile
   static constexpr int kWarpOutN = kOutN / Config::kWarpsN;
   static constexpr int kBlockK = 128 / sizeof(typename Config::TA);
-  static constexpr int kCluster = Config::kCluster;
-  static constexpr int kBoxesB = Config::kRowMajorB ? kBlockN / 64 : Config::kGated ? 2 * Config::kWarpsN : kCluster;
+  static constexpr int kBoxesB = Config::kRowMajorB ? kBlockN / 64 : Config::kGated ? 2 * Config::kWarpsN : 1;
   static constexpr int kBoxN = kBlockN / kBoxesB;
   static constexpr int kABytes = Config::kRowsA * 128, kBBytes = kBlockN * 128;
   static constexpr int kBoxesA = ceil_div(Config::kRowsA, 64), kBoxM = Config::kRowsA / kBoxesA;
@@ -61,8 +58,6 @@ struct HopperGemmShape {
   static constexpr int kB = kStages * kABytes, kStore = kB + kStages * kBBytes, kShared = kStore + kStoreBytes;
   static constexpr int kRegs = kWarpN / 2;
   static_assert(kBlockM == 64 * Config::kWarpsM, "a warpgroup's products have 64 rows");
-  static_assert(kCluster == 1 || !(Config::kRowMajorB || Config::kGated || Config::kGrouped || kBlocks), "dense k-contiguous b");
-  static_assert(kBlockN % (8 * kCluster) == 0, "a part of b is whole rows of the swizzle");
   static_assert(kWarpOutN % 32 == 0, "four n8 tiles make 16-byte stores");
   static_assert(!(Config::kRowMajorB && sizeof(typename Config::TB) == 1), "fp8 operands are k-contiguous");
   static_assert(!(Config::kRowMajorB && kWarpN % (Config::kGated ? 128 : 64)), "whole panels of 64 columns");
@@ -77,7 +72,7 @@ struct HopperGemmShape {
 template <class Config>
 struct HopperGemmShared {
   uint64_t full[Config::kStages];   // the producer's expected bytes (1); in blocks also each lane of the scales' producer (32)
-  uint64_t empty[Config::kStages];  // lane 0 of every consumer warp; of a cluster, whose copies come to all: one of every CTA's
+  uint64_t empty[Config::kStages];  // lane 0 of every consumer warp
   float a_scale[HopperGemmShape<Config>::kBlocks ? Config::kStages : 1][HopperGemmShape<Config>::kBlocks ? Config::kBlockM : 1];
   float b_scale[Config::kStages][HopperGemmShape<Config>::kScalesB];
 };
@@ -91,8 +86,7 @@ FI_DEVICE void init_barriers(const HopperGemmParams& params, HopperGemmShared<Co
   if (stage == 1) ptx::tma_prefetch(params.a_map);
   if (stage < Config::kStages) {
     ptx::mbarrier_init(ptx::smem_address(&shared.full[stage]), HopperGemmShape<Config>::kBlocks ? 1 + kWarpSize : 1);
-    ptx::mbarrier_init(ptx::smem_address(&shared.empty[stage]),
-                       4 * HopperGemmShape<Config>::kConsumers * Config::kCluster);
+    ptx::mbarrier_init(ptx::smem_address(&shared.empty[stage]), 4 * HopperGemmShape<Config>::kConsumers);
   }
   ptx::mbarrier_init_fence();
   __syncwarp();
@@ -164,19 +158,16 @@ struct HopperGemmWalk {
   FI_DEVICE bool find(uint32_t number, HopperGemmTile& tile) {
     if constexpr (!Config::kGrouped) {
       uint32_t above = 0, rows = Config::kBlockM;  // of the tile, before and in this piece
-      if (Config::kCluster == 1 && Config::kWarpsM > 1 && number >= params.whole) {
+      if (Config::kWarpsM > 1 && number >= params.whole) {
         const uint32_t rest = number - params.whole, in_tiles = rest / params.pieces;
         rows = ceil_div<uint32_t>(Config::kWarpsM, params.pieces) * 64;
         above = (rest - in_tiles * params.pieces) * rows;
         rows = min(rows, Config::kBlockM - above);
         number = params.whole + in_tiles;
       }
-      // A cluster takes a number, and its CTAs neighbouring rows.
-      const uint32_t tiles_m = ceil_div<uint32_t>(tiles_of(params.m), Config::kCluster);
-      const uint32_t per_batch = tiles_m * tiles_n, batch = number / per_batch;
+      const uint32_t tiles_m = tiles_of(params.m), per_batch = tiles_m * tiles_n, batch = number / per_batch;
       if (batch >= params.batch) return false;
       inside(number - batch * per_batch, tiles_m, tile);
-      if constexpr (Config::kCluster > 1) tile.m_first = tile.m_first * Config::kCluster + ptx::cluster_rank() * Config::kBlockM;
       tile.m_first += above, tile.m_end = min(params.m, tile.m_first + rows);
       tile.batch = tile.weight = batch;
       return true;
@@ -205,24 +196,10 @@ struct HopperGemmWalk {
   }
 };
 
-// A box to the same place in the shared memory of all CTAs of a cluster that `mask` has, and its bytes to their barriers.
-FI_DEVICE void tma_multicast_4d(uint32_t smem, const ptx::TensorMap& map, uint32_t barrier, uint16_t mask, int x, int y, int z, int w) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(smem),
-      "l"(&map), "r"(barrier), "h"(mask), "r"(x), "r"(y), "r"(z), "r"(w)
-      : "memory");
-}
-
 // One thread: the block of b's columns of a tile that starts at element k, to `smem`.
 template <class Config>
 FI_DEVICE void load_b(const HopperGemmParams& params, uint32_t smem, uint32_t barrier, int k, uint32_t n_first, int weight) {
   using Shape = HopperGemmShape<Config>;
-  if constexpr (Config::kCluster > 1) {
-    const uint32_t part = ptx::cluster_rank() * Shape::kBoxN;
-    tma_multicast_4d(smem + part * 128, params.b_map, barrier, (1 << Config::kCluster) - 1, k, n_first + part, weight, 0);
-    return;
-  }
 #pragma unroll
   for (int i = 0; i < Shape::kBoxesB; ++i) {
     int column = n_first + i * Shape::kBoxN;
@@ -250,7 +227,7 @@ FI_DEVICE void produce_operands(const HopperGemmParams& params, HopperGemmShared
   HopperGemmTile tile;
   GemmRing<Config::kStages> ring;
 #pragma unroll 1
-  for (uint32_t number = blockIdx.x / Config::kCluster; walk.find(number, tile); number += gridDim.x / Config::kCluster) {
+  for (uint32_t number = blockIdx.x; walk.find(number, tile); number += gridDim.x) {
     const int batch = tile.batch * params.a_step, weight = tile.weight * params.b_step;
     // Rows of warpgroups that this tile has no rows for stay as they are.
     const uint32_t rows = tile.m_end > tile.m_first ? tile.m_end - tile.m_first : 0;

@@ -77,11 +77,7 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
     if (own_row < min(params.m, uint32_t(kM)) && own_column < params.n) held = epilogue.residual_bits(own_row, own_column);
   }
 
-#if FI_VARIANT >= 2
   constexpr bool kOnce = Config::kOnce;
-#else
-  constexpr bool kOnce = false;
-#endif
   constexpr int kChains = kOnce ? 2 : 1;  // of dependent additions
   float sum[kM][kRows][kChains] = {};
   for (uint32_t base = k_first; base < params.k; base += kDepth * kStride) {
