@@ -53,8 +53,9 @@ Grid = tuple[int, int, int]
 
 #: From two rows on the tensor cores read the weight as fast as the CUDA cores do, and cost nothing per row.
 ROWS_MAX = 1
-#: Rows that `gemm_few` always takes, two fragments of eight. Beyond, each CTA reads more of `a` than of `b`.
-FEW_MAX = 16
+#: Rows of a fragment of `gemm_few`; and those that it always takes where k is long, two fragments: beyond, each CTA reads
+#: more of `a` than of `b`.
+FEW_TILE, FEW_MAX = 8, 16
 #: Rows of `a` up to this size stay in every multiprocessor's L1 (128 KB or more beside the partial sums on most GPUs),
 #: so that reading them once a CTA is cheap.
 STREAM_A_BYTES = 96 * 1024
@@ -188,20 +189,16 @@ def few_config(m: int, n: int, k: int, *, batch: int = 1, pdl: bool = False) -> 
     if k >= 2048:
         if a_tiles == 1 or n >= 8192:
             return FewConfig(a_tiles, 1, 2, 8 if a_tiles == 1 else 4, True, True)
-        return FewConfig(a_tiles, 1, 2, 8, False, True)
+        return FewConfig(2, 1, 1, 12, False, True) if pdl else FewConfig(2, 1, 2, 8, False, True)
     if pdl and not long and a_tiles == 1 and k < 1024:
-        # The weight is requested while the predecessor ends, so that whole lines count for more than few rounds: n, k =
-        # 3072, 576 at m = 8 in 2.5 us against 3.3, at m = 1 in 2.3 against 3.0 by `gemm_rows`.
-        # Of a narrow product fewer warps have less to add up: a step of the demo model, which has 30 of n, k = 576, 576
-        # with a residual, takes 374 us with 5 warps of narrow loads, 384 with 8 of wide ones.
-        if n <= 640 and steps > 2:
-            return FewConfig(1, 1, 2, _up(steps, 2), False, True)
-        warps = min(8, steps)
-        return FewConfig(1, 1, min(2, _up(steps, warps)), warps, True, True)
+        # The weight is in registers before the predecessor ends; what counts is how soon the rest follows a. Narrow loads
+        # need no second product and no shuffles: n, k = 3072, 576 gated in a step of the demo model, 30 of them, makes it
+        # 312 us against 337 with wide ones.
+        return FewConfig(1, 1, min(2, steps), _up(steps, 2), False, True)
     # As many warps as there are steps: n, k = 576, 576 at m = 8 in 2.4 µs by 9 warps against 2.7 by 3 warps of 3 steps.
     depth = min(2 if a_tiles == 1 else 3, _up(steps, 12 if a_tiles == 1 else 9))
     warps_k = min(_up(steps, depth), 12 if a_tiles == 1 else 9)
-    return FewConfig(a_tiles, 1, depth, warps_k, long and a_tiles == 1, long or (a_tiles == 2 and depth == 1))
+    return FewConfig(a_tiles, 1, depth, warps_k, long and a_tiles == 1, long or pdl or (a_tiles == 2 and depth == 1))
 
 
 @lru_cache(maxsize=256)
@@ -358,6 +355,9 @@ def select_mm_kernel(
     -------
     (KernelSpec, (x, y, z))
     """
+    found = None if row_major_b else stream_once(m, n, k, device, dtype, out, batch)
+    if found is not None:
+        return found
     if not portable and not hopper.hopper_refusal(device, dtype, n, k):
         found = _hopper_kernel(m, n, k, device, dtype, out, row_major_b, batch, pdl)
         if found is not None:
@@ -369,7 +369,7 @@ def select_mm_kernel(
             lanes, rows, _, _, warps_n = config = rows_config(k)
             return _rows(config, m, k, dtype, out), (_up(n, warps_n * rows * (32 // lanes)), 1, batch)
         if m <= FEW_MAX and not slow:
-            few = few_config(m, n, k, batch=batch, pdl=dependent)
+            few = few_config(m, n, k, batch=batch, pdl=pdl and device.has_pdl)
             return _few(few, k, dtype, out), (_up(n, 16 * few.w_tiles), 1, batch)
         if not slow and _streams(m, n, k, device, batch):
             config = stream_config(m, n, k, device, batch)
@@ -443,8 +443,8 @@ def _hopper_kernel(
 ) -> tuple[KernelSpec, Grid] | None:
     if m < HOPPER_ROWS and not row_major_b:
         # With two fragments of a, `gemm_few` is behind where k is long, and where a dependent launch hides the other's
-        # prologue (4096 x 4096 at m = 16: 14.6 against 14.8 µs, and 13.3 so; 4096 x 14336: 43.9 against 42.8 and 40.5).
-        if m <= 8 or k < 2048 or not (pdl or k >= 8192):
+        # prologue (4096 x 14336 at m = 16: 43.9 us against 42.8 and 40.5; 4096 x 4096 14.6, so 13.2 against 14.1).
+        if m <= 8 or k < 2048 or not (k >= 8192 or (pdl and n >= 8192)):
             return None
     tiles_64 = _up(m, 64) * _up(n, 64) * batch
     if not row_major_b and 1024 <= k < 2048 and n <= 2048 and m <= STREAM_MAX and 2 * tiles_64 < device.num_sms:
@@ -461,8 +461,26 @@ def _hopper_kernel(
         spec = hopper_rows.rows_spec(few, dtype, dtype, out, row_major_b=row_major_b)
         return spec, hopper_rows.rows_grid(few, (m, n), batch)
     tile = hopper.hopper_tile(m, n, 2 * k, device.num_sms, batch=batch, row_major_b=row_major_b)
+    if k < 2048:  # through shared memory a store takes longer to its end: 1024 x 3072 x 576 in 9.9 us against 9.4
+        tile = tile._replace(bulk=False)
     tiles = _up(m, tile.block_m) * _up(n, tile.block_n) * batch
     return hopper.hopper_spec(tile, dtype, dtype, out, row_major_b=row_major_b), (min(tiles, device.num_sms), 1, 1)
+
+
+def stream_once(
+    m: int, n: int, k: int, device: DeviceInfo, dtype: DType, out: DType, batch: int
+) -> tuple[KernelSpec, Grid] | None:
+    """``gemm_stream`` with all of k on its way before the first product, where that is one wave of CTAs.
+
+    64 x 576 x 576: 2.8 us against 3.4 by ``gemm_hopper_rows``, 2.1 against 2.3 with dependent launch, 64 x 576 x 1536
+    2.8 against 3.7 so; 16 x 576 x 1536 3.0 against 3.8 by ``gemm_few``.
+    """
+    steps, tiles = _up(k, 64), 1 if m <= 16 else 4
+    depth = max(_up(steps, 12), 2 if m <= 16 and steps > 1 else 1)
+    grid = _up(n, 8 * tiles), _up(m, 16), batch
+    if not FEW_TILE < m <= 64 or depth > 2 or grid[0] * grid[1] * batch > device.num_sms or _slow_bf16(dtype, device):
+        return None
+    return stream_spec(dtype, out, 1, tiles, False, depth, _up(steps, depth), ahead=True, once=True), grid
 
 
 def _streams(m: int, n: int, k: int, device: DeviceInfo, batch: int) -> bool:
@@ -490,7 +508,7 @@ def kernel_specs() -> list[KernelSpec]:
         options.setdefault("out", dtype)
         specs.append(select_mm_kernel(m, n, k, device, dtype, **options)[0])
 
-    for m in (1, 2, 16, 64, 128, 1024):
+    for m in (1, 2, 16, 64, 1024):
         for n, k in ((960, 576), (576, 576), (3072, 576), (576, 1536)):
             add(m, n, k, _B200)  # no Hopper instructions: the kernels of every architecture
     for m in (1, 16, 64):
