@@ -98,7 +98,7 @@ def _spec(function: str, *types: DType) -> KernelSpec:
 def routing_spec(
     scores: DType, bias: DType, out: DType, experts: int, groups: int, top_k: int, vectors: bool
 ) -> KernelSpec:
-    """The kernel of `fused_topk_deepseek` for element types and numbers, and whether 16-byte loads can read the rows."""
+    """The kernel of `fused_topk_deepseek` for types and numbers; `vectors`: 16-byte loads can read the rows."""
     shift, per = routing_lanes(experts, groups)
     return KernelSpec(
         symbol=f"routing_topk_{scores.tag}_{bias.tag}_{out.tag}_{groups}x{experts // groups}_{top_k}{'_v' * vectors}",

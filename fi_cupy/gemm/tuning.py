@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import DType
-from fi_cupy.gemm import hopper, hopper_rows, select
+from fi_cupy.gemm import hopper, hopper_rows, instances, select
 from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.tuning.choice import Problem, TunableOp, choose
 from fi_cupy.tuning.types import (
@@ -137,14 +137,14 @@ def _stream(p: MmProblem) -> Iterator[Candidate]:
             if depth <= -(-steps // warps_k):
                 shapes.append((m_tiles, n_tiles, wide, depth, warps_k))
     for shape in dict.fromkeys(shapes):
-        yield Candidate(select.stream_spec(p.dtype, p.out, *shape), 16 * shape[0], 8 * shape[1], "plane")
+        yield Candidate(instances.stream_spec(p.dtype, p.out, *shape), 16 * shape[0], 8 * shape[1], "plane")
     for tiles, depth in itertools.product(((1, 2), (1, 4), (2, 2), (2, 4), (4, 2), (4, 4), (1, 1)), (1, 2, 3)):
         # All of k on its way before the first product: what of both operands fits a thread's registers, and sums 48 KB.
         warps_k, sums = -(-steps // depth), 16 * tiles[0] * (8 * tiles[1] + 8) * 4
         if warps_k > 12 or depth * sum(tiles) > 10 or (tiles[0] > 1 and 8 * tiles[0] >= p.m):
             continue
         if warps_k * sums <= 48 << 10 or warps_k % 2 == 0:
-            spec = select.stream_spec(p.dtype, p.out, *tiles, False, depth, warps_k, ahead=True, once=True)
+            spec = instances.stream_spec(p.dtype, p.out, *tiles, False, depth, warps_k, ahead=True, once=True)
             yield Candidate(spec, 16 * tiles[0], 8 * tiles[1], "plane")
 
 
@@ -152,14 +152,14 @@ def _tiled(p: MmProblem, slow: bool) -> Iterator[Candidate]:
     own = select.tiled_config(p.m, p.n, p.device, batch=p.batch, slow_bf16=slow)
     block_k, _, group = own[2:]
     shapes = [own]
-    for block_m, block_n, _, _ in select.TILES[-1:] if slow else select.TILES:
+    for block_m, block_n, _, _ in instances.TILES[-1:] if slow else instances.TILES:
         if block_m == 128 and p.m <= 64:
             continue
         large = block_m + block_n == 256
         for s in (2,) if p.device.code_number < 80 else (3,) if large else (3, 4):
             shapes += [(block_m, block_n, block_k, s, g) for g in dict.fromkeys((group, 8, 16))]
     for shape in dict.fromkeys(shapes):
-        spec = select.tiled_spec(p.dtype, p.out, *shape, p.row_major_b)
+        spec = instances.tiled_spec(p.dtype, p.out, *shape, p.row_major_b)
         if spec.supports(p.device.arch) and spec.smem_bytes <= p.device.smem_per_block:
             yield Candidate(spec, shape[0], shape[1], "flat")
 

@@ -15,7 +15,8 @@ from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import bfloat16, float8_e4m3fn, float16, float32
 from fi_cupy.gemm import dense, few_fp8, fp8, fp8_blocks, group, quantise, segment
 from fi_cupy.gemm.group import Group, group_grid, group_spec, group_tile
-from fi_cupy.gemm.select import H100, FewConfig, few_spec, rows_spec, stream_spec, tiled_spec
+from fi_cupy.gemm.instances import few_spec, rows_spec, stream_spec, tiled_spec
+from fi_cupy.gemm.select import H100, FewConfig
 from fi_cupy.testing.generators import normal
 from fi_cupy.testing.tolerances import assert_close
 

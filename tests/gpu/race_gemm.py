@@ -23,7 +23,7 @@ import test_moe
 import test_quantization
 
 from fi_cupy.dtypes import bfloat16, float16, float32
-from fi_cupy.gemm.select import few_spec, rows_spec, stream_spec, tiled_spec, with_residual
+from fi_cupy.gemm.instances import few_spec, rows_spec, stream_spec, tiled_spec, with_residual
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.testing.generators import normal, on_gpu, poisoned, to_float64
