@@ -104,7 +104,7 @@ def with_residual(spec: KernelSpec) -> KernelSpec:
 
     Its registers would cost the plain product some of its loads in flight, so it is an instance of its own.
     """
-    if spec.function not in ("gemm_rows", "gemm_few"):
+    if spec.function not in ("gemm_rows", "gemm_few", "gemm_stream"):
         return spec
     config = tuple((name, True if name == "kResidual" else value) for name, value in spec.config)
     return replace(spec, symbol=f"{spec.symbol}_residual", config=config)
@@ -121,7 +121,7 @@ def stream_spec(
         "gemm_stream", dtype, out, 32 * warps_k,
         (
             ("kMTiles", m_tiles), ("kNTiles", n_tiles), ("kWide", wide), ("kAhead", ahead), ("kDepth", depth),
-            ("kWarpsK", warps_k), ("kOnce", once),
+            ("kWarpsK", warps_k), ("kResidual", False), ("kOnce", once),
         ),
         min_arch=80 if dtype is bfloat16 else 75,  # Turing's tensor cores have no bf16
     )  # fmt: skip

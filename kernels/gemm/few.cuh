@@ -65,7 +65,7 @@ template <class Config, class Mma, class Scales, class Ahead = FewNothing>
 FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Config>::Partial& partial, Mma mma, Scales& scales,
                             Ahead ahead_of_sums = {}) {
   constexpr int kATiles = Config::kATiles, kWTiles = Config::kWTiles, kDepth = Config::kDepth;
-  constexpr bool kWide = Config::kWide, kGated = Config::kGated, kAhead = Config::kAhead;
+  constexpr bool kWide = Config::kWide, kGated = Config::kGated, kAhead = Config::kAhead, kOnce = Config::kOnce;
   constexpr int kRows = FewShape<Config>::kRows, kColumns = FewShape<Config>::kColumns, kPitch = FewShape<Config>::kPitch;
   constexpr uint32_t kStride = 64 * Config::kWarpsK;
   const int lane = lane_id(), warp = warp_id(), g = lane >> 2, t = lane & 3;
@@ -107,13 +107,12 @@ FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Confi
   for (int i = 0; i < kATiles; ++i) {
     const uint32_t row = m_first + 8 * i + g;
     a_row[i] = row < operands.m;
-    a[i] = operands.a + computed_here(min(row, operands.m - 1) * operands.a_stride + 8 * t);
+    a[i] = operands.a + computed_here<kOnce>(min(row, operands.m - 1) * operands.a_stride + 8 * t);
   }
   ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
   auto load_a = [&](int i, uint32_t k) {
     if (!a_row[i] || k + 8 * t >= operands.k) return make_uint4(0, 0, 0, 0);
-    if constexpr (kAhead) return load_ahead(a[i] + k);
-    return *reinterpret_cast<const uint4*>(a[i] + k);
+    return load_rows<kAhead && kOnce>(a[i] + k);
   };
   uint4 ahead[kAhead ? kDepth : 1][kAhead ? kATiles : 1][2];
   auto fill_a = [&](int d, uint32_t step) {
@@ -129,7 +128,6 @@ FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Confi
   for (int d = 0; d < kDepth; ++d) fill_a(d, warp * 64 + d * kStride);
   ahead_of_sums();
 
-  constexpr bool kOnce = Config::kOnce;
   // Wide: fragment rows of loads 2 p and 2 p + 1, half h of the step, at 2 p + h. Narrow and short: half h at h, a chain of dependent
   // products each.
   constexpr int kAccs = kWide ? 4 : kOnce ? 2 : 1;
@@ -229,7 +227,8 @@ FI_DEVICE void few_tile(const GemmParams& params, Scales& scales, Factor factor)
   auto inside = [&](uint32_t e) { return e < kPairs && row_of(e) < params.m && column_of(e) < params.n; };
   uint2 held = make_uint2(0, 0);
   Out* const out = static_cast<Out*>(params.out) + blockIdx.z * params.out_batch;
-  Out* const first = out + computed_here(row_of(threadIdx.x) * params.out_stride + column_of(threadIdx.x));
+  constexpr bool kOnce = Config::kOnce;
+  Out* const first = out + computed_here<kOnce>(row_of(threadIdx.x) * params.out_stride + column_of(threadIdx.x));
   few_partials<Config>(
       operands, partial,
       [](float(&c)[4], const uint32_t(&fa)[4], const uint32_t(&fb)[2]) { ptx::mma_m16n8k16<T>(c, fa, fb); }, scales,
@@ -243,7 +242,7 @@ FI_DEVICE void few_tile(const GemmParams& params, Scales& scales, Factor factor)
   for (uint32_t e = threadIdx.x; e < kPairs; e += kSingle ? kPairs : Shape::kThreads) {
     if (!inside(e)) continue;
     const uint32_t row = row_of(e), column = column_of(e), r = row - m_first, c = column - n_first;
-    Out* to = kSingle ? first : out + row * params.out_stride + column;
+    Out* to = kSingle && kOnce ? first : out + row * params.out_stride + column;
     const float f = factor(r);
     if constexpr (Config::kGated) {
       const uint32_t part = c / 8 * 16 + c % 8;

@@ -49,15 +49,16 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) fill(ring[d], k_first + d * kStride);
 
+  constexpr bool kOnce = Config::kOnce;
   const T* a[kM];
 #pragma unroll
   for (int i = 0; i < kM; ++i)
     a[i] = static_cast<const T*>(params.a) +
-           computed_here(blockIdx.z * params.a_batch + min(uint32_t(i), params.m - 1) * params.a_stride);
+           computed_here<kOnce>(blockIdx.z * params.a_batch + min(uint32_t(i), params.m - 1) * params.a_stride);
   constexpr bool kSingle = kM * kColumns <= kWarpsK * kWarpsN * kWarpSize;  // a thread has at most one element of the result
   const uint32_t own_row = threadIdx.x / kColumns, own_column = n_first + threadIdx.x % kColumns;
   Out* const out = static_cast<Out*>(params.out) + blockIdx.z * params.out_batch;
-  Out* const own = out + computed_here(own_row * params.out_stride + own_column);
+  Out* const own = out + computed_here<kOnce>(own_row * params.out_stride + own_column);
   ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
 
   constexpr bool kAhead = Config::kAhead;
@@ -65,7 +66,7 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
   auto load_a = [&](uint4(&x)[kM], uint32_t k) {
 #pragma unroll
     for (int i = 0; i < kM; ++i)
-      x[i] = k >= params.k ? make_uint4(0, 0, 0, 0) : kAhead ? load_ahead(a[i] + k) : *reinterpret_cast<const uint4*>(a[i] + k);
+      x[i] = k < params.k ? load_rows<kAhead && kOnce>(a[i] + k) : make_uint4(0, 0, 0, 0);
   };
   if constexpr (kAhead) {
 #pragma unroll
@@ -77,7 +78,6 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
     if (own_row < min(params.m, uint32_t(kM)) && own_column < params.n) held = epilogue.residual_bits(own_row, own_column);
   }
 
-  constexpr bool kOnce = Config::kOnce;
   constexpr int kChains = kOnce ? 2 : 1;  // of dependent additions
   float sum[kM][kRows][kChains] = {};
   for (uint32_t base = k_first; base < params.k; base += kDepth * kStride) {
@@ -127,7 +127,7 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
     } else {
       total = epilogue(total, row, column);
     }
-    *(kSingle ? own : out + row * params.out_stride + column) = from_float<Out>(total);
+    *(kSingle && kOnce ? own : out + row * params.out_stride + column) = from_float<Out>(total);
   }
 }
 

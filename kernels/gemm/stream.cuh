@@ -13,8 +13,8 @@
 
 namespace fi {
 
-// Config: T, Out, Epilogue, kMTiles, kNTiles, kWide, kAhead, kDepth (steps of W in registers), kWarpsK, kOnce (all of k: 64 kDepth kWarpsK
-// or less)
+// Config: T, Out, Epilogue, kMTiles, kNTiles, kWide, kAhead, kDepth (steps of W in registers), kWarpsK, kResidual (there
+// is one), kOnce (all of k: 64 kDepth kWarpsK or less)
 template <class Config>
 FI_DEVICE void gemm_stream(const GemmParams& params) {
   using T = typename Config::T;
@@ -70,13 +70,12 @@ FI_DEVICE void gemm_stream(const GemmParams& params) {
       const uint32_t row = m_first + 16 * mt + 8 * h + g;
       a_row[mt][h] = row < params.m;
       a[mt][h] = static_cast<const T*>(params.a) +
-                 computed_here(blockIdx.z * params.a_batch + min(row, params.m - 1) * params.a_stride + 8 * t);
+                 computed_here<kOnce>(blockIdx.z * params.a_batch + min(row, params.m - 1) * params.a_stride + 8 * t);
     }
   ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
   auto load_a = [&](int mt, int h, uint32_t k) {
     if (!a_row[mt][h] || k + 8 * t >= params.k) return make_uint4(0, 0, 0, 0);
-    if constexpr (kAhead) return load_ahead(a[mt][h] + k);
-    return *reinterpret_cast<const uint4*>(a[mt][h] + k);
+    return load_rows<kAhead && kOnce>(a[mt][h] + k);
   };
   uint4 ahead[kAhead ? kDepth : 1][kAhead ? kMTiles : 1][2][2];
   auto fill_a = [&](int d, uint32_t step) {
@@ -91,6 +90,14 @@ FI_DEVICE void gemm_stream(const GemmParams& params) {
   };
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) fill_a(d, warp * 64 + d * kStride);
+  // Two columns a thread; with kResidual that of a thread's first ones is on its way while the product is computed.
+  constexpr uint32_t kPairs = kRows * kColumns / 2;
+  auto row_of = [&](uint32_t e) { return m_first + e / (kColumns / 2); };
+  auto column_of = [&](uint32_t e) { return n_first + e % (kColumns / 2) * 2; };
+  auto inside = [&](uint32_t e) { return e < kPairs && row_of(e) < params.m && column_of(e) < params.n; };
+  uint2 held = make_uint2(0, 0);
+  if (Config::kResidual && inside(threadIdx.x))
+    held = typename Config::Epilogue(params).residual_bits2(row_of(threadIdx.x), column_of(threadIdx.x));
 
   constexpr int kAccs = kWide ? 4 : 1;  // wide: load i, half h of the step, at 2 i + h
   float acc[kMTiles][kNTiles][kAccs][4] = {};
@@ -169,10 +176,9 @@ FI_DEVICE void gemm_stream(const GemmParams& params) {
 
   const typename Config::Epilogue epilogue(params);
   Out* out = static_cast<Out*>(params.out) + blockIdx.z * params.out_batch;
-  for (uint32_t e = threadIdx.x; e < kRows * kColumns / 2; e += kThreads) {
-    const uint32_t r = e / (kColumns / 2), c = e % (kColumns / 2) * 2;
-    const uint32_t row = m_first + r, column = n_first + c;
-    if (row >= params.m || column >= params.n) continue;
+  for (uint32_t e = threadIdx.x; e < kPairs; e += kThreads) {
+    if (!inside(e)) continue;
+    const uint32_t row = row_of(e), column = column_of(e), r = row - m_first, c = column - n_first;
     float2 total = make_float2(0.f, 0.f);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
@@ -180,7 +186,13 @@ FI_DEVICE void gemm_stream(const GemmParams& params) {
       total.x += part.x;
       total.y += part.y;
     }
-    store2(out + row * params.out_stride + column, epilogue(total.x, row, column), epilogue(total.y, row, column + 1));
+    Out* const to = out + row * params.out_stride + column;
+    if constexpr (Config::kResidual) {
+      const float2 residual = epilogue.residual_of(e == threadIdx.x ? held : epilogue.residual_bits2(row, column));
+      store2(to, epilogue.plus(total.x, residual.x, column), epilogue.plus(total.y, residual.y, column + 1));
+    } else {
+      store2(to, epilogue(total.x, row, column), epilogue(total.y, row, column + 1));
+    }
   }
 }
 

@@ -70,6 +70,7 @@ def _few() -> Iterator[Case]:
         (few_spec(b, b, 1, 1, 2, 8, wide=True, ahead=True, gated=True, rms=True, once=True), 8),
         (few_spec(b, b, 2, 1, 2, 3, ahead=True, rms=True), 16),
         (stream_spec(b, b, 1, 1, True, 2, 4), 8), (stream_spec(b, b, 1, 2, False, 2, 6, ahead=True, once=True), 16),
+        (with_residual(stream_spec(b, b, 1, 4, False, 1, 11, ahead=True, once=True)), 32),
         (stream_spec(b, b, 4, 4, False, 2, 8), 32), (tiled_spec(b, b, 64, 64, 32, 3, 8, False), 0),
         (tiled_spec(float16, float32, 64, 64, 64, 4, 8, False), 0),
     ):  # fmt: skip
