@@ -311,7 +311,7 @@ def _hopper_kernel(
     # 256 x 576 x 576 3.7 us against 4.4, 1024 x 576 x 576 4.6 against 5.0.
     ctas = _up(n, few.block_n) * few.split * _up(m, 64) * batch
     small = k < 2048 and m <= 1024 and ctas <= device.num_sms
-    # Many waves of short products: CTAs that stay have the next tile's operands on their way while they store this one's.
+    # Many waves of short products: CTAs that stay have the next tile's operands on their way while they store this one.
     # 64 x 49152 x 576: 25.8 us against 26.3, with dependent launch 24.0 against 25.5.
     waves = k < 1024 and 32 < m <= 64 and not row_major_b and _up(n, 64) * batch >= 4 * device.num_sms
     if (m <= HOPPER_ROWS_MAX and not waves) or (small and not row_major_b):
