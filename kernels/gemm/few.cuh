@@ -128,9 +128,9 @@ FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Confi
   for (int d = 0; d < kDepth; ++d) fill_a(d, warp * 64 + d * kStride);
   ahead_of_sums();
 
-  // Wide: fragment rows of loads 2 p and 2 p + 1, half h of the step, at 2 p + h. Narrow and short: half h at h, a chain of dependent
-  // products each.
-  constexpr int kAccs = kWide ? 4 : kOnce ? 2 : 1;
+  // Wide: fragment rows of loads 2 p and 2 p + 1, half h of the step, at 2 p + h. Narrow, several steps at once: half h at h, so that
+  // fewer products wait for one another.
+  constexpr int kAccs = kWide ? 4 : kOnce && kDepth > 1 ? 2 : 1;
   float acc[kWTiles][kATiles][kAccs][4] = {};
   float sums[Scales::kScaled ? kWTiles : 1][Scales::kScaled ? kATiles : 1][kAccs][4] = {};
   for (uint32_t base = warp * 64; base < operands.k; base += kDepth * kStride) {

@@ -32,11 +32,7 @@ struct HopperGemmConsumer {
   FI_DEVICE void wait() const { ptx::mbarrier_wait(full + ring.at * 8, ring.phase); }
   // Factors in blocks are read by every lane for itself, operands by the warp's products.
   FI_DEVICE void release(uint32_t stage) const {
-#if FI_LANE0
-    if (lane_id() == 0) ptx::mbarrier_arrive(empty + stage * 8);
-#else
     if (Shape::kBlocks || lane_id() == 0) ptx::mbarrier_arrive(empty + stage * 8);
-#endif
   }
   // accumulate 0: the block starts the sums.
   FI_DEVICE void multiply(float (&d)[Shape::kRegs], int accumulate) const {

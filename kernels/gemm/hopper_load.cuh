@@ -81,11 +81,7 @@ struct HopperGemmShared {
 template <class Config>
 FI_DEVICE void init_barriers(const HopperGemmParams& params, HopperGemmShared<Config>& shared) {
   static_assert(Config::kStages <= kWarpSize);
-#if FI_LANE0
-  constexpr int kLanes = 1;
-#else
   constexpr int kLanes = HopperGemmShape<Config>::kBlocks ? kWarpSize : 1;
-#endif
   const int stage = lane_id();
   if (stage == 0) ptx::tma_prefetch(params.b_map);
   if (stage == 1) ptx::tma_prefetch(params.a_map);
