@@ -1,10 +1,8 @@
 """Small runs of every product, routing and cast kernel for compute-sanitizer, in one process and held to the reference.
 
-    FI_CUPY_LINEINFO=1 compute-sanitizer --tool racecheck python tests/gpu/race_gemm.py rows hopper
-    compute-sanitizer --tool memcheck python tests/gpu/race_gemm.py --no-pool --seconds 50
+    FI_CUPY_LINEINFO=1 compute-sanitizer --tool racecheck --num-cuda-barriers 64 python tests/gpu/race_gemm.py rows fp8
 
-Families: see FAMILIES; by default all. --no-pool: CuPy allocates every array by itself, so that the tool sees where
-each ends. --seconds: begin no further case after so long, and say which were left out.
+Families: see FAMILIES; by default all. --seconds: begin no further case after so long, and say which were left out.
 """
 
 from __future__ import annotations
@@ -156,11 +154,8 @@ def main() -> None:
 
     parser = argparse.ArgumentParser()
     parser.add_argument("families", nargs="*", help=f"of {', '.join(FAMILIES)}; by default all")
-    parser.add_argument("--no-pool", action="store_true")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     given = parser.parse_args()
-    if given.no_pool:
-        cupy.cuda.set_allocator(None)
     begin, left_out = time.monotonic(), []
     for family in given.families or FAMILIES:
         for name, case in FAMILIES[family]():
