@@ -94,7 +94,7 @@ def _rows(p: MmProblem) -> Iterator[Candidate]:
     held = p.m if p.m <= 2 else 4
     lanes, rows, depth, warps_k, warps_n = select.rows_config(p.k)
     shapes = [(lanes, rows, depth, warps_k, warps_n), (lanes, 2 * rows, max(1, depth // 2), warps_k, warps_n)]
-    shapes.append((lanes, rows, depth, warps_k, 2 * warps_n))
+    shapes += [(lanes, rows, depth, warps_k, w) for w in (2 * warps_n, 1)]
     if lanes == 32:
         steps = -(-p.k // 256)
         for r, limit, wk, wn in ((1, 2, 8, 1), (2, 2, 8, 1), (2, 4, 4, 2), (1, 7, 8, 1), (4, 2, 4, 2), (1, 4, 4, 2)):
