@@ -1,4 +1,4 @@
-"""compute-sanitizer's racecheck over small runs of the Hopper prefill kernel: no hazard in shared memory."""
+"""compute-sanitizer's racecheck over small runs of Hopper prefill, products, routing and casts: no hazard."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import race_gemm
 import race_prefill_hopper
 
 from fi_cupy.device import device_info
@@ -34,6 +35,23 @@ def output(command: list[str], variables: dict[str, str], seconds: float) -> str
         return out.read()
 
 
+def sanitize(tool: str, options: list[str], script: str, *arguments: str) -> str:
+    """What the tool and the script say, which ends with "right"."""
+    command = [str(TOOL), "--tool", tool, "--show-backtrace", "no", *options, sys.executable, script, *arguments]
+    root = str(Path(__file__).parents[2])
+    paths = os.pathsep.join(x for x in (root, os.environ.get("PYTHONPATH", "")) if x)
+    said = output(command, {**os.environ, "PYTHONPATH": paths}, 120)
+    assert "\nright\n" in said, said[-3000:]
+    return said
+
+
+def hazards(said: str) -> int:
+    """How many racecheck has found."""
+    summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", said)
+    assert summary is not None, said[-3000:]
+    return int(summary[1])
+
+
 @pytest.mark.alone
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("case", [*race_prefill_hopper.CASES, "control"])
@@ -41,13 +59,15 @@ def test_prefill_hopper(case):
     """ "control" has a race: the tool sees one where there is one."""
     if device_info(0).arch != "90a":
         pytest.skip("no Hopper GPU")
-    command = [
-        TOOL, "--tool", "racecheck", "--kernel-name", "kernel_substring=prefill_hopper", "--show-backtrace", "no",
-        "--num-cuda-barriers", "64", sys.executable, race_prefill_hopper.__file__, case,
-    ]  # fmt: skip
-    root = str(Path(race_prefill_hopper.__file__).parents[2])
-    paths = os.pathsep.join(x for x in (root, os.environ.get("PYTHONPATH", "")) if x)
-    said = output(command, {**os.environ, "PYTHONPATH": paths}, 120)
-    summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", said)
-    assert summary is not None and "\nright\n" in said, said[-3000:]
-    assert (int(summary[1]) > 0) == (case == "control"), said[-6000:]
+    options = ["--kernel-name", "kernel_substring=prefill_hopper", "--num-cuda-barriers", "64"]
+    said = sanitize("racecheck", options, race_prefill_hopper.__file__, case)
+    assert (hazards(said) > 0) == (case == "control"), said[-6000:]
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
+def test_products_routing_and_casts():
+    if device_info(0).arch != "90a":
+        pytest.skip("no Hopper GPU")
+    said = sanitize("racecheck", ["--num-cuda-barriers", "64"], race_gemm.__file__)
+    assert hazards(said) == 0, said[-6000:]
