@@ -1,4 +1,4 @@
-"""compute-sanitizer's racecheck over small runs of the Hopper prefill kernel: no hazard in shared memory."""
+"""compute-sanitizer over small runs: no hazard in shared memory, no access outside of an allocation."""
 
 from __future__ import annotations
 
@@ -10,12 +10,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import race_mla
 import race_prefill_hopper
 
 from fi_cupy.device import device_info
 
 pytest.importorskip("cupy")
 TOOL = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+
+
+def sanitized(tool: str, script: str, arguments: list[str], options: list[str]) -> str:
+    """What a tool says of a script, and the script itself."""
+    command = [TOOL, "--tool", tool, "--show-backtrace", "no", *options, sys.executable, script, *arguments]
+    paths = os.pathsep.join(x for x in (str(Path(script).parents[2]), os.environ.get("PYTHONPATH", "")) if x)
+    found = subprocess.run(
+        command, capture_output=True, text=True, timeout=420, env={**os.environ, "PYTHONPATH": paths}, check=False
+    )
+    return found.stdout + found.stderr
 
 
 @pytest.mark.long
@@ -25,16 +36,22 @@ def test_prefill_hopper(case):
     """ "control" has a race: the tool sees one where there is one."""
     if device_info(0).arch != "90a":
         pytest.skip("no Hopper GPU")
-    command = [
-        TOOL, "--tool", "racecheck", "--kernel-name", "kernel_substring=prefill_hopper", "--show-backtrace", "no",
-        "--num-cuda-barriers", "64", sys.executable, race_prefill_hopper.__file__, case,
-    ]  # fmt: skip
-    root = str(Path(race_prefill_hopper.__file__).parents[2])
-    paths = os.pathsep.join(x for x in (root, os.environ.get("PYTHONPATH", "")) if x)
-    found = subprocess.run(
-        command, capture_output=True, text=True, timeout=420, env={**os.environ, "PYTHONPATH": paths}, check=False
-    )
-    said = found.stdout + found.stderr
+    more = ["--kernel-name", "kernel_substring=prefill_hopper", "--num-cuda-barriers", "64"]
+    said = sanitized("racecheck", race_prefill_hopper.__file__, [case], more)
     summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", said)
     assert summary is not None and "\nright\n" in said, said[-3000:]
     assert (int(summary[1]) > 0) == (case == "control"), said[-6000:]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_mla(tool):
+    """All cases in one process, since the tool's start takes longer than they do."""
+    if device_info(0).arch != "90a":
+        pytest.skip("no Hopper GPU")
+    more = ["--kernel-name", "kernel_substring=mla", "--num-cuda-barriers", "64"] if tool == "racecheck" else []
+    said = sanitized(tool, race_mla.__file__, ["all"], more)
+    summary = re.search(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: )(\d+)", said)
+    assert summary is not None and "\nall right\n" in said, said[-3000:]
+    assert int(summary[1]) == 0, said[-6000:]
