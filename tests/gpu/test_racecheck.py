@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,17 +22,27 @@ pytest.importorskip("cupy")
 TOOL = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
 
 
-def sanitized(tool: str, script: str, arguments: list[str], options: list[str]) -> str:
-    """What a tool says of a script, and the script itself."""
-    command = [TOOL, "--tool", tool, "--show-backtrace", "no", *options, sys.executable, script, *arguments]
+def output(command: list[str], variables: dict[str, str], seconds: float) -> str:
+    """What it prints; with its children it is ended after that time."""
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
+        try:
+            process.wait(seconds)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        out.seek(0)
+        return out.read()
+
+
+def sanitized(tool: str, script: str, case: str, options: list[str]) -> str:
+    """What a tool and a script under it say."""
+    command = [TOOL, "--tool", tool, "--show-backtrace", "no", *options, sys.executable, script, case]
     paths = os.pathsep.join(x for x in (str(Path(script).parents[2]), os.environ.get("PYTHONPATH", "")) if x)
-    found = subprocess.run(
-        command, capture_output=True, text=True, timeout=420, env={**os.environ, "PYTHONPATH": paths}, check=False
-    )
-    return found.stdout + found.stderr
+    return output(command, {**os.environ, "PYTHONPATH": paths}, 120)
 
 
-@pytest.mark.long
+@pytest.mark.alone
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("case", [*race_prefill_hopper.CASES, "control"])
 def test_prefill_hopper(case):
@@ -37,13 +50,13 @@ def test_prefill_hopper(case):
     if device_info(0).arch != "90a":
         pytest.skip("no Hopper GPU")
     more = ["--kernel-name", "kernel_substring=prefill_hopper", "--num-cuda-barriers", "64"]
-    said = sanitized("racecheck", race_prefill_hopper.__file__, [case], more)
+    said = sanitized("racecheck", race_prefill_hopper.__file__, case, more)
     summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", said)
     assert summary is not None and "\nright\n" in said, said[-3000:]
     assert (int(summary[1]) > 0) == (case == "control"), said[-6000:]
 
 
-@pytest.mark.long
+@pytest.mark.alone
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_mla(tool):
@@ -51,7 +64,7 @@ def test_mla(tool):
     if device_info(0).arch != "90a":
         pytest.skip("no Hopper GPU")
     more = ["--kernel-name", "kernel_substring=mla", "--num-cuda-barriers", "64"] if tool == "racecheck" else []
-    said = sanitized(tool, race_mla.__file__, ["all"], more)
+    said = sanitized(tool, race_mla.__file__, "all", more)
     summary = re.search(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: )(\d+)", said)
     assert summary is not None and "\nall right\n" in said, said[-3000:]
     assert int(summary[1]) == 0, said[-6000:]
