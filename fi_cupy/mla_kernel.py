@@ -179,7 +179,7 @@ def hopper_spec(
         smem_bytes=HOPPER_TILES.smem_bytes,
         spills=""
         if kv is dtype
-        else "64 to 132 bytes: 512 threads start with 128 registers each, and half a tile waits in the producers'",
+        else "50 to 400 bytes: 512 threads start with 128 registers each, and half a tile waits in the producers'",
         min_arch=90,
         max_arch=90,
     )

@@ -14,7 +14,6 @@
 #include "attention/prefill_softmax.cuh"
 #include "attention/prefill_tiles.cuh"
 #include "ptx/barrier.cuh"
-#include "ptx/hint.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/pdl.cuh"
 
@@ -76,13 +75,13 @@ struct MlaLoader {
       if constexpr (Shape::kBytes) {
         uint8_t* const to = stage + row(i) * kMlaDim + sub * 16;
 #pragma unroll
-        for (int j = 0; j < kMlaCkv; j += 128) ptx::cp_async_16_once(to + j, ckv + j + sub * 16, valid);
-        if (sub < kMlaKpe / 16) ptx::cp_async_16_once(to + kMlaCkv, kpe + sub * 16, valid);
+        for (int j = 0; j < kMlaCkv; j += 128) ptx::cp_async_16(to + j, ckv + j + sub * 16, valid);
+        if (sub < kMlaKpe / 16) ptx::cp_async_16(to + kMlaCkv, kpe + sub * 16, valid);
       } else {
 #pragma unroll
         for (int j = 0; j < kMlaCkv / 8; j += 8)
-          ptx::cp_async_16_once(stage + Shape::Layout::offset(row(i), j + sub), ckv + (j + sub) * 8, valid);
-        ptx::cp_async_16_once(stage + Shape::Layout::offset(row(i), kMlaCkv / 8 + sub), kpe + sub * 8, valid);
+          ptx::cp_async_16(stage + Shape::Layout::offset(row(i), j + sub), ckv + (j + sub) * 8, valid);
+        ptx::cp_async_16(stage + Shape::Layout::offset(row(i), kMlaCkv / 8 + sub), kpe + sub * 8, valid);
       }
     }
   }

@@ -1,4 +1,5 @@
-// Loads that say how long their lines should stay in L2 (sm_80 and later, the copy engine sm_90).
+// Copies of the copy engine that say how long their lines should stay in L2 (sm_90). cp.async takes such a hint, too, but of
+// one to a partly uniform address ptxas (13.0) makes an illegal instruction.
 #pragma once
 #include "ptx/tma.cuh"
 
@@ -14,16 +15,6 @@ FI_DEVICE void tma_load_5d(uint32_t smem, const TensorMap& map, uint32_t barrier
       "[%2], %8;" ::"r"(smem),
       "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "r"(u), "l"(policy)
       : "memory");
-}
-// cp_async_16 of what is read once.
-FI_DEVICE void cp_async_16_once(void* smem, const void* global, bool valid) {
-#if FI_ARCH >= 800
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(smem_address(smem)), "l"(global),
-               "r"(valid ? 16 : 0), "l"(kEvictFirst)
-               : "memory");
-#else
-  *static_cast<uint4*>(smem) = valid ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
-#endif
 }
 
 }  // namespace fi::ptx

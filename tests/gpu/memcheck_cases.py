@@ -1,4 +1,4 @@
-"""Small runs of sampling, top-k, decode and products for compute-sanitizer, each held to the reference.
+"""Small runs of sampling, top-k, decode, latent attention, products for compute-sanitizer, held to the reference.
 
     compute-sanitizer --tool memcheck --report-api-errors no python tests/gpu/memcheck_cases.py sampling decode gemm
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+import race_mla
 
 from fi_cupy import decode, gemm, sampling, topk
 from fi_cupy.reference.attention import batch_decode_paged
@@ -89,7 +90,12 @@ def run_gemm(rng: np.random.Generator) -> None:
         assert_close(to_float64(got), wide_a @ wide_b.T, "bfloat16", "product")
 
 
-CASES = {"sampling": run_sampling, "decode": run_decode, "gemm": run_gemm}
+def run_mla(rng: np.random.Generator) -> None:
+    for name in race_mla.CASES:
+        race_mla.run(name)
+
+
+CASES = {"sampling": run_sampling, "decode": run_decode, "gemm": run_gemm, "mla": run_mla}
 
 
 def main() -> None:

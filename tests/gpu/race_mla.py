@@ -1,7 +1,6 @@
 """Small runs of the latent attention kernels for compute-sanitizer, each held to the reference.
 
-    compute-sanitizer --tool racecheck --kernel-name kernel_substring=mla python tests/gpu/race_mla.py portable hopper
-    compute-sanitizer --tool memcheck python tests/gpu/race_mla.py all
+    compute-sanitizer --tool racecheck --kernel-name kernel_substring=mla python tests/gpu/race_mla.py all
 
 Instances: see CASES; "all" is all of them in one process, "compile" builds them.
 """

@@ -1,4 +1,4 @@
-"""compute-sanitizer over small runs: no hazard in shared memory, no access outside of an allocation."""
+"""compute-sanitizer's racecheck over small runs of the attention kernels: no hazard in shared memory."""
 
 from __future__ import annotations
 
@@ -58,13 +58,12 @@ def test_prefill_hopper(case):
 
 @pytest.mark.alone
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_mla(tool):
+def test_mla():
     """All cases in one process, since the tool's start takes longer than they do."""
     if device_info(0).arch != "90a":
         pytest.skip("no Hopper GPU")
-    more = ["--kernel-name", "kernel_substring=mla", "--num-cuda-barriers", "64"] if tool == "racecheck" else []
-    said = sanitized(tool, race_mla.__file__, "all", more)
-    summary = re.search(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: )(\d+)", said)
+    more = ["--kernel-name", "kernel_substring=mla", "--num-cuda-barriers", "4096"]
+    said = sanitized("racecheck", race_mla.__file__, "all", more)
+    summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", said)
     assert summary is not None and "\nall right\n" in said, said[-3000:]
     assert int(summary[1]) == 0, said[-6000:]

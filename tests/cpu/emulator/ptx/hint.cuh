@@ -6,5 +6,4 @@ constexpr uint64_t kEvictFirst = 1, kEvictNormal = 2;
 inline void tma_load_5d(uint32_t smem, const TensorMap& map, uint32_t barrier, int x, int y, int z, int w, int u, uint64_t) {
   tma_load_5d(smem, map, barrier, x, y, z, w, u);
 }
-inline void cp_async_16_once(void* smem, const void* global, bool valid) { cp_async_16(smem, global, valid); }
 }  // namespace fi::ptx
