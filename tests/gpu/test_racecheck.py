@@ -35,9 +35,9 @@ def output(command: list[str], variables: dict[str, str], seconds: float) -> str
         return out.read()
 
 
-def sanitized(tool: str, script: str, case: str, options: list[str]) -> str:
+def sanitized(tool: str, script: str, cases: list[str], options: list[str]) -> str:
     """What a tool and a script under it say."""
-    command = [TOOL, "--tool", tool, "--show-backtrace", "no", *options, sys.executable, script, case]
+    command = [TOOL, "--tool", tool, "--show-backtrace", "no", *options, sys.executable, script, *cases]
     paths = os.pathsep.join(x for x in (str(Path(script).parents[2]), os.environ.get("PYTHONPATH", "")) if x)
     return output(command, {**os.environ, "PYTHONPATH": paths}, 120)
 
@@ -50,7 +50,7 @@ def test_prefill_hopper(case):
     if device_info(0).arch != "90a":
         pytest.skip("no Hopper GPU")
     more = ["--kernel-name", "kernel_substring=prefill_hopper", "--num-cuda-barriers", "64"]
-    said = sanitized("racecheck", race_prefill_hopper.__file__, case, more)
+    said = sanitized("racecheck", race_prefill_hopper.__file__, [case], more)
     summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", said)
     assert summary is not None and "\nright\n" in said, said[-3000:]
     assert (int(summary[1]) > 0) == (case == "control"), said[-6000:]
@@ -59,11 +59,15 @@ def test_prefill_hopper(case):
 @pytest.mark.alone
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
 def test_mla():
-    """All cases in one process, since the tool's start takes longer than they do."""
-    if device_info(0).arch != "90a":
-        pytest.skip("no Hopper GPU")
+    """The portable kernel. All cases in one process, since the tool's start takes longer than they do.
+
+    Of the Hopper kernel the tool (2025.3) reports hazards where one warpgroup arrives at a named barrier (bar.arrive) and
+    the other one waits for it (bar.sync): between the maxima that the one writes before and the other reads behind it,
+    which that barrier orders. It does not follow the pair; memcheck (test_memcheck.py) has these cases, too.
+    """
+    cases = [name for name in race_mla.CASES if "hopper" not in name]
     more = ["--kernel-name", "kernel_substring=mla", "--num-cuda-barriers", "4096"]
-    said = sanitized("racecheck", race_mla.__file__, "all", more)
+    said = sanitized("racecheck", race_mla.__file__, cases, more)
     summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", said)
     assert summary is not None and "\nall right\n" in said, said[-3000:]
     assert int(summary[1]) == 0, said[-6000:]
