@@ -13,6 +13,7 @@ import numpy as np
 import race_mla
 
 from fi_cupy import decode, gemm, sampling, topk
+from fi_cupy.device import device_info
 from fi_cupy.reference.attention import batch_decode_paged
 from fi_cupy.testing.generators import normal, odd_rows, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
@@ -90,9 +91,10 @@ def run_gemm(rng: np.random.Generator) -> None:
         assert_close(to_float64(got), wide_a @ wide_b.T, "bfloat16", "product")
 
 
-def run_mla(rng: np.random.Generator) -> None:
+def run_mla(_: np.random.Generator) -> None:
     for name in race_mla.CASES:
-        race_mla.run(name)
+        if "hopper" not in name or device_info(0).arch == "90a":
+            race_mla.run(name)
 
 
 CASES = {"sampling": run_sampling, "decode": run_decode, "gemm": run_gemm, "mla": run_mla}
