@@ -62,8 +62,8 @@ def test_mla():
     """The portable kernel. All cases in one process, since the tool's start takes longer than they do.
 
     Of the Hopper kernel the tool (2025.3) reports hazards where one warpgroup arrives at a named barrier (bar.arrive)
-    and the other one waits for it (bar.sync): between the maxima that the one writes before and the other reads behind
-    it, which that barrier orders. It does not follow the pair. memcheck (test_memcheck.py) has all cases.
+    and the other one waits for it (bar.sync), and where one lane arrives at an mbarrier for its warp. Both are ordered;
+    with bar.sync in both places and every lane arriving it reports none in any case (NOTES.md). memcheck has all cases.
     """
     cases = [name for name in race_mla.CASES if "hopper" not in name]
     more = ["--kernel-name", "kernel_substring=mla", "--num-cuda-barriers", "4096"]
