@@ -1,4 +1,4 @@
-"""Small runs of sampling, top-k, decode, latent attention, products for compute-sanitizer, held to the reference.
+"""Small runs of sampling, top-k, decode and products for compute-sanitizer, each held to the reference.
 
     compute-sanitizer --tool memcheck --report-api-errors no python tests/gpu/memcheck_cases.py sampling decode gemm
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+import race_gemm
 import race_mla
 
 from fi_cupy import decode, gemm, sampling, topk
@@ -91,13 +92,22 @@ def run_gemm(rng: np.random.Generator) -> None:
         assert_close(to_float64(got), wide_a @ wide_b.T, "bfloat16", "product")
 
 
+def run_kernels(_: np.random.Generator) -> None:
+    """Each kernel of products, routing and casts, as racecheck runs them."""
+    for family in race_gemm.FAMILIES.values():
+        for _, case in family():
+            case(np.random.default_rng(0))
+
+
 def run_mla(_: np.random.Generator) -> None:
     for name in race_mla.CASES:
         if "hopper" not in name or device_info(0).arch == "90a":
             race_mla.run(name)
 
 
-CASES = {"sampling": run_sampling, "decode": run_decode, "gemm": run_gemm, "mla": run_mla}
+CASES = {
+    "sampling": run_sampling, "decode": run_decode, "gemm": run_gemm, "kernels": run_kernels, "mla": run_mla,
+}  # fmt: skip
 
 
 def main() -> None:

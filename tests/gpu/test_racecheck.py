@@ -1,4 +1,4 @@
-"""compute-sanitizer's racecheck over small runs of the attention kernels: no hazard in shared memory."""
+"""compute-sanitizer's racecheck over small runs of attention, products, routing and casts: no hazard."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import race_gemm
 import race_mla
 import race_prefill_hopper
 
@@ -35,11 +36,21 @@ def output(command: list[str], variables: dict[str, str], seconds: float) -> str
         return out.read()
 
 
-def sanitized(tool: str, script: str, cases: list[str], options: list[str]) -> str:
-    """What a tool and a script under it say."""
-    command = [TOOL, "--tool", tool, "--show-backtrace", "no", *options, sys.executable, script, *cases]
-    paths = os.pathsep.join(x for x in (str(Path(script).parents[2]), os.environ.get("PYTHONPATH", "")) if x)
-    return output(command, {**os.environ, "PYTHONPATH": paths}, 120)
+def sanitize(tool: str, options: list[str], script: str, *arguments: str) -> str:
+    """What the tool and the script say, which ends with "right"."""
+    command = [str(TOOL), "--tool", tool, "--show-backtrace", "no", *options, sys.executable, script, *arguments]
+    root = str(Path(__file__).parents[2])
+    paths = os.pathsep.join(x for x in (root, os.environ.get("PYTHONPATH", "")) if x)
+    said = output(command, {**os.environ, "PYTHONPATH": paths}, 120)
+    assert "\nright\n" in said, said[-3000:]
+    return said
+
+
+def hazards(said: str) -> int:
+    """How many racecheck has found."""
+    summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", said)
+    assert summary is not None, said[-3000:]
+    return int(summary[1])
 
 
 @pytest.mark.alone
@@ -49,11 +60,18 @@ def test_prefill_hopper(case):
     """ "control" has a race: the tool sees one where there is one."""
     if device_info(0).arch != "90a":
         pytest.skip("no Hopper GPU")
-    more = ["--kernel-name", "kernel_substring=prefill_hopper", "--num-cuda-barriers", "64"]
-    said = sanitized("racecheck", race_prefill_hopper.__file__, [case], more)
-    summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", said)
-    assert summary is not None and "\nright\n" in said, said[-3000:]
-    assert (int(summary[1]) > 0) == (case == "control"), said[-6000:]
+    options = ["--kernel-name", "kernel_substring=prefill_hopper", "--num-cuda-barriers", "64"]
+    said = sanitize("racecheck", options, race_prefill_hopper.__file__, case)
+    assert (hazards(said) > 0) == (case == "control"), said[-6000:]
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
+def test_products_routing_and_casts():
+    if device_info(0).arch != "90a":
+        pytest.skip("no Hopper GPU")
+    said = sanitize("racecheck", ["--num-cuda-barriers", "64"], race_gemm.__file__)
+    assert hazards(said) == 0, said[-6000:]
 
 
 @pytest.mark.alone
@@ -66,8 +84,6 @@ def test_mla():
     with bar.sync in both places and every lane arriving it reports none in any case (NOTES.md). memcheck has all cases.
     """
     cases = [name for name in race_mla.CASES if "hopper" not in name]
-    more = ["--kernel-name", "kernel_substring=mla", "--num-cuda-barriers", "4096"]
-    said = sanitized("racecheck", race_mla.__file__, cases, more)
-    summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", said)
-    assert summary is not None and "\nall right\n" in said, said[-3000:]
-    assert int(summary[1]) == 0, said[-6000:]
+    options = ["--kernel-name", "kernel_substring=mla", "--num-cuda-barriers", "4096"]
+    said = sanitize("racecheck", options, race_mla.__file__, *cases)
+    assert hazards(said) == 0, said[-6000:]
