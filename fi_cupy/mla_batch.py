@@ -131,9 +131,9 @@ class BatchMla(BatchPrefill):
 
     def _keys(self, op: str, lengths: Ints, pages: Ints, page_size: int) -> Ints:
         """Keys of every request, held to its pages."""
-        short = lengths > pages * page_size
-        if short.any() or (len(lengths) and int(np.minimum.reduce(lengths)) < 0):
-            b = int(np.argmax(short | (lengths < 0)))
+        wrong = lengths.view(np.uint64) > (pages * page_size).view(np.uint64)  # negative ones are large
+        if np.count_nonzero(wrong):
+            b = int(np.argmax(wrong))
             raise ArgumentError(
                 f"{op}: {self._arguments[3]}[{b}] is {lengths[b]}, expected 0..{pages[b] * page_size}, what its "
                 f"{pages[b]} pages of {page_size} tokens hold"

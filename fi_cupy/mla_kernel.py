@@ -68,14 +68,17 @@ class MlaTiles(NamedTuple):
 
 
 class MlaHopperTiles(NamedTuple):
-    """Shape of a CTA of the Hopper kernel."""
+    """Shape of a CTA of the Hopper kernel. columns: those of a product of weights and values, 128 or 256."""
 
     tile_q: int = 64
     tile_kv: int = 64
     smem_bytes: int = 3 * 9 * 64 * 128 + 1280  # q, two tiles, struct MlaHopperShared
+    columns: int = 128
 
 
 HOPPER_TILES = MlaHopperTiles()
+#: For chunks of prompts. The others' loads are what takes longest, and those begin sooner after narrow products.
+HOPPER_WIDE = HOPPER_TILES._replace(columns=256)
 
 
 def smem_bytes(row_warps: int, col_warps: int, tile_kv: int, stages: int, fp8: bool) -> int:
@@ -146,14 +149,14 @@ def mla_spec(
 @lru_cache(maxsize=64)
 def hopper_spec(
     dtype: DType, *, kv: DType | None = None, out: DType | None = None, gather: bool = False,
-    token_scales: bool = False, soft_cap: bool = False, positive_scale: bool = True,
+    token_scales: bool = False, soft_cap: bool = False, positive_scale: bool = True, columns: int = 128,
 ) -> KernelSpec:  # fmt: skip
     """The Hopper kernel. `gather`: 16-bit rows are copied one by one, since pages are no multiple of 8 tokens."""
     kv, out = kv or dtype, out or dtype
     load = "kFp8" if kv is not dtype else "kRows" if gather else "kBoxes"
     options = (
         (f"kv{kv.tag}", kv is not dtype), (f"o{out.tag}", out is not dtype), ("gather", load == "kRows"),
-        ("tokens", token_scales), ("cap", soft_cap), ("neg", not positive_scale),
+        ("wide", columns == 256), ("tokens", token_scales), ("cap", soft_cap), ("neg", not positive_scale),
     )  # fmt: skip
     suffix = "".join(f"_{name}" for name, on in options if on)
     flags = ", ".join("true" if on else "false" for on in (False, soft_cap, positive_scale, False))
@@ -167,6 +170,7 @@ def hopper_spec(
             ("KV", kv),
             ("O", out),
             ("kLoad", CppValue(f"fi::MlaLoad::{load}")),
+            ("kColumns", columns),
             ("kTokenScales", token_scales),
             ("Logits", CppType(f"fi::PrefillLogits<{flags}>")),
         ),
@@ -175,7 +179,7 @@ def hopper_spec(
         smem_bytes=HOPPER_TILES.smem_bytes,
         spills=""
         if kv is dtype
-        else "64 to 132 bytes: 512 threads start with 128 registers each, and half a tile waits in the producers'",
+        else "50 to 400 bytes: 512 threads start with 128 registers each, and half a tile waits in the producers'",
         min_arch=90,
         max_arch=90,
     )
@@ -249,7 +253,7 @@ class Geometry:
         if isinstance(self.tiles, MlaHopperTiles):
             plain = hopper_spec(
                 p.dtype, kv=p.kv, out=call.out, gather=gathers(p.page_size), token_scales=call.token_scales,
-                soft_cap=p.soft_cap, positive_scale=positive,
+                soft_cap=p.soft_cap, positive_scale=positive, columns=self.tiles.columns,
             )  # fmt: skip
         else:
             plain = mla_spec(
@@ -315,7 +319,9 @@ def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry
     if not reason and problem.backend == "auto" and packed_rows <= FEW_ROWS:
         reason = f"{packed_rows} rows a request would leave most of its tile empty"
     if not reason:
-        return Geometry(problem, HOPPER_TILES, "the Hopper kernel (wgmma, TMA)", device.num_sms)
+        boxes = problem.kv is problem.dtype and not gathers(problem.page_size)
+        hopper = HOPPER_WIDE if boxes and packed_rows > WIDE_ROWS else HOPPER_TILES
+        return Geometry(problem, hopper, "the Hopper kernel (wgmma, TMA)", device.num_sms)
     fp8 = problem.kv in FP8_TYPES
     smem_per_block = 65536 if device.code_number < 80 else device.smem_per_block
     tiles, ctas = choose_tiles(min(packed_rows, 64), smem_per_block, fp8), 1
@@ -328,6 +334,8 @@ def geometry(problem: Problem, packed_rows: int, device: DeviceInfo) -> Geometry
 FEW_FP8 = MlaTiles(1, 4, 32, 2, smem_bytes(1, 4, 32, 2, True))
 #: Rows a request up to which the portable kernel's tile of 16 rows is the better one: it reads memory all the time.
 FEW_ROWS = 16
+#: Rows a request above which its tiles find most keys in L2, and the Hopper kernel's products are wide.
+WIDE_ROWS = 512
 
 
 def check_problem(op: str, p: Problem, head_dim_ckv: int, head_dim_kpe: int, on_cpu: bool) -> None:
@@ -417,6 +425,7 @@ def kernel_specs() -> list[KernelSpec]:
         Geometry(with_variant, FEW_FP8, "", 264).spec(call),
         mla_spec(bfloat16, few[90], rope=True, soft_cap=True),
         hopper_spec(bfloat16),
+        hopper_spec(bfloat16, columns=256),
         hopper_spec(bfloat16, gather=True),
         hopper_spec(bfloat16, kv=float8_e4m3fn),
         Geometry(with_variant, HOPPER_TILES, "", 132).spec(call),

@@ -27,7 +27,7 @@ struct MlaRowState {
 };
 
 template <class Config, int kWg, class Params>
-FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_t* memory) {
+FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_t* memory, float (&o)[2][64], MlaRowState& state) {
   using T = typename Config::T;
   using Logits = typename Config::Logits;
   constexpr int kOther = 1 - kWg, kRegs = kMlaKeys / 2;
@@ -45,11 +45,7 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
   const uint64_t v_other = ptx::wgmma_descriptor(other + 2 * kWg * kMlaQuarter, kMlaPanel, 1024);
   const uint64_t p_other = ptx::wgmma_descriptor(other + kMlaKpeAt, 16, 1024);
 
-  float o[2][64];  // of this warpgroup's quarters
-#pragma unroll
-  for (int i = 0; i < 128; ++i) o[i >> 6][i & 63] = 0.f;
   float(&all)[128] = reinterpret_cast<float(&)[128]>(o);
-  MlaRowState state{{-FI_INF, -FI_INF}, {0.f, 0.f}, {-FI_INF, -FI_INF}, {0.f, 0.f}};
   uint32_t p[kMlaKeys / 16][4];
 
   auto multiply_qk = [&](float(&s)[kRegs], int phase) {
@@ -71,35 +67,36 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
       ptx::Wgmma<T, kMlaKeys>::ss(s, q_desc + 8 * (kMlaPanel / 16) + step * 2, kpe_desc + step * 2, 1);
     ptx::wgmma_commit();
   };
-  // p v of both quarters. Of this warpgroup's own weights a group each, so that the first becomes free before the second; of
-  // the other's, which come from shared memory, in one, so that they are read once. (Other producers need more registers, and
-  // ptxas wants some for this that are not left.)
-  constexpr bool kBoth = Config::kLoad == MlaLoad::kBoxes;
+  // p v of both quarters: a group of products each, so that the first becomes free before the second, or one for both, which
+  // reads the other's weights from shared memory once. Products of both widths on the same accumulators make ptxas wait
+  // behind each (C7511).
+  constexpr bool kBoth = Config::kColumns == 256;
   auto multiply_own = [&] {
     ptx::wgmma_fence();
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {
+    for (int q = 0; q < (kBoth ? 1 : 2); ++q) {
 #pragma unroll
-      for (int step = 0; step < kMlaKeys / 16; ++step)
-        ptx::Wgmma<T, 128>::rs(o[q], p[step], v_own + q * (kMlaQuarter / 16) + step * (2 * 1024 / 16), 1);
+      for (int step = 0; step < kMlaKeys / 16; ++step) {
+        if constexpr (kBoth)
+          ptx::Wgmma<T, 256>::rs(all, p[step], v_own + step * (2 * 1024 / 16), 1);
+        else
+          ptx::Wgmma<T, 128>::rs(o[q], p[step], v_own + q * (kMlaQuarter / 16) + step * (2 * 1024 / 16), 1);
+      }
       ptx::wgmma_commit();
     }
   };
   auto multiply_other = [&] {
     ptx::wgmma_fence();
-    if constexpr (kBoth) {
 #pragma unroll
-      for (int step = 0; step < kMlaKeys / 16; ++step)
-        ptx::Wgmma<T, 256>::st(all, p_other + step * 2, v_other + step * (2 * 1024 / 16), 1);
-      ptx::wgmma_commit();
-    } else {
+    for (int q = 0; q < (kBoth ? 1 : 2); ++q) {
 #pragma unroll
-      for (int q = 0; q < 2; ++q) {
-#pragma unroll
-        for (int step = 0; step < kMlaKeys / 16; ++step)
+      for (int step = 0; step < kMlaKeys / 16; ++step) {
+        if constexpr (kBoth)
+          ptx::Wgmma<T, 256>::st(all, p_other + step * 2, v_other + step * (2 * 1024 / 16), 1);
+        else
           ptx::Wgmma<T, 128>::st(o[q], p_other + step * 2, v_other + q * (kMlaQuarter / 16) + step * (2 * 1024 / 16), 1);
-        ptx::wgmma_commit();
       }
+      ptx::wgmma_commit();
     }
   };
   auto release = [&](int stage, int quarter) {
@@ -107,13 +104,13 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
   };
   // The first quarter's product is done, if it is one of its own; then both.
   auto first_done = [&](int stage) {
-    if (kBoth && stage != kWg) return;
+    if constexpr (kBoth) return;
     ptx::wgmma_wait<1>();
     release(stage, 2 * kWg);
   };
   auto done = [&](int stage) {
     ptx::wgmma_wait<0>();
-    if (kBoth && stage != kWg) release(stage, 2 * kWg);
+    if constexpr (kBoth) release(stage, 2 * kWg);
     release(stage, 2 * kWg + 1);
     ptx::wgmma_arrived(o[0]);
     ptx::wgmma_arrived(o[1]);
@@ -121,9 +118,11 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
   // Scale, cap, a variant's functions, and -inf for what a row does not see.
   auto transform = [&](float(&s)[kRegs], int start, bool masked) {
     if (!masked && Logits::kLinear && !Logits::kHasMask) return;
+    int first_row = item.q_tile * kMlaRows + warp_row + (lane >> 2);
+    asm volatile("" : "+r"(first_row));  // what follows from it is computed here: there are no registers to keep it in
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int packed = item.q_tile * kMlaRows + warp_row + h * 8 + (lane >> 2), qo_idx = params.group.quotient(packed);
+      const int packed = first_row + h * 8, qo_idx = params.group.quotient(packed);
       const int at = qo_idx + item.kv_len - item.qo_len, column = start + 2 * (lane & 3);
       const int last_seen = (params.causal ? min(at, item.kv_end - 1) : item.kv_end - 1) - column;
       const int first_seen = at - params.window_left - column;
@@ -140,18 +139,32 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
         }
     }
   };
-  // Logits become weights in p, for the maxima state.next, which lag behind as in the prefill kernels.
-  // Between the two loops the other's first quarter may be released, `first_done` is called if `pending`.
+  // Logits become weights in p, for the maxima state.next, which lag behind as in the prefill kernels: with most tiles no
+  // thread sees one rise, and then nobody needs its row's maximum.
+  // Before the exponentials the other's first quarter may be released, `first_done` is called if `pending`.
   auto weigh = [&](float(&s)[kRegs], bool pending) {
+    float top[2];
+    bool up = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float top = fmaxf(s[2 * h], s[2 * h + 1]);
+      float tree[kRegs / 4];
 #pragma unroll
-      for (int n = 4; n < kRegs; n += 4) top = fmaxf(top, fmaxf(s[n + 2 * h], s[n + 2 * h + 1]));
-      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));
+      for (int n = 0; n < kRegs; n += 4) tree[n >> 2] = fmaxf(s[n + 2 * h], s[n + 2 * h + 1]);
+#pragma unroll
+      for (int half = kRegs / 8; half > 0; half >>= 1)
+#pragma unroll
+        for (int n = 0; n < half; ++n) tree[n] = fmaxf(tree[n], tree[n + half]);
+      top[h] = tree[0], state.next[h] = state.m[h];
       // -inf - -inf is NaN and compares false: a row that has seen nothing stays as it is.
-      state.next[h] = (top - state.m[h]) * scale > kRescaleThreshold ? top : state.m[h];
+      up = up || (top[h] - state.m[h]) * scale > kRescaleThreshold;
+    }
+    if (__any_sync(kFullMask, up)) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        top[h] = fmaxf(top[h], __shfl_xor_sync(kFullMask, top[h], 1));
+        top[h] = fmaxf(top[h], __shfl_xor_sync(kFullMask, top[h], 2));
+        state.next[h] = (top[h] - state.m[h]) * scale > kRescaleThreshold ? top[h] : state.m[h];
+      }
     }
     if (pending) first_done(kOther);
 #pragma unroll
@@ -174,12 +187,20 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
   // Weights and maxima for the other warpgroup.
   auto publish = [&] {
     const int row = warp_row + (lane >> 2);
-    uint8_t* const to = memory + kMlaQ + kWg * kMlaStage + kMlaKpeAt + row * 128 + (lane & 3) * 4;
+    if constexpr (Config::kLoad == MlaLoad::kFp8) {  // which has no register to spare for where stmatrix stores to
+      uint8_t* const to = memory + kMlaQ + kWg * kMlaStage + kMlaKpeAt + row * 128 + (lane & 3) * 4;
 #pragma unroll
-    for (int step = 0; step < kMlaKeys / 16; ++step)
+      for (int step = 0; step < kMlaKeys / 16; ++step)
 #pragma unroll
-      for (int j = 0; j < 4; ++j)  // rows 8 apart have the same swizzle
-        *reinterpret_cast<uint32_t*>(to + (j & 1) * 1024 + ((2 * step + (j >> 1)) ^ (row & 7)) * 16) = p[step][j];
+        for (int j = 0; j < 4; ++j)  // rows 8 apart have the same swizzle
+          *reinterpret_cast<uint32_t*>(to + (j & 1) * 1024 + ((2 * step + (j >> 1)) ^ (row & 7)) * 16) = p[step][j];
+    } else {
+      const int stored = warp_row + (lane & 15);
+      const uint32_t to = own + kMlaKpeAt + stored * 128;
+#pragma unroll
+      for (int step = 0; step < kMlaKeys / 16; ++step)
+        ptx::stmatrix_x4(to + ((2 * step + (lane >> 4)) ^ (stored & 7)) * 16, p[step]);
+    }
     if ((lane & 3) == 0) shared.m[kWg][row] = state.next[0], shared.m[kWg][row + 8] = state.next[1];
     ptx::fence_proxy_async();
     ptx::barrier_arrive(kMlaWeights + kWg, 256);
@@ -259,28 +280,6 @@ FI_DEVICE void consume_mla(const Params& params, MlaHopperShared& shared, uint8_
       }
     }
   }
-
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float& d = state.d[h];
-    d += __shfl_xor_sync(kFullMask, d, 1);
-    d += __shfl_xor_sync(kFullMask, d, 2);
-    if ((lane & 3) == 0) shared.d[kWg][warp_row + h * 8 + (lane >> 2)] = d;
-  }
-  ptx::barrier_sync(kMlaConsumers, 256);  // denominators: of both warpgroups' tiles
-  MlaTotal total;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = warp_row + h * 8 + (lane >> 2);
-    total.m[0][h] = state.m[h], total.d[0][h] = shared.d[0][row] + shared.d[1][row];
-  }
-  if (item.num_chunks > 1) {  // Q's memory is free: both warpgroups' products are done
-    MlaJoin<Config, kMlaRows, 256, 32>::run(params, shared, reinterpret_cast<float*>(memory), all, total, scale,
-                                            warp_row + (lane >> 2), kWg * 256 + 2 * (lane & 3), kWg == 0 && (lane & 3) == 0,
-                                            [] { ptx::barrier_sync(kMlaConsumers, 256); });
-    return;
-  }
-  store_mla<Config>(params, item, all, total, scale, 0.f, item.q_tile * kMlaRows + warp_row, kWg * 256, kWg == 0);
 }
 
 // Q, by the consumers: row r of panel c at its swizzled place; rows past the request's last are zeros.
@@ -306,7 +305,39 @@ FI_DEVICE void load_mla_queries(const Params& params, const PrefillItem& item, u
   ptx::barrier_sync(kMlaConsumers, 256);  // Q: written by both warpgroups, read by both
 }
 
-// Config: T, KV (T, or fp8 with kLoad kFp8), O, kLoad, kTokenScales (fp8: a factor each 128 columns of a token), Logits.
+// The end of an item, by both consumer warpgroups: wg has columns [256 wg, 256 wg + 256).
+template <class Config, class Params>
+FI_DEVICE void finish_mla(const Params& params, MlaHopperShared& shared, uint8_t* memory, float (&o)[2][64], MlaRowState& state, int wg) {
+  using Logits = typename Config::Logits;
+  const PrefillItem& item = shared.item;
+  const int lane = lane_id(), warp_row = (warp_id() & 3) * 16;
+  const float scale = Logits::kLinear ? params.sm_scale_log2 : 1.f;
+  float(&all)[128] = reinterpret_cast<float(&)[128]>(o);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float& d = state.d[h];
+    d += __shfl_xor_sync(kFullMask, d, 1);
+    d += __shfl_xor_sync(kFullMask, d, 2);
+    if ((lane & 3) == 0) shared.d[wg][warp_row + h * 8 + (lane >> 2)] = d;
+  }
+  ptx::barrier_sync(kMlaConsumers, 256);  // denominators: of both warpgroups' tiles
+  MlaTotal total;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = warp_row + h * 8 + (lane >> 2);
+    total.m[0][h] = state.m[h], total.d[0][h] = shared.d[0][row] + shared.d[1][row];
+  }
+  if (item.num_chunks > 1) {  // Q's memory is free: both warpgroups' products are done
+    MlaJoin<Config, kMlaRows, 256, 32>::run(params, shared, reinterpret_cast<float*>(memory), all, total, scale,
+                                            warp_row + (lane >> 2), wg * 256 + 2 * (lane & 3), wg == 0 && (lane & 3) == 0,
+                                            [] { ptx::barrier_sync(kMlaConsumers, 256); });
+    return;
+  }
+  store_mla<Config>(params, item, all, total, scale, 0.f, item.q_tile * kMlaRows + warp_row, wg * 256, wg == 0);
+}
+
+// Config: T, KV (T, or fp8 with kLoad kFp8), O, kLoad, kColumns (128 or 256, of a product p v), kTokenScales (fp8: a factor
+// each 128 columns of a token), Logits.
 template <class Config, class Params>
 FI_DEVICE void mla_hopper(const Params& params) {
   static_assert(!Config::Logits::kHasQuery && !Config::Logits::kHasKey && !Config::Logits::kHasOutput && Config::Logits::kUseSoftmax);
@@ -351,10 +382,15 @@ FI_DEVICE void mla_hopper(const Params& params) {
     ptx::raise_registers<kConsumerRegs>();
     ptx::grid_wait();
     load_mla_queries<Config>(params, item, smem);
+    float o[2][64];  // of this warpgroup's quarters
+#pragma unroll
+    for (int i = 0; i < 128; ++i) o[i >> 6][i & 63] = 0.f;
+    MlaRowState state{{-FI_INF, -FI_INF}, {0.f, 0.f}, {-FI_INF, -FI_INF}, {0.f, 0.f}};
     if (warpgroup == 0)
-      consume_mla<Config, 0>(params, shared, smem);
+      consume_mla<Config, 0>(params, shared, smem, o, state);
     else
-      consume_mla<Config, 1>(params, shared, smem);
+      consume_mla<Config, 1>(params, shared, smem, o, state);
+    finish_mla<Config>(params, shared, smem, o, state, warpgroup);
   }
 }
 

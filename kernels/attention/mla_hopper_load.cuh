@@ -7,7 +7,7 @@
 #include "ptx/barrier.cuh"
 #include "ptx/gather.cuh"
 #include "ptx/pdl.cuh"
-#include "ptx/tma.cuh"
+#include "ptx/hint.cuh"
 
 namespace fi {
 
@@ -61,6 +61,10 @@ FI_DEVICE void produce_mla(const Params& params, MlaHopperShared& shared, uint8_
     }
     return r;
   };
+  // Rows that two CTAs read at about the same time stay in L2 for the second one; others leave it first. So do those of split
+  // tiles, whose partial results are what the L2 should keep.
+  const bool once = item.num_chunks > 1 || item.qo_len * int(params.group.divisor) <= kMlaRows;
+  const uint64_t policy = once ? ptx::kEvictFirst : ptx::kEvictNormal;
   MlaBoxes ahead{0, 0, 0};
   if (!params.table_ready) ptx::grid_wait();
   if (stage < tiles) ahead = find((last - 1 - stage) * kMlaKeys);
@@ -87,10 +91,10 @@ FI_DEVICE void produce_mla(const Params& params, MlaHopperShared& shared, uint8_
       const int own = lane >> 3, panel = 2 * quarter + own;
       if (box < boxes.count && own < 2) {
         const uint32_t to = address + panel * kMlaPanel + box * box_rows * 128;
-        ptx::tma_load_5d(to, params.ckv_map, barrier, 0, 0, panel, group, page);
+        ptx::tma_load_5d(to, params.ckv_map, barrier, 0, 0, panel, group, page, policy);
       } else if (box < boxes.count && own == 2 && number == 3) {
         const uint32_t to = address + kMlaKpeAt + box * box_rows * 128;
-        ptx::tma_load_5d(to, params.kpe_map, barrier, 0, 0, 0, group, page);
+        ptx::tma_load_5d(to, params.kpe_map, barrier, 0, 0, 0, group, page, policy);
       }
     }
     // Stage 1 begins when all of tile 0 has been asked for, or it would take half of the way from it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import fi_cupy
 from fi_cupy.errors import ArgumentError, CompileError, GPUArchitectureError, MissingKernelError
 from fi_cupy.jit.build import build, build_many, stats
 from fi_cupy.jit.cache import CachedKernel
+from fi_cupy.jit.cubin import _sections
 from fi_cupy.jit.render import render
 from fi_cupy.jit.sources import header_closure, kernel_root
 from fi_cupy.jit.spec import ARCHS, KernelSpec, UserSource, arch_number
@@ -63,6 +65,22 @@ def cold(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
+def bad_code(cubin: bytes, symbol: str) -> str:
+    """What the machine code of an sm_90a kernel shows and no report says; empty if nothing.
+
+    ptxas puts a wait behind each warpgroup product where registers are short (C7511, in a log that few read).
+    """
+    products = waits = 0
+    for code in _sections(cubin, b".text." + symbol.encode()):
+        for word, _ in struct.iter_unpack("<2Q", code):
+            opcode = word & 0xFFF
+            products += opcode in (0x9F0, 0x9F3)  # HGMMA, QGMMA
+            waits += opcode == 0x9C5 and word >> 47 & 1  # WARPGROUP.DEPBAR, not .ARRIVE
+    if "_hopper" in symbol and waits >= products:  # none of either is wrong, too
+        return f"{waits} waits for {products} warpgroup products"
+    return ""
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("module", MODULES)
 def test_every_kernel_compiles_without_spills(module, arch, monkeypatch, record_property):
@@ -78,6 +96,8 @@ def test_every_kernel_compiles_without_spills(module, arch, monkeypatch, record_
         record_property(f"{job.symbol}-{arch}", f"{meta.registers} registers, {meta.spill_bytes} B of spills")
         if meta.spill_bytes and not specs[job.symbol].spills:
             problems.append(f"{job.symbol} for {arch}: {meta.spill_bytes} bytes of spills, {meta.registers} registers")
+        if arch == "90a" and (found := bad_code(outcome.code, job.symbol)):
+            problems.append(f"{job.symbol} for {arch}: {found}")
         threads = specs[job.symbol].threads
         # More CTAs than a multiprocessor has threads for are no demand on registers: ptxas passes over them.
         blocks = min(max(1, specs[job.symbol].min_blocks), MULTIPROCESSOR_THREADS[arch_number(arch)] // threads)

@@ -12,7 +12,17 @@ from fi_cupy import decode, errors, mla, mla_kernel
 from fi_cupy.attention import explain
 from fi_cupy.dtypes import bfloat16, float8_e4m3fn
 from fi_cupy.jit import define_variant
-from fi_cupy.mla_kernel import FEW_FP8, HOPPER_TILES, Problem, choose_tiles, geometry, hopper_maps, smem_bytes
+from fi_cupy.mla_kernel import (
+    FEW_FP8,
+    HOPPER_TILES,
+    HOPPER_WIDE,
+    Call,
+    Problem,
+    choose_tiles,
+    geometry,
+    hopper_maps,
+    smem_bytes,
+)
 from fi_cupy.profiles import TYPICAL
 
 SCALE, HEADS, PAGE = 192**-0.5, 3, 4
@@ -253,6 +263,15 @@ def test_shapes_fit_every_gpu(rows, fp8):
         assert tiles.smem_bytes == smem_bytes(*tiles[:4], fp8)
         assert (tiles.stages > 1) == (arch != "75" or fp8)
     assert HOPPER_TILES.smem_bytes <= 227 * 1024
+
+
+def test_chunks_of_prompts_have_wide_products():
+    device = TYPICAL["90a"]
+    assert geometry(problem(), 512, device).tiles == HOPPER_TILES  # decoding, speculating
+    wide = geometry(problem(), 2048, device)
+    assert wide.tiles == HOPPER_WIDE and wide.spec(Call()).symbol == "mla_hopper_bf16_wide"
+    for other in ({"page_size": 1}, {"kv": float8_e4m3fn}):  # their producers need registers
+        assert geometry(problem(**other), 2048, device).tiles == HOPPER_TILES
 
 
 def test_gpus_with_little_shared_memory_keep_to_16_rows():

@@ -17,7 +17,17 @@ from fi_cupy import decode, mla, mla_batch, mla_kernel, plan_run, prefill_batch
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.dtypes import float32
 from fi_cupy.errors import PlanError
-from fi_cupy.mla_kernel import FEW_FP8, HOPPER_TILES, Call, Costs, Geometry, Problem, choose_tiles, launch_more
+from fi_cupy.mla_kernel import (
+    FEW_FP8,
+    HOPPER_TILES,
+    HOPPER_WIDE,
+    Call,
+    Costs,
+    Geometry,
+    Problem,
+    choose_tiles,
+    launch_more,
+)
 from fi_cupy.plan.mla import WAITS, plan_mla
 from fi_cupy.prefill_plan import Options, Work, launch_values
 from fi_cupy.reference.mla import mla_paged
@@ -171,6 +181,15 @@ def test_hopper_ragged_batch(rng, maps, causal, page_size):
     options = PLAIN._replace(causal=causal)
     out, lse, _ = run(batch, geometry(5, page_size, HOPPER_TILES), options, slots=1)
     check(out, lse, *batch.reference(options), "bfloat16")
+
+
+@pytest.mark.parametrize("page_size", [5, 16])
+def test_hopper_products_of_all_columns_and_tall_tiles(rng, maps, page_size):
+    """What chunks of prompts take, where pages allow it: more rows than a tile has, three tiles of keys."""
+    batch = Batch(rng, [2, 1], [133, 70], 40, page_size)
+    tiles = HOPPER_TILES if page_size == 5 else HOPPER_WIDE
+    out, lse, _ = run(batch, geometry(40, page_size, tiles), PLAIN, slots=1)
+    check(out, lse, *batch.reference(PLAIN), "bfloat16")
 
 
 def test_hopper_split_keys(rng, maps, ctas):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fi_cupy.jit.sources import header_closure
+from fi_cupy.mla_kernel import HOPPER_COSTS, PORTABLE_COSTS
 from fi_cupy.plan.mla import EXTRA_ITEMS, WAITS, Costs, best_chunks, plan_mla
 
 COSTS = Costs(1.5, 1.5, 0.025, 0.037)
@@ -120,3 +121,32 @@ def test_the_word_that_lets_chunks_wait_is_the_one_the_kernel_reads():
     plan = plan_mla(np.arange(2), np.array([4096]), np.zeros(1, int), num_heads=128, tile_q=64, tile_kv=64, slots=132,
                     costs=COSTS)  # fmt: skip
     assert plan.num_split and plan.items[:, WAITS].all() and not plan.items[:, 13].any()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_short_cut_equals_the_general_way(seed):
+    """Where all rows of a request see the same keys the list is made from numbers a request; a `narrow` that drops
+    nothing takes the general way."""
+    rng = np.random.default_rng(seed)
+    num_split = 0
+    for _ in range(150):
+        batch = int(rng.choice([1, 2, 3, 16, 64, 100]))
+        kv_len = rng.integers(0, rng.choice([50, 600, 5000, 40000]), batch)
+        if rng.random() < 0.2:
+            kv_len[:] = kv_len[0]
+        causal = bool(rng.integers(2))
+        qo_len = rng.integers(0, 2 if causal else 6, batch) if rng.random() < 0.5 else np.ones(batch, np.int64)
+        options = {
+            "num_heads": int(rng.choice([1, 5, 16, 70, 128])), "tile_q": int(rng.choice([16, 64])),
+            "tile_kv": int(rng.choice([16, 32, 64])), "slots": int(rng.choice([7, 132, 264])), "causal": causal,
+            "disable_split": bool(rng.random() < 0.1),
+            "costs": (Costs(0.1, 0.1, 0.01, 0.0), HOPPER_COSTS, PORTABLE_COSTS)[rng.integers(3)],
+        }  # fmt: skip
+        given = np.concatenate([[0], np.cumsum(qo_len)]), kv_len, np.cumsum(kv_len) + 3
+        got = plan_mla(*given, **options)
+        want = plan_mla(*given, **options, narrow=lambda begin, end, *_: (begin, end))
+        assert got.items.dtype == np.int32 and got.items.flags.c_contiguous
+        assert np.array_equal(got.items, want.items)
+        assert (got.num_slots, got.num_split) == (want.num_slots, want.num_split)
+        num_split += got.num_split > 0
+    assert 30 < num_split < 150

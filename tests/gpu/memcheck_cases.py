@@ -11,8 +11,10 @@ import sys
 
 import numpy as np
 import race_gemm
+import race_mla
 
 from fi_cupy import decode, gemm, sampling, topk
+from fi_cupy.device import device_info
 from fi_cupy.reference.attention import batch_decode_paged
 from fi_cupy.testing.generators import normal, odd_rows, on_gpu, poisoned, to_float64
 from fi_cupy.testing.tolerances import assert_close
@@ -97,7 +99,15 @@ def run_kernels(_: np.random.Generator) -> None:
             case(np.random.default_rng(0))
 
 
-CASES = {"sampling": run_sampling, "decode": run_decode, "gemm": run_gemm, "kernels": run_kernels}
+def run_mla(_: np.random.Generator) -> None:
+    for name in race_mla.CASES:
+        if "hopper" not in name or device_info(0).arch == "90a":
+            race_mla.run(name)
+
+
+CASES = {
+    "sampling": run_sampling, "decode": run_decode, "gemm": run_gemm, "kernels": run_kernels, "mla": run_mla,
+}  # fmt: skip
 
 
 def main() -> None:

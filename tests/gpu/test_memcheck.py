@@ -1,4 +1,4 @@
-"""compute-sanitizer's memcheck over small runs of sampling, decode and products: no access outside of an allocation."""
+"""compute-sanitizer's memcheck over small runs of memcheck_cases.py: no access outside of an allocation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compute-sanitizer's racecheck over small runs of Hopper prefill, products, routing and casts: no hazard."""
+"""compute-sanitizer's racecheck over small runs of attention, products, routing and casts: no hazard."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import race_gemm
+import race_mla
 import race_prefill_hopper
 
 from fi_cupy.device import device_info
@@ -70,4 +71,19 @@ def test_products_routing_and_casts():
     if device_info(0).arch != "90a":
         pytest.skip("no Hopper GPU")
     said = sanitize("racecheck", ["--num-cuda-barriers", "64"], race_gemm.__file__)
+    assert hazards(said) == 0, said[-6000:]
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
+def test_mla():
+    """The portable kernel. All cases in one process, since the tool's start takes longer than they do.
+
+    Of the Hopper kernel the tool (2025.3) reports hazards where one warpgroup arrives at a named barrier (bar.arrive)
+    and the other one waits for it (bar.sync), and where one lane arrives at an mbarrier for its warp. Both are ordered;
+    with bar.sync in both places and every lane arriving it reports none in any case (NOTES.md). memcheck has all cases.
+    """
+    cases = [name for name in race_mla.CASES if "hopper" not in name]
+    options = ["--kernel-name", "kernel_substring=mla", "--num-cuda-barriers", "4096"]
+    said = sanitize("racecheck", options, race_mla.__file__, *cases)
     assert hazards(said) == 0, said[-6000:]

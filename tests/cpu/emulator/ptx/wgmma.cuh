@@ -28,6 +28,7 @@ void wgmma_wait() {
     p.groups.erase(p.groups.begin());
     for (const auto& product : group) product();
   }
+  emulator::exchange(0u, 0xffffffffu, 35);  // a warp waits as one: no lane goes on before all have their part
 }
 template <int kRegs>
 void wgmma_arrived(float (&)[kRegs]) {}
