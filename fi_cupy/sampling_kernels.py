@@ -119,7 +119,7 @@ _WIDE_PAIR = LaunchShape(512, 2, 1)
 
 def _shared_bytes(segments: int, tops: bool, listed: int) -> int:
     """sizeof(fi::sampling::RowShared<segments, tops, listed>)."""
-    size = 8 * segments + 8 * 32 + (8 * (256 + 16) if listed else 16) + 48
+    size = 8 * segments + 8 * 32 + (8 * 16 if listed else 8) + 48
     size = -(-size // 16) * 16 + 4 * (4096 if listed else 4)
     size += 4 * segments + 4 * (8 * segments if tops else 4) + 8 * max(listed, 4) + 24
     return -(-size // 16) * 16

@@ -88,14 +88,15 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
     asm volatile("" : "+l"(judged.random));  // now
     if (Filter::kFilters && lane_id() == 0) shared.random = judged.random;
   }
+  if (Filter::kFilters && threadIdx.x == 0) pad_tops<Row>(shared, row.segments(), size);
   Shape::receive(&shared.box[0], 0, summary_bytes<Filter::kFilters>(row, sums, tell, judged.first));
-  Bounds bounds = {0, 0};
+  Bounds bounds = {0, 0, 0};
   if constexpr (Filter::kFilters) {
     if (size != 0) {
-      bounds = shortlist<Shape, MassLoad<Domain>, Held::kKeeps, Row, Shared>(row, size, top_k ? args.top_k : 0,
+      bounds = shortlist<Shape, MassLoad<Domain, kDraws>, Held::kKeeps, Row, Shared>(row, size, top_k ? args.top_k : 0,
                                                                             MinPBound<Domain>{args.min_p});
       judged.listed = !(top_k && args.top_k > 1 && bounds.low == bounds.top);
-      if (!judged.listed && MassLoad<Domain>::valid(bounds.top)) add_ties<Domain, Shape, Row, Shared>(row, bounds.top);
+      if (!judged.listed && MassLoad<Domain, kDraws>::valid(bounds.top)) add_ties<Domain, Shape, Row, Shared>(row, bounds.top);
       if (!judged.first) return judged;
     }
   }

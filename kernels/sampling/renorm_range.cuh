@@ -21,7 +21,9 @@ struct alignas(16) RenormShared {
 
   static constexpr uint32_t kRoom = 2 * kPairs / Shape::kCluster < kPairs ? 2 * kPairs / Shape::kCluster : kPairs;
   FI_DEVICE Candidate* mail() { return reinterpret_cast<Candidate*>(bins); }                // kRoom a CTA
-  FI_DEVICE Candidate* dense() { return reinterpret_cast<Candidate*>(bins) + 2 * kPairs; }  // kPairs
+  FI_DEVICE Candidate* ranked() { return reinterpret_cast<Candidate*>(bins); }              // kPairs, when mail is read
+  FI_DEVICE uint64_t* order() { return reinterpret_cast<uint64_t*>(bins + 8 * kPairs); }    // kPairs
+  FI_DEVICE uint64_t* load() { return reinterpret_cast<uint64_t*>(bins + 10 * kPairs); }    // kPairs
   FI_DEVICE uint32_t* own_list() { return bins + 12 * kPairs; }                             // kRoom
 };
 
@@ -174,32 +176,28 @@ FI_DEVICE Threshold compare_range(RenormShared<Shape>& shared, typename Domain::
   }
   if (above >= target || target > above + inside) return {false, 0, 0, 0};
   if (!fits || n > kPairs) return {false, low, high, above};
-  Candidate* const list = shared.dense();
-  if (threadIdx.x < n) list[threadIdx.x] = shared.mail()[from];
-  if (n <= threadIdx.x && threadIdx.x < round_up(n, 32u)) list[threadIdx.x] = padding();
-  __syncthreads();  // elements follow each other
   const Split split(n);
-  Candidate own = padding();
-  uint64_t before = above;
-  if (split.works()) {
-    own = list[split.item];
-    uint64_t heavier = 0;
-    split.compare(list, [&](const Candidate& other) { heavier += other.key > own.key ? other.load : 0; });
-    before += split.sum(heavier);
+  if (threadIdx.x < split.padded()) {
+    uint64_t order = 0;
+    if (threadIdx.x < n) {
+      const Candidate item = shared.mail()[from];
+      order = uint64_t(item.key) << 32 | threadIdx.x;
+      shared.load()[threadIdx.x] = item.load;
+    }
+    shared.order()[threadIdx.x] = order;
   }
-  const bool kept = own.key != 0 && before < target;
-  const uint32_t lowest = ptx::warp_min_u32(kept ? own.key : 0xffffffffu);
-  const uint64_t mass = ptx::warp_sum_u64(kept && split.part == 0 ? own.load : 0);
-  uint32_t* const lowest_of = shared.own_list();
-  if (lane_id() == 0) {
-    shared.warp_sum[warp_id()] = mass;
-    lowest_of[warp_id()] = lowest;
+  __syncthreads();  // elements follow each other
+  if (split.works(n)) {
+    const uint64_t own = shared.order()[split.item];
+    const uint32_t place = split.template ranks<false>(shared.order(), own);
+    if (split.part == 0 && split.item < n)
+      shared.ranked()[place] = {uint32_t(own >> 32), 0, shared.load()[split.item]};
   }
-  __syncthreads();  // the warps' parts are known
-  const bool of_warp = lane_id() < kWarps;
-  const uint32_t threshold = ptx::warp_min_u32(of_warp ? lowest_of[lane_id()] : 0xffffffffu);
-  const uint64_t total = above + ptx::warp_sum_u64(of_warp ? shared.warp_sum[lane_id()] : 0);
-  return {true, threshold, high, total};
+  __syncthreads();  // they are in order
+  const Ordered by_key(shared.ranked(), n);
+  const uint64_t mass = by_key.mass_from(0), until = above + warp_scan(mass);
+  const uint32_t threshold = by_key.key_reaching(target, until, mass);
+  return {true, threshold, high, above + ptx::warp_sum_u64(by_key.mass_from(threshold))};
 }
 
 }  // namespace fi::sampling

@@ -141,10 +141,17 @@ def test_renormalised_rows_of_any_scale(rng, shape):
             np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+def masked(rng, row, value):
+    """The row with about 15 of its elements kept, and others at a value; some of those before it at -inf."""
+    kept = np.where(rng.random(row.shape) * row.size < 15, row, np.full_like(row, value))
+    return np.where((kept == value) & (np.arange(row.size) < row.size // 3), np.full_like(row, -np.inf), kept)
+
+
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_top_k(rng, shape, vocab):
     x = rows_of(rng, 6, vocab, DTYPE[shape], True)
-    for k in {1, min(50, vocab), min(700, vocab), min(5000, vocab)}:
+    x[1], x[2], x[4] = masked(rng, x[1], -np.inf), masked(rng, x[2], -1000), -np.inf
+    for k in {1, min(20, vocab), min(50, vocab), min(700, vocab), min(5000, vocab)}:
         for tie_break in topk.TopKTieBreak:
             emulate.EmulatedKernel.order += 1
             want = topk.top_k(x, k, sorted=True, tie_break=tie_break)

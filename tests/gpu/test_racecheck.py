@@ -1,4 +1,4 @@
-"""compute-sanitizer's racecheck over small runs of the Hopper prefill kernel: no hazard in shared memory."""
+"""compute-sanitizer over small runs of Hopper prefill and of sampling: no hazard in shared memory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import race_prefill_hopper
+import race_sampling
 
 from fi_cupy.device import device_info
 
@@ -41,13 +42,33 @@ def test_prefill_hopper(case):
     """ "control" has a race: the tool sees one where there is one."""
     if device_info(0).arch != "90a":
         pytest.skip("no Hopper GPU")
+    hazards, said = hazards_of(race_prefill_hopper.__file__, case, "--kernel-name", "kernel_substring=prefill_hopper")
+    assert (hazards > 0) == (case == "control"), said[-6000:]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("case", [*race_sampling.SHAPES, "control"])
+def test_sampling(case):
+    """In every launch shape, what it computes is held to the CPU's results as well."""
+    if device_info(0).arch != "90a":
+        pytest.skip("no Hopper GPU")
+    hazards, said = hazards_of(race_sampling.__file__, case)
+    assert (hazards > 0) == (case == "control"), said[-6000:]
+
+
+def hazards_of(script, case, *options):
+    """How many hazards racecheck sees in a run of a script, and everything that was printed."""
     command = [
-        TOOL, "--tool", "racecheck", "--kernel-name", "kernel_substring=prefill_hopper", "--show-backtrace", "no",
-        "--num-cuda-barriers", "64", sys.executable, race_prefill_hopper.__file__, case,
+        TOOL, "--tool", "racecheck", *options, "--show-backtrace", "no",
+        "--num-cuda-barriers", "64", sys.executable, script, case,
     ]  # fmt: skip
-    root = str(Path(race_prefill_hopper.__file__).parents[2])
+    root = str(Path(script).parents[2])
     paths = os.pathsep.join(x for x in (root, os.environ.get("PYTHONPATH", "")) if x)
-    said = output(command, {**os.environ, "PYTHONPATH": paths}, 120)
+    found = subprocess.run(
+        command, capture_output=True, text=True, timeout=420, env={**os.environ, "PYTHONPATH": paths}, check=False
+    )
+    said = found.stdout + found.stderr
     summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", said)
     assert summary is not None and "\nright\n" in said, said[-3000:]
-    assert (int(summary[1]) > 0) == (case == "control"), said[-6000:]
+    return int(summary[1]), said
