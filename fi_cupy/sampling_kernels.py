@@ -203,8 +203,13 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
     # One CTA decides; with many rows, others read meanwhile.
     if rows * 16 * 2 <= device.num_sms and segments > 64:
         return LaunchShape(256, 16, 2)
-    if few:  # of an H100's multiprocessors, clusters of eight reach 120
-        return LaunchShape(512, clusters(8 if rows * 8 * 11 <= device.num_sms * 10 else 4, 8), 1)
+    if few:  # of an H100's multiprocessors, clusters of eight reach 120, and those of four 124
+        cluster = clusters(8 if rows * 8 * 11 <= device.num_sms * 10 else 4, 8)
+        return (
+            LaunchShape(256, 4, 2)
+            if rows * cluster * 11 > device.num_sms * 10 and cluster == 4
+            else LaunchShape(512, cluster, 1)
+        )
     if rows <= device.num_sms:
         return LaunchShape(512, 1, 1)
     return LaunchShape(512, 1, 2) if kind in ("top_k", "select16") else LaunchShape(256, 1, 2)

@@ -35,6 +35,20 @@ def output(command: list[str], variables: dict[str, str], seconds: float) -> str
         return out.read()
 
 
+def hazards_of(script, case, *options):
+    """How many hazards racecheck sees in a run of a script, and everything that was printed."""
+    command = [
+        TOOL, "--tool", "racecheck", *options, "--show-backtrace", "no",
+        "--num-cuda-barriers", "64", sys.executable, script, case,
+    ]  # fmt: skip
+    root = str(Path(script).parents[2])
+    paths = os.pathsep.join(x for x in (root, os.environ.get("PYTHONPATH", "")) if x)
+    said = output(command, {**os.environ, "PYTHONPATH": paths}, 120)
+    summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", said)
+    assert summary is not None and "\nright\n" in said, said[-3000:]
+    return int(summary[1]), said
+
+
 @pytest.mark.alone
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("case", [*race_prefill_hopper.CASES, "control"])
@@ -46,7 +60,7 @@ def test_prefill_hopper(case):
     assert (hazards > 0) == (case == "control"), said[-6000:]
 
 
-@pytest.mark.long
+@pytest.mark.alone
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("case", [*race_sampling.SHAPES, "control"])
 def test_sampling(case):
@@ -55,20 +69,3 @@ def test_sampling(case):
         pytest.skip("no Hopper GPU")
     hazards, said = hazards_of(race_sampling.__file__, case)
     assert (hazards > 0) == (case == "control"), said[-6000:]
-
-
-def hazards_of(script, case, *options):
-    """How many hazards racecheck sees in a run of a script, and everything that was printed."""
-    command = [
-        TOOL, "--tool", "racecheck", *options, "--show-backtrace", "no",
-        "--num-cuda-barriers", "64", sys.executable, script, case,
-    ]  # fmt: skip
-    root = str(Path(script).parents[2])
-    paths = os.pathsep.join(x for x in (root, os.environ.get("PYTHONPATH", "")) if x)
-    found = subprocess.run(
-        command, capture_output=True, text=True, timeout=420, env={**os.environ, "PYTHONPATH": paths}, check=False
-    )
-    said = found.stdout + found.stderr
-    summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", said)
-    assert summary is not None and "\nright\n" in said, said[-3000:]
-    return int(summary[1]), said
