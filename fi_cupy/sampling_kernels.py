@@ -147,7 +147,7 @@ def row_shared(room: int, kind: str, shape: LaunchShape) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
     """The shape of a launch, by its kind: "draw" (nothing is filtered), "reject" (top-p alone), "min_p" (alone),
-    "select" (a token of what other filters keep; "select16" of 16-bit rows), "top_k", "fill" (rows of which few
+    "select" (a token of what other filters keep), "top_k", "fill" (rows of which few
     elements are kept), "keep" (rows of which many are), "renorm" (after top-p alone), "softmax" or "speculative".
     bench/tune_sampling.py times them all.
     """
@@ -205,14 +205,11 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
         return LaunchShape(256, 16, 2)
     if few:  # of an H100's multiprocessors, clusters of eight reach 120, and those of four 124
         cluster = clusters(8 if rows * 8 * 11 <= device.num_sms * 10 else 4, 8)
-        return (
-            LaunchShape(256, 4, 2)
-            if rows * cluster * 11 > device.num_sms * 10 and cluster == 4
-            else LaunchShape(512, cluster, 1)
-        )
+        narrow = cluster == 4 and rows * 4 * 11 > device.num_sms * 10
+        return LaunchShape(256, 4, 2) if narrow else LaunchShape(512, cluster, 1)
     if rows <= device.num_sms:
         return LaunchShape(512, 1, 1)
-    return LaunchShape(512, 1, 2) if kind in ("top_k", "select16") else LaunchShape(256, 1, 2)
+    return LaunchShape(512, 1, 2) if kind == "top_k" else LaunchShape(256, 1, 2)
 
 
 def launched_bytes(spec: KernelSpec, vocab: int, dtype: DType, shape: LaunchShape) -> int:

@@ -75,7 +75,8 @@ FI_DEVICE void sort_network(uint32_t n, Compare&& compare) {
 
 // What candidates are compared by: their order in the result.
 struct OrderLoad {
-  static constexpr bool kTies = false;
+  static constexpr bool kAdds = false;
+  FI_DEVICE static uint32_t lowest(uint32_t) { return 0; }
   FI_DEVICE static bool valid(uint32_t) { return true; }
 };
 struct NoLeast {
@@ -332,7 +333,7 @@ FI_DEVICE void top_k(const TopKParams& params) {
         output.write(place, index, exact || !params.values ? from_float<T>(value_of(key)) : data[index]);
       });
       if (n < k && warp_id() == 0)
-        fill_up(row, shared, n, k, bounds.low - 1, large, [&](uint32_t place, uint32_t index) { output.write(place, index); });
+        fill_up(row, shared, n, k, bounds.ties, large, [&](uint32_t place, uint32_t index) { output.write(place, index); });
       return;
     }
   }

@@ -6,12 +6,13 @@
 namespace fi::sampling {
 
 // What became of a row: the smallest kept key, and if candidates were few (`drawn`) also the mass of what is kept (both of
-// them in warp 0) or the token, which one thread has (`mine`). Else the segments' sums hold the mass of what is kept.
+// them in warp 0) or the token, which one thread has (`mine`). Else the segments' sums hold the mass of what is kept: it is
+// known if the threshold is a key that many have (`tied`).
 struct Verdict {
   uint32_t threshold;
   uint64_t total;
   uint32_t token;
-  bool drawn, mine;
+  bool drawn, mine, tied;
 };
 
 // Candidates in the first CTA, in the place of the bins.
@@ -24,6 +25,12 @@ static_assert(sizeof(Compared) <= 8 * kBins);
 template <class Shared>
 FI_DEVICE Compared& compared(Shared& shared) {
   return *reinterpret_cast<Compared*>(shared.bins);
+}
+// And behind them, segments' sums of what reaches ties.
+template <class Shared>
+FI_DEVICE uint64_t* tie_sums(Shared& shared) {
+  static_assert(sizeof(Compared) + 8 * Shared::kSegments <= 8 * kBins);
+  return reinterpret_cast<uint64_t*>(&compared(shared) + 1);
 }
 
 // Every one of n items is compared with all by 2^shift threads that follow each other, in rounds of 8 items a thread.
@@ -126,7 +133,7 @@ FI_DEVICE Tell tell_of(uint32_t size) {
 
 struct Bounds {
   uint32_t low, top;
-  uint32_t reached;  // so many groups reach `low` (with kCounts)
+  uint32_t ties;  // of a key just below `low`, with which the candidates are k or more; 0 without
 };
 
 // Before the keys are received, by one thread: places behind the last segment count as the smallest key.
@@ -137,11 +144,13 @@ FI_DEVICE void pad_tops(Shared& shared, uint32_t segments, uint32_t size) {
   for (uint32_t i = segments; i < (segments > 128 ? 256 : 128); ++i) shared.top[i] = 0;
 }
 
-// The k-th largest of the groups' largest keys, which at least k elements reach, and the largest. Every CTA for itself.
-template <int kThreads, bool kCounts, class Row, class Shared>
-FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, uint32_t k) {
+// The k-th largest of the groups' largest keys, which at least k elements reach, and the largest. `reached`: so many groups
+// reach it. Every CTA for itself. Uses the bins, but not where candidates will be compared.
+template <int kThreads, class Row, class Shared>
+FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, uint32_t k, uint32_t& reached) {
   constexpr uint32_t kBlocks = Row::kBlocks, kWarps = kThreads / 32;
   static_assert(kThreads >= kPairs && kWarps % 8 == 0);
+  uint32_t* const made = shared.bins + 4 * kPairs;  // behind `order` and `load`
   const uint32_t* keys = shared.top;
   uint32_t groups = segments;
   if (size != kBlocks) {
@@ -153,9 +162,9 @@ FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, 
       uint32_t key = 0;
 #pragma unroll 1
       for (uint32_t i = threadIdx.x * each; i < min_of(threadIdx.x * each + each, all); ++i) key = max_of(key, of[i]);
-      shared.bins[threadIdx.x] = key;
+      made[threadIdx.x] = key;
     }
-    keys = shared.bins;
+    keys = made;
     __syncthreads();  // the groups' keys are known
   }
   // Padded to 128 or 256 keys. A warp compares 32 of them, a lane one, with a part of all.
@@ -163,7 +172,8 @@ FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, 
   const uint32_t set = warp_id() & (many ? 7 : 3), part = warp_id() >> (many ? 3 : 2);
   const uint32_t parts = kWarps >> (many ? 3 : 2), each = (many ? 64 : 32) / parts;  // groups of four keys
   const uint4* const quads = reinterpret_cast<const uint4*>(keys);
-  uint32_t* const counts = shared.bins + kPairs;
+  uint32_t* const counts = made + kPairs;
+  const uint32_t padded = many ? 256 : 128;
   const uint32_t key = keys[set * 32 + lane_id()];
   int32_t larger[2] = {0, 0};  // negative
 #pragma unroll 1
@@ -180,22 +190,23 @@ FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, 
       ptx::count_less(larger[1], key, others[j].w);
     }
   }
-  counts[part * kPairs + set * 32 + lane_id()] = -(larger[0] + larger[1]);
+  counts[part * padded + set * 32 + lane_id()] = -(larger[0] + larger[1]);
   __syncthreads();  // parts are counted
   // The k-th largest is the smallest of those that fewer than k are larger than.
-  uint32_t low = 0xffffffffu, top = 0, reached = groups;
+  uint32_t low = 0xffffffffu, top = 0;
+  reached = groups;
 #pragma unroll 1
   for (uint32_t i = lane_id(); i < (many ? 64 : 32); i += 32) {
     const uint4 four = quads[i];
     uint4 above = make_uint4(0, 0, 0, 0);
 #pragma unroll 1
     for (uint32_t r = 0; r < parts; ++r) {
-      const uint4 more = reinterpret_cast<const uint4*>(counts)[r * (kPairs / 4) + i];
+      const uint4 more = reinterpret_cast<const uint4*>(counts)[r * (padded / 4) + i];
       above = make_uint4(above.x + more.x, above.y + more.y, above.z + more.z, above.w + more.w);
     }
     auto look = [&](uint32_t key, uint32_t above) {
       low = min_of(low, above < k ? key : 0xffffffffu);
-      if constexpr (kCounts) reached = min_of(reached, above < k ? groups : above);
+      reached = min_of(reached, above < k ? groups : above);
     };
     look(four.x, above.x);
     look(four.y, above.y);
@@ -203,14 +214,16 @@ FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, 
     look(four.w, above.w);
     top = max_of(max_of(top, max_of(four.x, four.y)), max_of(four.z, four.w));
   }
-  return {ptx::warp_min_u32(low), ptx::warp_max_u32(top), kCounts ? ptx::warp_min_u32(reached) : 0};
+  reached = ptx::warp_min_u32(reached);
+  return {ptx::warp_min_u32(low), ptx::warp_max_u32(top), 0};
 }
 
 // What candidates are compared by: their mass,
-template <class Domain, bool kDraws>
+// (kAdds: ties are added up)
+template <class Domain, bool kDraws, bool kAdds_>
 struct MassLoad {
   typename Domain::Ref ref;
-  static constexpr bool kTies = true;
+  static constexpr bool kAdds = kAdds_;
   // What has no mass is never a candidate.
   FI_DEVICE static uint32_t lowest(uint32_t top_key) {
     if constexpr (kDraws) return Domain::lowest_key(value_of(top_key));
@@ -222,8 +235,9 @@ struct MassLoad {
 };
 
 // Every warp lists what reaches a bound in its own segments, for the first CTA: a lower bound of the k-th largest, or
-// (k = 0) `least(top)`. In no order. With kKeeps every CTA also has its own candidates. If k elements are ties of the largest,
-// nothing is listed (for a Load with kTies); without kTies, what is above ties that are many. Behind the summary. The shared memory is the dynamic one.
+// (k = 0) `least(top)`. In no order. With kKeeps every CTA also has its own candidates. Of a bound that many groups' largest
+// keys are equal to, what is above it; those ties are announced (kAdds), too. Behind the summary. The shared memory is the
+// dynamic one.
 template <class Shape, class Load, bool kKeeps, class Row, class Shared, class Least>
 FI_DEVICE Bounds shortlist(Row row, uint32_t size, uint32_t k, Least least) {
   constexpr int kBlocks = Row::kBlocks, kPer = Row::kPer, kStep = Shape::kStep;
@@ -234,13 +248,15 @@ FI_DEVICE Bounds shortlist(Row row, uint32_t size, uint32_t k, Least least) {
   extern __shared__ __align__(1024) uint8_t smem[];
   Shared& shared = *reinterpret_cast<Shared*>(smem);
   const uint32_t segments = row.segments(), rank = Shape::rank();
-  Bounds bounds = group_bounds<Shape::kThreads, !Load::kTies, Row>(shared, segments, size, k);
+  uint32_t reached;
+  Bounds bounds = group_bounds<Shape::kThreads, Row>(shared, segments, size, k, reached);
   if (!Load::valid(bounds.top)) return bounds;
-  if constexpr (Load::kTies) {
-    bounds.low = max_of(k ? bounds.low : least(bounds.top), Load::lowest(bounds.top));
-    if (k > 1 && bounds.low == bounds.top) return bounds;
-  } else {  // many ties: those above them are enough
-    bounds.low += bounds.reached > 2 * k && bounds.low <= kInfKey;
+  if (k == 0) bounds.low = least(bounds.top);
+  const uint32_t lowest = Load::lowest(bounds.top);
+  if (bounds.low < lowest) {
+    bounds.low = lowest;
+  } else if (reached > max_of(32u, k + k / 2) && k > 0 && bounds.low <= kInfKey) {
+    bounds.ties = bounds.low++;
   }
   const float bound = value_of(bounds.low);
   uint32_t sent = 0, listed = 0;
@@ -306,8 +322,10 @@ FI_DEVICE Bounds shortlist(Row row, uint32_t size, uint32_t k, Least least) {
     sent = ptx::warp_sum_u32(sent);
     listed = ptx::warp_sum_u32(listed);
     if (lane_id() == 0) {
+      const int left = int(segments) - 1 - int(Shape::first());
+      const uint32_t own = Load::kAdds && bounds.ties && left >= 0 ? left / kStep + 1 : 0;  // sums of segments
       Shape::add(&shared.found[rank], uint64_t(listed), &shared.box[2], 0);
-      ptx::mailbox_announce(&shared.box[2], 8 * sent + 8, 0);
+      ptx::mailbox_announce(&shared.box[2], 8 * (sent + 1 + own), 0);
     }
   }
   return bounds;
@@ -350,16 +368,16 @@ FI_DEVICE uint32_t collect(Shared& shared, uint32_t flip, const Load& load) {
 }
 
 // The candidates, if they are few: everyone is compared with everyone, so that they can be looked at in the order of their
-// keys, to know what is kept, and of their indices, to draw from it (kDraws). That is done by one warp. The State's shared
-// memory is the dynamic one.
-template <class State, class Shape, bool kDraws>
-FI_DEVICE Verdict settle(typename State::Row row, uint32_t top_key, FilterArgs args) {
+// keys, to know what is kept, and of their indices, to draw from it (kDraws). That is done by one warp. With what is tied
+// below them: if top-k wants it, only sums are known. The State's shared memory is the dynamic one.
+template <class State, class Shape, class Load, bool kDraws>
+FI_DEVICE Verdict settle(typename State::Row row, uint32_t top_key, FilterArgs args, uint32_t ties) {
   using Domain = typename State::Domain;
   constexpr int kWarps = Shape::kThreads / 32;
   extern __shared__ __align__(1024) uint8_t smem[];
   auto& shared = *reinterpret_cast<typename State::Shared*>(smem);
-  Verdict verdict = {0, 0, 0, false, false};
-  const MassLoad<Domain, kDraws> load(top_key);
+  Verdict verdict = {0, 0, 0, false, false, false};
+  const Load load(top_key);
   // While candidates are awaited:
   const uint64_t factor = args.has_top_p() ? share_factor(args.p) : 0;
   const bool joint = Domain::kOwnRef && args.has_top_p() && args.joint;  // compares with the row's mass
@@ -369,6 +387,13 @@ FI_DEVICE Verdict settle(typename State::Row row, uint32_t top_key, FilterArgs a
   }
   const uint32_t n = collect<Shape, true>(shared, 0xffffffffu, load);
   if (n == kWholeRow) return verdict;
+  const bool tied = ties != 0 && n < args.top_k;
+  uint64_t of_ties = 0;
+  if (Load::kAdds && tied) {
+    const uint64_t sum = threadIdx.x < row.segments() ? tie_sums(shared)[threadIdx.x] : 0;
+    if (args.has_top_p() && !args.joint) of_ties = block_sum<Shape::kThreads>(sum, shared.warp_sum);
+    if (threadIdx.x < row.segments()) shared.sum[threadIdx.x] = sum;
+  }
   verdict.drawn = true;
   Compared& list = compared(shared);
   const Split split(n);
@@ -383,17 +408,26 @@ FI_DEVICE Verdict settle(typename State::Row row, uint32_t top_key, FilterArgs a
     }
   }
   __syncthreads();  // both orders are complete
-  if (warp_id() != 0) return verdict;
+  if (warp_id() != 0 && !tied) return verdict;
   const Ordered by_key(list.ranked, n);
-  uint32_t threshold = list.ranked[min_of(args.top_k, n) - 1].key;
-  if (args.has_top_p()) {
+  uint32_t threshold = tied ? ties : list.ranked[min_of(args.top_k, n) - 1].key;
+  if (args.has_top_p() && warp_id() == 0) {
     const uint64_t mass = by_key.mass_from(threshold), until = warp_scan(mass);
     uint64_t total = __shfl_sync(kFullMask, until, 31);
+    if (tied) total = of_ties;
     if (joint) total = ptx::warp_sum_u64(lane_id() < kWarps ? shared.warp_sum[lane_id()] : 0);
     // The item with which the target is reached is the last one that is kept, with its ties.
     threshold = max_of(threshold, by_key.key_reaching(args.target<Domain>(total, load.ref, factor), until, mass));
   }
   threshold = max_of(threshold, args.least);
+  if (tied) {
+    if (threadIdx.x == 0) shared.threshold = threshold;
+    __syncthreads();  // whether they are kept is known
+    verdict.threshold = shared.threshold;
+    verdict.tied = verdict.threshold == ties;
+    verdict.drawn = !verdict.tied;
+    if (verdict.tied || warp_id() != 0) return verdict;
+  }
   if constexpr (kDraws) {
     const Ordered by_index(list.placed, n);
     const uint64_t mass = by_index.mass_from(threshold), until = warp_scan(mass);

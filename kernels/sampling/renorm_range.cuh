@@ -5,6 +5,39 @@
 
 namespace fi::sampling {
 
+// Every one of n items is compared with all by 2^shift threads that follow each other: few, as an exchange between lanes
+// takes as long as many comparisons. Items are padded to `padded`, a multiple of 8 for each of the threads and at most
+// round_up(n, 32).
+struct Pairwise {
+  int shift;
+  uint32_t padded, item, part;
+  FI_DEVICE explicit Pairwise(uint32_t n) : shift(n <= 32 ? 2 : n <= 64 ? 1 : 0) {
+    padded = round_up(n, 8u << shift);
+    item = threadIdx.x >> shift;
+    part = threadIdx.x & ((1u << shift) - 1);
+  }
+  // Whether this thread's warp has items; their comparisons: f(other).
+  FI_DEVICE bool works() const { return warp_id() * 32 < padded << shift; }
+  template <class F>
+  FI_DEVICE void compare(const Candidate* list, F&& f) const {
+    const uint32_t each = padded >> shift;
+    list += part * each;
+#pragma unroll 1
+    for (uint32_t i = 0; i < each; i += 8) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) f(list[i + j]);
+    }
+  }
+  template <typename V>
+  FI_DEVICE V sum(V x) const {
+    if (shift > 1) x += __shfl_xor_sync(kFullMask, x, 2);
+    if (shift > 0) x += __shfl_xor_sync(kFullMask, x, 1);
+    return x;
+  }
+};
+// What lists are padded with: less than any item, and without a mass.
+FI_DEVICE Candidate padding() { return {0, 0xffffffffu, 0}; }
+
 template <class Shape>
 struct alignas(16) RenormShared {
   uint64_t part_sum[2][Shape::kStep];  // a warp of the cluster: the mass of what it read, and the largest key
@@ -21,9 +54,7 @@ struct alignas(16) RenormShared {
 
   static constexpr uint32_t kRoom = 2 * kPairs / Shape::kCluster < kPairs ? 2 * kPairs / Shape::kCluster : kPairs;
   FI_DEVICE Candidate* mail() { return reinterpret_cast<Candidate*>(bins); }                // kRoom a CTA
-  FI_DEVICE Candidate* ranked() { return reinterpret_cast<Candidate*>(bins); }              // kPairs, when mail is read
-  FI_DEVICE uint64_t* order() { return reinterpret_cast<uint64_t*>(bins + 8 * kPairs); }    // kPairs
-  FI_DEVICE uint64_t* load() { return reinterpret_cast<uint64_t*>(bins + 10 * kPairs); }    // kPairs
+  FI_DEVICE Candidate* dense() { return reinterpret_cast<Candidate*>(bins) + 2 * kPairs; }  // kPairs
   FI_DEVICE uint32_t* own_list() { return bins + 12 * kPairs; }                             // kRoom
 };
 
@@ -176,28 +207,32 @@ FI_DEVICE Threshold compare_range(RenormShared<Shape>& shared, typename Domain::
   }
   if (above >= target || target > above + inside) return {false, 0, 0, 0};
   if (!fits || n > kPairs) return {false, low, high, above};
-  const Split split(n);
-  if (threadIdx.x < split.padded()) {
-    uint64_t order = 0;
-    if (threadIdx.x < n) {
-      const Candidate item = shared.mail()[from];
-      order = uint64_t(item.key) << 32 | threadIdx.x;
-      shared.load()[threadIdx.x] = item.load;
-    }
-    shared.order()[threadIdx.x] = order;
-  }
+  Candidate* const list = shared.dense();
+  if (threadIdx.x < n) list[threadIdx.x] = shared.mail()[from];
+  if (n <= threadIdx.x && threadIdx.x < round_up(n, 32u)) list[threadIdx.x] = padding();
   __syncthreads();  // elements follow each other
-  if (split.works(n)) {
-    const uint64_t own = shared.order()[split.item];
-    const uint32_t place = split.template ranks<false>(shared.order(), own);
-    if (split.part == 0 && split.item < n)
-      shared.ranked()[place] = {uint32_t(own >> 32), 0, shared.load()[split.item]};
+  const Pairwise split(n);
+  Candidate own = padding();
+  uint64_t before = above;
+  if (split.works()) {
+    own = list[split.item];
+    uint64_t heavier = 0;
+    split.compare(list, [&](const Candidate& other) { heavier += other.key > own.key ? other.load : 0; });
+    before += split.sum(heavier);
   }
-  __syncthreads();  // they are in order
-  const Ordered by_key(shared.ranked(), n);
-  const uint64_t mass = by_key.mass_from(0), until = above + warp_scan(mass);
-  const uint32_t threshold = by_key.key_reaching(target, until, mass);
-  return {true, threshold, high, above + ptx::warp_sum_u64(by_key.mass_from(threshold))};
+  const bool kept = own.key != 0 && before < target;
+  const uint32_t lowest = ptx::warp_min_u32(kept ? own.key : 0xffffffffu);
+  const uint64_t mass = ptx::warp_sum_u64(kept && split.part == 0 ? own.load : 0);
+  uint32_t* const lowest_of = shared.own_list();
+  if (lane_id() == 0) {
+    shared.warp_sum[warp_id()] = mass;
+    lowest_of[warp_id()] = lowest;
+  }
+  __syncthreads();  // the warps' parts are known
+  const bool of_warp = lane_id() < kWarps;
+  const uint32_t threshold = ptx::warp_min_u32(of_warp ? lowest_of[lane_id()] : 0xffffffffu);
+  const uint64_t total = above + ptx::warp_sum_u64(of_warp ? shared.warp_sum[lane_id()] : 0);
+  return {true, threshold, high, total};
 }
 
 }  // namespace fi::sampling
