@@ -1,5 +1,6 @@
 from . import (
     activation as activation,
+    api_logging as api_logging,
     aot as aot,
     artifacts as artifacts,
     attention as attention,
@@ -8,6 +9,7 @@ from . import (
     cascade as cascade,
     cascade_attention as cascade_attention,
     compilation_context as compilation_context,
+    cuda_utils as cuda_utils,
     customize as customize,
     decode as decode,
     dtypes as dtypes,
@@ -30,6 +32,7 @@ from . import (
     sampling as sampling,
     topk as topk,
     sparse as sparse,
+    testing as testing,
     utils as utils,
     variants as variants,
 )

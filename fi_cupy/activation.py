@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -12,10 +13,10 @@ from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_shape
 from fi_cupy.dtypes import FLOAT_TYPES, FP8_TYPES, DType, bfloat16, float16, float32, int8
-from fi_cupy.errors import ShapeError
+from fi_cupy.errors import ArgumentError, ShapeError, UnsupportedError
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
-from fi_cupy.jit.spec import CppType, KernelSpec
+from fi_cupy.jit.spec import CppType, KernelSpec, UserSource
 from fi_cupy.quantization import kernels as quantize
 
 _PARAMS = ParamsStruct(
@@ -42,25 +43,26 @@ _UNROLL_FROM = 1 << 18
 
 
 @lru_cache(maxsize=256)
-def activation_spec(act: str, dtype: DType, vec: int, unroll: int = 2) -> KernelSpec:
-    """The kernel of one activation: `vec` elements an access, `unroll` vectors a thread.
+def activation_spec(act: str, dtype: DType, vec: int, unroll: int = 2, user: UserSource | None = None) -> KernelSpec:
+    """The kernel of one activation: `vec` elements an access, `unroll` vectors a thread; `user`: the caller's text.
 
     With two, a thread has 64 bytes of loads in flight and a multiprocessor some 100 KB, several times what the
     memory's latency needs.
     """
     return KernelSpec(
-        symbol=f"{act}_and_mul_{dtype.tag}_v{vec}x{unroll}",
+        symbol=f"{act}_and_mul_{'user_' if user else ''}{dtype.tag}_v{vec}x{unroll}",
         header="activation.cuh",
         function="act_and_mul",
         params=_PARAMS,
         config=(
             ("T", dtype),
-            ("Act", CppType(_ACTS[act])),
+            ("Act", CppType("fi::UserAct" if user else _ACTS[act])),
             ("kVec", vec),
             ("kUnroll", unroll),
             ("kThreads", _THREADS),
         ),
         threads=_THREADS,
+        user=user,
     )
 
 
@@ -83,7 +85,7 @@ def _row_dims(x: View, o: View) -> list[tuple[int, int, int]]:
     return dims
 
 
-def _launch(act: str, x: View, o: View, enable_pdl: bool | None) -> None:
+def _launch(act: str, x: View, o: View, enable_pdl: bool | None, user: UserSource | None) -> None:
     hidden = o.shape[-1]
     size = x.dtype.itemsize
     dims = [(x.shape[0], x.strides[0], o.strides[0])] if len(x.shape) == 2 else _row_dims(x, o)
@@ -97,7 +99,7 @@ def _launch(act: str, x: View, o: View, enable_pdl: bool | None) -> None:
     vec = (common & -common) // size or 1
     vectors = rows * (hidden // vec)
     unroll = 2 if vectors >= _UNROLL_FROM else 1
-    kernel = load_kernel(activation_spec(act, x.dtype, vec, unroll), x.device)
+    kernel = load_kernel(activation_spec(act, x.dtype, vec, unroll, user), x.device)
     grid = -(-vectors // (_THREADS * unroll))
     stream, pdl = x.stream(), bool(enable_pdl)
     inner, x_inner, o_inner = dims[-1] if dims else (1, 0, 0)
@@ -117,7 +119,9 @@ def _offsets(dims: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
     return offsets
 
 
-def _act_and_mul(act: str, run: Callable[[Any], Any], input: Any, out: Any, enable_pdl: bool | None) -> Any:
+def _act_and_mul(
+    act: str, run: Callable[[Any], Any], input: Any, out: Any, enable_pdl: bool | None, user: UserSource | None = None
+) -> Any:
     op = f"{act}_and_mul"
     x = view(input, op, "input")
     shape = x.shape
@@ -140,7 +144,7 @@ def _act_and_mul(act: str, run: Callable[[Any], Any], input: Any, out: Any, enab
     if x.is_cpu:
         o.write(run(x.numpy()))
     else:
-        _launch(act, x, o, enable_pdl)
+        _launch(act, x, o, enable_pdl, user)
     return o.result() if out is None else out
 
 
@@ -195,6 +199,81 @@ def gelu_tanh_and_mul(input: Any, out: Any = None, enable_pdl: bool | None = Non
     Parameters, result and errors as in `silu_and_mul`. Source: flashinfer.activation.gelu_tanh_and_mul.
     """
     return _act_and_mul("gelu_tanh", reference.activation.gelu_tanh_and_mul, input, out, enable_pdl)
+
+
+def _user_source(name: str, cuda: str) -> UserSource:
+    """The functor that calls the caller's function."""
+    if not name.isascii() or not name.isidentifier():
+        raise ArgumentError(f"define_activation: name is {name!r}, expected an identifier")
+    if not re.search(rf"\b{name}\s*\(", cuda):
+        raise ArgumentError(f"define_activation: cuda has no function {name}, expected __device__ float {name}(float)")
+    functor = f"template <bool> FI_DEVICE static float apply(float x) {{ return {name}(x); }}"
+    return UserSource("activation", name, f'{cuda}\n#line 1 "fi_cupy, for {name}"\nstruct UserAct {{ {functor} }};')
+
+
+def act_specs(name: str, cuda: str | None = None) -> list[KernelSpec]:
+    """The canonical instances of one activation; `cuda` as in `define_activation`."""
+    if cuda is None and name not in _ACTS:
+        raise ArgumentError(f"act_and_mul: {name!r} is none of {', '.join(_ACTS)}, and its CUDA text is missing")
+    user = None if cuda is None else _user_source(name, cuda)
+    halves = [activation_spec(name, t, 8, unroll, user) for t in (bfloat16, float16) for unroll in (1, 2)]
+    return [*halves, activation_spec(name, float32, 4, 2, user)]
+
+
+def define_activation(
+    name: str, cuda: str, reference: Callable[[np.ndarray[Any, Any]], Any] | None = None
+) -> Callable[..., Any]:
+    """A gated activation of one's own: an operator like `silu_and_mul`, its activation given as CUDA text.
+
+    Parameters
+    ----------
+    name : str
+        Of the function in the text; the operator is called ``<name>_and_mul``.
+    cuda : str
+        ``__device__ float <name>(const float& x) {...}``, and whatever it needs; ``math::tanh``, ``math::ptx_exp2``,
+        ``math::log2e`` and the like are there. An error in it is a `CompileError` that names its line.
+    reference : function, optional
+        The same in NumPy, of and to float32 arrays, for CPU arrays; without it those raise `UnsupportedError`.
+
+    Returns
+    -------
+    function
+        ``(input, out=None, enable_pdl=None)``: ``f(input[..., :hidden]) * input[..., hidden:]``, as `silu_and_mul`.
+
+    Raises
+    ------
+    ArgumentError
+        The name is no identifier, or the text has no such function.
+
+    Source
+    ------
+    flashinfer.jit.gen_act_and_mul_module.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fi_cupy.activation import define_activation
+    >>> text = "__device__ float relu2(const float& x) { return x > 0.f ? x * x : 0.f; }"
+    >>> relu2_and_mul = define_activation("relu2", text, lambda x: np.maximum(x, 0) ** 2)
+    >>> relu2_and_mul(np.array([[3.0, -1.0, 2.0, 2.0]], np.float32))
+    array([[18.,  0.]], dtype=float32)
+    """
+    source = _user_source(name, cuda)
+
+    def run(x: np.ndarray[Any, Any]) -> Any:
+        if reference is None:
+            raise UnsupportedError(
+                f"{name}_and_mul: it is CUDA text, which CPU arrays cannot run; give define_activation a reference"
+            )
+        gate, up = np.split(x.astype(np.float32), 2, axis=-1)
+        return (np.asarray(reference(gate), np.float32) * up).astype(x.dtype)
+
+    def operator(input: Any, out: Any = None, enable_pdl: bool | None = None) -> Any:
+        return _act_and_mul(name, run, input, out, enable_pdl, source)
+
+    operator.__name__ = operator.__qualname__ = f"{name}_and_mul"
+    operator.__doc__ = f"{name} of the first half of the last dimension times the second; see `silu_and_mul`."
+    return operator
 
 
 def silu_and_mul_quant(out: Any, input: Any, scale: Any, enable_pdl: bool | None = None) -> None:

@@ -9,6 +9,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fi_cupy.jit import env
+
 _log = logging.getLogger("fi_cupy.attention")
 
 
@@ -30,3 +32,21 @@ def log_call(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     from fi_cupy.attention import explain
 
     _log.debug("%s: %s", function.__name__, explain(function, **given))
+
+
+def log_as_environment_says() -> None:
+    """Set the level that FI_CUPY_LOGGING_LEVEL names, on import; where no handler is, the log goes to standard error.
+
+    Raises
+    ------
+    ArgumentError
+        It names no level.
+    """
+    from fi_cupy.utils import set_log_level
+
+    level = env.LOGGING_LEVEL.get()
+    if level is not None:
+        set_log_level(level)
+        logger = logging.getLogger("fi_cupy")
+        if not logger.hasHandlers():
+            logger.addHandler(logging.StreamHandler())

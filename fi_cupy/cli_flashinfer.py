@@ -27,7 +27,7 @@ def add_to(group: click.Group) -> None:
             epilog=f"The same as: fi-cupy {' '.join(ours)}",
         )  # fmt: skip
         group.add_command(renamed)
-    for added in (module_status, download_cubin, export_compile_commands):
+    for added in (module_status, download_cubin, export_compile_commands, compile_variant, replay):
         group.add_command(added)
 
 
@@ -98,3 +98,57 @@ def export_compile_commands(path: Path, profile: str, arch: str) -> None:
     except OSError as error:
         raise CacheError(f"export-compile-commands: {path} cannot be written: {error}") from None
     click.echo(f"{len(entries)} translation units in {path}")
+
+
+@click.command("compile-variant")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--name", help="Only this variant. [default: every one that the file makes]")
+@click.option("--arch", help="Targets, e.g. \"8.0 9.0a\" or all. [default: the environment's, or the GPU's]")
+@click.option("--dtype", default="bfloat16", show_default=True, help="Of q, k and v.")
+@click.option("--head-dim", "dims", default="128", show_default=True, help="One, or those of q and v: 192/128.")
+@click.option("--group", default=4, show_default=True, type=click.IntRange(1), help="Query heads a kv head.")
+def compile_variant(file: Path, name: str | None, arch: str | None, dtype: str, dims: str, group: int) -> None:
+    """Compile the attention variants that the Python FILE makes into the cache; needs no GPU."""
+    import runpy
+
+    from fi_cupy.errors import ArgumentError
+    from fi_cupy.jit.build import build
+    from fi_cupy.jit.modules import variant_specs
+    from fi_cupy.profiles import default_archs, parse_archs
+    from fi_cupy.variants import AttentionVariant
+
+    sizes = dims.split("/")
+    if not all(size.isdigit() for size in sizes) or len(sizes) > 2:
+        raise ArgumentError(f"compile-variant: --head-dim is {dims!r}, expected for example 128 or 192/128")
+    made = [value for value in runpy.run_path(str(file)).values() if isinstance(value, AttentionVariant)]
+    chosen = {v.name: v for v in made if name in (None, v.name)}
+    if not chosen:
+        there = ", ".join(v.name for v in made) or "none"
+        raise ArgumentError(f"compile-variant: {file} has no variant {name or 'at its top level'}; it makes {there}")
+    for variant in chosen.values():
+        for target in parse_archs(arch) if arch else default_archs():
+            for spec in variant_specs(variant, target, dtype, (int(sizes[0]), int(sizes[-1])), group):
+                m = build(spec, target).meta
+                click.echo(f"{target:>6s} {m.seconds:6.2f} s {m.registers:4d} registers  {spec.symbol}")
+
+
+@click.command("replay")
+@click.option("--dir", "folder", required=True, type=click.Path(path_type=Path), help="What FI_CUPY_DUMP_DIR named.")
+@click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1 or cpu.")
+def replay(folder: Path, device: str) -> None:
+    """Make the calls again that FI_CUPY_LOGLEVEL=10 has written; exit code 1 if one ends otherwise than it did."""
+    from fi_cupy.api_logging import replay_sequence
+    from fi_cupy.errors import CacheError
+
+    results = replay_sequence(folder, device)
+    failed = 0
+    for found in results:
+        said = found.get("error") or found.get("execution_error")
+        good = not said and found["comparison_match"]
+        failed += not good
+        click.echo(
+            f"{'same     ' if good else 'different'} {Path(found['dump_dir']).name}{f': {said}' if said else ''}"
+        )
+    click.echo(f"{len(results)} calls, {len(results) - failed} the same")
+    if failed:
+        raise CacheError(f"replay: {failed} of {len(results)} calls ended otherwise")

@@ -88,7 +88,17 @@ class TracingError(CompileError, TypeError):
 
 
 class MissingKernelError(FiCupyError, RuntimeError):
-    """Compilation is switched off and the kernel is not in the cache."""
+    """Compilation is switched off and the kernel is not in the cache.
+
+    Attributes
+    ----------
+    spec : KernelSpec, JitSpec or None
+        What is missing.
+    """
+
+    def __init__(self, message: str, spec: object = None) -> None:
+        super().__init__(message)
+        self.spec = spec
 
 
 MissingJITCacheError = MissingKernelError

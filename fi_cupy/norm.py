@@ -323,13 +323,14 @@ def gemma_fused_add_rmsnorm(
     _fused("gemma_fused_add_rmsnorm", input, residual, weight, eps, enable_pdl, 1.0)
 
 
-def layernorm(input: Any, gamma: Any, beta: Any, eps: float = 1e-6) -> Any:
-    """Layer normalisation: ``(input - mean) / sqrt(var + eps) * gamma + beta``, with the biased variance.
+def layernorm(input: Any, gemma: Any, beta: Any, eps: float = 1e-6) -> Any:
+    """Layer normalisation: ``(input - mean) / sqrt(var + eps) * gemma + beta``, with the biased variance.
 
     Parameters
     ----------
     input : array, [n, hidden], float16 or bfloat16
-    gamma, beta : array, [hidden], float32
+    gemma, beta : array, [hidden], float32
+        The factors (gamma everywhere but in FlashInfer, whose name for them this is) and what is added.
     eps : float
 
     Returns
@@ -352,7 +353,7 @@ def layernorm(input: Any, gamma: Any, beta: Any, eps: float = 1e-6) -> Any:
     >>> fi_cupy.layernorm(x, np.ones(2, np.float32), np.zeros(2, np.float32))
     array([[-1.,  1.]], dtype=float16)
     """
-    x, g, b = _layer_views("layernorm", input, gamma, beta)
+    x, g, b = _layer_views("layernorm", input, gemma, beta)
     o = x.empty(x.shape)
     if x.is_cpu:
         o.write(reference.norm.layernorm(x.numpy(), g.numpy(), b.numpy(), eps))
@@ -361,16 +362,16 @@ def layernorm(input: Any, gamma: Any, beta: Any, eps: float = 1e-6) -> Any:
     return o.result()
 
 
-def _layer_views(op: str, input: Any, gamma: Any, beta: Any) -> tuple[View, View, View]:
-    x, g, b = view(input, op, "input"), view(gamma, op, "gamma"), view(beta, op, "beta")
+def _layer_views(op: str, input: Any, gemma: Any, beta: Any) -> tuple[View, View, View]:
+    x, g, b = view(input, op, "input"), view(gemma, op, "gemma"), view(beta, op, "beta")
     check_ndim(op, "input", x, 2)
     check_dtype(op, "input", x, HALF_TYPES)
     check_inner(op, "input", x)
-    for name, p in (("gamma", g), ("beta", b)):
+    for name, p in (("gemma", g), ("beta", b)):
         check_shape(op, name, p, x.shape[-1:], "= input.shape[-1:]")
         check_dtype(op, name, p, (float32,))
         check_inner(op, name, p)
-    check_device(op, x, gamma=g, beta=b)
+    check_device(op, x, gemma=g, beta=b)
     return x, g, b
 
 
@@ -462,14 +463,14 @@ def fused_add_rmsnorm_quant(
         _launch(x, w, o, eps, enable_pdl, residual=r, scale=s)
 
 
-def layernorm_quant(out: Any, input: Any, gamma: Any, beta: Any, scale: Any, eps: float = 1e-6) -> None:
+def layernorm_quant(out: Any, input: Any, gemma: Any, beta: Any, scale: Any, eps: float = 1e-6) -> None:
     """Layer normalisation with fp8 output: ``out = clamp(layernorm(input) / scale)``.
 
     Parameters
     ----------
     out, scale
         As in `rmsnorm_quant`: the result is *divided* by the scale.
-    input, gamma, beta, eps
+    input, gemma, beta, eps
         As in `layernorm`.
 
     Raises
@@ -489,7 +490,7 @@ def layernorm_quant(out: Any, input: Any, gamma: Any, beta: Any, scale: Any, eps
     array([[-2, 2]], dtype='float8_e4m3fn')
     """
     op = "layernorm_quant"
-    x, g, b = _layer_views(op, input, gamma, beta)
+    x, g, b = _layer_views(op, input, gemma, beta)
     o, s = _fp8_out(op, out, x), _scale(op, scale, x)
     if x.is_cpu:
         o.write(

@@ -13,6 +13,7 @@ Rules that hold for every function here:
 * ``seed`` and ``offset`` are ints, or 1-D int64 or uint64 arrays of 1 or `rows` elements on the device of the input: a
   CUDA graph that reads them from the device draws anew at every replay that finds other values there.
 * Output row i reads input row ``indices[i]``, and every parameter at i. The tokens have the dtype of `indices` (int32).
+  An index that is no row is an error where the host has the indices; on a GPU its token is 0 and ``valid`` False.
 * A row with NaN, or with nothing to draw from, gives token 0 and ``valid`` False.
 * Results are deterministic whether or not `deterministic` asks for it.
 """

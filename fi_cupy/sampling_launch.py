@@ -274,7 +274,10 @@ def _kind(top_k: bool, top_p: bool, min_p: bool, logits: bool, scaled: bool) -> 
 
 def _temperature(op: str, value: Any, rows: int, x: View) -> float | View:
     if is_scalar(value):
-        return float(value)
+        t = float(value)
+        if t != t:
+            raise ArgumentError(f"{op}: temperature is {value!r}, expected a number")
+        return t
     return per_row_param(op, "temperature", value, rows, x, (float32, float64))
 
 
@@ -319,10 +322,7 @@ def softmax_rows(logits: Any, temperature: Any, enable_pdl: bool | None) -> Any:
     x = checked_rows(op, "logits", logits)
     t: float | View | None = None
     if temperature is not None:
-        if is_scalar(temperature):
-            t = float(temperature)
-        else:
-            t = per_row_param(op, "temperature", temperature, x.shape[0], x, (float32, float64))
+        t = _temperature(op, temperature, x.shape[0], x)
     o = x.empty(x.shape, float32)
     if x.is_cpu:
         o.write(reference.sampling_filters.softmax(x.numpy(), t.numpy() if isinstance(t, View) else t))

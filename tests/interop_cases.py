@@ -82,7 +82,7 @@ CASES: dict[tuple[str, str], Any] = {
         (n, ""): lambda c: {"input": c.x(3, 64), "residual": c.x(3, 64), "weight": c.x(64)}
         for n in ("fused_add_rmsnorm", "gemma_fused_add_rmsnorm")
     },
-    ("layernorm", ""): lambda c: {"input": _half(c, 3, 64), "gamma": c.f32(64), "beta": c.f32(64)},
+    ("layernorm", ""): lambda c: {"input": _half(c, 3, 64), "gemma": c.f32(64), "beta": c.f32(64)},
     ("rmsnorm_quant", ""): _quant,
     ("fused_add_rmsnorm_quant", ""): lambda c: _quant(c) | {"residual": _half(c, 3, 64), "scale": 0.25},
     **{
@@ -180,7 +180,7 @@ def _groupwise(c: Case, block: int = 1) -> dict[str, Any]:
 CASES |= {
     ("silu_and_mul_quant", ""): lambda c: {"input": _half(c, 3, 128), "scale": np.float32([0.5])},
     ("layernorm_quant", ""): lambda c: {
-        "input": _half(c, 3, 64), "gamma": c.f32(64), "beta": c.f32(64), "scale": np.float32([0.5])
+        "input": _half(c, 3, 64), "gemma": c.f32(64), "beta": c.f32(64), "scale": np.float32([0.5])
     },
     **{
         (n, ""): lambda c: {"unswizzled_sf": c.rng.integers(0, 255, (130, 6)).astype(np.uint8)}

@@ -13,7 +13,7 @@ from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, DTypeError, LayoutError, ShapeError, UnsupportedError
 from fi_cupy.gemm import hopper, hopper_rows
 from fi_cupy.gemm.group import launch_group
-from fi_cupy.gemm.operands import swapped
+from fi_cupy.gemm.operands import check_choice, swapped
 from fi_cupy.gemm.route import on_hopper
 from fi_cupy.gemm.select import FEW_MAX, HOPPER_ROWS_MAX, select_gated_kernel, select_rms_kernel, with_residual
 from fi_cupy.gemm.tuning import choose_mm_kernel
@@ -161,9 +161,8 @@ def _rms_eps(op: str, rms_eps: float | None, row_major_b: bool) -> float | None:
     return float(rms_eps)
 
 
-def _check_backend(op: str, backend: str) -> None:
-    if backend != "auto":
-        raise UnsupportedError(f"{op}: backend is {backend!r}, expected 'auto': fi_cupy picks among its own kernels")
+#: FlashInfer's names; the kernel follows from shapes and device whatever the name.
+_BACKENDS = ("auto", "cudnn", "cutlass", "cublaslt", "tgv")
 
 
 def _bias(op: str, bias: Any, like: View, n: int, meaning: str) -> View | None:
@@ -212,9 +211,9 @@ def mm_bf16(
         Written and returned instead of a new array; rows may be strided, by multiples of 16 bytes.
     out_dtype : dtype, optional
         bfloat16, float16 or float32; by default that of `out`, else of `a`.
-    backend : str
-        "auto": the kernel follows from the shape and the device (`fi_cupy.gemm.select`), or from what the tuner has
-        measured (`fi_cupy.autotuner`).
+    backend : {"auto", "cudnn", "cutlass", "cublaslt", "tgv"}
+        FlashInfer's names are accepted; the kernel follows from the shape and the device (`fi_cupy.gemm.select`), or
+        from what the tuner has measured (`fi_cupy.autotuner`).
     residual : array, [m, n], dtype of the result, optional
         Added before the rounding; may be `out` itself. Rows may be strided, by multiples of 16 bytes.
     rms_eps : float, optional
@@ -244,7 +243,7 @@ def mm_bf16(
     array([4., 4., 4.], dtype=float32)
     """
     op = "mm_bf16"
-    _check_backend(op, backend)
+    check_choice(op, "backend", backend, _BACKENDS)
     x, w = view(a, op, "a"), view(b, op, "b")
     row_major_b = _operands(op, x, w, 2)
     n = w.shape[1]
@@ -363,7 +362,7 @@ def bmm_bf16(A: Any, B: Any, out: Any = None, out_dtype: Any = None, backend: st
     flashinfer.gemm.bmm_bf16.
     """
     op = "bmm_bf16"
-    _check_backend(op, backend)
+    check_choice(op, "backend", backend, _BACKENDS)
     x, w = view(A, op, "a"), view(B, op, "b")
     row_major_b = _operands(op, x, w, 3)
     o = _output(op, x, (x.shape[0], x.shape[1], w.shape[2]), out, out_dtype)

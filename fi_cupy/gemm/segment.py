@@ -78,6 +78,14 @@ def _check_segments(op: str, indptr: np.ndarray[Any, Any], rows: int) -> None:
         )
 
 
+def _indices(op: str, weight_indices: Any, x: View, w: View, size: int, meaning: str) -> View:
+    """The weight of each segment; the host's are held to the weights that there are."""
+    indices = index_view(op, "weight_indices", weight_indices, x, size, meaning)
+    if x.is_cpu and ((indices.numpy() < 0) | (indices.numpy() >= w.shape[0])).any():
+        raise ArgumentError(f"{op}: weight_indices is {indices.numpy().tolist()}, expected 0 to {w.shape[0] - 1}")
+    return indices
+
+
 def _run(
     op: str, out: View, x: View, w: View, indptr: View, indices: View | None, column_major: bool, backend: str,
     bias: View | None = None, pdl: bool = False,
@@ -186,11 +194,7 @@ class SegmentGEMMWrapper:
             raise ArgumentError(f"{op}: got {got} of seg_lens and seg_indptr, expected one of them")
         indices = None
         if weight_indices is not None:
-            indices = index_view(op, "weight_indices", weight_indices, v, batch_size, "= (batch_size,)")
-            if v.is_cpu and ((indices.numpy() < 0) | (indices.numpy() >= w.shape[0])).any():
-                raise ArgumentError(
-                    f"{op}: weight_indices is {indices.numpy().tolist()}, expected 0 to {w.shape[0] - 1}"
-                )
+            indices = _indices(op, weight_indices, v, w, batch_size, "= (batch_size,)")
         elif w.shape[0] < batch_size:
             raise ShapeError(f"{op}: weights has shape {w.shape}, expected at least {batch_size} weights = batch_size")
         if seg_indptr is not None:
@@ -266,7 +270,7 @@ def group_gemm(
         raise ShapeError(f"{op}: m_indptr has shape {indptr.shape}, expected (groups + 1,)")
     indices = None
     if weight_indices is not None:
-        indices = index_view(op, "weight_indices", weight_indices, v, groups, "= (groups,)")
+        indices = _indices(op, weight_indices, v, w, groups, "= (groups,)")
     elif w.shape[0] < groups:
         raise ShapeError(f"{op}: b has shape {w.shape}, expected at least {groups} weights = len(m_indptr) - 1")
     add = None

@@ -52,7 +52,7 @@ def _norms() -> list[Operator]:
         Operator(
             "norm", "gemma_fused_add_rmsnorm", xr, _overwritten("input", "residual"), mutated=("input", "residual")
         ),
-        Operator("norm", "layernorm", ("input", "gamma", "beta"), _like("input")),
+        Operator("norm", "layernorm", ("input", "gemma", "beta"), _like("input")),
         Operator("norm", "rmsnorm_quant", ("out", *x), lambda a: ("out",), either=("scale",), into=_CAST),
         Operator(
             "norm", "fused_add_rmsnorm_quant", ("out", *xr), lambda a: ("out", "residual"), either=("scale",),
@@ -282,7 +282,7 @@ def _quantizers() -> list[Operator]:
             "activation", "silu_and_mul_quant", ("out", "input"), lambda a: ("out",), into=_GATED_CAST, **scaled
         ),
         Operator(
-            "norm", "layernorm_quant", ("out", "input", "gamma", "beta"), lambda a: ("out",), into=_CAST, **scaled
+            "norm", "layernorm_quant", ("out", "input", "gemma", "beta"), lambda a: ("out",), into=_CAST, **scaled
         ),
         cast("block_scale_interleave", "unswizzled_sf"),
         cast("nvfp4_block_scale_interleave", "unswizzled_sf"),

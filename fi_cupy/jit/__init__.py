@@ -1,4 +1,7 @@
-"""From kernel specification to a launch: render, compile, cache, load."""
+"""From kernel specification to a launch: render, compile, cache, load; modules by name; attention variants.
+
+The ``gen_customize_*_module`` of `fi_cupy.customize` are here, too, as in FlashInfer.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,48 @@ __all__ = [
     "BuildStats",
     "CppType",
     "CppValue",
+    "JitModule",
+    "JitSpec",
+    "JitSpecRegistry",
+    "JitSpecStatus",
     "Kernel",
     "KernelSpec",
+    "MissingJITCacheError",
     "ParamsStruct",
     "UserSource",
     "attention",
+    "build_jit_specs",
     "build_many",
     "cache",
+    "check_cuda_arch",
+    "clear_cache_dir",
     "compile",
     "define_variant",
+    "gen_act_and_mul_module",
+    "gen_batch_attention_module",
+    "gen_batch_decode_module",
+    "gen_batch_mla_module",
+    "gen_batch_prefill_module",
+    "gen_cascade_module",
+    "gen_gemm_module",
+    "gen_jit_spec",
+    "gen_norm_module",
+    "gen_page_module",
+    "gen_pod_module",
+    "gen_quantization_module",
+    "gen_rope_module",
+    "gen_sampling_module",
+    "gen_single_decode_module",
+    "gen_single_prefill_module",
+    "gen_topk_module",
+    "get_batch_attention_uri",
+    "get_batch_decode_uri",
+    "get_batch_mla_uri",
+    "get_batch_prefill_uri",
+    "get_pod_uri",
+    "get_single_decode_uri",
+    "get_single_prefill_uri",
+    "jit_spec_registry",
     "load_kernel",
     "ops",
     "render",
@@ -37,8 +73,15 @@ def stats() -> BuildStats:
     return _stats
 
 
+#: Names of `fi_cupy.jit.core`.
+_CORE = (
+    "JitModule", "JitSpec", "JitSpecRegistry", "JitSpecStatus", "MissingJITCacheError", "build_jit_specs",
+    "check_cuda_arch", "clear_cache_dir", "gen_jit_spec", "jit_spec_registry",
+)  # fmt: skip
+
+
 def __getattr__(name: str) -> Any:
-    """Variants stand above this package: they are imported on first use."""
+    """Variants and modules stand above this package: they are imported on first use."""
     if name in ("compile", "define_variant"):
         from fi_cupy import variants
 
@@ -47,8 +90,12 @@ def __getattr__(name: str) -> Any:
         from fi_cupy import customize
 
         return getattr(customize, name)
-    if name in ("attention", "ops"):
-        import importlib
+    import importlib
 
+    if name in ("attention", "ops", "core", "modules"):
         return importlib.import_module(f"fi_cupy.jit.{name}")
+    if name.startswith(("gen_", "get_")) or name in _CORE:
+        module = importlib.import_module("fi_cupy.jit.core" if name in _CORE else "fi_cupy.jit.modules")
+        if name in module.__all__:
+            return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

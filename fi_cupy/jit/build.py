@@ -70,7 +70,11 @@ def build(spec: KernelSpec, arch: str, worker: Worker | None = None) -> CachedKe
         if spec.smem_bytes > 48 * 1024:
             wanted += f" with {spec.smem_bytes} bytes of shared memory a CTA"
         raise GPUArchitectureError(f"{spec.symbol}: got target {arch}, expected {wanted}")
-    return build_job(job_for(spec, arch), worker)
+    try:
+        return build_job(job_for(spec, arch), worker)
+    except MissingKernelError as error:
+        error.spec = spec
+        raise
 
 
 def build_job(job: CompileJob, worker: Worker | None = None) -> CachedKernel:

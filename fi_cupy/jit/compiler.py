@@ -26,6 +26,7 @@ from typing import Any
 from fi_cupy.errors import CompileError, CudaUnavailableError
 from fi_cupy.jit import env
 from fi_cupy.jit.cubin import resources
+from fi_cupy.jit.sources import kernel_root
 
 _BOOT = "import sys,json,runpy; sys.path[:]=json.loads(sys.argv[1]); runpy.run_path(sys.argv[2], run_name='__main__')"
 
@@ -252,7 +253,7 @@ def ptxas_figures(log: str) -> tuple[int, int, int]:
 
 
 def _diagnose(job: CompileJob, log: str) -> str:
-    own = {name for name, _ in job.headers}
+    own = {name for name, _ in job.headers if (kernel_root() / name).is_file()}  # not the caller's
     match = _DIAGNOSTIC.search(log)
     if match is None:
         first = log.strip().splitlines()[0] if log.strip() else "no log"

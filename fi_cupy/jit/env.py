@@ -57,10 +57,28 @@ EXTRA_FLAGS = Variable(
     ("FI_CUPY_EXTRA_NVRTC_FLAGS", "FLASHINFER_EXTRA_CUDAFLAGS"), "further NVRTC options, separated by spaces"
 )
 COMPILE_TIMEOUT = Variable(("FI_CUPY_COMPILE_TIMEOUT",), "seconds one compilation may take (default 300)")
+LOG_LEVEL = Variable(
+    ("FI_CUPY_LOGLEVEL", "FLASHINFER_LOGLEVEL"),
+    "log every call: 1 names, 3 arguments and results, 5 their figures, 10 files to replay them from",
+)
+LOG_DEST = Variable(
+    ("FI_CUPY_LOGDEST", "FLASHINFER_LOGDEST"), "where calls are logged: stdout (default), stderr or a file, %i: the pid"
+)
+LOGGING_LEVEL = Variable(
+    ("FI_CUPY_LOGGING_LEVEL", "FLASHINFER_LOGGING_LEVEL"), 'level of the logger "fi_cupy": debug, info ...'
+)
+DUMP_DIR = Variable(("FI_CUPY_DUMP_DIR", "FLASHINFER_DUMP_DIR"), "folder of calls at level 10 [default: fi_cupy_dumps]")
+DUMP_MAX_SIZE_GB = Variable(("FI_CUPY_DUMP_MAX_SIZE_GB", "FLASHINFER_DUMP_MAX_SIZE_GB"), "how much, GB (default 20)")
+DUMP_MAX_COUNT = Variable(("FI_CUPY_DUMP_MAX_COUNT", "FLASHINFER_DUMP_MAX_COUNT"), "how many calls (default 1000)")
+DUMP_INCLUDE = Variable(
+    ("FI_CUPY_DUMP_INCLUDE", "FLASHINFER_DUMP_INCLUDE"), 'which calls, e.g. "*decode*,BatchPrefill*.run" (default all)'
+)
+DUMP_EXCLUDE = Variable(("FI_CUPY_DUMP_EXCLUDE", "FLASHINFER_DUMP_EXCLUDE"), "and which of them not")
 
 ALL: tuple[Variable, ...] = (
     CACHE_DIR, NO_COMPILE, ARCH_LIST, TARGET, AUTOTUNE_DIR, CUBIN_PACK, PRELOAD, VERBOSE, LINEINFO, DEBUG, EXTRA_FLAGS,
-    COMPILE_TIMEOUT,
+    COMPILE_TIMEOUT, LOG_LEVEL, LOG_DEST, LOGGING_LEVEL, DUMP_DIR, DUMP_MAX_SIZE_GB, DUMP_MAX_COUNT,
+    DUMP_INCLUDE, DUMP_EXCLUDE,
 )  # fmt: skip
 
 

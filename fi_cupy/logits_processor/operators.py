@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from fi_cupy import sampling
 from fi_cupy.errors import ArgumentError
 from fi_cupy.logits_processor.types import ParameterizedOp, TaggedTensor, TensorType
@@ -13,7 +15,7 @@ LOGITS, PROBS, INDICES = TensorType.LOGITS, TensorType.PROBS, TensorType.INDICES
 
 
 def _temperature(value: Any) -> Any:
-    if is_scalar(value) and not (isinstance(value, float) and value > 0):
+    if is_scalar(value) and not (isinstance(value, (float, np.floating)) and value > 0):
         raise ArgumentError("Temperature must be positive float or a tensor array")
     return value
 

@@ -100,6 +100,11 @@ class LogitsPipe:
         **kwargs
             temperature, top_k, top_p, min_p, indices, generator, seed, offset: those that the processors take. Values,
             or arrays of one a row.
+
+        Raises
+        ------
+        ArgumentError
+            A parameter is unknown or missing, or an operator refuses its input; the message names the operator.
         """
         unknown = [name for name in kwargs if name not in PARAMETERS]
         if unknown and all(type(op).__module__.startswith("fi_cupy.") for op in self.ops):
@@ -108,7 +113,7 @@ class LogitsPipe:
         for i, op in enumerate(self.ops if self.compiled_ops is None else self.compiled_ops):
             try:
                 tensor = op(tensor, **kwargs)
-            except Exception as error:
+            except (ValueError, TypeError) as error:  # others (no compiler, no memory) are nobody's argument
                 raise ArgumentError(f"Error executing operator {i} ({type(op).__name__}): {error}") from error
         return tensor.data
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import pytest
 from kernel_jobs import ROOT
 
-PAGES = ["index.md", "tutorials/kv_cache.md", "tutorials/recipes.md", "tutorials/tuning.md", "tutorials/variants.md"]
+PAGES = [
+    "index.md",
+    "tutorials/kv_cache.md",
+    "tutorials/logging.md",
+    "tutorials/recipes.md",
+    "tutorials/tuning.md",
+    "tutorials/variants.md",
+]
 
 
 def blocks(text: str) -> list[str]:
@@ -27,6 +35,17 @@ def test_examples_of_a_framework_run(framework):
     exec(compile("\n".join(code), framework, "exec", dont_inherit=True), {"__name__": "docs"})
 
 
+@pytest.fixture
+def log_levels():
+    """The levels of the loggers as they were: one page sets them."""
+    loggers = [logging.getLogger(name) for name in ("fi_cupy", "fi_cupy.attention")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("log_levels")
 @pytest.mark.parametrize("page", PAGES)
 def test_examples_run(page):
     code = blocks((ROOT / "docs" / page).read_text())

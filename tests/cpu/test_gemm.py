@@ -45,6 +45,7 @@ def test_values(rng, dtype, m):
     assert mm_bf16(a, weight.T, bias, out=out) is out
     assert_close(out, want + bias.astype(np.float64), "float32", "product")
     assert mm_bf16(a, weight.T, out_dtype="float16").dtype == np.float16
+    assert (mm_bf16(a, weight.T, backend="cudnn") == got).all()
 
 
 def test_batched_values(rng):
@@ -93,7 +94,7 @@ def test_jax_arrays(rng):
             "mm_bf16: out has dtype float16, expected bfloat16 = out_dtype",
         ),
         (lambda a, b: mm_bf16(a, b, out_dtype="int8"), errors.DTypeError, "mm_bf16: out_dtype is int8"),
-        (lambda a, b: mm_bf16(a, b, backend="cudnn"), errors.UnsupportedError, "backend is 'cudnn', expected 'auto'"),
+        (lambda a, b: mm_bf16(a, b, backend="x"), errors.ArgumentError, "backend is 'x', expected 'auto' or 'cudnn'"),
         (lambda a, b: bmm_bf16(a, b), errors.ShapeError, "bmm_bf16: a is 2-D"),
         (lambda a, b: bmm_bf16(a[None], b[None][[0, 0]]), errors.ShapeError, "bmm_bf16: b has shape (2, 16, 24)"),
     ],

@@ -185,6 +185,11 @@ def _case():
             "weight_indices is [0, 2], expected 0 to 1",
         ),
         (
+            lambda c: gemm.group_gemm(c["x"], c["w"], np.array([0, 1, 2]), weight_indices=np.array([-1, 0])),
+            errors.ArgumentError,
+            "group_gemm: weight_indices is [-1, 0], expected 0 to 1",
+        ),
+        (
             lambda c: wrapper().run(c["x"], c["w"], 2, False, seg_lens=c["lens"]),
             errors.ShapeError,
             "weights has shape (2, 8, 16), expected (2, 16, 16)",

@@ -21,13 +21,13 @@ LAYERS = {
     "jit.env": SPECIFICATION, "jit.params": SPECIFICATION, "jit.spec": SPECIFICATION, "jit.sources": SPECIFICATION,
     "jit.render": SPECIFICATION, "jit.trace": SPECIFICATION, "jit.ops": SPECIFICATION, "jit.emit": SPECIFICATION,
     "jit.lower": SPECIFICATION, "jit.intervals": SPECIFICATION, "jit.attention": SPECIFICATION,
-    "jit.score_shape": SPECIFICATION,
+    "jit.score_shape": SPECIFICATION, "jit.core": FRONT, "jit.modules": FRONT, "jit.uris": FRONT,
     "jit": EXECUTION, "device": EXECUTION,
     "arrays": ARRAYS, "imported": ARRAYS, "checks": ARRAYS, "workspace": ARRAYS, "kv_cache": ARRAYS,
     "random_state": ARRAYS,
     "interop": FRONT, "models": FRONT, "testing": FRONT, "cli": FRONT, "cli_tune": FRONT, "tune": FRONT,
     "cli_flashinfer": FRONT, "artifacts": FRONT, "aot": FRONT, "compilation_context": FRONT,
-    "info": FRONT, "profiles": FRONT,
+    "info": FRONT, "profiles": FRONT, "api_logging": FRONT, "api_dump": FRONT,
     "__main__": FRONT, "": FRONT,
 }  # fmt: skip
 

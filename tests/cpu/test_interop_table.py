@@ -25,8 +25,8 @@ FAMILIES = {
 #: All others, and why they have no operators of their own.
 NO_OPERATORS = {
     **dict.fromkeys(
-        ("aot", "artifacts", "autotuner", "compilation_context", "customize", "dtypes", "errors", "interop", "jit",
-         "profiles", "reference", "utils", "variants"),
+        ("aot", "api_logging", "artifacts", "autotuner", "compilation_context", "cuda_utils", "customize", "dtypes",
+         "errors", "interop", "jit", "profiles", "reference", "testing", "utils", "variants"),
         "no computation on a caller's arrays",
     ),
     "logits_processor": "LogitsPipe has a form of its own in both frameworks, tested there",
@@ -40,6 +40,7 @@ NOT_TRACED = {
     "SfLayout": "names for numbers",
     "TopKTieBreak": "names for numbers",
     "convert_bsr_mask_layout": "host arrays, before a plan",
+    "define_activation": "makes an operator of a caller's text",
     "explain": "says on the host which kernel would run",
     "fast_decode_plan": "a plan, made on the host",
     "single_decode_with_kv_cache_with_jit_module": "FlashInfer's old form of a variant; the wrappers take `variant=`",

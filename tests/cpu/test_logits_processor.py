@@ -44,7 +44,7 @@ def legal_pipelines():
         yield [*steps, *([TopP()] * p), *([MinP()] * m), Sample()]
 
 
-@pytest.mark.parametrize("steps", legal_pipelines(), ids=lambda s: "-".join(type(x).__name__ for x in s))
+@pytest.mark.parametrize("steps", list(legal_pipelines()), ids=lambda s: "-".join(type(x).__name__ for x in s))
 def test_a_legal_pipeline_is_one_kernel_that_draws_the_same(rng, steps):
     logits = normal(rng, (400, 300), "float32", 3.0)
     fused = LogitsPipe(steps, input_type=TensorType.LOGITS)
@@ -165,6 +165,18 @@ def test_custom_processors_rules_and_checks(rng):
 def test_error_texts(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_other_errors_stay_what_they_are(monkeypatch):
+    from fi_cupy.errors import CompileError as NvrtcError
+
+    def broken(*args, **kwargs):
+        raise NvrtcError("no such header")
+
+    pipe = LogitsPipe([Softmax()])
+    monkeypatch.setattr(sampling, "softmax", broken)
+    with pytest.raises(NvrtcError, match="no such header"):
+        pipe(np.ones((1, 2), np.float32))
 
 
 def test_tags_and_legalisation():

@@ -115,6 +115,29 @@ def test_trap_16_thresholds_keep_ties(row, k, p):
     assert (np.isfinite(sampling.top_k_mask_logits(x, k)[0])).tolist() == in_k
 
 
+@given(counts, st.integers(1, 14), st.integers(1, 64), st.integers(0, 16), st.booleans(), st.integers(0, 2**62))
+@settings(max_examples=200, deadline=None)
+def test_all_filters_together_are_exact(row, k, p, m, joint, seed):
+    """Top-k, top-p of what it left (or of all), min-p: in rational numbers; draws come from what is kept."""
+    exact = [Fraction(c, 64) for c in row]
+    top = max(exact)
+    in_k = [sum(q > t for q in exact) < k for t in exact]
+    mass = Fraction(1) if joint else sum(q for q, a in zip(exact, in_k, strict=True) if a)
+    rest = [q if a or joint else 0 for q, a in zip(exact, in_k, strict=True)]
+    in_p = [p == 64 or sum(q for q in rest if q > t) < Fraction(p, 64) * mass for t in exact]
+    in_m = [t >= Fraction(m, 16) * top for t in exact]
+    kept = [bool(t) and a and b and c for t, a, b, c in zip(exact, in_k, in_p, in_m, strict=True)]
+    x = np.float32([row]) / 64
+    from fi_cupy import sampling_launch
+
+    filters = {"top_k": k, "top_p": p / 64, "min_p": m / 16, "joint": joint}
+    assert (sampling_launch.filtered_rows("all", "probs", x, *filters.values())[0] > 0).tolist() == kept
+    token = sampling_launch.draw_tokens(
+        "all", "probs", x, **filters, indices=None, generator=None, seed=seed, offset=None
+    )  # fmt: skip
+    assert kept[token[0]]
+
+
 @pytest.mark.parametrize("order", ["top_k_first", "joint"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_trap_17_kept_sets_agree_with_fp64_sorting(rng, dtype, order):
@@ -368,6 +391,8 @@ P = np.full((4, 8), 0.125, np.float32)
         (lambda: sampling.top_k_sampling_from_probs(P, 0), errors.ArgumentError, "top_k is 0, expected at least 1"),
         (lambda: sampling.top_k_renorm_probs(P, 2.5), errors.ArgumentError, "top_k is 2.5, expected an integer"),
         (lambda: sampling.top_p_renorm_probs(P, 1.5), errors.ArgumentError, "top_p is 1.5, expected 0 to 1"),
+        (lambda: sampling.min_p_sampling_from_probs(P, math.nan), errors.ArgumentError, "min_p is nan, expected 0 to"),
+        (lambda: sampling.softmax(P, math.nan), errors.ArgumentError, "temperature is nan, expected a number"),
         (
             lambda: sampling.top_k_top_p_sampling_from_probs(P, 2, 0.5, filter_apply_order="x"),
             errors.ArgumentError,

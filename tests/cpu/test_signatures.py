@@ -1,4 +1,4 @@
-"""Names, order and defaults of the public attention and page functions: FlashInfer's, so that calls move over.
+"""Names, order and defaults of the public functions and wrappers: FlashInfer's, so that calls move over.
 
 Every row lists the positional parameters in FlashInfer's order, then ``*`` and what it takes by keyword only. Ours may
 have more keywords behind them, but no other positional parameter in between.
@@ -53,7 +53,97 @@ ROPE_QUANTIZE = (
     "quant_scale_kv=1.0 q_rope_out=None k_rope_out=None q_nope_out=None k_nope_out=None enable_pdl=False"
 )
 
+DRAW = "indices=None deterministic=True generator=None check_nan=False seed=None offset=None return_valid=False"
+BOTH_FILTERS = DRAW.replace("deterministic", "filter_apply_order='top_k_first' deterministic")
+ROPE = "rotary_dim=None interleave=False rope_scale=1 rope_theta=10000.0"
+LLAMA31_ROPE = (
+    "rotary_dim=None interleave=False rope_scale=8 rope_theta=500000.0 low_freq_factor=1 high_freq_factor=4 "
+    "old_context_len=8192"
+)
+MODULE_OPTIONS = "pos_encoding_mode=0 use_sliding_window=False use_logits_soft_cap=False"
+
 SIGNATURES = {
+    "sampling.softmax": "logits temperature=None enable_pdl=None",
+    "sampling.sampling_from_logits": f"logits {DRAW}",
+    "sampling.sampling_from_probs": f"probs {DRAW}",
+    "sampling.top_p_sampling_from_probs": f"probs top_p {DRAW}",
+    "sampling.top_k_sampling_from_probs": f"probs top_k {DRAW}",
+    "sampling.min_p_sampling_from_probs": f"probs min_p {DRAW}",
+    "sampling.top_k_top_p_sampling_from_logits": f"logits top_k top_p {BOTH_FILTERS}",
+    "sampling.top_k_top_p_sampling_from_probs": f"probs top_k top_p {BOTH_FILTERS}",
+    "sampling.top_p_renorm_probs": "probs top_p is_deterministic=False",
+    "sampling.top_p_renorm_prob": "probs top_p is_deterministic=False",
+    "sampling.top_k_renorm_probs": "probs top_k",
+    "sampling.top_k_renorm_prob": "probs top_k",
+    "sampling.top_k_mask_logits": "logits top_k",
+    "sampling.chain_speculative_sampling": (
+        "draft_probs draft_token_ids target_probs maybe_output_accepted_token_num=None "
+        "maybe_output_emitted_draft_token_num=None deterministic=True generator=None seed=None offset=None"
+    ),
+    "sampling.get_seed_and_offset": "increment generator=None device=None",
+    "topk.top_k": "input k sorted=False deterministic=False tie_break=0 dsa_graph_safe=False",
+    "topk.top_k_page_table_transform": (
+        "input src_page_table lengths k row_to_batch=None deterministic=False tie_break=0 dsa_graph_safe=False "
+        "row_starts=None page_table_row_starts=None * page_size=1 out=None out_raw_indices=None"
+    ),
+    "topk.top_k_ragged_transform": (
+        "input offsets lengths k deterministic=False tie_break=0 dsa_graph_safe=False row_starts=None * out=None"
+    ),
+    "logits_processor.LogitsPipe": (
+        "processors compile=True input_type=None custom_fusion_rules=None custom_validity_checks=None"
+    ),
+    "logits_processor.Softmax": "enable_pdl=None",
+    "logits_processor.TopK": "joint_topk_topp=False",
+    "logits_processor.Sample": "deterministic=True",
+    "logits_processor.LogitsProcessor.legalize": "input_type",
+    "logits_processor.FusionRule": "pattern guard build prio=0",
+    "logits_processor.compile_pipeline": "ops custom_fusion_rules=None custom_validity_checks=None",
+    "norm.rmsnorm": "input weight eps=1e-06 out=None enable_pdl=None",
+    "norm.gemma_rmsnorm": "input weight eps=1e-06 out=None enable_pdl=None",
+    "norm.fused_add_rmsnorm": "input residual weight eps=1e-06 enable_pdl=None",
+    "norm.gemma_fused_add_rmsnorm": "input residual weight eps=1e-06 enable_pdl=None",
+    "activation.silu_and_mul": "input out=None enable_pdl=None",
+    "activation.gelu_and_mul": "input out=None enable_pdl=None",
+    "activation.gelu_tanh_and_mul": "input out=None enable_pdl=None",
+    "rope.apply_rope": f"q k indptr offsets {ROPE}",
+    "rope.apply_rope_inplace": f"q k indptr offsets {ROPE}",
+    "rope.apply_rope_pos_ids": f"q k pos_ids {ROPE}",
+    "rope.apply_rope_pos_ids_inplace": f"q k pos_ids {ROPE}",
+    "rope.apply_llama31_rope": f"q k indptr offsets {LLAMA31_ROPE}",
+    "rope.apply_llama31_rope_pos_ids_inplace": f"q k pos_ids {LLAMA31_ROPE}",
+    "rope.apply_rope_with_cos_sin_cache": "positions query key head_size cos_sin_cache is_neox=True",
+    "rope.apply_rope_with_cos_sin_cache_inplace": "positions query key head_size cos_sin_cache is_neox=True",
+    "quantization.packbits": "x bitorder='big'",
+    "quantization.segment_packbits": "x indptr bitorder='big'",
+    "gemm.mm_bf16": "a b bias=None pdl=False out=None out_dtype=None backend='cudnn'",
+    "gemm.bmm_bf16": "A B out=None out_dtype=None backend='cudnn'",
+    "jit.gen_jit_spec": (
+        "name sources extra_cflags=None extra_cuda_cflags=None extra_ldflags=None extra_include_paths=None "
+        "needs_device_linking=False"
+    ),
+    "jit.build_jit_specs": "specs verbose=False skip_prebuilt=True",
+    "jit.JitSpec.build": "verbose=False need_lock=True",
+    "jit.JitSpec.build_and_load": "class_name=None",
+    "jit.gen_single_decode_module": f"dtype_q dtype_kv dtype_o head_dim_qk head_dim_vo {MODULE_OPTIONS}",
+    "jit.gen_batch_decode_module": f"dtype_q dtype_kv dtype_o dtype_idx head_dim_qk head_dim_vo {MODULE_OPTIONS}",
+    "jit.gen_single_prefill_module": (
+        f"backend dtype_q dtype_kv dtype_o head_dim_qk head_dim_vo {MODULE_OPTIONS} use_fp16_qk_reduction=False"
+    ),
+    "jit.gen_batch_prefill_module": (
+        f"backend dtype_q dtype_kv dtype_o dtype_idx head_dim_qk head_dim_vo {MODULE_OPTIONS} "
+        "use_fp16_qk_reduction=False"
+    ),
+    "jit.gen_act_and_mul_module": "act_func_name act_func_def=None",
+    "api_logging.flashinfer_api": "func=None * trace=None",
+    "api_logging.replay_from_dump": "dump_dir compare_outputs=False device='cuda' run=False object_registry=None",
+    "api_logging.replay_sequence": "root_dir device='cuda'",
+    "utils.check_shape_dtype_device": "x expected_shape expected_dtype expected_device name",
+    "utils.backend_requirement": "backend_checks common_check=None heuristic_func=None",
+    "testing.utils.bench_gpu_time": (
+        "fn dry_run_iters=None repeat_iters=None dry_run_time_ms=25 repeat_time_ms=100 l2_flush=None "
+        "l2_flush_size_mb=None l2_flush_device=None sleep_after_run=False enable_cupti=False use_cuda_graph=False "
+        "num_iters_within_graph=10 input_args=() input_kwargs=None cold_l2_cache=True"
+    ),
     "decode.single_decode_with_kv_cache": (
         "q k v kv_layout='NHD' pos_encoding_mode='NONE' use_tensor_cores=False q_scale=None k_scale=None v_scale=None "
         "window_left=-1 logits_soft_cap=None sm_scale=None rope_scale=None rope_theta=None return_lse=False"
@@ -209,7 +299,8 @@ SIGNATURES = {
     "sparse.convert_bsr_mask_layout": "mask indptr",
     "norm.rmsnorm_quant": "out input weight scale eps=1e-06 enable_pdl=None",
     "norm.fused_add_rmsnorm_quant": "out input residual weight scale eps=1e-06 enable_pdl=None",
-    "norm.layernorm_quant": "out input gamma beta scale eps=1e-06",
+    "norm.layernorm": "input gemma beta eps=1e-06",
+    "norm.layernorm_quant": "out input gemma beta scale eps=1e-06",
     "rope.rope_quantize_fp8": ROPE_QUANTIZE,
     "rope.mla_rope_quantize_fp8": ROPE_QUANTIZE,
     "rope.rope_quantize_fp8_append_paged_kv_cache": (
@@ -313,6 +404,8 @@ MILDER = {
     ("gemm.SegmentGEMMWrapper.reset_workspace_buffer", "int_workspace_buffer"): None,
     ("fused_moe.cutlass_fused_moe", "quant_scales"): None,  # 16-bit weights have none
     # One choice of kernel for all devices; FlashInfer's names are accepted where it has several.
+    ("gemm.mm_bf16", "backend"): "auto",
+    ("gemm.bmm_bf16", "backend"): "auto",
     ("gemm.bmm_fp8", "backend"): "auto",
     ("gemm.mm_fp8", "backend"): "auto",
     ("gemm.mm_fp8", "out_dtype"): None,  # bfloat16, or that of out

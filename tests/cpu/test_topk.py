@@ -58,7 +58,7 @@ def test_transforms():
         (lambda: topk.top_k(X, 1.5), errors.ArgumentError, "k is 1.5, expected an integer"),
         (lambda: topk.top_k(X, 1, tie_break=3), errors.ArgumentError, "tie_break is 3"),
         (lambda: topk.top_k(X[0], 1), errors.ShapeError, "input is 1-D"),
-        (lambda: topk.top_k(X.astype(int), 1), errors.DTypeError, "input has dtype int64"),
+        (lambda: topk.top_k(X[:1].astype(int), 1), errors.DTypeError, "input has dtype int64"),
         (
             lambda: topk.top_k_ragged_transform(X, np.zeros(2, np.int32), np.zeros(3, np.int32), 1),
             errors.ShapeError,

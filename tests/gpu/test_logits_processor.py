@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fi_cupy.logits_processor import LogitsPipe, MinP, Sample, Softmax, Temperature, TensorType, TopK, TopP
-from fi_cupy.testing.generators import normal, on_gpu, to_float64
+from fi_cupy.testing.generators import new_stream, normal, on_gpu, to_float64
 from fi_cupy.testing.tolerances import assert_close
 
 cupy = pytest.importorskip("cupy")
@@ -65,3 +65,27 @@ def test_single_steps_agree_with_the_fused_ones(rng):
     values = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "seed": 3}
     a, b = (LogitsPipe(steps, compile=c)(logits, **values) for c in (True, False))
     assert int((a != b).sum()) <= 2  # draws and thresholds within rounding
+
+
+def test_a_graph_draws_fresh_tokens_from_its_pipeline(rng):
+    rows, pipe = 32, LogitsPipe([Temperature(), Softmax(), TopK(), TopP(), MinP(), Sample()])
+    logits = on_gpu(normal(rng, (rows, 3000), "bfloat16", 3.0))
+    seed, offset = cupy.asarray(rng.integers(0, 1 << 62, rows)), cupy.zeros(1, cupy.int64)
+    values = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.01}
+    stream, seen = new_stream(), []
+    with stream:
+        pipe(logits, **values, seed=seed, offset=offset)
+        offset += 0  # the addition is compiled before the capture
+        stream.synchronize()
+        stream.begin_capture()
+        tokens = pipe(logits, **values, seed=seed, offset=offset)
+        offset += 4
+        graph = stream.end_capture()
+        for _ in range(3):
+            graph.launch()
+            stream.synchronize()
+            seen.append(cupy.asnumpy(tokens))
+    for step, got in enumerate(seen):
+        want = pipe(cupy.asnumpy(logits), **values, seed=cupy.asnumpy(seed), offset=4 * step)
+        assert (got == want).all()
+    assert (seen[0] != seen[1]).any() and (seen[1] != seen[2]).any()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fi_cupy import sampling, sampling_launch
 from fi_cupy.device import device_info
@@ -16,6 +20,10 @@ from fi_cupy.testing.tolerances import assert_close
 cupy = pytest.importorskip("cupy")
 DTYPES = ["float32", "bfloat16", "float16"]
 INF = np.inf
+SEED = int(os.environ["FI_CUPY_TEST_SEED"])  # of this session
+#: A threshold that no few values of a row sum to, and one that no two values of 8 or 11 bits have as their ratio, up to
+#: fp32's rounding.
+THIRD, NO_RATIO = float(np.float32(1 / 3)), 0.33336
 #: Rows, vocabulary: below a block, one element past a segment, unaligned rows, whole models.
 SHAPES = [(5, 1), (7, 3), (9, 130), (6, 1025), (4, 5003), (3, 32000), (2, 128256)]
 
@@ -318,7 +326,7 @@ def test_graph_replay_draws_fresh_tokens(rng):
 def million(row, function, **kwargs):
     """Counts of 2^20 draws from one row."""
     draws = 1 << 20
-    tokens = function(on_gpu(row[None]), indices=cupy.zeros(draws, cupy.int32), seed=12345, **kwargs)
+    tokens = function(on_gpu(row[None]), indices=cupy.zeros(draws, cupy.int32), seed=SEED + 12345, **kwargs)
     return cupy.asnumpy(cupy.bincount(tokens, minlength=row.size))
 
 
@@ -337,24 +345,121 @@ def assert_frequencies(seen, weights):
     assert z / np.sqrt(2 / (9 * dof)) < 5.2
 
 
-def test_distributions_by_chi_square(rng):
-    ties = normal(rng, (2000,), "bfloat16", 1.5).astype(np.float32)
+def adversarial_rows(rng, dtype="float32"):
+    """Logits that draws may trip over, of a type."""
     spike = np.zeros(1500, np.float32)
     spike[700] = 12
     holes = normal(rng, (1300,), "float32", 1.0)
     holes[rng.random(1300) < 0.5] = -INF
     holes[0] = 1
-    for row in (ties, spike, holes, np.float32([0.5]), np.float32([0, 1, 2]), np.zeros(1025, np.float32)):
+    rows = {
+        "ties": np.round(normal(rng, (2000,), "float32", 1.5) * 4) / 4, "spike": spike, "holes": holes,
+        "one": np.float32([0.5]), "three": np.float32([0, 1, 2]), "flat": np.zeros(1025, np.float32),
+        "normal": normal(rng, (2000,), "float32", 1.5),
+    }  # fmt: skip
+    return {name: row.astype(normal(rng, (1,), dtype).dtype) for name, row in rows.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_distributions_by_chi_square(rng, dtype):
+    """Native input of every type: rounded to bfloat16 most values of a row stand there many times."""
+    for row in adversarial_rows(rng, dtype).values():
         dist = sf.softmax(row[None].astype(np.float64))
-        probs = dist[0].astype(np.float32)
+        probs = dist[0].astype(row.dtype)
         assert_frequencies(million(row, sampling.sampling_from_logits), dist[0])
-        assert_frequencies(million(probs, sampling.sampling_from_probs), dist[0])
+        assert_frequencies(million(probs, sampling.sampling_from_probs), probs.astype(np.float64))
         for order in ("top_k_first", "joint"):
-            # Thresholds of 1/3: no subset of the rows' values sums to them within rounding.
-            keep = sf.top_k_top_p_mask(probs[None].astype(np.float64), 300, 1 / 3, order)[0]
-            seen = million(row, sampling.top_k_top_p_sampling_from_logits, top_k=300, top_p=1 / 3,
+            keep = sf.top_k_top_p_mask(dist, 300, THIRD, order)[0]
+            seen = million(row, sampling.top_k_top_p_sampling_from_logits, top_k=300, top_p=THIRD,
                            filter_apply_order=order)  # fmt: skip
             assert_frequencies(seen, dist[0] * keep)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_filtered_distributions_by_chi_square(rng, dtype):
+    for name, row in adversarial_rows(rng, dtype).items():
+        probs = sf.softmax(row[None].astype(np.float64))[0].astype(row.dtype)
+        wide = probs[None].astype(np.float64)
+        for function, keep, parameters in (
+            (sampling.top_k_sampling_from_probs, sf.top_k_mask(wide, 40), {"top_k": 40}),
+            (sampling.top_p_sampling_from_probs, sf.top_p_mask(wide, THIRD), {"top_p": THIRD}),
+            (sampling.min_p_sampling_from_probs, sf.min_p_mask(wide, NO_RATIO), {"min_p": NO_RATIO}),
+            (
+                sampling.top_k_top_p_sampling_from_probs, sf.top_k_top_p_mask(wide, 40, THIRD, "joint"),
+                {"top_k": 40, "top_p": THIRD, "filter_apply_order": "joint"},
+            ),
+        ):  # fmt: skip
+            assert keep.any(), name
+            assert_frequencies(million(probs, function, **parameters), wide[0] * keep[0])
+
+
+def test_distributions_of_denormals_and_a_huge_vocabulary(rng):
+    tiny = (rng.integers(0, 9, 1500) * 2.0**-149).astype(np.float32)
+    keep = sf.top_k_mask(tiny[None].astype(np.float64), 300)[0]
+    assert_frequencies(million(tiny, sampling.sampling_from_probs), tiny.astype(np.float64))
+    seen = million(tiny, sampling.top_k_sampling_from_probs, top_k=300)
+    assert_frequencies(seen, tiny.astype(np.float64) * keep)
+    row = normal(rng, (262144,), "bfloat16", 4.0)
+    dist = sf.softmax(row[None].astype(np.float64))
+    assert_frequencies(million(row, sampling.sampling_from_logits), dist[0])
+    keep = sf.top_k_top_p_mask(dist, 1 << 30, THIRD, "joint")[0]
+    seen = million(row, sampling.top_k_top_p_sampling_from_logits, top_k=1 << 30, top_p=THIRD)
+    assert_frequencies(seen, dist[0] * keep)
+
+
+def test_speculative_marginals_by_chi_square(rng):
+    """A million chains: every emitted token is distributed as the target's, however far off the draft is."""
+    draws, n, vocab = 1 << 20, 2, 7
+    target, draft = (sf.softmax(normal(rng, (n + 1, vocab), "float32", 1.5)) for _ in range(2))
+    draft[0, 3], target[1, 2] = 0, 0
+    target, draft = (x / x.sum(-1, keepdims=True) for x in (target, draft))
+    cumulative = np.cumsum(draft[:n].astype(np.float64), axis=-1)
+    u = rng.random((draws, n, 1)) * cumulative[:, -1:]
+    ids = (u > cumulative).sum(-1).astype(np.int32)
+    p = cupy.broadcast_to(on_gpu(target), (draws, n + 1, vocab)).copy()
+    q = cupy.broadcast_to(on_gpu(draft[:n]), (draws, n, vocab)).copy()
+    tokens, accepted, emitted = (
+        cupy.asnumpy(x) for x in sampling.chain_speculative_sampling(q, on_gpu(ids), p, seed=int(rng.integers(1 << 62)))
+    )
+    for position in range(n + 1):
+        reached = emitted >= position
+        assert_frequencies(np.bincount(tokens[reached, position], minlength=vocab), target[position].astype(np.float64))
+        assert (tokens[~reached, position] == -1).all() or position == 0
+    # The chance of acceptance at each position is the overlap of both distributions.
+    overlap = np.minimum(draft[:n], target[:n]).astype(np.float64).sum(-1)
+    assert abs(accepted.mean() - overlap.sum()) < 6 * np.sqrt(n / 4 / draws) and (accepted >= emitted).all()
+    share = (emitted == n).mean()
+    assert abs(share - overlap.prod()) < 6 * np.sqrt(0.25 / draws)
+
+
+#: Around segments and vectors; larger ones are those of SHAPES, whose kernels are there.
+VOCABS = st.one_of(st.integers(1, 3000), st.sampled_from([1023, 1024, 1025, 8191, 32000]))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    seed=st.integers(0, 2**62), rows=st.integers(0, 9), vocab=VOCABS, dtype=st.sampled_from(DTYPES),
+    top_k=st.one_of(st.integers(1, 60), st.sampled_from([1500, 1 << 30])), top_p=st.floats(0, 1, width=32),
+    min_p=st.floats(0, 1, width=32), order=st.sampled_from(["top_k_first", "joint"]), offset=st.integers(0, 2**40),
+    as_arrays=st.booleans(), kinds=st.permutations(ROW_KINDS),
+)  # fmt: skip
+def test_any_shape_and_parameters_draw_the_reference_tokens(
+    seed, rows, vocab, dtype, top_k, top_p, min_p, order, offset, as_arrays, kinds
+):
+    rng = np.random.default_rng(seed)
+    at = {"seed": seed, "offset": offset}
+    if as_arrays:
+        at = {"seed": rng.integers(0, 1 << 62, rows), "offset": rng.integers(0, 1 << 40, rows)}
+        top_k, top_p = np.full(rows, top_k, np.int32), np.full(rows, top_p, np.float32)
+        min_p = np.full(rows, min_p, np.float32)
+    for logits in (True, False):
+        x = odd_rows(rng, rows, vocab, dtype, logits, kinds)
+        ends = "logits" if logits else "probs"
+        both = {"top_k": top_k, "top_p": top_p, "filter_apply_order": order, **at}
+        check(getattr(sampling, f"sampling_from_{ends}"), x, "plain", **at)
+        check(getattr(sampling, f"top_k_top_p_sampling_from_{ends}"), x, f"{top_k} {top_p} {order}", **both)
+    check(sampling.min_p_sampling_from_probs, x, f"min_p {min_p}", min_p=min_p, **at)
+    check(sampling.top_p_sampling_from_probs, x, f"top_p {top_p}", top_p=top_p, **at)
 
 
 def test_frameworks(rng):
