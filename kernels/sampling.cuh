@@ -112,7 +112,7 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
     if constexpr (Filter::kMin) {
       if (args.has_min_p()) left.least = Domain::min_p_key(args.min_p, state.top);
     }
-    uint32_t low = bounds.low, listed = kWholeRow;
+    uint32_t low = bounds.low, listed = kWholeRow, finer = 0;
     uint64_t total = 0;
     if (alone) state.correct_unit();
     if (size != 0) {
@@ -121,7 +121,11 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
       judged.low = 0xffffffffu;  // they give way to the list
     }
     if (alone || joint) total = state.total();
-    if (size != 0 || (top_k && lower_bound(state, args.top_k, low))) listed = gather<State>(row, low);
+    if (size != 0) listed = gather<State>(row, low);
+    if (listed > Shared::kList && top_k && lower_bound(state, args.top_k, finer) && finer > low) {
+      low = finer;
+      listed = gather<State>(row, low);
+    }
     if (threadIdx.x < row.segments()) shared.sum[threadIdx.x] = 0;
     __syncthreads();  // sums are clear
     const Rest rest = {listed <= Shared::kList ? listed : kWholeRow, low, state.top_key};

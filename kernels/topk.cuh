@@ -76,6 +76,7 @@ FI_DEVICE void sort_network(uint32_t n, Compare&& compare) {
 // What candidates are compared by: their order in the result.
 struct OrderLoad {
   static constexpr bool kAdds = false;
+  static constexpr uint32_t kNothing = Logits::kNothing;
   FI_DEVICE static uint32_t lowest(uint32_t) { return 0; }
   FI_DEVICE static bool valid(uint32_t) { return true; }
 };
@@ -338,9 +339,12 @@ FI_DEVICE void top_k(const TopKParams& params) {
     }
   }
   const State state(row, shared, size != 0 ? bounds.top : row_top(shared, row.segments()));
-  uint32_t low = bounds.low, listed = kWholeRow;
-  const bool bounded = size != 0 || length <= Shared::kList || lower_bound(state, k, low);
-  if (bounded) listed = gather<State>(row, low);
+  uint32_t low = bounds.low, listed = kWholeRow, finer = 0;
+  if (size != 0 || length <= Shared::kList) listed = gather<State>(row, low);
+  if (listed > Shared::kList && lower_bound(state, k, finer) && finer > low) {
+    low = finer;
+    listed = gather<State>(row, low);
+  }
   if (listed <= Shared::kList) {
     rank_list<Config::kThreads>(shared, listed, k, flip, [&](uint32_t place, uint32_t index) { output.write(place, index); });
   } else if (k <= Shared::kList && (params.flags & kTopKSorted)) {

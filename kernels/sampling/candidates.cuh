@@ -144,10 +144,11 @@ FI_DEVICE void pad_tops(Shared& shared, uint32_t segments, uint32_t size) {
   for (uint32_t i = segments; i < (segments > 128 ? 256 : 128); ++i) shared.top[i] = 0;
 }
 
-// The k-th largest of the groups' largest keys, which at least k elements reach, and the largest. `reached`: so many groups
-// reach it. Every CTA for itself. Uses the bins, but not where candidates will be compared.
+// The k-th largest of the groups' largest keys, which at least k elements reach, and the largest. `ties`: hardly a group is
+// below it, but for those with no more than `nothing`. Every CTA for itself. Uses the bins, but not where candidates will be
+// compared.
 template <int kThreads, class Row, class Shared>
-FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, uint32_t k, uint32_t& reached) {
+FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, uint32_t k, uint32_t nothing, bool& ties) {
   constexpr uint32_t kBlocks = Row::kBlocks, kWarps = kThreads / 32;
   static_assert(kThreads >= kPairs && kWarps % 8 == 0);
   uint32_t* const made = shared.bins + 4 * kPairs;  // behind `order` and `load`
@@ -193,8 +194,7 @@ FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, 
   counts[part * padded + set * 32 + lane_id()] = -(larger[0] + larger[1]);
   __syncthreads();  // parts are counted
   // The k-th largest is the smallest of those that fewer than k are larger than.
-  uint32_t low = 0xffffffffu, top = 0;
-  reached = groups;
+  uint32_t low = 0xffffffffu, top = 0, below = 0;
 #pragma unroll 1
   for (uint32_t i = lane_id(); i < (many ? 64 : 32); i += 32) {
     const uint4 four = quads[i];
@@ -206,7 +206,7 @@ FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, 
     }
     auto look = [&](uint32_t key, uint32_t above) {
       low = min_of(low, above < k ? key : 0xffffffffu);
-      reached = min_of(reached, above < k ? groups : above);
+      below += above >= k && key > nothing;
     };
     look(four.x, above.x);
     look(four.y, above.y);
@@ -214,7 +214,7 @@ FI_DEVICE Bounds group_bounds(Shared& shared, uint32_t segments, uint32_t size, 
     look(four.w, above.w);
     top = max_of(max_of(top, max_of(four.x, four.y)), max_of(four.z, four.w));
   }
-  reached = ptx::warp_min_u32(reached);
+  ties = ptx::warp_sum_u32(below) * 16 <= groups;
   return {ptx::warp_min_u32(low), ptx::warp_max_u32(top), 0};
 }
 
@@ -224,6 +224,7 @@ template <class Domain, bool kDraws, bool kAdds_>
 struct MassLoad {
   typename Domain::Ref ref;
   static constexpr bool kAdds = kAdds_;
+  static constexpr uint32_t kNothing = Domain::kNothing;
   // What has no mass is never a candidate.
   FI_DEVICE static uint32_t lowest(uint32_t top_key) {
     if constexpr (kDraws) return Domain::lowest_key(value_of(top_key));
@@ -235,8 +236,8 @@ struct MassLoad {
 };
 
 // Every warp lists what reaches a bound in its own segments, for the first CTA: a lower bound of the k-th largest, or
-// (k = 0) `least(top)`. In no order. With kKeeps every CTA also has its own candidates. Of a bound that many groups' largest
-// keys are equal to, what is above it; those ties are announced (kAdds), too. Behind the summary. The shared memory is the
+// (k = 0) `least(top)`. In no order. With kKeeps every CTA also has its own candidates. Of a bound that nearly
+// all groups reach, what is above it; its ties are announced (kAdds), too. Behind the summary. The shared memory is the
 // dynamic one.
 template <class Shape, class Load, bool kKeeps, class Row, class Shared, class Least>
 FI_DEVICE Bounds shortlist(Row row, uint32_t size, uint32_t k, Least least) {
@@ -248,14 +249,14 @@ FI_DEVICE Bounds shortlist(Row row, uint32_t size, uint32_t k, Least least) {
   extern __shared__ __align__(1024) uint8_t smem[];
   Shared& shared = *reinterpret_cast<Shared*>(smem);
   const uint32_t segments = row.segments(), rank = Shape::rank();
-  uint32_t reached;
-  Bounds bounds = group_bounds<Shape::kThreads, Row>(shared, segments, size, k, reached);
+  bool ties;
+  Bounds bounds = group_bounds<Shape::kThreads, Row>(shared, segments, size, k, Load::kNothing, ties);
   if (!Load::valid(bounds.top)) return bounds;
   if (k == 0) bounds.low = least(bounds.top);
   const uint32_t lowest = Load::lowest(bounds.top);
   if (bounds.low < lowest) {
     bounds.low = lowest;
-  } else if (reached > max_of(32u, k + k / 2) && k > 0 && bounds.low <= kInfKey) {
+  } else if (ties && k > 0 && bounds.low <= kInfKey) {
     bounds.ties = bounds.low++;
   }
   const float bound = value_of(bounds.low);
