@@ -9,19 +9,9 @@ from typing import Any
 from fi_cupy.arrays import view
 from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import bfloat16
-from fi_cupy.gemm import hopper, hopper_rows, mm_bf16
-from fi_cupy.gemm.select import (
-    TILES,
-    FewConfig,
-    few_config,
-    few_spec,
-    rows_config,
-    rows_spec,
-    select_mm_kernel,
-    stream_spec,
-    tiled_config,
-    tiled_spec,
-)
+from fi_cupy.gemm import hopper, mm_bf16
+from fi_cupy.gemm.select import select_mm_kernel
+from fi_cupy.gemm.tuning import MmProblem, mm_candidates
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.testing.bench import BenchCase, bench_case, random_array
@@ -82,64 +72,11 @@ def cases(device: DeviceInfo) -> list[BenchCase]:
     return table
 
 
-def _up(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _few_neighbours(m: int, n: int, k: int) -> list[FewConfig]:
-    """The chosen numbers, and those that differ in one of them."""
-    few = few_config(m, n, k)
-    return [
-        few,
-        few._replace(wide=not few.wide),
-        few._replace(ahead=not few.ahead),
-        few._replace(warps_k=max(1, few.warps_k // 2)),
-        few._replace(depth=1),
-    ]
-
-
 def alternatives(device: DeviceInfo, m: int, n: int, k: int) -> dict[str, tuple[KernelSpec, Any]]:
-    """Every sensible kernel for one shape: what `select_mm_kernel` chooses from, and close neighbours."""
-    found: dict[str, tuple[KernelSpec, Any]] = {}
-
-    def add(spec: KernelSpec, grid: tuple[int, int, int]) -> None:
-        found.setdefault(spec.symbol, (spec, grid))
-
-    add(*select_mm_kernel(m, n, k, device))
-    if m <= 4:
-        lanes, rows, depth, warps_k, warps_n = rows_config(k)
-        for r, w in {(rows, warps_n), (2 * rows, warps_n), (rows, 2 * warps_n), (max(1, rows // 2), warps_n)}:
-            spec = rows_spec(bfloat16, bfloat16, m if m <= 2 else 4, lanes, r, depth, warps_k, w, True)
-            add(spec, (_up(n, w * r * (32 // lanes)), 1, 1))
-    for few in _few_neighbours(m, n, k) if m <= 16 else ():
-        a_tiles, w_tiles, depth, warps_k, wide, ahead = few
-        spec = few_spec(bfloat16, bfloat16, a_tiles, w_tiles, depth, warps_k, wide=wide, ahead=ahead)
-        add(spec, (_up(n, 16 * w_tiles), 1, 1))
-    if m <= 256:
-        steps = _up(k, 64)
-        for tiles in ((1, 1), (1, 2), (2, 2), (2, 4), (4, 4)):
-            for warps_k in {min(8, max(1, _up(steps, 3))), 8 if steps >= 8 else 4}:
-                for depth in (2, 3) if tiles[0] * tiles[1] < 8 else (2,):
-                    for wide in (False, True) if tiles == (1, 1) else (False,):
-                        spec = stream_spec(bfloat16, bfloat16, *tiles, wide, depth, warps_k)
-                        add(spec, (_up(n, 8 * tiles[1]), _up(m, 16 * tiles[0]), 1))
-    if m > 16:
-        _, _, block_k, stages, group = tiled_config(m, n, device)
-        for block_m, block_n, _, _ in TILES:
-            for s in {stages, 3, 4} if block_m + block_n < 256 else {3}:
-                spec = tiled_spec(bfloat16, bfloat16, block_m, block_n, block_k, s, group, False)
-                if spec.smem_bytes <= device.smem_per_block:
-                    add(spec, (_up(m, block_m) * _up(n, block_n), 1, 1))
-    if not hopper.hopper_refusal(device, bfloat16, n, k):
-        for tile in (hopper.LARGE, hopper.MIDDLE, hopper.WIDE, hopper.SMALL, hopper.TINY) if m > 16 else ():
-            tiles = _up(m, tile.block_m) * _up(n, tile.block_n)
-            spec = hopper.hopper_spec(tile, bfloat16, bfloat16, bfloat16)
-            add(spec, (min(tiles, device.num_sms), 1, 1))
-        best = hopper_rows.rows_tile(m, n, 2 * k, device.num_sms)
-        for few in {best, *(best._replace(split=s) for s in (1, 2, 4))} if 4 < m <= 128 else ():
-            spec = hopper_rows.rows_spec(few, bfloat16, bfloat16, bfloat16)
-            add(spec, (_up(n, few.block_n) * few.split, _up(m, few.rows), 1))
-    return found
+    """Every sensible kernel for one shape, the tuner's candidates: what `select_mm_kernel` chooses, and neighbours."""
+    problem = MmProblem(m, n, k, device, bfloat16, bfloat16)
+    launches = (candidate.launch(problem) for candidate in mm_candidates(problem))
+    return {launch[0].symbol: launch for launch in launches if launch is not None}
 
 
 def _launcher(spec: KernelSpec, grid: Any, m: int, n: int, k: int) -> Callable[[tuple[Any, Any, Any]], None]:

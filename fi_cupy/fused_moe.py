@@ -59,9 +59,8 @@ _ROUTING = ParamsStruct(
     "RoutingParams",
     [
         ("scores", "ptr"), ("bias", "ptr"), ("values", "ptr"), ("indices", "ptr"), ("scores_stride", "i64"),
-        ("values_stride", "i64"), ("indices_stride", "i64"), ("tokens", "u32"), ("groups", "u32"),
-        ("top_groups", "u32"), ("top_k", "u32"), ("size", "u32"), ("shift", "u32"), ("factor", "f32"),
-        ("wide", "u32"), ("vectors", "u32"),
+        ("values_stride", "i64"), ("indices_stride", "i64"), ("tokens", "u32"), ("top_groups", "u32"),
+        ("factor", "f32"), ("wide", "u32"),
     ],
 )  # fmt: skip
 _THREADS = 256
@@ -96,16 +95,22 @@ def _spec(function: str, *types: DType) -> KernelSpec:
 
 
 @lru_cache(maxsize=64)
-def routing_spec(scores: DType, bias: DType, out: DType, per: int) -> KernelSpec:
-    """The kernel of `fused_topk_deepseek` for element types and a number of experts a lane."""
+def routing_spec(
+    scores: DType, bias: DType, out: DType, experts: int, groups: int, top_k: int, vectors: bool
+) -> KernelSpec:
+    """The kernel of `fused_topk_deepseek` for types and numbers; `vectors`: 16-byte loads can read the rows."""
+    shift, per = routing_lanes(experts, groups)
     return KernelSpec(
-        symbol=f"routing_topk_{scores.tag}_{bias.tag}_{out.tag}_{per}",
+        symbol=f"routing_topk_{scores.tag}_{bias.tag}_{out.tag}_{groups}x{experts // groups}_{top_k}{'_v' * vectors}",
         header="routing.cuh",
         function="routing_topk",
         params=_ROUTING,
-        config=(("T", scores), ("Bias", bias), ("Out", out), ("kWarps", _ROUTING_WARPS), ("kPer", per)),
+        config=(
+            ("T", scores), ("Bias", bias), ("Out", out), ("kWarps", _ROUTING_WARPS), ("kGroups", groups),
+            ("kSize", experts // groups), ("kShift", shift), ("kPer", per), ("kTop", top_k), ("kVectors", vectors),
+        ),
         threads=32 * _ROUTING_WARPS,
-    )
+    )  # fmt: skip
 
 
 def routing_lanes(experts: int, groups: int) -> tuple[int, int]:
@@ -121,7 +126,7 @@ def kernel_specs() -> list[KernelSpec]:
         _spec("moe_gather"),
         _spec("moe_finish", bfloat16, bfloat16),
         _spec("moe_finish", float16, float16),
-        routing_spec(float32, float32, float32, 8),
+        routing_spec(float32, float32, float32, 256, 8, 8, True),
     ]
 
 
@@ -189,14 +194,12 @@ def fused_topk_deepseek(
         values.write(weights)
         indices.write(chosen)
         return
-    size = experts // n_group
-    shift, per = routing_lanes(experts, n_group)
-    vectors = not (s.ptr % 16 or b.ptr % 16 or s.strides[0] * s.dtype.itemsize % 16)
-    vectors = vectors and all(size * x.dtype.itemsize % 16 == 0 for x in (s, b))
-    load_kernel(routing_spec(s.dtype, b.dtype, values.dtype, per), s.device).launch(
+    pieces = (x.ptr % 16 or experts // n_group * x.dtype.itemsize % 16 for x in (s, b))
+    vectors = not (any(pieces) or s.strides[0] * s.dtype.itemsize % 16)
+    load_kernel(routing_spec(s.dtype, b.dtype, values.dtype, experts, n_group, topk, vectors), s.device).launch(
         -(-tokens // _ROUTING_WARPS), s.stream(), s.ptr, b.ptr, values.ptr, indices.ptr, s.strides[0],
-        values.strides[0], indices.strides[0], tokens, n_group, topk_group, topk, size, shift, routed_scaling_factor,
-        int(indices.dtype is int64), int(vectors), pdl=bool(launch_with_pdl),
+        values.strides[0], indices.strides[0], tokens, topk_group, routed_scaling_factor, int(indices.dtype is int64),
+        pdl=bool(launch_with_pdl),
     )  # fmt: skip
 
 

@@ -103,7 +103,8 @@ def model_specs(shape: ModelShape, device: DeviceInfo) -> list[KernelSpec]:
         sampling_kernels,
     )  # fmt: skip
     from fi_cupy.dtypes import bfloat16, float32
-    from fi_cupy.gemm.select import gated_spec, select_mm_kernel, select_rms_kernel, with_residual
+    from fi_cupy.gemm.instances import with_residual
+    from fi_cupy.gemm.select import gated_spec, select_mm_kernel, select_rms_kernel
     from fi_cupy.prefill_hopper import Load
 
     h, d, kv = shape.hidden, shape.head_dim, shape.num_kv_heads

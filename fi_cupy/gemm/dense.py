@@ -13,9 +13,10 @@ from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, DTypeError, LayoutError, ShapeError, UnsupportedError
 from fi_cupy.gemm import hopper, hopper_rows
 from fi_cupy.gemm.group import launch_group
+from fi_cupy.gemm.instances import with_residual
 from fi_cupy.gemm.operands import check_choice, swapped
 from fi_cupy.gemm.route import on_hopper
-from fi_cupy.gemm.select import FEW_MAX, HOPPER_ROWS_MAX, select_gated_kernel, select_rms_kernel, with_residual
+from fi_cupy.gemm.select import FEW_MAX, HOPPER_ROWS_MAX, select_gated_kernel, select_rms_kernel
 from fi_cupy.gemm.tuning import choose_mm_kernel
 from fi_cupy.jit.kernel import load_kernel
 

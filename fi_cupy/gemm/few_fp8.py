@@ -44,6 +44,7 @@ def few_fp8_spec(config: FewConfig, a: DType, b: DType, out: DType, blocks: bool
         config=(
             ("TA", a), ("TB", b), ("Out", out), ("kATiles", a_tiles), ("kWTiles", w_tiles), ("kWide", wide),
             ("kGated", False), ("kAhead", ahead), ("kDepth", depth), ("kWarpsK", warps_k), ("kBlocks", blocks),
+            ("kOnce", False),
         ),
         threads=32 * warps_k,
         min_arch=89,  # whose tensor cores take fp8, or convert it in an instruction

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import DType
-from fi_cupy.gemm import hopper, hopper_rows, select
+from fi_cupy.gemm import hopper, hopper_rows, instances, select
 from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.tuning.choice import Problem, TunableOp, choose
 from fi_cupy.tuning.types import (
@@ -94,7 +94,7 @@ def _rows(p: MmProblem) -> Iterator[Candidate]:
     held = p.m if p.m <= 2 else 4
     lanes, rows, depth, warps_k, warps_n = select.rows_config(p.k)
     shapes = [(lanes, rows, depth, warps_k, warps_n), (lanes, 2 * rows, max(1, depth // 2), warps_k, warps_n)]
-    shapes.append((lanes, rows, depth, warps_k, 2 * warps_n))
+    shapes += [(lanes, rows, depth, warps_k, w) for w in (2 * warps_n, 1)]
     if lanes == 32:
         steps = -(-p.k // 256)
         for r, limit, wk, wn in ((1, 2, 8, 1), (2, 2, 8, 1), (2, 4, 4, 2), (1, 7, 8, 1), (4, 2, 4, 2), (1, 4, 4, 2)):
@@ -104,7 +104,7 @@ def _rows(p: MmProblem) -> Iterator[Candidate]:
         shapes += [(8, 1, select._even_depth(-(-steps // w), 4), w, max(1, 4 // w)) for w in (3, 8) if w <= steps]
     for shape in dict.fromkeys(shapes):
         if shape[3] * shape[4] <= 16:
-            spec = select.rows_spec(p.dtype, p.out, held, *shape, True)
+            spec = select._rows(shape, p.m, p.k, p.dtype, p.out)
             yield Candidate(spec, held, shape[4] * shape[1] * (32 // shape[0]), "plane", held)
 
 
@@ -116,8 +116,10 @@ def _few(p: MmProblem) -> Iterator[Candidate]:
         # Neither more warps than steps nor more slots than a warp has steps.
         if warps_k <= steps and depth <= -(-steps // warps_k) and not (wide and depth == 3):
             shapes.append(select.FewConfig(own.a_tiles, 1, depth, warps_k, wide, ahead))
+    if own.a_tiles == 2 and steps >= 32:  # half as many reads of a
+        shapes += [select.FewConfig(2, 2, depth, warps_k, False, True) for depth in (1, 2) for warps_k in (8, 12)]
     for shape in dict.fromkeys(shapes):
-        spec = select._few(shape, p.dtype, p.out)
+        spec = select._few(shape, p.k, p.dtype, p.out)
         yield Candidate(spec, 8 * shape.a_tiles, 16 * shape.w_tiles, "plane")
 
 
@@ -135,21 +137,29 @@ def _stream(p: MmProblem) -> Iterator[Candidate]:
             if depth <= -(-steps // warps_k):
                 shapes.append((m_tiles, n_tiles, wide, depth, warps_k))
     for shape in dict.fromkeys(shapes):
-        yield Candidate(select.stream_spec(p.dtype, p.out, *shape), 16 * shape[0], 8 * shape[1], "plane")
+        yield Candidate(instances.stream_spec(p.dtype, p.out, *shape), 16 * shape[0], 8 * shape[1], "plane")
+    for tiles, depth in itertools.product(((1, 2), (1, 4), (2, 2), (2, 4), (4, 2), (4, 4), (1, 1)), (1, 2, 3)):
+        # All of k on its way before the first product: what of both operands fits a thread's registers, and sums 48 KB.
+        warps_k, sums = -(-steps // depth), 16 * tiles[0] * (8 * tiles[1] + 8) * 4
+        if warps_k > 12 or depth * sum(tiles) > 10 or (tiles[0] > 1 and 8 * tiles[0] >= p.m):
+            continue
+        if warps_k * sums <= 48 << 10 or warps_k % 2 == 0:
+            spec = instances.stream_spec(p.dtype, p.out, *tiles, False, depth, warps_k, ahead=True, once=True)
+            yield Candidate(spec, 16 * tiles[0], 8 * tiles[1], "plane")
 
 
 def _tiled(p: MmProblem, slow: bool) -> Iterator[Candidate]:
     own = select.tiled_config(p.m, p.n, p.device, batch=p.batch, slow_bf16=slow)
     block_k, _, group = own[2:]
     shapes = [own]
-    for block_m, block_n, _, _ in select.TILES[-1:] if slow else select.TILES:
+    for block_m, block_n, _, _ in instances.TILES[-1:] if slow else instances.TILES:
         if block_m == 128 and p.m <= 64:
             continue
         large = block_m + block_n == 256
         for s in (2,) if p.device.code_number < 80 else (3,) if large else (3, 4):
             shapes += [(block_m, block_n, block_k, s, g) for g in dict.fromkeys((group, 8, 16))]
     for shape in dict.fromkeys(shapes):
-        spec = select.tiled_spec(p.dtype, p.out, *shape, p.row_major_b)
+        spec = instances.tiled_spec(p.dtype, p.out, *shape, p.row_major_b)
         if spec.supports(p.device.arch) and spec.smem_bytes <= p.device.smem_per_block:
             yield Candidate(spec, shape[0], shape[1], "flat")
 
@@ -179,7 +189,10 @@ def _hopper(p: MmProblem) -> Iterator[Candidate]:
             spec = hopper_rows.rows_spec(tile, p.dtype, p.dtype, p.out, row_major_b=p.row_major_b)
             yield Candidate(spec, 64, block_n, "plane")
     if p.m > 16:
-        for shape in (hopper.LARGE, hopper.BROAD, hopper.MIDDLE, hopper.WIDE, hopper.SMALL, hopper.TINY):
+        tiles = [hopper.LARGE, hopper.BROAD, hopper.MIDDLE, hopper.WIDE, hopper.SMALL, hopper.TINY]
+        if p.k < 2048:  # a store through shared memory takes longer from the last product to the end
+            tiles += [x._replace(bulk=False) for x in tiles[:3]]
+        for shape in tiles:
             columns = shape.block_n // shape.warps_n
             if columns >= 32 * (1 + p.row_major_b) and (shape.block_m == 64 or p.m > 64):
                 large = hopper.hopper_spec(shape, p.dtype, p.dtype, p.out, row_major_b=p.row_major_b)

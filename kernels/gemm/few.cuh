@@ -36,7 +36,7 @@ struct FewNothing {
   FI_DEVICE void operator()() const {}
 };
 
-// Config: kATiles, kWTiles, kWide, kGated, kAhead, kDepth (steps of W in registers), kWarpsK
+// Config: kATiles, kWTiles, kWide, kGated, kAhead, kDepth (steps of W in registers), kWarpsK, kOnce (all of k: 64 kDepth kWarpsK or less)
 template <class Config>
 struct FewShape {
   static constexpr int kRows = 8 * Config::kATiles, kPartColumns = 16 * Config::kWTiles;
@@ -65,7 +65,7 @@ template <class Config, class Mma, class Scales, class Ahead = FewNothing>
 FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Config>::Partial& partial, Mma mma, Scales& scales,
                             Ahead ahead_of_sums = {}) {
   constexpr int kATiles = Config::kATiles, kWTiles = Config::kWTiles, kDepth = Config::kDepth;
-  constexpr bool kWide = Config::kWide, kGated = Config::kGated, kAhead = Config::kAhead;
+  constexpr bool kWide = Config::kWide, kGated = Config::kGated, kAhead = Config::kAhead, kOnce = Config::kOnce;
   constexpr int kRows = FewShape<Config>::kRows, kColumns = FewShape<Config>::kColumns, kPitch = FewShape<Config>::kPitch;
   constexpr uint32_t kStride = 64 * Config::kWarpsK;
   const int lane = lane_id(), warp = warp_id(), g = lane >> 2, t = lane & 3;
@@ -95,23 +95,24 @@ FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Confi
       for (int i = 0; i < 4; ++i) {  // narrow: i = 2 half + (upper rows)
         const uint32_t at = step + (kWide ? 0 : i / 2 * 32);
         const bool inside = at + (kWide ? 8 * (lane & 7) : 8 * t) < operands.k;
-        slot[wt][i] = inside ? load_streaming<uint4>(w[wt][kWide ? i : i % 2] + at) : make_uint4(0, 0, 0, 0);
+        slot[wt][i] = inside ? load_weight(w[wt][kWide ? i : i % 2] + at) : make_uint4(0, 0, 0, 0);
       }
   };
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) fill(ring[d], warp * 64 + d * kStride);
 
-  ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
   const uint16_t* a[kATiles];
   bool a_row[kATiles];
 #pragma unroll
   for (int i = 0; i < kATiles; ++i) {
     const uint32_t row = m_first + 8 * i + g;
     a_row[i] = row < operands.m;
-    a[i] = operands.a + min(row, operands.m - 1) * operands.a_stride + 8 * t;
+    a[i] = operands.a + computed_here<kOnce>(min(row, operands.m - 1) * operands.a_stride + 8 * t);
   }
+  ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
   auto load_a = [&](int i, uint32_t k) {
-    return a_row[i] && k + 8 * t < operands.k ? *reinterpret_cast<const uint4*>(a[i] + k) : make_uint4(0, 0, 0, 0);
+    if (!a_row[i] || k + 8 * t >= operands.k) return make_uint4(0, 0, 0, 0);
+    return load_rows<kAhead && kOnce>(a[i] + k);
   };
   uint4 ahead[kAhead ? kDepth : 1][kAhead ? kATiles : 1][2];
   auto fill_a = [&](int d, uint32_t step) {
@@ -127,7 +128,9 @@ FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Confi
   for (int d = 0; d < kDepth; ++d) fill_a(d, warp * 64 + d * kStride);
   ahead_of_sums();
 
-  constexpr int kAccs = kWide ? 4 : 1;  // wide: fragment rows of loads 2 p and 2 p + 1, half h of the step, at 2 p + h
+  // Wide: fragment rows of loads 2 p and 2 p + 1, half h of the step, at 2 p + h. Narrow, several steps at once: half h at h, so that
+  // fewer products wait for one another.
+  constexpr int kAccs = kWide ? 4 : kOnce && kDepth > 1 ? 2 : 1;
   float acc[kWTiles][kATiles][kAccs][4] = {};
   float sums[Scales::kScaled ? kWTiles : 1][Scales::kScaled ? kATiles : 1][kAccs][4] = {};
   for (uint32_t base = warp * 64; base < operands.k; base += kDepth * kStride) {
@@ -152,7 +155,7 @@ FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Confi
             for (int p = 0; p < (kWide ? 2 : 1); ++p) {
               const uint4 lo = ring[d][wt][kWide ? 2 * p : 2 * half], hi = ring[d][wt][(kWide ? 2 * p : 2 * half) + 1];
               const uint32_t first[4] = {lo.x, hi.x, lo.y, hi.y}, second[4] = {lo.z, hi.z, lo.w, hi.w};
-              float(&c)[4] = acc[wt][i][kWide ? 2 * p + half : 0];
+              float(&c)[4] = acc[wt][i][kWide ? 2 * p + half : kAccs == 2 ? half : 0];
               mma(c, first, x_first);
               mma(c, second, x_second);
             }
@@ -170,9 +173,12 @@ FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Confi
                 acc[wt][i][q][e] = 0.f;
               }
       }
-      fill(ring[d], step + kDepth * kStride);
-      fill_a(d, step + kDepth * kStride);
+      if constexpr (!kOnce) {
+        fill(ring[d], step + kDepth * kStride);
+        fill_a(d, step + kDepth * kStride);
+      }
     }
+    if constexpr (kOnce) break;
   }
 
 #pragma unroll
@@ -192,7 +198,7 @@ FI_DEVICE void few_partials(const FewOperands& operands, typename FewShape<Confi
           }
       } else {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) row[(e & 1) * kPitch + 8 * (e >> 1) + g] = c[0][e];
+        for (int e = 0; e < 4; ++e) row[(e & 1) * kPitch + 8 * (e >> 1) + g] = kAccs == 2 ? c[0][e] + c[kAccs - 1][e] : c[0][e];
       }
     }
   scales.post();
@@ -220,6 +226,9 @@ FI_DEVICE void few_tile(const GemmParams& params, Scales& scales, Factor factor)
   auto column_of = [&](uint32_t e) { return n_first + e % (Shape::kColumns / 2) * 2; };
   auto inside = [&](uint32_t e) { return e < kPairs && row_of(e) < params.m && column_of(e) < params.n; };
   uint2 held = make_uint2(0, 0);
+  Out* const out = static_cast<Out*>(params.out) + blockIdx.z * params.out_batch;
+  constexpr bool kOnce = Config::kOnce;
+  Out* const first = out + computed_here<kOnce>(row_of(threadIdx.x) * params.out_stride + column_of(threadIdx.x));
   few_partials<Config>(
       operands, partial,
       [](float(&c)[4], const uint32_t(&fa)[4], const uint32_t(&fb)[2]) { ptx::mma_m16n8k16<T>(c, fa, fb); }, scales,
@@ -229,11 +238,11 @@ FI_DEVICE void few_tile(const GemmParams& params, Scales& scales, Factor factor)
       });
 
   const typename Config::Epilogue epilogue(params);
-  Out* out = static_cast<Out*>(params.out) + blockIdx.z * params.out_batch;
-  for (uint32_t e = threadIdx.x; e < kPairs; e += Shape::kThreads) {
+  constexpr bool kSingle = kPairs <= Shape::kThreads;  // a thread has at most one pair
+  for (uint32_t e = threadIdx.x; e < kPairs; e += kSingle ? kPairs : Shape::kThreads) {
     if (!inside(e)) continue;
     const uint32_t row = row_of(e), column = column_of(e), r = row - m_first, c = column - n_first;
-    Out* to = out + row * params.out_stride + column;
+    Out* to = kSingle && kOnce ? first : out + row * params.out_stride + column;
     const float f = factor(r);
     if constexpr (Config::kGated) {
       const uint32_t part = c / 8 * 16 + c % 8;

@@ -43,11 +43,12 @@ FI_DEVICE void gemm_few_rms(const GemmRmsParams& params) {
   constexpr int kWarpsK = Config::kWarpsK, kRows = FewShape<Config>::kRows;
   __shared__ __align__(16) float squares[kWarpsK][kRows];
   FewSquares<Config> scales(squares);
+  const uint32_t share = uint32_t(computed_here<true>(__float_as_uint(math::ptx_rcp(float(params.product.k)))));
   few_tile<Config>(params.product, scales, [&](uint32_t r) {
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < Config::kWarpsK; ++i) sum += squares[i][r];
-    return math::rsqrt(sum / float(params.product.k) + params.eps);
+    return math::rsqrt(fmaf(sum, __uint_as_float(share), params.eps));
   });
 }
 

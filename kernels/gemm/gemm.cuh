@@ -35,6 +35,32 @@ FI_DEVICE float2 unpack2<__nv_bfloat16>(uint32_t pair) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
+// A number that is computed here if kHere, not where it is used: behind the last barrier its arithmetic would be waited for.
+template <bool kHere>
+FI_DEVICE int64_t computed_here(int64_t x) {
+  if constexpr (kHere) asm volatile("" : "+l"(x));
+  return x;
+}
+
+// 16 bytes of a weight that are not read again, past L1. Not as constants: those ptxas moves behind the wait for the predecessor.
+FI_DEVICE uint4 load_weight(const void* p) {
+  uint4 r;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "l"(p)
+               : "memory");
+  return r;
+}
+
+// 16 bytes of a; if kAll, in front of the first product: the compiler would load the next ones behind it, which waits for these.
+template <bool kAll>
+FI_DEVICE uint4 load_rows(const void* p) {
+  if constexpr (!kAll) return *static_cast<const uint4*>(p);
+  uint4 r;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p) : "memory");
+  return r;
+}
+
 // An epilogue maps the fp32 sum of one element to the value that is rounded to Out and stored:
 //   E(params);  float e(float sum, uint32_t row, uint32_t column)
 // Kernels call it for elements inside the matrix only, once each.

@@ -30,8 +30,9 @@ struct HopperGemmConsumer {
                            : ptx::wgmma_descriptor(smem + Shape::kB + warp_n * Shape::kWarpN * 128, 16, 1024);
   }
   FI_DEVICE void wait() const { ptx::mbarrier_wait(full + ring.at * 8, ring.phase); }
+  // Factors in blocks are read by every lane for itself, operands by the warp's products.
   FI_DEVICE void release(uint32_t stage) const {
-    if (lane_id() == 0) ptx::mbarrier_arrive(empty + stage * 8);
+    if (Shape::kBlocks || lane_id() == 0) ptx::mbarrier_arrive(empty + stage * 8);
   }
   // accumulate 0: the block starts the sums.
   FI_DEVICE void multiply(float (&d)[Shape::kRegs], int accumulate) const {

@@ -72,7 +72,7 @@ struct HopperGemmShape {
 template <class Config>
 struct HopperGemmShared {
   uint64_t full[Config::kStages];   // the producer's expected bytes (1); in blocks also each lane of the scales' producer (32)
-  uint64_t empty[Config::kStages];  // lane 0 of every consumer warp
+  uint64_t empty[Config::kStages];  // lane 0 of every consumer warp; in blocks all lanes, which have read factors
   float a_scale[HopperGemmShape<Config>::kBlocks ? Config::kStages : 1][HopperGemmShape<Config>::kBlocks ? Config::kBlockM : 1];
   float b_scale[Config::kStages][HopperGemmShape<Config>::kScalesB];
 };
@@ -81,12 +81,13 @@ struct HopperGemmShared {
 template <class Config>
 FI_DEVICE void init_barriers(const HopperGemmParams& params, HopperGemmShared<Config>& shared) {
   static_assert(Config::kStages <= kWarpSize);
+  constexpr int kLanes = HopperGemmShape<Config>::kBlocks ? kWarpSize : 1;
   const int stage = lane_id();
   if (stage == 0) ptx::tma_prefetch(params.b_map);
   if (stage == 1) ptx::tma_prefetch(params.a_map);
   if (stage < Config::kStages) {
     ptx::mbarrier_init(ptx::smem_address(&shared.full[stage]), HopperGemmShape<Config>::kBlocks ? 1 + kWarpSize : 1);
-    ptx::mbarrier_init(ptx::smem_address(&shared.empty[stage]), 4 * HopperGemmShape<Config>::kConsumers);
+    ptx::mbarrier_init(ptx::smem_address(&shared.empty[stage]), 4 * HopperGemmShape<Config>::kConsumers * kLanes);
   }
   ptx::mbarrier_init_fence();
   __syncwarp();

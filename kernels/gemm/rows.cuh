@@ -12,7 +12,8 @@
 
 namespace fi {
 
-// Config: T, Out, Epilogue, kM (rows of a, at least m), kLanes (8, 16 or 32), kRows, kDepth, kWarpsK, kWarpsN, kAhead, kResidual (there is one)
+// Config: T, Out, Epilogue, kM (rows of a, at least m), kLanes (8, 16 or 32), kRows, kDepth, kWarpsK, kWarpsN, kAhead, kResidual (there is one),
+// kOnce (all of k: 8 kLanes kDepth kWarpsK or less)
 template <class Config>
 FI_DEVICE void gemm_rows(const GemmParams& params) {
   using T = typename Config::T;
@@ -43,23 +44,29 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
   auto fill = [&](uint4(&slot)[kRows], uint32_t k) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
-      slot[r] = k < params.k ? load_streaming<uint4>(w[r] + k) : make_uint4(0, 0, 0, 0);
+      slot[r] = k < params.k ? load_weight(w[r] + k) : make_uint4(0, 0, 0, 0);
   };
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) fill(ring[d], k_first + d * kStride);
 
-  ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
+  constexpr bool kOnce = Config::kOnce;
   const T* a[kM];
 #pragma unroll
   for (int i = 0; i < kM; ++i)
-    a[i] = static_cast<const T*>(params.a) + blockIdx.z * params.a_batch + min(uint32_t(i), params.m - 1) * params.a_stride;
+    a[i] = static_cast<const T*>(params.a) +
+           computed_here<kOnce>(blockIdx.z * params.a_batch + min(uint32_t(i), params.m - 1) * params.a_stride);
+  constexpr bool kSingle = kM * kColumns <= kWarpsK * kWarpsN * kWarpSize;  // a thread has at most one element of the result
+  const uint32_t own_row = threadIdx.x / kColumns, own_column = n_first + threadIdx.x % kColumns;
+  Out* const out = static_cast<Out*>(params.out) + blockIdx.z * params.out_batch;
+  Out* const own = out + computed_here<kOnce>(own_row * params.out_stride + own_column);
+  ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
 
   constexpr bool kAhead = Config::kAhead;
   uint4 ahead[kAhead ? kDepth : 1][kM];
   auto load_a = [&](uint4(&x)[kM], uint32_t k) {
 #pragma unroll
     for (int i = 0; i < kM; ++i)
-      x[i] = k < params.k ? *reinterpret_cast<const uint4*>(a[i] + k) : make_uint4(0, 0, 0, 0);
+      x[i] = k < params.k ? load_rows<kAhead && kOnce>(a[i] + k) : make_uint4(0, 0, 0, 0);
   };
   if constexpr (kAhead) {
 #pragma unroll
@@ -68,11 +75,11 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
   uint32_t held = 0;
   if constexpr (Config::kResidual) {  // that of a thread's first element is on its way while the product is computed
     const typename Config::Epilogue epilogue(params);
-    const uint32_t row = threadIdx.x / kColumns, column = n_first + threadIdx.x % kColumns;
-    if (row < min(params.m, uint32_t(kM)) && column < params.n) held = epilogue.residual_bits(row, column);
+    if (own_row < min(params.m, uint32_t(kM)) && own_column < params.n) held = epilogue.residual_bits(own_row, own_column);
   }
 
-  float sum[kM][kRows] = {};
+  constexpr int kChains = kOnce ? 2 : 1;  // of dependent additions
+  float sum[kM][kRows][kChains] = {};
   for (uint32_t base = k_first; base < params.k; base += kDepth * kStride) {
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
@@ -88,25 +95,27 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
 #pragma unroll
         for (int i = 0; i < kM; ++i)
 #pragma unroll
-          for (int j = 0; j < 8; ++j) sum[i][r] = fmaf(v[j], x[i][j], sum[i][r]);
+          for (int j = 0; j < 8; ++j) sum[i][r][j % kChains] = fmaf(v[j], x[i][j], sum[i][r][j % kChains]);
       }
-      fill(ring[d], k + kDepth * kStride);
-      if constexpr (kAhead) load_a(ahead[d], k + kDepth * kStride);
+      if constexpr (!kOnce) {
+        fill(ring[d], k + kDepth * kStride);
+        if constexpr (kAhead) load_a(ahead[d], k + kDepth * kStride);
+      }
     }
+    if constexpr (kOnce) break;
   }
 
 #pragma unroll
   for (int i = 0; i < kM; ++i)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float total = warp_reduce<Sum, kLanes>(sum[i][r]);
+      const float total = warp_reduce<Sum, kLanes>(kOnce ? sum[i][r][0] + sum[i][r][kChains - 1] : sum[i][r][0]);
       if (lane_id() % kLanes == 0) partial[warp_k][i][c_first + r * kGroups] = total;
     }
   __syncthreads();  // every warp's partial sums are in shared memory
 
   const typename Config::Epilogue epilogue(params);
-  Out* out = static_cast<Out*>(params.out) + blockIdx.z * params.out_batch;
-  for (uint32_t e = threadIdx.x; e < kM * kColumns; e += kWarpsK * kWarpsN * kWarpSize) {
+  for (uint32_t e = threadIdx.x; e < kM * kColumns; e += kSingle ? kM * kColumns : kWarpsK * kWarpsN * kWarpSize) {
     const uint32_t row = e / kColumns, c = e % kColumns, column = n_first + c;
     if (row >= params.m || column >= params.n) continue;
     float total = 0.f;
@@ -118,7 +127,7 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
     } else {
       total = epilogue(total, row, column);
     }
-    out[row * params.out_stride + column] = from_float<Out>(total);
+    *(kSingle && kOnce ? own : out + row * params.out_stride + column) = from_float<Out>(total);
   }
 }
 

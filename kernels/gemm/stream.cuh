@@ -5,6 +5,7 @@
 // order, so a is loaded with the same permutation and neither shuffles nor shared memory are needed for either operand.
 // kWide reads 4 rows x 128 B an instruction instead of 8 x 64 B (better on long streams): fragment column 2r + h then
 // holds half h of row r's 64 elements, and twice the mma, into an accumulator a half, keep what is wanted on the diagonal.
+// kAhead: a goes through a ring of registers as deep as the weight's, for short k where its latency shows.
 // Shared memory: the partial tiles, at most 48 KB. Bytes moved: n k + (n / columns) m k from L1/L2.
 // Architecture: any (bf16 below sm_80 runs on the CUDA cores).
 #pragma once
@@ -12,7 +13,8 @@
 
 namespace fi {
 
-// Config: T, Out, Epilogue, kMTiles, kNTiles, kWide, kDepth (steps of W in registers), kWarpsK
+// Config: T, Out, Epilogue, kMTiles, kNTiles, kWide, kAhead, kDepth (steps of W in registers), kWarpsK, kResidual (there
+// is one), kOnce (all of k: 64 kDepth kWarpsK or less)
 template <class Config>
 FI_DEVICE void gemm_stream(const GemmParams& params) {
   using T = typename Config::T;
@@ -51,19 +53,51 @@ FI_DEVICE void gemm_stream(const GemmParams& params) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint32_t k = step + w_k[i];
-        slot[nt][i] = k < params.k ? load_streaming<uint4>(w[nt][i] + k) : make_uint4(0, 0, 0, 0);
+        slot[nt][i] = k < params.k ? load_weight(w[nt][i] + k) : make_uint4(0, 0, 0, 0);
       }
   };
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) fill(ring[d], warp * 64 + d * kStride);
 
-  ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
-  const T* a = static_cast<const T*>(params.a) + blockIdx.z * params.a_batch;
   // Rows m_first + 16 mt + 8 h + g of a; zero past the ends.
-  auto load_a = [&](uint32_t row, uint32_t k) {
-    return row < params.m && k < params.k ? *reinterpret_cast<const uint4*>(a + row * params.a_stride + k)
-                                          : make_uint4(0, 0, 0, 0);
+  constexpr bool kAhead = Config::kAhead, kOnce = Config::kOnce;
+  const T* a[kMTiles][2];
+  bool a_row[kMTiles][2];
+#pragma unroll
+  for (int mt = 0; mt < kMTiles; ++mt)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t row = m_first + 16 * mt + 8 * h + g;
+      a_row[mt][h] = row < params.m;
+      a[mt][h] = static_cast<const T*>(params.a) +
+                 computed_here<kOnce>(blockIdx.z * params.a_batch + min(row, params.m - 1) * params.a_stride + 8 * t);
+    }
+  ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
+  auto load_a = [&](int mt, int h, uint32_t k) {
+    if (!a_row[mt][h] || k + 8 * t >= params.k) return make_uint4(0, 0, 0, 0);
+    return load_rows<kAhead && kOnce>(a[mt][h] + k);
   };
+  uint4 ahead[kAhead ? kDepth : 1][kAhead ? kMTiles : 1][2][2];
+  auto fill_a = [&](int d, uint32_t step) {
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int mt = 0; mt < kMTiles; ++mt)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) ahead[d][mt][half][h] = load_a(mt, h, step + 32 * half);
+    }
+  };
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) fill_a(d, warp * 64 + d * kStride);
+  // Two columns a thread; with kResidual that of a thread's first ones is on its way while the product is computed.
+  constexpr uint32_t kPairs = kRows * kColumns / 2;
+  auto row_of = [&](uint32_t e) { return m_first + e / (kColumns / 2); };
+  auto column_of = [&](uint32_t e) { return n_first + e % (kColumns / 2) * 2; };
+  auto inside = [&](uint32_t e) { return e < kPairs && row_of(e) < params.m && column_of(e) < params.n; };
+  uint2 held = make_uint2(0, 0);
+  if (Config::kResidual && inside(threadIdx.x))
+    held = typename Config::Epilogue(params).residual_bits2(row_of(threadIdx.x), column_of(threadIdx.x));
 
   constexpr int kAccs = kWide ? 4 : 1;  // wide: load i, half h of the step, at 2 i + h
   float acc[kMTiles][kNTiles][kAccs][4] = {};
@@ -75,8 +109,12 @@ FI_DEVICE void gemm_stream(const GemmParams& params) {
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int mt = 0; mt < kMTiles; ++mt) {
-          const uint4 lo = load_a(m_first + 16 * mt + g, step + 32 * half + 8 * t);
-          const uint4 hi = load_a(m_first + 16 * mt + g + 8, step + 32 * half + 8 * t);
+          uint4 lo, hi;
+          if constexpr (kAhead) {
+            lo = ahead[d][mt][half][0], hi = ahead[d][mt][half][1];
+          } else {
+            lo = load_a(mt, 0, step + 32 * half), hi = load_a(mt, 1, step + 32 * half);
+          }
           const uint32_t first[4] = {lo.x, hi.x, lo.y, hi.y}, second[4] = {lo.z, hi.z, lo.w, hi.w};
 #pragma unroll
           for (int nt = 0; nt < kNTiles; ++nt)
@@ -90,8 +128,12 @@ FI_DEVICE void gemm_stream(const GemmParams& params) {
             }
         }
       }
-      fill(ring[d], step + kDepth * kStride);
+      if constexpr (!kOnce) {
+        fill(ring[d], step + kDepth * kStride);
+        fill_a(d, step + kDepth * kStride);
+      }
     }
+    if constexpr (kOnce) break;
   }
 
   float* flat = &partial[0][0][0];
@@ -134,10 +176,9 @@ FI_DEVICE void gemm_stream(const GemmParams& params) {
 
   const typename Config::Epilogue epilogue(params);
   Out* out = static_cast<Out*>(params.out) + blockIdx.z * params.out_batch;
-  for (uint32_t e = threadIdx.x; e < kRows * kColumns / 2; e += kThreads) {
-    const uint32_t r = e / (kColumns / 2), c = e % (kColumns / 2) * 2;
-    const uint32_t row = m_first + r, column = n_first + c;
-    if (row >= params.m || column >= params.n) continue;
+  for (uint32_t e = threadIdx.x; e < kPairs; e += kThreads) {
+    if (!inside(e)) continue;
+    const uint32_t row = row_of(e), column = column_of(e), r = row - m_first, c = column - n_first;
     float2 total = make_float2(0.f, 0.f);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
@@ -145,7 +186,13 @@ FI_DEVICE void gemm_stream(const GemmParams& params) {
       total.x += part.x;
       total.y += part.y;
     }
-    store2(out + row * params.out_stride + column, epilogue(total.x, row, column), epilogue(total.y, row, column + 1));
+    Out* const to = out + row * params.out_stride + column;
+    if constexpr (Config::kResidual) {
+      const float2 residual = epilogue.residual_of(e == threadIdx.x ? held : epilogue.residual_bits2(row, column));
+      store2(to, epilogue.plus(total.x, residual.x, column), epilogue.plus(total.y, residual.y, column + 1));
+    } else {
+      store2(to, epilogue(total.x, row, column), epilogue(total.y, row, column + 1));
+    }
   }
 }
 

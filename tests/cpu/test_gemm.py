@@ -20,6 +20,7 @@ from fi_cupy.gemm.select import (
     few_config,
     rows_config,
     select_mm_kernel,
+    stream_once,
     tiled_config,
 )
 from fi_cupy.testing.generators import normal
@@ -149,6 +150,9 @@ def test_every_choice_covers_the_matrix_and_fits_the_device(m, n, k, batch, devi
     assert grid[0] == -(-n // columns) and grid[1] == (1 if spec.function == "gemm_rows" else -(-m // rows))
     # No warp without work, and no register slot that is never filled.
     assert (warps_k - 1) * step < k and (depth - 1) * warps_k * step < k
+    # All of k in one round of loads: only where that round holds it.
+    held = warps_k * depth * step
+    assert k <= held if config["kOnce"] else spec.function == "gemm_stream" or k > held
 
 
 def test_the_measured_configurations():
@@ -172,12 +176,16 @@ def test_more_rows_go_from_rows_to_few_to_stream_to_tiled():
     assert [function(m) for m in (1, ROWS_MAX, ROWS_MAX + 1, FEW_MAX)] == ["gemm_rows"] * 2 + ["gemm_few"] * 2
     assert function(STREAM_MAX + 1) == function(4096) == "gemm_tiled"
     assert function(64, 3072, 576) == "gemm_stream"  # the rows of a stay in L1
+    for m, n, k, name in ((16, 576, 576, "16x8_d2_w5a_once"), (64, 576, 1536, "16x32_d2_w12a_once")):
+        assert select_mm_kernel(m, n, k, H100)[0].symbol == f"gemm_stream_bf16_{name}"
+    assert stream_once(16, 576, 4096, H100, bfloat16, bfloat16) is None  # more than registers hold
+    assert stream_once(64, 3072, 576, H100, bfloat16, bfloat16) is None  # more than a wave
     assert function(64, 49152, 576) == "gemm_tiled"  # tiles fill the device
     assert function(1, row_major_b=True) == "gemm_tiled"
     # Turing has no bf16 tensor cores.
     assert select_mm_kernel(4, 576, 576, T4)[0].function == "gemm_rows"
     assert select_mm_kernel(16, 576, 576, T4)[0].function == "gemm_tiled"
-    assert select_mm_kernel(16, 576, 576, T4, float16, float16)[0].function == "gemm_few"
+    assert select_mm_kernel(8, 576, 576, T4, float16, float16)[0].function == "gemm_few"
 
 
 def test_small_products_take_small_tiles():

@@ -15,7 +15,8 @@ from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import bfloat16, float8_e4m3fn, float16, float32
 from fi_cupy.gemm import dense, few_fp8, fp8, fp8_blocks, group, quantise, segment
 from fi_cupy.gemm.group import Group, group_grid, group_spec, group_tile
-from fi_cupy.gemm.select import H100, FewConfig, few_spec, rows_spec, stream_spec, tiled_spec
+from fi_cupy.gemm.instances import few_spec, rows_spec, stream_spec, tiled_spec, with_residual
+from fi_cupy.gemm.select import H100, FewConfig
 from fi_cupy.testing.generators import normal
 from fi_cupy.testing.tolerances import assert_close
 
@@ -396,6 +397,13 @@ FEW = [
     (few_spec(bfloat16, bfloat16, 1, 2, 2, 2, wide=True, ahead=True, gated=True), 16),
     (rows_spec(bfloat16, bfloat16, 2, 8, 1, 3, 3, 1, True), 4), (rows_spec(bfloat16, bfloat16, 1, 32, 2, 2, 2, 2), 4),
     (stream_spec(bfloat16, bfloat16, 1, 1, True, 2, 4), 8),
+    (few_spec(bfloat16, bfloat16, 1, 1, 2, 6, ahead=True, once=True), 16),
+    (few_spec(bfloat16, bfloat16, 2, 1, 2, 6, wide=True, ahead=True, gated=True, once=True), 8),
+    (rows_spec(bfloat16, bfloat16, 1, 16, 1, 2, 3, 2, True, True), 4),
+    (stream_spec(bfloat16, bfloat16, 1, 2, False, 1, 11, ahead=True, once=True), 16),
+    (stream_spec(float16, float32, 2, 1, False, 3, 2, ahead=True), 8),
+    (with_residual(stream_spec(bfloat16, bfloat16, 1, 4, False, 1, 11, ahead=True, once=True)), 32),
+    (with_residual(stream_spec(bfloat16, float32, 2, 4, False, 1, 4)), 32),
     (tiled_spec(bfloat16, bfloat16, 64, 64, 32, 2, 8, False), 0),
 ]  # fmt: skip
 

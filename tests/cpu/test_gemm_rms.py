@@ -10,7 +10,8 @@ from fi_cupy import errors, gemm
 from fi_cupy.device import DeviceInfo
 from fi_cupy.dtypes import bfloat16, float16
 from fi_cupy.gemm import dense
-from fi_cupy.gemm.select import FEW_MAX, H100, select_mm_kernel, select_rms_kernel, with_residual
+from fi_cupy.gemm.instances import with_residual
+from fi_cupy.gemm.select import FEW_MAX, H100, select_mm_kernel, select_rms_kernel
 from fi_cupy.testing.generators import normal
 
 EPS = 1e-5

@@ -55,6 +55,8 @@ def test_candidates_cover_the_product(device, row_major):
                     assert (gx, gy, gz) == (min(tiles, device.num_sms), 1, 1)
                 else:
                     assert (gx * gy, gz) == (tiles * config.get("kSplit", 1), 1)
+                if config.get("kOnce"):
+                    assert k <= config["kWarpsK"] * config["kDepth"] * 8 * config.get("kLanes", 8)
                 if spec.function == "gemm_rows":
                     assert m <= config["kM"]
                     assert c.block_n == config["kWarpsN"] * config["kRows"] * 32 // config["kLanes"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+import race_gemm
 
 from fi_cupy import decode, gemm, sampling, topk
 from fi_cupy.reference.attention import batch_decode_paged
@@ -89,7 +90,14 @@ def run_gemm(rng: np.random.Generator) -> None:
         assert_close(to_float64(got), wide_a @ wide_b.T, "bfloat16", "product")
 
 
-CASES = {"sampling": run_sampling, "decode": run_decode, "gemm": run_gemm}
+def run_kernels(_: np.random.Generator) -> None:
+    """Each kernel of products, routing and casts, as racecheck runs them."""
+    for family in race_gemm.FAMILIES.values():
+        for _, case in family():
+            case(np.random.default_rng(0))
+
+
+CASES = {"sampling": run_sampling, "decode": run_decode, "gemm": run_gemm, "kernels": run_kernels}
 
 
 def main() -> None:

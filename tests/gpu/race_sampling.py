@@ -2,7 +2,7 @@
 
     compute-sanitizer --tool racecheck --num-cuda-barriers 64 python tests/gpu/race_sampling.py eight
 
-Shapes: see SHAPES; "compile" builds all that they launch, "control" is a kernel with a race that the tool must see.
+Shapes: see SHAPES; "compile" builds all that they launch. race_prefill_hopper.py has a race that the tool must see.
 With FI_CUPY_EXACT_SIZES=1, arrays are allocated one by one, so that memcheck knows their ends.
 """
 
@@ -100,20 +100,6 @@ def run(shape: LaunchShape) -> None:
             np.testing.assert_array_equal(got, want, err_msg=name)
 
 
-def control() -> None:
-    """Threads read what others have written, with nothing in between."""
-    import cupy
-
-    code = """extern "C" __global__ void sampling_control(int* out) {
-        __shared__ int shared[64];
-        shared[threadIdx.x] = threadIdx.x;
-        out[threadIdx.x] = shared[63 - threadIdx.x];
-    }"""
-    out = cupy.zeros(64, cupy.int32)
-    cupy.RawKernel(code, "sampling_control")((1,), (64,), (out,))
-    cupy.cuda.runtime.deviceSynchronize()
-
-
 def compile_all() -> None:
     """Build what the shapes launch: one process records it, several compile."""
     from fi_cupy.jit.build import build_many
@@ -145,10 +131,7 @@ def main() -> None:
     if name == "compile":
         compile_all()
         return
-    if name == "control":
-        control()
-    else:
-        run(SHAPES[name])
+    run(SHAPES[name])
     print("right")
 
 

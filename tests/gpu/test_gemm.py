@@ -148,7 +148,7 @@ def test_kernels_chosen_for_other_gpus(rng, m, device, dtype):
 
 def test_every_tile(rng):
     """Each tile of the shared-memory kernel on one odd shape, both layouts of b."""
-    from fi_cupy.gemm.select import TILES, tiled_spec
+    from fi_cupy.gemm.instances import TILES, tiled_spec
 
     m, n, k = 333, 200, 168
     (a, a64), (w, w64) = padded(rng, m, k, "bfloat16"), padded(rng, n, k, "bfloat16")

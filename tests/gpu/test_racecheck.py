@@ -1,4 +1,4 @@
-"""compute-sanitizer over small runs of Hopper prefill and of sampling: no hazard in shared memory."""
+"""compute-sanitizer's racecheck over small runs of Hopper prefill, products, routing, casts, sampling: no hazard."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import race_gemm
 import race_prefill_hopper
 import race_sampling
 
@@ -35,18 +36,21 @@ def output(command: list[str], variables: dict[str, str], seconds: float) -> str
         return out.read()
 
 
-def hazards_of(script, case, *options):
-    """How many hazards racecheck sees in a run of a script, and everything that was printed."""
-    command = [
-        TOOL, "--tool", "racecheck", *options, "--show-backtrace", "no",
-        "--num-cuda-barriers", "64", sys.executable, script, case,
-    ]  # fmt: skip
-    root = str(Path(script).parents[2])
+def sanitize(tool: str, options: list[str], script: str, *arguments: str) -> str:
+    """What the tool and the script say, which ends with "right"."""
+    command = [str(TOOL), "--tool", tool, "--show-backtrace", "no", *options, sys.executable, script, *arguments]
+    root = str(Path(__file__).parents[2])
     paths = os.pathsep.join(x for x in (root, os.environ.get("PYTHONPATH", "")) if x)
     said = output(command, {**os.environ, "PYTHONPATH": paths}, 120)
+    assert "\nright\n" in said, said[-3000:]
+    return said
+
+
+def hazards(said: str) -> int:
+    """How many racecheck has found."""
     summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", said)
-    assert summary is not None and "\nright\n" in said, said[-3000:]
-    return int(summary[1]), said
+    assert summary is not None, said[-3000:]
+    return int(summary[1])
 
 
 @pytest.mark.alone
@@ -56,16 +60,26 @@ def test_prefill_hopper(case):
     """ "control" has a race: the tool sees one where there is one."""
     if device_info(0).arch != "90a":
         pytest.skip("no Hopper GPU")
-    hazards, said = hazards_of(race_prefill_hopper.__file__, case, "--kernel-name", "kernel_substring=prefill_hopper")
-    assert (hazards > 0) == (case == "control"), said[-6000:]
+    options = ["--kernel-name", "kernel_substring=prefill_hopper", "--num-cuda-barriers", "64"]
+    said = sanitize("racecheck", options, race_prefill_hopper.__file__, case)
+    assert (hazards(said) > 0) == (case == "control"), said[-6000:]
 
 
 @pytest.mark.alone
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
-@pytest.mark.parametrize("case", [*race_sampling.SHAPES, "control"])
-def test_sampling(case):
-    """In every launch shape, what it computes is held to the CPU's results as well."""
+def test_products_routing_and_casts():
     if device_info(0).arch != "90a":
         pytest.skip("no Hopper GPU")
-    hazards, said = hazards_of(race_sampling.__file__, case)
-    assert (hazards > 0) == (case == "control"), said[-6000:]
+    said = sanitize("racecheck", ["--num-cuda-barriers", "64"], race_gemm.__file__)
+    assert hazards(said) == 0, said[-6000:]
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("shape", race_sampling.SHAPES)
+def test_sampling(shape):
+    """In every launch shape; what it computes is held to the CPU's results as well."""
+    if device_info(0).arch != "90a":
+        pytest.skip("no Hopper GPU")
+    said = sanitize("racecheck", ["--num-cuda-barriers", "64"], race_sampling.__file__, shape)
+    assert hazards(said) == 0, said[-6000:]
