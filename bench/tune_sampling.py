@@ -93,16 +93,15 @@ def chosen_specs(device: DeviceInfo) -> Iterator[KernelSpec]:
             def shape(kind: str, vocab: int = vocab, rows: int = rows) -> LaunchShape:
                 return sampling_kernels.launch_shape(kind, rows, vocab, device)
 
-            select = "select" if dtype is float32 else "select16"
             for logits in (True, False):
                 yield sample_spec(dtype, logits, "none", room(vocab), shape("draw"))
                 yield sample_spec(dtype, logits, "top_p", room(vocab), shape("reject"))
-                yield sample_spec(dtype, logits, "top_k_top_p", room(vocab), shape(select))
+                yield sample_spec(dtype, logits, "top_k_top_p", room(vocab), shape("select"))
                 yield filter_spec(dtype, logits, room(vocab), shape("fill"), "top_k")
             yield sample_spec(dtype, False, "min_p", room(vocab), shape("min_p"))
-            yield sample_spec(dtype, False, "top_k", room(vocab), shape(select))
+            yield sample_spec(dtype, False, "top_k", room(vocab), shape("select"))
             for scaled in (False, True):
-                yield sample_spec(dtype, True, "all", room(vocab), shape(select), scaled)
+                yield sample_spec(dtype, True, "all", room(vocab), shape("select"), scaled)
             yield renorm_spec(dtype, room(vocab), shape("renorm"))
             yield softmax_spec(dtype, room(vocab), shape("softmax"))
             yield topk.top_k_spec(dtype, room(vocab), shape("top_k"))

@@ -119,7 +119,7 @@ _WIDE_PAIR = LaunchShape(512, 2, 1)
 
 def _shared_bytes(segments: int, tops: bool, listed: int) -> int:
     """sizeof(fi::sampling::RowShared<segments, tops, listed>)."""
-    size = 8 * segments + 8 * 32 + (8 * (256 + 16) if listed else 16) + 48
+    size = 8 * segments + 8 * 32 + (8 * 16 if listed else 8) + 48
     size = -(-size // 16) * 16 + 4 * (4096 if listed else 4)
     size += 4 * segments + 4 * (8 * segments if tops else 4) + 8 * max(listed, 4) + 24
     return -(-size // 16) * 16
@@ -147,7 +147,7 @@ def row_shared(room: int, kind: str, shape: LaunchShape) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> LaunchShape:
     """The shape of a launch, by its kind: "draw" (nothing is filtered), "reject" (top-p alone), "min_p" (alone),
-    "select" (a token of what other filters keep; "select16" of 16-bit rows), "top_k", "fill" (rows of which few
+    "select" (a token of what other filters keep), "top_k", "fill" (rows of which few
     elements are kept), "keep" (rows of which many are), "renorm" (after top-p alone), "softmax" or "speculative".
     bench/tune_sampling.py times them all.
     """
@@ -203,11 +203,13 @@ def launch_shape(kind: str, rows: int, vocab: int, device: DeviceInfo) -> Launch
     # One CTA decides; with many rows, others read meanwhile.
     if rows * 16 * 2 <= device.num_sms and segments > 64:
         return LaunchShape(256, 16, 2)
-    if few:  # of an H100's multiprocessors, clusters of eight reach 120
-        return LaunchShape(512, clusters(8 if rows * 8 * 11 <= device.num_sms * 10 else 4, 8), 1)
+    if few:  # of an H100's multiprocessors, clusters of eight reach 120, and those of four 124
+        cluster = clusters(8 if rows * 8 * 11 <= device.num_sms * 10 else 4, 8)
+        narrow = cluster == 4 and rows * 4 * 11 > device.num_sms * 10
+        return LaunchShape(256, 4, 2) if narrow else LaunchShape(512, cluster, 1)
     if rows <= device.num_sms:
         return LaunchShape(512, 1, 1)
-    return LaunchShape(512, 1, 2) if kind in ("top_k", "select16") else LaunchShape(256, 1, 2)
+    return LaunchShape(512, 1, 2) if kind == "top_k" else LaunchShape(256, 1, 2)
 
 
 def launched_bytes(spec: KernelSpec, vocab: int, dtype: DType, shape: LaunchShape) -> int:

@@ -243,9 +243,8 @@ def draw_tokens(
         m_ptr, m_value, m_wide = _real(m, 0.0, _MIN_P64)
         t_ptr, t_value, t_wide = _real(t, 1.0, _TEMPERATURE64)
         flags |= m_wide | t_wide | random.flags | (INDICES64 if out.dtype is int64 else 0) | (_JOINT if joint else 0)
-        select = "select" if x.dtype is float32 else "select16"
         shape = launch_shape(
-            {"none": "draw", "top_p": "reject", "min_p": "min_p"}.get(kind, select),
+            {"none": "draw", "top_p": "reject", "min_p": "min_p"}.get(kind, "select"),
             rows,
             x.shape[1],
             device_info(x.device),

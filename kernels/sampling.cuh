@@ -53,7 +53,7 @@ struct Judged {
   bool first;
   bool nan, valid;
   bool whole;   // nothing is filtered: the sums are the first pass's
-  bool listed;  // this CTA's candidates are everything of its segments that may be kept (where rows are written)
+  uint32_t low;  // this CTA's candidates are everything of its segments from this key on (where rows are written)
   Verdict verdict;
   uint64_t random;  // without a filter
 };
@@ -75,7 +75,8 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
   const bool alone = top_p && !top_k;  // no bound is known for it: the row is searched
   const bool joint = Domain::kOwnRef && top_p && args.joint;  // top-p compares with the whole row's mass
   const bool sums = whole || alone || joint;
-  Judged judged = {Shape::rank() == 0, false, false, whole, false, {}, 0};
+  using Load = MassLoad<Domain, kDraws, kDraws || Filter::kMass || !Domain::kOwnRef>;
+  Judged judged = {Shape::rank() == 0, false, false, whole, 0xffffffffu, {}, 0};
   uint32_t size = 0;  // not 0: every CTA lists its candidates
   if (Filter::kFilters && !whole && !alone) size = group_size<Row>(row.segments(), top_k ? args.top_k : 0);
   const Tell tell = tell_of<Row>(size);
@@ -88,14 +89,15 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
     asm volatile("" : "+l"(judged.random));  // now
     if (Filter::kFilters && lane_id() == 0) shared.random = judged.random;
   }
+  if (Filter::kFilters && threadIdx.x == 0) pad_tops<Row>(shared, row.segments(), size);
   Shape::receive(&shared.box[0], 0, summary_bytes<Filter::kFilters>(row, sums, tell, judged.first));
-  Bounds bounds = {0, 0};
+  Bounds bounds = {0, 0, 0};
   if constexpr (Filter::kFilters) {
     if (size != 0) {
-      bounds = shortlist<Shape, MassLoad<Domain>, Held::kKeeps, Row, Shared>(row, size, top_k ? args.top_k : 0,
-                                                                            MinPBound<Domain>{args.min_p});
-      judged.listed = !(top_k && args.top_k > 1 && bounds.low == bounds.top);
-      if (!judged.listed && MassLoad<Domain>::valid(bounds.top)) add_ties<Domain, Shape, Row, Shared>(row, bounds.top);
+      bounds = shortlist<Shape, Load, Held::kKeeps, Row, Shared>(row, size, top_k ? args.top_k : 0,
+                                                                 MinPBound<Domain>{args.min_p});
+      judged.low = bounds.low;
+      if (Load::kAdds && bounds.ties) add_ties<Domain, Shape, Row, Shared>(row, bounds.top, bounds.ties);
       if (!judged.first) return judged;
     }
   }
@@ -110,20 +112,20 @@ FI_DEVICE Judged judge_row(const Row& row, const FilterArgs& args, Shared& share
     if constexpr (Filter::kMin) {
       if (args.has_min_p()) left.least = Domain::min_p_key(args.min_p, state.top);
     }
-    uint32_t low = bounds.low, listed = kWholeRow;
+    uint32_t low = bounds.low, listed = kWholeRow, finer = 0;
     uint64_t total = 0;
-    if (size != 0 && !judged.listed) {  // ties
-      judged.verdict.threshold = state.top_key;
-      return judged;
-    }
     if (alone) state.correct_unit();
     if (size != 0) {
-      judged.verdict = settle<State, Shape, kDraws>(row, state.top_key, left);
-      if (judged.verdict.drawn) return judged;
-      judged.listed = false;  // they give way to the list
+      judged.verdict = settle<State, Shape, Load, kDraws>(row, state.top_key, left, bounds.ties);
+      if (judged.verdict.drawn || judged.verdict.tied) return judged;
+      judged.low = 0xffffffffu;  // they give way to the list
     }
     if (alone || joint) total = state.total();
-    if (size != 0 || (top_k && lower_bound(state, args.top_k, low))) listed = gather<State>(row, low);
+    if (size != 0) listed = gather<State>(row, low);
+    if (listed > Shared::kList && top_k && lower_bound(state, args.top_k, finer) && finer > low) {
+      low = finer;
+      listed = gather<State>(row, low);
+    }
     if (threadIdx.x < row.segments()) shared.sum[threadIdx.x] = 0;
     __syncthreads();  // sums are clear
     const Rest rest = {listed <= Shared::kList ? listed : kWholeRow, low, state.top_key};
@@ -270,8 +272,9 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   const float told_sum = __uint_as_float(uint32_t(shared.told >> 32));
   const float least = value_of(threshold);  // NaN for an invalid row: nothing reaches it
   const Quotient quotient(told_sum);
-  if (fills && judged.listed) __syncthreads();  // this CTA's candidates are complete, and its fill is written
-  if (fills && judged.listed && shared.count <= Shared::room(Shape::kCluster)) {
+  const bool listed = fills && threshold >= judged.low && judged.low != 0xffffffffu;
+  if (listed) __syncthreads();  // this CTA's candidates are complete, and its fill is written
+  if (listed && shared.count <= Shared::room(Shape::kCluster)) {
     for (uint32_t i = threadIdx.x; i < shared.count; i += Config::kThreads) {
       const uint64_t candidate = shared.candidates()[i];
       const uint32_t key = uint32_t(candidate), index = uint32_t(candidate >> 32);
@@ -283,6 +286,7 @@ FI_DEVICE void filter_rows(const SamplingParams& params) {
   }
   constexpr int kStep = Shape::kStep;
   const int first = Shape::first(), left = int(row.segments()) - 1 - first;
+  __syncwarp();  // the warp's block tops are written
 #pragma unroll 1
   for (int s = first + left / kStep * kStep; left >= 0 && s >= first; s -= kStep) {  // what was read last is nearest
     typename Row::Block v[Row::kBlocks];

@@ -75,11 +75,10 @@ FI_DEVICE void sort_network(uint32_t n, Compare&& compare) {
 
 // What candidates are compared by: their order in the result.
 struct OrderLoad {
-  static constexpr bool kTies = false;
-  static constexpr uint32_t kLowest = 0;
-  uint32_t flip;
+  static constexpr bool kAdds = false;
+  static constexpr uint32_t kNothing = Logits::kNothing;
+  FI_DEVICE static uint32_t lowest(uint32_t) { return 0; }
   FI_DEVICE static bool valid(uint32_t) { return true; }
-  FI_DEVICE uint64_t operator()(uint32_t key, uint32_t index) const { return uint64_t(key) << 32 | (index ^ flip); }
 };
 struct NoLeast {
   FI_DEVICE uint32_t operator()(uint32_t) const { return 0; }
@@ -138,16 +137,49 @@ FI_DEVICE void rank_list(Shared& shared, uint32_t n, uint32_t k, uint32_t flip, 
   for (uint32_t i = threadIdx.x; i < k; i += kThreads) put(i, shared.index[i]);
 }
 
-// The n candidates: everyone is compared with everyone; `put(place, candidate)` for the first k.
+// The n candidates: everyone is compared with everyone; `put(place, key, index)` for the first k.
 template <class Put>
-FI_DEVICE void rank_candidates(const Candidate* list, uint32_t n, uint32_t k, Put&& put) {
+FI_DEVICE void rank_candidates(const Compared& list, uint32_t n, uint32_t k, uint32_t flip, Put&& put) {
   const Split split(n);
-  if (!split.works()) return;
-  const Candidate own = list[split.item];
-  int32_t before = 0;  // negative
-  split.compare(list, [&](const Candidate& other) { ptx::count_less(before, own.load, other.load); });
-  before = split.sum(before);
-  if (split.item < n && split.part == 0 && before + int32_t(k) > 0) put(uint32_t(-before), own);
+  if (!split.works(n)) return;
+  const uint64_t own = list.order[split.item];
+  const uint32_t place = split.ranks<false>(list.order, own);
+  if (split.item < n && split.part == 0 && place < k) put(place, uint32_t(own >> 32), uint32_t(own) ^ flip);
+}
+
+// Fewer than k elements are candidates, as what is below them are ties, with this key: the first or the last ones, as many as
+// are wanting, in put(place, index), by one warp. It reads only blocks that have a candidate or a tie.
+template <class Row, class Shared, class Put>
+FI_DEVICE void fill_up(const Row& row, const Shared& shared, uint32_t n, uint32_t k, uint32_t key, bool last, Put&& put) {
+  constexpr int kPer = Row::kPer;
+  const uint32_t blocks = row.segments() * Row::kBlocks, lane = last ? 31 - lane_id() : lane_id();
+  auto block_of = [&](uint32_t i) { return last ? blocks - 1 - i : i; };
+#pragma unroll 1
+  for (uint32_t first = 0; first < blocks; first += 32) {
+    const uint32_t own = first + lane_id();
+    uint32_t taken = __ballot_sync(kFullMask, own < blocks && shared.block_top[block_of(own)] >= key);
+#pragma unroll 1
+    for (; taken; taken &= taken - 1) {
+      const uint32_t at = block_of(first + __ffs(taken) - 1) * Row::kBlock + lane * kPer;
+      typename Row::Raw v;
+      float x[kPer];
+      row.raw_at(at, v);
+      row.values(v, x);
+      uint32_t ties = 0;
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) ties |= uint32_t(at + j < row.vocab && key_of(x[j]) == key) << j;
+      const uint32_t until = n + uint32_t(warp_scan(__popc(ties)));
+      uint32_t place = until - __popc(ties);
+#pragma unroll 1
+      for (; ties && place < k; ++place) {
+        const uint32_t j = last ? 31 - __clz(ties) : __ffs(ties) - 1;
+        put(place, at + j);
+        ties ^= 1u << j;
+      }
+      n = __shfl_sync(kFullMask, until, 31);
+      if (n >= k) return;
+    }
+  }
 }
 
 // The k largest of a row with more than k elements, in index order: put(place, key, index). Keys below `low` are surely
@@ -278,6 +310,7 @@ FI_DEVICE void top_k(const TopKParams& params) {
   Started<Shape> started;
   summarise<Logits, true, true, Shape>(row, shared, false, started, NotHeld{}, tell);
   if (!first && size == 0) return;
+  if (threadIdx.x == 0) pad_tops<Row>(shared, row.segments(), size);
   Shape::receive(&shared.box[0], 0, summary_bytes<true>(row, false, tell, first));
 
   const TopKOutput<T> output(params, data, row_number);
@@ -290,23 +323,28 @@ FI_DEVICE void top_k(const TopKParams& params) {
   }
   const bool large = (params.flags & kTopKLargeTies) != 0;
   const uint32_t flip = large ? 0 : 0xffffffffu;
-  Bounds bounds = {0, 0};
+  Bounds bounds = {0, 0, 0};
   if (size != 0) {
     bounds = shortlist<Shape, OrderLoad, false, Row, Shared>(row, size, k, NoLeast{});
     if (!first) return;
-    const uint32_t n = collect<Shape>(shared, OrderLoad{flip});
+    const uint32_t n = collect<Shape, false>(shared, flip, NoLeast{});
     if (n != kWholeRow) {
-      rank_candidates(collected(shared), n, k, [&](uint32_t place, const Candidate& c) {
-        const bool exact = c.key <= kInfKey && c.key != key_of(0.f);  // the key has all of the element
-        output.write(place, c.index, exact || !params.values ? from_float<T>(value_of(c.key)) : data[c.index]);
+      rank_candidates(compared(shared), n, k, flip, [&](uint32_t place, uint32_t key, uint32_t index) {
+        const bool exact = key <= kInfKey && key != key_of(0.f);  // the key has all of the element
+        output.write(place, index, exact || !params.values ? from_float<T>(value_of(key)) : data[index]);
       });
+      if (n < k && warp_id() == 0)
+        fill_up(row, shared, n, k, bounds.ties, large, [&](uint32_t place, uint32_t index) { output.write(place, index); });
       return;
     }
   }
   const State state(row, shared, size != 0 ? bounds.top : row_top(shared, row.segments()));
-  uint32_t low = bounds.low, listed = kWholeRow;
-  const bool bounded = size != 0 || length <= Shared::kList || lower_bound(state, k, low);
-  if (bounded) listed = gather<State>(row, low);
+  uint32_t low = bounds.low, listed = kWholeRow, finer = 0;
+  if (size != 0 || length <= Shared::kList) listed = gather<State>(row, low);
+  if (listed > Shared::kList && lower_bound(state, k, finer) && finer > low) {
+    low = finer;
+    listed = gather<State>(row, low);
+  }
   if (listed <= Shared::kList) {
     rank_list<Config::kThreads>(shared, listed, k, flip, [&](uint32_t place, uint32_t index) { output.write(place, index); });
   } else if (k <= Shared::kList && (params.flags & kTopKSorted)) {

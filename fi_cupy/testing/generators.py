@@ -30,7 +30,8 @@ def odd_rows(
     """Rows of logits of several kinds in turn, or their probabilities.
 
     "normal" (deviation 3), "flat", "coarse" (few distinct values), "spike" (one token has nearly all), "holes" (half at
-    -inf), "nan" (one, of more than 100 elements), "nans" (one of a hundred), "zeros" (of both signs, the rest -inf).
+    -inf), "nan" (one, of more than 100 elements), "nans" (one of a hundred), "zeros" (of both signs, the rest -inf),
+    "tied" (about eight tokens above a value that all others have but for some at -inf).
     """
     from fi_cupy.reference.sampling_filters import softmax
 
@@ -53,6 +54,9 @@ def odd_rows(
         elif kind == "zeros":
             x[i] = -np.inf
             x[i, :2] = [-0.0, 0.0][:vocab]
+        elif kind == "tied":
+            x[i] = np.where(rng.random(vocab) * vocab < 8, np.abs(x[i]), -0.5)
+            x[i, : vocab // 3] = -np.inf
     return (x if logits else softmax(x)).astype(to_dtype(dtype).np)
 
 

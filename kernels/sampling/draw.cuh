@@ -112,10 +112,11 @@ struct Outcome {
   uint32_t token;
 };
 
-// Another pass over the row: every segment's mass of what has at least the key `least`, to the first CTA. Only blocks
+// Another pass over the row: every segment's mass of what has at least the key `least`, to the first CTA's `sums`. Only blocks
 // that have such elements are read again: a segment's together, where they are many.
 template <class Domain, class Shape, class Row, class Shared>
-FI_DEVICE void add_many_from(const Row& row, typename Domain::Ref ref, uint32_t least, Shared& shared, uint64_t* box) {
+FI_DEVICE void add_many_from(const Row& row, typename Domain::Ref ref, uint32_t least, Shared& shared, uint64_t* sums,
+                             uint64_t* box) {
   const uint32_t segments = row.segments();
   const float bound = value_of(least);
   __syncwarp();  // the warp's block tops are written
@@ -134,25 +135,17 @@ FI_DEVICE void add_many_from(const Row& row, typename Domain::Ref ref, uint32_t 
       });
       sum = ptx::warp_sum_u64(sum);
     }
-    if (lane_id() == 0) Shape::post(&shared.sum[s], sum, box, 0);
+    if (lane_id() == 0) Shape::post(&sums[s], sum, box, 0);
   }
 }
 
-// Rows whose k largest elements are ties: whatever the filters, these are kept, and every CTA adds up its own. To the first
-// CTA, by the candidates' mailbox; not inlined, as `search`.
+// The mass of what reaches ties, by every CTA of its own segments; behind `shortlist`, by the same mailbox. Not inlined, as
+// `search`.
 template <class Domain, class Shape, class Row, class Shared>
-__device__ __noinline__ void add_ties(Row row, uint32_t top_key) {
+__device__ __noinline__ void add_ties(Row row, uint32_t top_key, uint32_t ties) {
   extern __shared__ __align__(1024) uint8_t smem[];
   Shared& shared = *reinterpret_cast<Shared*>(smem);
-  add_many_from<Domain, Shape>(row, Domain::ref(value_of(top_key)), top_key, shared, &shared.box[2]);
-  if constexpr (Shape::kCluster == 1) {
-    __syncthreads();  // sums are complete
-  } else {
-    const uint32_t segments = row.segments(), first = Shape::first();
-    const uint32_t own = first < segments ? (segments - 1 - first) / Shape::kStep + 1 : 0;
-    if (lane_id() == 0) ptx::mailbox_announce(&shared.box[2], 8 * own, 0);
-    if (Shape::rank() == 0) ptx::mailbox_wait(&shared.box[2], 0);
-  }
+  add_many_from<Domain, Shape>(row, Domain::ref(value_of(top_key)), ties, shared, tie_sums(shared), &shared.box[2]);
 }
 
 // Mass from a key on where few blocks reach it: several at a time, whatever segments they are of.
@@ -250,7 +243,7 @@ FI_DEVICE Outcome draw_top_p(const Row& row, const FilterArgs& args, Shared& sha
     }
     if (pivot == kAccepted) return out;
     __syncthreads();  // every thread knows the pivot: the next message may come
-    add_many_from<Domain, Shape>(row, Domain::ref(value_of(top_key)), pivot + 1, shared, &shared.box[0]);
+    add_many_from<Domain, Shape>(row, Domain::ref(value_of(top_key)), pivot + 1, shared, shared.sum, &shared.box[0]);
   }
 }
 

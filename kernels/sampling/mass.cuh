@@ -54,6 +54,8 @@ struct Logits {
   };
   FI_DEVICE static bool valid(float top) { return top > -FI_INF; }
   FI_DEVICE static Ref ref(float top) { return {top}; }
+  // What has a mass has this key at least: e^-30 < 2^-43.
+  FI_DEVICE static uint32_t lowest_key(float top) { return max_of(key_of(__fadd_rd(top, -30.f)), kNothing + 1); }
   // inf - inf is NaN, which counts as 0: the reference itself.
   FI_DEVICE static uint64_t mass(float x, Ref r) { return exp_fixed(__fsub_rn(x, r.top), kMassBits); }
   FI_DEVICE static uint64_t weight(Ref part, Ref whole) { return exp_fixed(__fsub_rn(part.top, whole.top), 63); }
@@ -80,6 +82,7 @@ struct Probabilities {
     int exponent;         // 0 or floor(log2(top))
   };
   FI_DEVICE static bool valid(float top) { return top > 0.f && top < FI_INF; }
+  FI_DEVICE static uint32_t lowest_key(float) { return kNothing + 1; }
   FI_DEVICE static Ref ref(float top) {
     const uint32_t bits = top > 0.f ? __float_as_uint(top) : 1u;
     int exponent = bits >> 23 ? int(bits >> 23) - 127 : 31 - __clz(bits) - 149;

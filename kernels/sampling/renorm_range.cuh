@@ -5,6 +5,39 @@
 
 namespace fi::sampling {
 
+// Every one of n items is compared with all by 2^shift threads that follow each other: few, as an exchange between lanes
+// takes as long as many comparisons. Items are padded to `padded`, a multiple of 8 for each of the threads and at most
+// round_up(n, 32).
+struct Pairwise {
+  int shift;
+  uint32_t padded, item, part;
+  FI_DEVICE explicit Pairwise(uint32_t n) : shift(n <= 32 ? 2 : n <= 64 ? 1 : 0) {
+    padded = round_up(n, 8u << shift);
+    item = threadIdx.x >> shift;
+    part = threadIdx.x & ((1u << shift) - 1);
+  }
+  // Whether this thread's warp has items; their comparisons: f(other).
+  FI_DEVICE bool works() const { return warp_id() * 32 < padded << shift; }
+  template <class F>
+  FI_DEVICE void compare(const Candidate* list, F&& f) const {
+    const uint32_t each = padded >> shift;
+    list += part * each;
+#pragma unroll 1
+    for (uint32_t i = 0; i < each; i += 8) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) f(list[i + j]);
+    }
+  }
+  template <typename V>
+  FI_DEVICE V sum(V x) const {
+    if (shift > 1) x += __shfl_xor_sync(kFullMask, x, 2);
+    if (shift > 0) x += __shfl_xor_sync(kFullMask, x, 1);
+    return x;
+  }
+};
+// What lists are padded with: less than any item, and without a mass.
+FI_DEVICE Candidate padding() { return {0, 0xffffffffu, 0}; }
+
 template <class Shape>
 struct alignas(16) RenormShared {
   uint64_t part_sum[2][Shape::kStep];  // a warp of the cluster: the mass of what it read, and the largest key
@@ -178,7 +211,7 @@ FI_DEVICE Threshold compare_range(RenormShared<Shape>& shared, typename Domain::
   if (threadIdx.x < n) list[threadIdx.x] = shared.mail()[from];
   if (n <= threadIdx.x && threadIdx.x < round_up(n, 32u)) list[threadIdx.x] = padding();
   __syncthreads();  // elements follow each other
-  const Split split(n);
+  const Pairwise split(n);
   Candidate own = padding();
   uint64_t before = above;
   if (split.works()) {

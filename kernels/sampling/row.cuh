@@ -82,7 +82,6 @@ struct RowShared {
   static constexpr bool kSelects = kList > 0;
   uint64_t sum[kSegments];   // mass of each segment
   uint64_t warp_sum[32];
-  uint64_t kept_mass[kSelects ? kPairs : 1];  // of what is kept of the candidates, in index order
   uint64_t found[kSelects ? 16 : 1];  // candidates of each CTA
   uint64_t above;
   uint64_t random;
@@ -104,10 +103,6 @@ struct RowShared {
 // Before the cluster's start.
 template <class Shape, class Shared>
 FI_DEVICE void set_counters(Shared& shared) {
-  if constexpr (Shared::kSelects) {  // places past the last segment count as the smallest key
-    for (int i = threadIdx.x; i < Shared::kSegments; i += Shape::kThreads) shared.top[i] = 0;
-    if constexpr (Shape::kCluster > 1) __syncthreads();  // they are clear
-  }
   if (threadIdx.x == 0) {
     ptx::mailbox_open(&shared.box[0]);
     ptx::mailbox_open(&shared.box[1]);
@@ -220,7 +215,9 @@ FI_DEVICE void summarise(const Row& row, Shared& shared, bool sums, Started<Shap
     if constexpr (kBlockKeys) {
       constexpr int kQuads = Row::kBlocks / 4;
       uint4* const place = reinterpret_cast<uint4*>(shared.block_top + s * Row::kBlocks) + lane_id() % kQuads;
-      if ((kKeepTops || kOne) && lane_id() < kQuads) *place = keys;
+      // A CTA that is told all blocks' keys is told its own, too.
+      const bool told = kSendTops && !kOne && (Shape::rank() == 0 || tell == Tell::kBlockTops);
+      if ((kKeepTops || kOne) && !told && lane_id() < kQuads) *place = keys;
       if constexpr (kSendTops && !kOne) {
         const int to = lane_id() / kQuads;
         if (to < (tell == Tell::kBlockTops ? Shape::kCluster : 1)) Shape::post(place, keys, &shared.box[0], to);

@@ -51,6 +51,17 @@ struct PlainRow {
   // In two steps: an element as it lies there, and its value.
   FI_DEVICE T raw(uint32_t i) const { return data[i]; }
   FI_DEVICE float value(T x) const { return to_float(x); }
+  using Raw = Block;
+  // The same for kPer elements from `first` on, a multiple of kPer; past the end stands anything.
+  FI_DEVICE void raw_at(uint32_t first, Raw& v) const {
+    if (aligned && first + kPer <= vocab) {
+      v = Block::load(data + first);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) v[j] = data[min_of(first + j, vocab - 1)];
+    }
+  }
+  FI_DEVICE void values(const Raw& v, float (&x)[kPer]) const { v.to_floats(x); }
   // kPer elements from `first` on, a multiple of kPer; places past the end become -inf.
   FI_DEVICE void load_at(uint32_t first, float (&v)[kPer]) const {
     if (aligned && first + kPer <= vocab) {
@@ -94,6 +105,13 @@ struct MappedRow {
   FI_DEVICE float at(uint32_t i) const { return value(raw(i)); }
   FI_DEVICE T raw(uint32_t i) const { return plain.raw(i); }
   FI_DEVICE float value(T x) const { return map(to_float(x)); }
+  using Raw = typename Plain::Block;
+  FI_DEVICE void raw_at(uint32_t first, Raw& v) const { plain.raw_at(first, v); }
+  FI_DEVICE void values(const Raw& v, float (&x)[kPer]) const {
+    v.to_floats(x);
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) x[j] = map(x[j]);
+  }
   FI_DEVICE void load_at(uint32_t first, float (&v)[kPer]) const {
     plain.load_at(first, v);
 #pragma unroll

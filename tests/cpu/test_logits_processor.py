@@ -108,10 +108,9 @@ def test_parameters_of_each_row(rng):
     assert LogitsPipe([Temperature()])(logits, temperature=t[1:] + 1 if len(t) == 5 else t + 1).dtype == logits.dtype
     indices = np.array([5, 5, 0], np.int64)
     assert LogitsPipe([Softmax(), Sample()])(logits, indices=indices, seed=1).dtype == np.int64
-    assert (
-        LogitsPipe([Softmax(), TopK(top_k=1), Sample()])(logits).tolist()
-        == logits.astype(np.float32).argmax(-1).tolist()
-    )
+    wide = logits.astype(np.float32)
+    drawn = LogitsPipe([Softmax(), TopK(top_k=1), Sample()])(logits)  # one of the largest, which may be ties
+    assert (wide[np.arange(6), drawn] == wide.max(-1)).all()
 
 
 def test_temperature_is_division_of_the_logits(rng):

@@ -255,7 +255,7 @@ def test_trap_18_indices_and_streams(rng):
     for i in range(4):
         alone = sampling.sampling_from_probs(probs[i : i + 1], seed=seeds[i : i + 1], offset=offsets[i : i + 1])
         assert alone[0] == batch[i]
-    same = np.broadcast_to(probs[:1], (64, 300))
+    same = np.full((64, 300), 1 / 300, np.float32)
     assert len(set(sampling.sampling_from_probs(same, seed=1).tolist())) > 8  # rows differ under one seed
     assert len(set(sampling.sampling_from_probs(same, seed=np.full(64, 9)).tolist())) == 1
     one = np.array([1], np.int64)

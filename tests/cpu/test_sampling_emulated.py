@@ -50,7 +50,9 @@ def shape(request):
 
 
 def rows_of(rng, rows, vocab, dtype, logits):
-    return odd_rows(rng, rows, vocab, dtype, logits, (*ROW_KINDS, "nan"))
+    return odd_rows(
+        rng, rows, vocab, dtype, logits, tuple(map(str, rng.permutation([*ROW_KINDS, "nan", "tied", "zeros"])))
+    )
 
 
 def on_device(value):
@@ -73,7 +75,7 @@ def test_tokens(rng, shape, vocab):
     check(sampling.sampling_from_logits, logits, **at)
     check(sampling.sampling_from_probs, probs, **at)
     check(sampling.min_p_sampling_from_probs, probs, min_p=0.05, **at)
-    ks = rng.choice([1, 2, 5, 50, 1500, 1 << 30], rows).astype(rng.choice([np.int32, np.int64]))
+    ks = rng.choice([1, 2, 5, 20, 40, 50, 1500, 1 << 30], rows).astype(rng.choice([np.int32, np.int64]))
     ps = rng.choice([0.0, 0.1, 0.5, 0.9, 0.999, 1.0], rows).astype(rng.choice([np.float32, np.float64]))
     check(sampling.top_k_sampling_from_probs, probs, top_k=ks, **at)
     check(sampling.top_p_sampling_from_probs, probs, top_p=ps, **at)
@@ -88,7 +90,7 @@ def test_rows(rng, shape, vocab):
     rows, dtype = 6, DTYPE[shape]
     tolerance = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}[dtype]
     logits, probs = rows_of(rng, rows, vocab, dtype, True), rows_of(rng, rows, vocab, dtype, False)
-    ks = rng.choice([1, 3, 50, 1500, 1 << 30], rows).astype(np.int32)
+    ks = rng.choice([1, 3, 20, 40, 50, 1500, 1 << 30], rows).astype(np.int32)
     ps = rng.choice([0.1, 0.5, 0.9, 1.0], rows).astype(np.float32)
     for function, x, parameter in (
         (sampling.top_k_renorm_probs, probs, ks),
@@ -107,7 +109,7 @@ def test_every_filter_at_once(rng, shape, logits):
     """The kernels of pipelines: top-k, top-p, min-p and temperature, each of which may keep all of a row."""
     rows, name = 12, "logits" if logits else "probs"
     x = rows_of(rng, rows, 9001, DTYPE[shape], logits)
-    ks = rng.choice([1, 5, 50, 1500, 1 << 30], rows).astype(np.int32)
+    ks = rng.choice([1, 5, 20, 50, 1500, 1 << 30], rows).astype(np.int32)
     ps, ms = (rng.choice(c, rows).astype(np.float32) for c in ([0.1, 0.5, 0.9, 1.0], [0.0, 0.0, 0.01, 0.1, 1.0]))
     more = {"temperature": rng.choice([0.0, 0.5, 1.3], rows).astype(np.float32)} if logits else {}
     rest = {"indices": None, "generator": None, "seed": 5, "offset": 2, "return_valid": True}
@@ -144,7 +146,8 @@ def test_renormalised_rows_of_any_scale(rng, shape):
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_top_k(rng, shape, vocab):
     x = rows_of(rng, 6, vocab, DTYPE[shape], True)
-    for k in {1, min(50, vocab), min(700, vocab), min(5000, vocab)}:
+    x[4] = -np.inf
+    for k in {1, min(20, vocab), min(50, vocab), min(700, vocab), min(5000, vocab)}:
         for tie_break in topk.TopKTieBreak:
             emulate.EmulatedKernel.order += 1
             want = topk.top_k(x, k, sorted=True, tie_break=tie_break)

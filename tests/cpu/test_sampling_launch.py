@@ -9,7 +9,7 @@ import pytest
 from fi_cupy import sampling_kernels as kernels
 from fi_cupy import topk
 from fi_cupy.device import DeviceInfo
-from fi_cupy.dtypes import bfloat16, float32
+from fi_cupy.dtypes import float32
 
 
 @pytest.mark.parametrize("arch", [75, 80, 86, 90, 100, 120])
@@ -24,7 +24,6 @@ def test_launch_shapes_fit(arch):
         "reject": lambda *a: kernels.sample_spec(float32, True, "top_p", *a),
         "min_p": lambda *a: kernels.sample_spec(float32, False, "min_p", *a),
         "select": lambda *a: kernels.sample_spec(float32, True, "top_k_top_p", *a),
-        "select16": lambda *a: kernels.sample_spec(bfloat16, True, "top_k_top_p", *a),
         "fill": lambda *a: kernels.filter_spec(float32, True, *a, "top_k"),
         "keep": lambda *a: kernels.filter_spec(float32, False, *a, "top_k_top_p"),
         "top_k": lambda *a: topk.top_k_spec(float32, *a),

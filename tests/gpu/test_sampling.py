@@ -43,17 +43,22 @@ def check(function, x, expected, **kwargs):
     assert (cupy.asnumpy(again) == got).all()
 
 
+def mixed(rng):
+    """Rows of all kinds, in any order."""
+    return tuple(map(str, rng.permutation([*ROW_KINDS, "tied"])))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tokens_equal_the_reference(rng, dtype, shape):
     rows, vocab = shape
     seed, offset = int(rng.integers(1 << 62)), int(rng.integers(1 << 40))
-    logits, probs = odd_rows(rng, rows, vocab, dtype, True), odd_rows(rng, rows, vocab, dtype, False)
+    logits, probs = (odd_rows(rng, rows, vocab, dtype, x, mixed(rng)) for x in (True, False))
     at = {"seed": seed, "offset": offset}
     check(sampling.sampling_from_logits, logits, "logits", **at)
     check(sampling.sampling_from_probs, probs, "probs", **at)
     check(sampling.min_p_sampling_from_probs, probs, "min_p", min_p=0.05, **at)
-    ks = rng.choice([1, 2, 5, 50, 1500, 1 << 30], rows).astype(rng.choice([np.int32, np.int64]))
+    ks = rng.choice([1, 2, 5, 20, 50, 1500, 1 << 30], rows).astype(rng.choice([np.int32, np.int64]))
     ps = rng.choice([0.0, 0.1, 0.5, 0.9, 0.999, 1.0], rows).astype(rng.choice([np.float32, np.float64]))
     check(sampling.top_k_sampling_from_probs, probs, f"top_k {ks}", top_k=ks, **at)
     check(sampling.top_p_sampling_from_probs, probs, f"top_p {ps}", top_p=ps, **at)
@@ -86,7 +91,7 @@ def test_every_launch_shape_gives_the_same(rng, dtype, shape, monkeypatch):
 
     chosen = sampling_launch.launch_shape
     for size in ((5, 5003), (10, 40000), (5, 128256)):
-        logits, probs = odd_rows(rng, *size, dtype, True), odd_rows(rng, *size, dtype, False)
+        logits, probs = (odd_rows(rng, *size, dtype, x, mixed(rng)) for x in (True, False))
         device_logits, device_probs = on_gpu(logits), on_gpu(probs)
         monkeypatch.setattr(sampling_launch, "launch_shape", chosen)
         bits = cupy.asnumpy(sampling.softmax(device_logits))
@@ -202,8 +207,8 @@ def test_denormal_and_huge_probabilities(rng):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_filters_of_rows(rng, dtype, shape):
     rows, vocab = shape
-    probs, logits = odd_rows(rng, rows, vocab, dtype, False), odd_rows(rng, rows, vocab, dtype, True)
-    ks = rng.choice([1, 3, 50, 1500, 1 << 30], rows).astype(np.int32)
+    probs, logits = (odd_rows(rng, rows, vocab, dtype, x, mixed(rng)) for x in (False, True))
+    ks = rng.choice([1, 3, 20, 50, 1500, 1 << 30], rows).astype(np.int32)
     ps = rng.choice([0.1, 0.5, 0.9, 1.0], rows).astype(np.float32)
     for function, x, param in (
         (sampling.top_k_renorm_probs, probs, ks),
