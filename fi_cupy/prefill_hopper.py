@@ -279,7 +279,7 @@ def refusal(p: Problem, device: DeviceInfo) -> str:
         return "custom masks are bits in global memory"
     if p.variant is not None and p.variant.portable_only:
         return f"variant {p.variant.name}: {p.variant.portable_only}"
-    if p.paged and box_rows(p.page_size, hopper_tiles(p).tile_kv) < _SWIZZLE_ROWS:
+    if p.paged and p.page_size % _SWIZZLE_ROWS:
         return f"page_size {p.page_size} is not a multiple of {_SWIZZLE_ROWS}, the rows of a swizzle"
     return ""
 
@@ -289,7 +289,7 @@ _SWIZZLE_ROWS = 8
 
 
 def box_rows(page_size: int, tile_kv: int) -> int:
-    """Tokens that one copy of a paged cache brings: what divides both the page and the tile."""
+    """Tokens that one copy of a paged cache brings: what divides both the page, a multiple of 8, and the tile."""
     return math.gcd(page_size, tile_kv)
 
 

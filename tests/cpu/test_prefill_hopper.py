@@ -94,6 +94,19 @@ def test_pages_without_a_usable_common_stride_are_refused(encoded):
         map_values(USUAL, "bfloat16", 1 << 20, 1, (128, 128, 1), 1, 2, 1, 1, strides, strides, 1 << 10, 16)
 
 
+@pytest.mark.parametrize("dims", TILES)
+def test_boxes_are_whole_swizzles_that_fill_pages_and_tiles(dims):
+    """Otherwise a tile's barrier waits for bytes that no copy brings."""
+    device = TYPICAL["90a"]
+    for size in range(1, 330):
+        p = problem(page_size=size)._replace(head_dim_qk=dims[0], head_dim_vo=dims[1])
+        tiles = geometry(p, 1 << 14, device).hopper
+        assert (tiles is None) == (size % 8 != 0), size
+        if tiles is not None:
+            rows = box_rows(size, tiles.tile_kv)
+            assert rows % 8 == size % rows == tiles.tile_kv % rows == 0
+
+
 def test_a_box_is_the_common_part_of_page_and_tile():
     assert [box_rows(p, 80) for p in (8, 16, 24, 40, 64, 80, 256)] == [8, 16, 8, 40, 16, 80, 16]
 
@@ -111,6 +124,7 @@ def problem(**other):
         ({"kv_dtype": float8_e4m3fn}, "keys and values of float8_e4m3fn differ from q, bfloat16"),
         ({"out_dtype": float8_e4m3fn}, "outputs of float8_e4m3fn differ"),
         ({"page_size": 12}, "page_size 12 is not a multiple of 8"),
+        ({"page_size": 300}, "page_size 300 is not a multiple of 8"),  # though 20 rows divide it and a tile of 80
     ],
 )
 def test_what_goes_to_the_portable_kernel(other, reason):

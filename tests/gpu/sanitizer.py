@@ -33,6 +33,6 @@ def sanitize(tool: str, options: list[str], script: str, *arguments: str) -> str
     command = [str(TOOL), "--tool", tool, "--show-backtrace", "no", *options, sys.executable, script, *arguments]
     root = str(Path(__file__).parents[2])
     paths = os.pathsep.join(x for x in (root, os.environ.get("PYTHONPATH", "")) if x)
-    said = output(command, {**os.environ, "PYTHONPATH": paths}, 120)
+    said = output(command, {**os.environ, "PYTHONPATH": paths}, 240)
     assert re.search(r"\n(all )?right\n", said), said[-3000:]
     return said

@@ -11,7 +11,7 @@ from sanitizer import TOOL, sanitize
 pytest.importorskip("cupy")
 
 
-@pytest.mark.alone
+@pytest.mark.long
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("case", memcheck_cases.CASES)
 def test_no_access_outside(case):

@@ -277,6 +277,22 @@ def test_the_same_bits_every_time(rng, dim, options):
             assert (got.view(want.dtype) == want).all()
 
 
+@pytest.mark.parametrize("page_size", [10, 20, 60, 300])
+def test_pages_of_no_whole_swizzles_go_to_the_portable_kernel(rng, page_size):
+    """Of 20 rows, which divide a tile of 80, no box can be made."""
+    lens = [(300, 300), (90, 470), (700, 700)]
+    qo, pages = [0, 300, 390, 1090], [-(-n // page_size) for _, n in lens]
+    indptr = np.concatenate([[0], np.cumsum(pages)])
+    table = indptr, rng.permutation(indptr[-1]), np.array([(n - 1) % page_size + 1 for _, n in lens])
+    q, cache = normal(rng, (1090, 8, 128)), normal(rng, (int(indptr[-1]), 2, page_size, 2, 128))
+    wrapper = Paged(workspace())
+    wrapper.plan(qo, *table, 8, 2, 128, page_size, causal=True, q_data_type="bfloat16", logits_soft_cap=20.0)
+    out, lse = poisoned(q.shape, "bfloat16"), poisoned(q.shape[:2], "float32")
+    wrapper.run(on_gpu(q), on_gpu(cache), out=out, lse=lse)
+    kv = (cache[:, i].astype(np.float64) for i in (0, 1))
+    check(out, lse, *batch_prefill_paged(q.astype(np.float64), *kv, qo, *table, causal=True, logits_soft_cap=20.0))
+
+
 def test_what_it_does_not_take(rng):
     q, k, v = (on_gpu(normal(rng, (200, 2, 128))) for _ in range(3))
     mask = cupy.ones((200, 200), bool)

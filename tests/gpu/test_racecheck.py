@@ -23,7 +23,7 @@ def hazards(said: str) -> int:
     return int(summary[1])
 
 
-@pytest.mark.alone
+@pytest.mark.long
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("case", [*race_prefill_hopper.CASES, "control"])
 def test_prefill_hopper(case):
@@ -35,7 +35,7 @@ def test_prefill_hopper(case):
     assert (hazards(said) > 0) == (case == "control"), said[-6000:]
 
 
-@pytest.mark.alone
+@pytest.mark.long
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
 def test_products_routing_and_casts():
     if device_info(0).arch != "90a":
@@ -44,7 +44,7 @@ def test_products_routing_and_casts():
     assert hazards(said) == 0, said[-6000:]
 
 
-@pytest.mark.alone
+@pytest.mark.long
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
 def test_mla():
     """The portable kernel. All cases in one process, since the tool's start takes longer than they do.
@@ -59,7 +59,7 @@ def test_mla():
     assert hazards(said) == 0, said[-6000:]
 
 
-@pytest.mark.alone
+@pytest.mark.long
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("shape", race_sampling.SHAPES)
 def test_sampling(shape):
