@@ -284,7 +284,8 @@ def refusal(p: Problem, device: DeviceInfo) -> str:
     return ""
 
 
-#: The 128-byte swizzle repeats after 8 rows, so pages can be put together from boxes of a multiple of 8.
+#: The 128-byte swizzle repeats after 8 rows, so pages can be put together from boxes of a multiple of 8. Others must
+#: not come here, even where 20 rows divide both page and tile: the box is 16, and the tile's barrier waits for ever.
 _SWIZZLE_ROWS = 8
 
 
