@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -104,14 +105,15 @@ def test_ptxas_figures_take_the_largest():
     assert ptxas_figures("") == (0, 0, 0)
 
 
-def test_error_names_the_line_of_our_header(worker):
-    source = '#include "broken.cuh"\nextern "C" __global__ void k() {}\n'
-    job = CompileJob("k", source, (("broken.cuh", b"#pragma once\n\nint f() { return missing; }\n"),), "80", _OPTIONS)
-    with pytest.raises(CompileError, match=r"^k: kernels/broken\.cuh:3: error: .*missing") as caught:
+@pytest.mark.parametrize(("name", "shown"), [("norm.cuh", "kernels/norm.cuh"), ("callers.cuh", "callers.cuh")])
+def test_error_names_the_line_of_a_header(worker, name, shown):
+    source = f'#include "{name}"\nextern "C" __global__ void k() {{}}\n'
+    job = CompileJob("k", source, ((name, b"#pragma once\n\nint f() { return missing; }\n"),), "80", _OPTIONS)
+    with pytest.raises(CompileError, match=rf"^k: {re.escape(shown)}:3: error: .*missing") as caught:
         compile_job(job, worker)
     assert caught.value.source == source
     assert caught.value.symbol == "k"
-    assert "broken.cuh(3)" in caught.value.log
+    assert f"{name}(3)" in caught.value.log
     assert isinstance(caught.value, FiCupyError)
 
 
