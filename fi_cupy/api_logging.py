@@ -68,20 +68,31 @@ class _State:
         self.inside = threading.local()
         self.numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.count = itertools.count(1)
-        self.said_full = False
+        self.writes = True
         destination = (env.LOG_DEST.get() or "stdout").replace("%i", str(os.getpid()))
         streams = {"stdout": sys.stdout, "stderr": sys.stderr}
         handler: logging.Handler
         if destination in streams:
             handler = logging.StreamHandler(streams[destination])
         else:
-            handler = logging.FileHandler(destination, mode="a")
+            try:
+                handler = logging.FileHandler(destination, mode="a")
+            except OSError as error:
+                raise ArgumentError(
+                    f"{env.LOG_DEST.names[0]} is {destination!r}, which cannot be written ({error}); expected "
+                    "'stdout', 'stderr' or a file"
+                ) from None
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s"))
         _log.handlers[:] = [handler]
         _log.setLevel(logging.DEBUG)
         _log.propagate = False
         if self.dumper is not None:
             _log.info("calls are written to %s, with the values of all arrays", self.dumper.root.absolute())
+
+    def stop_writing(self, reason: object) -> None:
+        """The caller's program goes on when a disk is full."""
+        self.writes = False
+        _log.warning("%s: no more calls are written", reason)
 
     def number(self, target: Any) -> int:
         """An object's number: its address may be used again."""
@@ -172,7 +183,10 @@ def _logged_call(
     if state.level >= 3:
         _log.info("  %s -> %s", where, _describe(result, state.level, not capturing))
     if folder is not None and state.dumper is not None:
-        state.dumper.end(folder, result, arrays, capturing)
+        try:
+            state.dumper.end(folder, result, arrays, capturing)
+        except OSError as error:
+            state.stop_writing(error)
     return result
 
 
@@ -181,12 +195,10 @@ def _begin_dump(
     kwargs: dict[str, Any], capturing: bool,
 ) -> Any:  # fmt: skip
     """(folder, arrays among the arguments); (None, {}) where the call is not written."""
-    if state.dumper is None or not state.dumper.wants(name):
+    if state.dumper is None or not state.writes or not state.dumper.wants(name):
         return None, {}
     if state.dumper.full:
-        if not state.said_full:
-            state.said_full = True
-            _log.info("the limit of FI_CUPY_DUMP_MAX_COUNT or _MAX_SIZE_GB is reached: no more calls are written")
+        state.stop_writing("the limit of FI_CUPY_DUMP_MAX_COUNT or _MAX_SIZE_GB is reached")
         return None, {}
     arrays: dict[str, Any] = {}
     names = [p for p in inspect.signature(function).parameters][1 if own is not None else 0 :]
@@ -197,7 +209,11 @@ def _begin_dump(
     }
     if own is not None:
         tree["object"] = state.number(own)  # type: ignore[assignment]
-    return state.dumper.begin(name, module, tree, arrays, capturing), arrays
+    try:
+        return state.dumper.begin(name, module, tree, arrays, capturing), arrays
+    except OSError as error:
+        state.stop_writing(error)
+        return None, {}
 
 
 def flashinfer_api(func: _Function | None = None, *, trace: Any = None) -> Any:

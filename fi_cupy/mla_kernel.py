@@ -285,7 +285,7 @@ class Geometry:
         """The loaded kernel for a call."""
         return load_kernel(self.spec(call), device)
 
-    def kernel(self, scale: float, device: int, head_scales: bool = False) -> Kernel:
+    def kernel(self, scale: float, device: int) -> Kernel:
         """The loaded kernel of a plan's usual call."""
         return self.load(Call(scale > 0), device)
 

@@ -21,5 +21,5 @@ def pytest_report_header() -> str:
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    """Fresh random inputs in every session, different in every test, repeatable by FI_CUPY_TEST_SEED."""
+    """Fresh random inputs in every run, different in every test, repeatable by FI_CUPY_TEST_SEED."""
     return np.random.default_rng([SEED, zlib.crc32(request.node.nodeid.encode())])

@@ -61,7 +61,7 @@ def _runs(function: str, numbers: View, rows: int, groups: int, most: int) -> tu
 
 
 def _sizes(op: str, value: Any, k: int) -> Granularity:
-    sizes = _granularity(op, value, k)
+    sizes = _granularity(op, value)
     if sizes[0] != 1:
         raise ArgumentError(f"{op}: scale_granularity_mnk is {value!r}, expected 1 row: a_scale has one for each")
     return sizes
@@ -124,7 +124,7 @@ def group_deepgemm_fp8_nt_groupwise(
         )  # fmt: skip
     elif m and groups:
         indptr, weights = _runs("row_runs", numbers, m, groups, most_runs(m, groups))
-        _run(op, o, x, w, sa, sb, sizes, "K", indptr, weights, _up(m, groups))
+        _run(o, x, w, sa, sb, sizes, "K", indptr, weights, _up(m, groups))
     return o.result() if out is None else out
 
 
@@ -195,7 +195,7 @@ def batch_deepgemm_fp8_nt_groupwise(
         )  # fmt: skip
     elif groups * m:
         indptr, weights = _runs("masked_runs", counts, m, groups, 2 * groups)
-        _run(op, flat[0], flat[1], w, flat[2], sb, sizes, "K", indptr, weights, max(1, min(expected_m, m)))
+        _run(flat[0], flat[1], w, flat[2], sb, sizes, "K", indptr, weights, max(1, min(expected_m, m)))
     return o.result() if out is None else out
 
 

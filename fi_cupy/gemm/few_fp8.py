@@ -51,7 +51,7 @@ def few_fp8_spec(config: FewConfig, a: DType, b: DType, out: DType, blocks: bool
     )  # fmt: skip
 
 
-def few_fp8_config(m: int, n: int, k: int) -> FewConfig:
+def few_fp8_config(m: int, k: int) -> FewConfig:
     """The numbers of `few_fp8_spec`.
 
     4096 x 4096 at m = 1: 8.5 us by 8 warps with two slots each, 10.4 with four (a CTA a multiprocessor), 9.4 by 4 warps
@@ -90,7 +90,7 @@ def launch_few_fp8(
     """`hopper.launch_hopper_fp8` for up to 16 rows, on any architecture from sm_89 on; sums are exact in fp32."""
     if out.size == 0:
         return
-    config = config or few_fp8_config(out.shape[-2], out.shape[-1], a.shape[-1])
+    config = config or few_fp8_config(out.shape[-2], a.shape[-1])
     spec = few_fp8_spec(config, a.dtype, w.dtype, out.dtype)
     _launch(spec, out, a, w, bias, vector_scale(a_scale), vector_scale(b_scale), pdl)
 
@@ -102,7 +102,7 @@ def launch_few_fp8_blocks(
     """`hopper.launch_hopper_fp8_blocks` for up to 16 rows of one product."""
     if out.size == 0:
         return
-    config = config or few_fp8_config(out.shape[0], out.shape[1], a.shape[1])
+    config = config or few_fp8_config(out.shape[0], a.shape[1])
     spec = few_fp8_spec(config, a.dtype, w.dtype, out.dtype, blocks=True)
     _launch(spec, out, a, w, None, *block_scales(a_scale, b_scale, scale_major_mode), pdl)
 
@@ -110,4 +110,4 @@ def launch_few_fp8_blocks(
 def kernel_specs() -> list[KernelSpec]:
     """The canonical instances."""
     e4 = float8_e4m3fn
-    return [few_fp8_spec(few_fp8_config(1, 4096, 4096), e4, e4, bfloat16, blocks) for blocks in (False, True)]
+    return [few_fp8_spec(few_fp8_config(1, 4096), e4, e4, bfloat16, blocks) for blocks in (False, True)]

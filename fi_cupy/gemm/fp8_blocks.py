@@ -35,7 +35,7 @@ def _up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _granularity(op: str, value: Any, k: int) -> Granularity:
+def _granularity(op: str, value: Any) -> Granularity:
     """(rows of a, rows of b, elements of k) under one scale."""
     sizes = tuple(int(x) for x in value)
     if len(sizes) != 3 or min(sizes) < 1 or sizes[2] % SCALE_STEP:
@@ -64,7 +64,7 @@ def _scale(op: str, name: str, scale: Any, like: View, major: str, rows: int, bl
 
 
 def _run(
-    op: str, out: View, a: View, w: View, sa: View, sb: View, sizes: Granularity, major: str, indptr: View | None,
+    out: View, a: View, w: View, sa: View, sb: View, sizes: Granularity, major: str, indptr: View | None,
     weight_indices: View | None = None, rows: int = 0,
 ) -> None:  # fmt: skip
     """`rows` of a segment to expect where the number of segments does not tell; indices are for GPU arrays."""
@@ -168,11 +168,11 @@ def _dense(
     check_choice(op, "backend", backend, ("auto", "cutlass", "trtllm"))
     x, w = _operands(op, a, b, 2)
     (m, k), n = x.shape, w.shape[0]
-    gm, gn, gk = sizes = _granularity(op, sizes, k)
+    gm, gn, gk = sizes = _granularity(op, sizes)
     sa = _scale(op, "a_scale", a_scale, x, major, _up(m, gm), _up(k, gk), None)
     sb = _scale(op, "b_scale", b_scale, x, major, _up(n, gn), _up(k, gk), None)
     o = output(op, x, (m, n), out, out_dtype)
-    _run(op, o, x, w, sa, sb, sizes, major, None)
+    _run(o, x, w, sa, sb, sizes, major, None)
     return o.result() if out is None else out
 
 
@@ -228,12 +228,12 @@ def group_gemm_fp8_nt_groupwise(
     check_choice(op, "mma_sm", mma_sm, (1, 2))
     x, w = _operands(op, a, b, 3)
     (m, k), (groups, n) = x.shape, w.shape[:2]
-    gm, gn, gk = sizes = _granularity(op, scale_granularity_mnk, k)
+    gm, gn, gk = sizes = _granularity(op, scale_granularity_mnk)
     indptr = index_view(op, "m_indptr", m_indptr, x, groups + 1, "= (b.shape[0] + 1,)")
     sa = _scale(op, "a_scale", a_scale, x, scale_major_mode, _up(m, gm), _up(k, gk), None)
     sb = _scale(op, "b_scale", b_scale, x, scale_major_mode, _up(n, gn), _up(k, gk), groups)
     o = output(op, x, (m, n), out, out_dtype)
-    _run(op, o, x, w, sa, sb, sizes, scale_major_mode, indptr)
+    _run(o, x, w, sa, sb, sizes, scale_major_mode, indptr)
     return o.result() if out is None else out
 
 
@@ -284,7 +284,7 @@ def fp8_blockscale_gemm_sm90(
     o = output(op, x, (m, n), out, out_dtype)
     x, sa = (x, sa) if sa is not None else quantise_rows(x)
     w, sb = (w, sb) if sb is not None else quantise_rows(w)
-    _run(op, o, x, w, sa, sb, (1, gn, 128), "K", None)
+    _run(o, x, w, sa, sb, (1, gn, 128), "K", None)
     return o.result() if out is None else out
 
 

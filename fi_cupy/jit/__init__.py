@@ -73,13 +73,6 @@ def stats() -> BuildStats:
     return _stats
 
 
-#: Names of `fi_cupy.jit.core`.
-_CORE = (
-    "JitModule", "JitSpec", "JitSpecRegistry", "JitSpecStatus", "MissingJITCacheError", "build_jit_specs",
-    "check_cuda_arch", "clear_cache_dir", "gen_jit_spec", "jit_spec_registry",
-)  # fmt: skip
-
-
 def __getattr__(name: str) -> Any:
     """Variants and modules stand above this package: they are imported on first use."""
     if name in ("compile", "define_variant"):
@@ -94,8 +87,9 @@ def __getattr__(name: str) -> Any:
 
     if name in ("attention", "ops", "core", "modules"):
         return importlib.import_module(f"fi_cupy.jit.{name}")
-    if name.startswith(("gen_", "get_")) or name in _CORE:
-        module = importlib.import_module("fi_cupy.jit.core" if name in _CORE else "fi_cupy.jit.modules")
-        if name in module.__all__:
-            return getattr(module, name)
+    if name in __all__:
+        for place in ("core", "modules"):
+            module = importlib.import_module(f"fi_cupy.jit.{place}")
+            if name in module.__all__:
+                return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

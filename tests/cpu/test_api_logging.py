@@ -126,6 +126,24 @@ def test_limits_and_filters(tmp_path, monkeypatch):
         api_logging.log_level()
 
 
+def test_what_cannot_be_written(tmp_path):
+    """The program goes on without its files; a log without a place is an error that names the variable."""
+    (tmp_path / "file").touch()
+    text = run(CALLS + "print('end')", FI_CUPY_LOGLEVEL="10", FI_CUPY_DUMP_DIR=str(tmp_path / "file" / "dumps"))
+    assert text.count("no more calls are written") == 1 and "Not a directory" in text and text.endswith("end\n")
+    code = """
+import os
+from fi_cupy import api_logging, errors
+os.environ["FI_CUPY_LOGLEVEL"] = "1"
+try:
+    api_logging.install()
+except errors.ArgumentError as error:
+    print(error)
+"""
+    text = run(code, FI_CUPY_LOGDEST=str(tmp_path / "no" / "log"))
+    assert "FI_CUPY_LOGDEST" in text and "cannot be written" in text
+
+
 def test_captured_calls_wait_for_the_flush(tmp_path, monkeypatch):
     monkeypatch.setenv("FI_CUPY_DUMP_DIR", str(tmp_path))
     dumper, arrays = Dumper(), {}

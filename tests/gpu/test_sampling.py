@@ -20,7 +20,7 @@ from fi_cupy.testing.tolerances import assert_close
 cupy = pytest.importorskip("cupy")
 DTYPES = ["float32", "bfloat16", "float16"]
 INF = np.inf
-SEED = int(os.environ["FI_CUPY_TEST_SEED"])  # of this session
+SEED = int(os.environ["FI_CUPY_TEST_SEED"])  # tests/conftest.py draws it
 #: A threshold that no few values of a row sum to, and one that no two values of 8 or 11 bits have as their ratio, up to
 #: fp32's rounding.
 THIRD, NO_RATIO = float(np.float32(1 / 3)), 0.33336
