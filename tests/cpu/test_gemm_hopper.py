@@ -46,7 +46,8 @@ def test_dense_choices_cover_the_matrix(m, n, k, batch, row_major):
         assert 64 * (config["kBlockN"] + 8) * 4 <= config["kStages"] * (config["kBlockN"] + config["kRowsA"]) * 128
         assert config["kBlockN"] % 64 == 0 or not row_major
     elif spec.function == "gemm_hopper":
-        assert m > 64
+        several_waves = k < 1024 and not row_major and up(n, 64) * batch >= 4 * 132  # a wide vocabulary's CTAs stay
+        assert m > (32 if several_waves else 64)
         assert grid == (min(132, batch * up(m, config["kBlockM"]) * up(n, config["kBlockN"])), 1, 1)
         assert (config["kBlockN"] // config["kWarpsN"]) % (64 if row_major else 32) == 0
     else:
