@@ -126,10 +126,11 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
         }
   }
 
+  const auto first_slot = source.copies.address(ring);
   if (all_whole) {
 #pragma unroll
     for (int s = 0; s < kStages; ++s) {
-      if (walker + s * kWalkers < tiles) source.copy_whole(ring + s * 2 * Tr::kTileBytes, from_k[s], from_v[s]);
+      if (walker + s * kWalkers < tiles) source.copy_whole(first_slot + s * 2 * Tr::kTileBytes, from_k[s], from_v[s]);
       ptx::cp_async_commit();
     }
   } else if constexpr (kRegular) {  // seldom, so not unrolled
@@ -140,8 +141,9 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
 #pragma unroll
       for (int i = 1; i < kStages; ++i) page = s == i ? pages[i] : page;
       if (tile < tiles) {
-        source.issue_keys(ring + s * 2 * Tr::kTileBytes, tile, page);
-        source.issue_values(ring + s * 2 * Tr::kTileBytes, tile, page);
+        const auto to = source.copies.address(ring + s * 2 * Tr::kTileBytes);
+        source.issue_keys(to, tile, page);
+        source.issue_values(to, tile, page);
       }
       ptx::cp_async_commit();
     }
@@ -150,8 +152,8 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
     for (int s = 0; s < kStages; ++s) {
       const int tile = walker + s * kWalkers;
       if (tile < tiles) {
-        source.issue_keys(ring + s * 2 * Tr::kTileBytes, tile, pages[s]);
-        source.issue_values(ring + s * 2 * Tr::kTileBytes, tile, pages[s]);
+        source.issue_keys(first_slot + s * 2 * Tr::kTileBytes, tile, pages[s]);
+        source.issue_values(first_slot + s * 2 * Tr::kTileBytes, tile, pages[s]);
       }
       ptx::cp_async_commit();
     }
@@ -319,8 +321,9 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
     __syncwarp();  // every lane has read the slot that is filled again
     const int next_tile = tile + kStages * kWalkers;
     if (next_tile < tiles) {
-      source.issue_keys(buffer, next_tile, next_page);
-      source.issue_values(buffer, next_tile, next_page);
+      const auto to = source.copies.address(buffer);
+      source.issue_keys(to, next_tile, next_page);
+      source.issue_values(to, next_tile, next_page);
       if (ask_ahead) {
         if (next_tile + kWalkers < tiles) source.ask(next_tile + kWalkers, later_page, head_block, kv_head);
         next_page = later_page;

@@ -68,14 +68,18 @@ def cold(tmp_path, monkeypatch) -> Path:
 def bad_code(cubin: bytes, symbol: str) -> str:
     """What the machine code of an sm_90a kernel shows and no report says; empty if nothing.
 
-    ptxas puts a wait behind each warpgroup product where registers are short (C7511, in a log that few read).
+    ptxas puts a wait behind each warpgroup product where registers are short (C7511, in a log that few read), and can make
+    an illegal instruction of a cp.async with an L2 hint (kernels/ptx/cp_async_once.cuh).
     """
-    products = waits = 0
+    products = waits = illegal = 0
     for code in _sections(cubin, b".text." + symbol.encode()):
         for word, _ in struct.iter_unpack("<2Q", code):
             opcode = word & 0xFFF
             products += opcode in (0x9F0, 0x9F3)  # HGMMA, QGMMA
             waits += opcode == 0x9C5 and word >> 47 & 1  # WARPGROUP.DEPBAR, not .ARRIVE
+            illegal += opcode == 0xDAE  # LDGSTS [R + UR], not [R + immediate], which is 0xFAE
+    if illegal:
+        return f"{illegal} copies (LDGSTS) that no sm_90 executes"
     if "_hopper" in symbol and waits >= products:  # none of either is wrong, too
         return f"{waits} waits for {products} warpgroup products"
     return ""
