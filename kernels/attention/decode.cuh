@@ -22,11 +22,10 @@ namespace fi {
 
 // Config: T (q), KV, O, kHeadDim, kTilesN, kWarps, kStages, kSmemBytes, kTileInPage (a tile of 16 keys never crosses a
 // page), kSoftCap, kAlibi, kRope, kHeadScales (factors of q and k a head), kHeadPair (blocks_per_kv is 1)
-// Computes one item for one head block; the CTA's threads may call it again after a barrier. `alone`: CTA number b of the
+// Computes one item for one head block; the CTA's threads may call it again after a barrier. kAlone: CTA number b of the
 // launch computes item and head block b and nothing else.
-template <class Config>
-FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turns, int index, uint32_t head_block,
-                           bool alone = false) {
+template <class Config, bool kAlone = false>
+FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turns, int index, uint32_t head_block) {
   using namespace decode_detail;
   using Tr = DecodeTraits<Config>;
   using T = typename Config::T;
@@ -63,7 +62,9 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
     for (int i = threadIdx.x; i < Tr::kDim / 2; i += Tr::kThreads) turns[i] = rope_turns[i];
     __syncthreads();
   }
-  const TileSource<Config, Tr> source(params, item, kv_head);
+  // In a kernel of more than this the hint costs registers (mixed.cuh: 228 bytes of spills for 16).
+  using Source = TileSource<Config, Tr, Tr::kReadOnce && kAlone>;
+  const Source source(params, item, kv_head);
   const int tiles = source.num_tiles();
   uint8_t* ring = smem + warp * (kStages * 2 * Tr::kTileBytes);
 
@@ -82,11 +83,11 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
   for (int s = 0; s < kStages; ++s) pages[s] = source.page_of(walker + s * kWalkers, tiles);
   int next_page = source.page_of(walker + kStages * kWalkers, tiles);
   // Only where all CTAs start together: in later waves those of a token's heads do not, and L2 is asked in vain.
-  const bool ask = alone && gridDim.x <= params.resident;
+  const bool ask = kAlone && gridDim.x <= params.resident;
   const bool ask_ahead = Tr::kAskAhead && ask && params.shares == 1;
   int later_page = ask_ahead ? source.page_of(walker + (kStages + 1) * kWalkers, tiles) : 0;
   // Where the first tiles lie is computed in front of the wait, too.
-  constexpr bool kRegular = TileSource<Config, Tr>::kRegular;
+  constexpr bool kRegular = Source::kRegular;
   using KV = typename Tr::KV;
   const KV *from_k[kStages], *from_v[kStages];
   bool all_whole = kRegular;
@@ -416,13 +417,13 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
 template <class Config>
 FI_DEVICE void batch_decode(const DecodeParams& params) {
   ptx::grid_launch_dependents();
-  decode_item<Config>(params, nullptr, blockIdx.x / params.num_head_blocks, blockIdx.x % params.num_head_blocks, true);
+  decode_item<Config, true>(params, nullptr, blockIdx.x / params.num_head_blocks, blockIdx.x % params.num_head_blocks);
 }
 template <class Config>
 FI_DEVICE void batch_decode_rope(const DecodeRopeParams& params) {
   ptx::grid_launch_dependents();
   const uint32_t blocks = params.base.num_head_blocks;
-  decode_item<Config>(params.base, params.turns, blockIdx.x / blocks, blockIdx.x % blocks, true);
+  decode_item<Config, true>(params.base, params.turns, blockIdx.x / blocks, blockIdx.x % blocks);
 }
 
 }  // namespace fi

@@ -78,7 +78,8 @@ FI_DEVICE uint32_t query_pair(uint32_t pair) {
 }
 
 // Where a tile's rows lie, and the cp.async of one tile. Everything about addresses of the cache is here.
-template <class Config, class Tr>
+// kOnce: the lines of its rows are the first to leave L2 (ptx/cp_async_once.cuh).
+template <class Config, class Tr, bool kOnce>
 struct TileSource {
   using KV = typename Tr::KV;
   // Every lane copies the same chunk of rows that are equally far apart.
@@ -89,7 +90,7 @@ struct TileSource {
   const DecodeParams& params;
   const DecodeItem& item;
   int origin;  // key of row 0 of tile 0
-  using Copies = ptx::AsyncCopies<Tr::kReadOnce>;
+  using Copies = ptx::AsyncCopies<kOnce>;
   using Address = typename Copies::Address;
   Copies copies;
 
@@ -166,7 +167,7 @@ struct TileSource {
   }
   FI_DEVICE void copy(Address slot, const KV* from, int64_t stride_token) const {
     constexpr int kRows = 32 / Tr::kChunks;
-    const Address to = slot + (lane_id() / Tr::kChunks * Tr::kPitch + lane_id() % Tr::kChunks * 16);
+    const Address to = slot + lane_id() / Tr::kChunks * Tr::kPitch + lane_id() % Tr::kChunks * 16;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i, from += kRows * stride_token)
       copies.copy_16(to + i * kRows * Tr::kPitch, from);

@@ -76,7 +76,7 @@ struct MlaLoader {
       const KV* const ckv = static_cast<const KV*>(params.k) + at.page[i] * params.k_stride_page + entry * params.k_stride_n;
       const KV* const kpe = static_cast<const KV*>(params.v) + at.page[i] * params.v_stride_page + entry * params.v_stride_n;
       if constexpr (Shape::kBytes) {
-        const auto own = to + (row(i) * kMlaDim + sub * 16);
+        const auto own = to + row(i) * kMlaDim + sub * 16;
 #pragma unroll
         for (int j = 0; j < kMlaCkv; j += 128) copies.copy_16(own + j, ckv + j + sub * 16, valid);
         if (sub < kMlaKpe / 16) copies.copy_16(own + kMlaCkv, kpe + sub * 16, valid);

@@ -1,11 +1,11 @@
 // cp.async of what is read once: its lines are the first to leave the L2 (sm_90; elsewhere the L2 is left to itself).
 //
-// The shared address of a copy with such a hint must have no uniform part (its base, a slot that all lanes share): ptxas (13.0,
-// 13.5) leaves the addition to the instruction, LDGSTS [R + UR], desc[UR][R.64], whose opcode is 0xdae, and sm_90 executes
-// that of [R + immediate] alone, 0xfae (else cudaErrorIllegalInstruction). Without a hint ptxas makes no other one.
-// So an address passes through an exclusive or with a register of which ptxas cannot know that it is zero in all lanes:
-// the outcome has no uniform part, and only constants and what differs between lanes may be added to it.
-// tests/cpu/test_compile.py looks for the opcode in every kernel.
+// A copy with such a hint must not go to a shared address that ends with the addition of what is uniform (its base, a slot that
+// all lanes share): ptxas (13.0, 13.5) leaves that to the instruction, LDGSTS [R + UR], desc[UR][R.64] with opcode 0xdae,
+// whose uniform registers it does not even encode. sm_90 executes LDGSTS [R + immediate], opcode 0xfae, alone, and without
+// a hint ptxas makes no other one; the former is cudaErrorIllegalInstruction (decode of head_dim 192). So the uniform parts
+// pass through an exclusive or with a register that is zero in all lanes, which ptxas cannot know, and only constants
+// and what differs between lanes are added behind it. tests/cpu/test_compile.py looks for the opcode.
 #pragma once
 #include "ptx/cp_async.cuh"
 
@@ -15,7 +15,6 @@ namespace fi::ptx {
 template <bool kOnce>
 struct AsyncCopies {
   using Address = uint8_t*;
-  // From an address that lanes may share to what copy_16 takes.
   FI_DEVICE Address address(uint8_t* smem) const { return smem; }
   // cp_async_16 to an `address` plus what is constant or differs between lanes.
   FI_DEVICE static void copy_16(Address to, const void* global, bool valid = true) { cp_async_16(to, global, valid); }
