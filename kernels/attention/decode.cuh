@@ -21,7 +21,8 @@
 namespace fi {
 
 // Config: T (q), KV, O, kHeadDim, kTilesN, kWarps, kStages, kSmemBytes, kTileInPage (a tile of 16 keys never crosses a
-// page), kSoftCap, kAlibi, kRope, kHeadScales (factors of q and k a head), kHeadPair (blocks_per_kv is 1)
+// page), kSoftCap, kAlibi, kRope, kHeadScales (factors of q and k a head), kHeadPair (blocks_per_kv is 1), kSharedRows (it
+// is more than 1)
 // Computes one item for one head block; the CTA's threads may call it again after a barrier. kAlone: CTA number b of the
 // launch computes item and head block b and nothing else.
 template <class Config, bool kAlone = false>
