@@ -49,11 +49,13 @@ def _lanes(vectors: int) -> int:
     return lanes
 
 
-def _blocks(vecs: int, residual: bool, other: bool) -> int:
-    """CTAs of 256 threads on a multiprocessor that ptxas is to leave room for; 0 is its own choice."""
+def _blocks(vecs: int, residual: bool, quantize: bool, layer: bool) -> int:
+    """CTAs of 256 threads on a multiprocessor that ptxas is to leave room for."""
     if residual:
         return 4 if vecs <= 2 else 3
-    return (6 if vecs <= 2 else 3) if other else 0
+    if vecs > 2:
+        return 3 if quantize or layer else 5
+    return 5 if layer else 6
 
 
 @lru_cache(maxsize=512)
@@ -97,7 +99,7 @@ def norm_spec(
         threads=threads,
         # Left alone, ptxas aims at an occupancy that spills a few registers on some architectures. Without a residual
         # six CTAs are as fast as eight, four lose 10 % (H100, fp8 output).
-        min_blocks=_blocks(vecs, residual, quantize or layer) if threads == 256 else 0,
+        min_blocks=_blocks(vecs, residual, quantize, layer) if threads == 256 else 0,
         spills="one value of a row on sm_120, stored and loaded once" if layer and quantize else "",
     )
 

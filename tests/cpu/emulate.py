@@ -64,8 +64,8 @@ _REPLACED = [
     (r"extern __shared__ __align__\(\d+\) uint8_t smem\[\];", "uint8_t* const smem = emulator::shared_memory();"),
     (r"__shared__ (\w+) shared;", r"\1& shared = *reinterpret_cast<\1*>(emulator::fixed_memory());"),
     (
-        r"__shared__ (?:__align__\(\d+\) )?float partial((?:\[\w+\])+);",
-        r"auto& partial = *reinterpret_cast<float(*)\1>(emulator::fixed_memory());",
+        r"__shared__ (?:__align__\(\d+\) )?float (partial|scratch)((?:\[\w+\])+);",
+        r"auto& \1 = *reinterpret_cast<float(*)\2>(emulator::fixed_memory());",
     ),
     (
         r"__shared__ typename Share::Target targets\[kThreads \* kUnroll\];",
