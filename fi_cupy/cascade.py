@@ -184,7 +184,7 @@ def _launch_pair(
     load_kernel(spec, va.device).launch(
         -(-items // per_cta), va.stream(), va.ptr, vb.ptr, sa.ptr, sb.ptr, vo.ptr, so.ptr,
         0 if mask is None else mask.ptr, *strides, *sa.strides, *sb.strides, *so.strides, items,
-        *fast_div(max(heads, 1)),
+        *fast_div(max(heads, 1)), pdl=None,
     )  # fmt: skip
 
 
@@ -320,7 +320,7 @@ def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
         per_cta = spec.threads // (dim // vec)
         load_kernel(spec, vv.device).launch(
             -(-items // per_cta), vv.stream(), vv.ptr, sv.ptr, out.ptr, lse.ptr, sn, si, sh, *sv.strides,
-            items, *fast_div(max(heads, 1)), states,
+            items, *fast_div(max(heads, 1)), states, pdl=None,
         )  # fmt: skip
     return out.result(), lse.result()
 

@@ -169,7 +169,7 @@ def _launch(
         x.ptr, out.ptr, residual_ptr, weight.ptr, bias_ptr,
         scale.ptr if on_device else 0,  # type: ignore[union-attr]
         x_outer, x_inner, o_outer, o_inner, r_outer, r_inner, rows, inner or 1, hidden, eps, weight_bias,
-        1.0 if on_device else scale, pdl=bool(pdl),
+        1.0 if on_device else scale, pdl=pdl,
     )  # fmt: skip
 
 
@@ -218,7 +218,8 @@ def rmsnorm(input: Any, weight: Any, eps: float = 1e-6, out: Any = None, enable_
     out : array, optional
         Written and returned instead of a new array; shape and dtype of `input`.
     enable_pdl : bool, optional
-        Launch so that this kernel may start before its predecessor has ended (sm_90 and later); None is off.
+        Launch so that this kernel may start before its predecessor has ended, which it waits for before it touches
+        memory (sm_90 and later). None: where the device and the driver binding have it.
 
     Returns
     -------
