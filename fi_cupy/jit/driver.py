@@ -44,7 +44,7 @@ def _check(result: tuple[Any, ...], what: str) -> None:
 class _LaunchRecord(threading.local):
     """A CUlaunchConfig of this thread and its one attribute, filled in anew for each launch.
 
-    Made through the binding's objects it takes longer than the launch. Layouts and numbers are the driver's ABI (cuda.h).
+    Made through the binding's objects it takes longer than the launch. Layouts and numbers are those of cuda.h.
     """
 
     CONFIG = struct.Struct("=7I4xQQI4x")  # grid, block, shared memory, stream, attributes, how many
