@@ -320,7 +320,7 @@ def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
         per_cta = spec.threads // (dim // vec)
         load_kernel(spec, vv.device).launch(
             -(-items // per_cta), vv.stream(), vv.ptr, sv.ptr, out.ptr, lse.ptr, sn, si, sh, *sv.strides,
-            items, *fast_div(max(heads, 1)), states, pdl=None,
+            items, *fast_div(max(heads, 1)), states,
         )  # fmt: skip
     return out.result(), lse.result()
 

@@ -55,13 +55,12 @@ FI_DEVICE void argmax_rows(const ArgmaxParams& params) {
   __shared__ uint32_t positions[32];
   __shared__ float cluster_values[kCluster];
   __shared__ uint32_t cluster_positions[kCluster];
-  const uint32_t row = blockIdx.x / kCluster, rank = blockIdx.x % kCluster;
   ptx::grid_launch_dependents();
   ptx::grid_wait();
-  if (params.select && params.select[row] == 0) return;
+  if (params.select && params.select[blockIdx.x / kCluster] == 0) return;
   if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();  // this CTA has started
 
-  const T* x = static_cast<const T*>(params.x) + row * params.stride;
+  const T* x = static_cast<const T*>(params.x) + blockIdx.x / kCluster * params.stride;
   float best = __int_as_float(0xff800000);
   uint32_t where = 0xffffffffu;
   // A lane's positions grow, so an equal value later in its sequence loses.
@@ -72,7 +71,8 @@ FI_DEVICE void argmax_rows(const ArgmaxParams& params) {
     }
   };
   const uint32_t vectors = params.columns / kVec;
-  for (uint32_t base = rank * (kThreads * kUnroll) + threadIdx.x; base < vectors; base += kCluster * (kThreads * kUnroll)) {
+  const uint32_t rank = blockIdx.x % kCluster;
+  for (uint32_t base = rank * kThreads * kUnroll + threadIdx.x; base < vectors; base += kCluster * kThreads * kUnroll) {
     V v[kUnroll];
 #pragma unroll
     for (int n = 0; n < kUnroll; ++n)
@@ -84,7 +84,7 @@ FI_DEVICE void argmax_rows(const ArgmaxParams& params) {
         for (int j = 0; j < kVec; ++j) consider(to_float(v[n][j]), (base + n * kThreads) * kVec + j);
       }
   }
-  for (uint32_t i = vectors * kVec + threadIdx.x; rank == 0 && i < params.columns; i += kThreads) consider(to_float(x[i]), i);
+  for (uint32_t i = vectors * kVec + threadIdx.x; i < params.columns; i += kThreads) consider(to_float(x[i]), i);
 
   auto across_warp = [&] {
 #pragma unroll
@@ -114,11 +114,11 @@ FI_DEVICE void argmax_rows(const ArgmaxParams& params) {
       *ptx::cluster_map(&cluster_positions[rank], 0) = where;
     }
     ptx::cluster_arrive();
-    if (rank != 0) return;
+    if (rank != 0 || warp_id() != 0) return;
     ptx::cluster_wait();  // every CTA's best is in the first one's shared memory
     among(cluster_values, cluster_positions, kCluster);
   }
-  if (threadIdx.x == 0) params.out[row] = where == 0xffffffffu ? 0 : int32_t(where);
+  if (lane_id() == 0) params.out[blockIdx.x / kCluster] = where == 0xffffffffu ? 0 : int32_t(where);
 }
 
 }  // namespace fi
