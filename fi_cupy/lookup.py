@@ -66,7 +66,10 @@ def argmax_spec(dtype: DType, vec: int, cluster: int = 1) -> KernelSpec:
 
 
 def argmax_cluster(rows: int, columns: int, itemsize: int, clusters: bool) -> int:
-    """CTAs a row: eight for few rows that are more than one CTA has in flight (1 x 49152: 3.2 us against 4.5, 64: 8.7, 6.6)."""
+    """CTAs a row: eight for few rows that are more than one CTA has in flight.
+
+    1 x 49152 float32 takes 3.2 us against 4.5, 64 x 49152 8.7 against 6.6 (H100).
+    """
     return 8 if clusters and rows <= 16 and columns * itemsize >= 1 << 16 else 1
 
 

@@ -100,7 +100,6 @@ def norm_spec(
         # Left alone, ptxas aims at an occupancy that spills a few registers on some architectures. Without a residual
         # six CTAs are as fast as eight, four lose 10 % (H100, fp8 output).
         min_blocks=_blocks(vecs, residual, quantize, layer) if threads == 256 else 0,
-        spills="one value of a row on sm_120, stored and loaded once" if layer and quantize else "",
     )
 
 
