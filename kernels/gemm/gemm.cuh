@@ -43,9 +43,10 @@ FI_DEVICE int64_t computed_here(int64_t x) {
 }
 
 // 16 bytes of a weight that are not read again, past L1. Not as constants: those ptxas moves behind the wait for the predecessor.
+// Where a warp reads pieces of 64 bytes, L2 gets the whole line for the first (16 x 4096 x 4096: 14.1 us against 14.6).
 FI_DEVICE uint4 load_weight(const void* p) {
   uint4 r;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
                : "l"(p)
                : "memory");
