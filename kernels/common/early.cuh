@@ -40,6 +40,14 @@ FI_DEVICE V load_here(const void* p) {
     uint4 r;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p) : "memory");
     *reinterpret_cast<uint4*>(&v) = r;
+  } else if constexpr (sizeof(V) == 8) {
+    uint64_t r;
+    asm volatile("ld.global.u64 %0, [%1];" : "=l"(r) : "l"(p) : "memory");
+    *reinterpret_cast<uint64_t*>(&v) = r;
+  } else if constexpr (sizeof(V) == 4) {
+    uint32_t r;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(r) : "l"(p) : "memory");
+    *reinterpret_cast<uint32_t*>(&v) = r;
   } else {
     v = *static_cast<const V*>(p);
   }
