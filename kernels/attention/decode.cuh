@@ -135,18 +135,15 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
       if (walker + s * kWalkers < tiles) source.copy_whole(first_slot + s * 2 * Tr::kTileBytes, from_k[s], from_v[s]);
       ptx::cp_async_commit();
     }
-  } else if constexpr (kRegular) {  // seldom, so not unrolled
+  } else if constexpr (kRegular) {  // one warp of a short request, or of many keys: not unrolled
 #pragma unroll 1
     for (int s = 0; s < kStages; ++s) {
       const int tile = walker + s * kWalkers;
-      int page = pages[0];
+      const KV *keys = from_k[0], *values = from_v[0];
 #pragma unroll
-      for (int i = 1; i < kStages; ++i) page = s == i ? pages[i] : page;
-      if (tile < tiles) {
-        const auto to = source.copies.address(ring + s * 2 * Tr::kTileBytes);
-        source.issue_keys(to, tile, page);
-        source.issue_values(to, tile, page);
-      }
+      for (int i = 1; i < kStages; ++i) keys = s == i ? from_k[i] : keys, values = s == i ? from_v[i] : values;
+      if (tile < tiles)
+        source.copy_part(source.copies.address(ring + s * 2 * Tr::kTileBytes), tile, keys, values);
       ptx::cp_async_commit();
     }
   } else {

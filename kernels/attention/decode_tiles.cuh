@@ -120,7 +120,7 @@ struct TileSource {
     const int first = origin + tile * Tr::kTile;
     return first >= item.kv_begin && first + Tr::kTile <= item.kv_end;
   }
-  // kRegular: where this lane's first chunk of a whole tile lies, and the copies from there.
+  // kRegular: where this lane's first chunk of a tile lies, and the copies from there.
   FI_DEVICE const KV* keys_of(int tile, int page) const {
     return source(k, params.k_stride_page, params.k_stride_token, tile, page);
   }
@@ -130,6 +130,10 @@ struct TileSource {
   FI_DEVICE void copy_whole(Address slot, const KV* keys, const KV* values) const {
     copy(slot, keys, params.k_stride_token);
     copy(slot + Tr::kTileBytes, values, params.v_stride_token);
+  }
+  FI_DEVICE void copy_part(Address slot, int tile, const KV* keys, const KV* values) const {
+    copy_part(slot, k, keys, params.k_stride_token, tile);
+    copy_part(slot + Tr::kTileBytes, v, values, params.v_stride_token, tile);
   }
 
   FI_DEVICE void issue_keys(Address slot, int tile, int page) const {
@@ -172,18 +176,31 @@ struct TileSource {
     for (int i = 0; i < kLoads; ++i, from += kRows * stride_token)
       copies.copy_16(to + i * kRows * Tr::kPitch, from);
   }
+  // The first or last tile of an item: rows outside become zeros, as below. Straight, for a short request waits for them.
+  FI_DEVICE void copy_part(Address slot, const KV* base, const KV* from, int64_t stride_token, int tile) const {
+    constexpr int kRows = 32 / Tr::kChunks;
+    const int key = origin + tile * Tr::kTile + lane_id() / Tr::kChunks;
+    const Address to = slot + lane_id() / Tr::kChunks * Tr::kPitch + lane_id() % Tr::kChunks * 16;
+    constexpr int kUnroll = 2;  // all at once would take the registers of a second CTA (1x4096 of 128 dims: 10.4 us, not 9.4)
+#pragma unroll kUnroll
+    for (int i = 0; i < kLoads; ++i, from += kRows * stride_token) {
+      const bool valid = key + i * kRows >= item.kv_begin && key + i * kRows < item.kv_end;
+      copies.copy_16_anywhere(to + i * kRows * Tr::kPitch, valid ? from : base, valid);
+    }
+  }
   // The slot waits for these instructions, so all that can be left out of a whole tile's copies is.
   FI_DEVICE void issue(Address slot, const KV* base, int64_t stride_page, int64_t stride_token, int tile,
                        int page) const {
     const int first = origin + tile * Tr::kTile;
     if constexpr (kRegular) {
-      if (whole(tile)) return copy(slot, source(base, stride_page, stride_token, tile, page), stride_token);
+      const KV* from = source(base, stride_page, stride_token, tile, page);
+      if (whole(tile)) return copy(slot, from, stride_token);
+      return copy_part(slot, base, from, stride_token, tile);
     }
     const uint32_t key = lookup_key(tile);
     const int64_t in_page = key - params.page_size.quotient(key) * params.page_size.divisor;
     const int64_t lane_offset = page * stride_page + in_page * stride_token;
-    constexpr int kUnroll = kRegular ? 1 : kLoads;  // regular: only for the first and the last tile
-#pragma unroll kUnroll
+#pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int index = lane_id() + 32 * i;
       const int row = index / Tr::kChunks, chunk = index % Tr::kChunks;

@@ -18,6 +18,8 @@ struct AsyncCopies {
   FI_DEVICE Address address(uint8_t* smem) const { return smem; }
   // cp_async_16 to an `address` plus what is constant or differs between lanes.
   FI_DEVICE static void copy_16(Address to, const void* global, bool valid = true) { cp_async_16(to, global, valid); }
+  // The same without the hint, to any address.
+  FI_DEVICE static void copy_16_anywhere(Address to, const void* global, bool valid) { cp_async_16(to, global, valid); }
 };
 
 #if FI_ARCH == 900
@@ -42,6 +44,9 @@ struct AsyncCopies<true> {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(global),
                  "r"(valid ? 16 : 0), "l"(kEvictFirst)
                  : "memory");
+  }
+  FI_DEVICE static void copy_16_anywhere(Address to, const void* global, bool valid) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
   }
 };
 #endif
