@@ -180,6 +180,7 @@ class Problem(NamedTuple):
     out_dtype: DType | None = None
     page_size: int = 0  # of a paged cache; 0: unknown
     backend: str = "auto"  # "fa2": the portable kernel, "fa3": the Hopper kernel or an error
+    mappable: bool = True  # no stride is known to be negative (`prefill_hopper.mappable`)
 
     @property
     def kv(self) -> DType:

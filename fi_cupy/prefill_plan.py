@@ -63,7 +63,7 @@ def read_options(
 def make_problem(
     op: str, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int, head_dim_vo: int | None, q_data_type: Any,
     kv_data_type: Any, o_data_type: Any, options: Options, paged: bool, has_mask: bool, on_cpu: bool,
-    variant: Lowered | None = None, page_size: int = 0, backend: str = "auto",
+    variant: Lowered | None = None, page_size: int = 0, backend: str = "auto", mappable: bool = True,
 ) -> Problem:  # fmt: skip
     """The problem of a plan, checked."""
     dtype = to_dtype(q_data_type)
@@ -71,7 +71,7 @@ def make_problem(
     problem = Problem(
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo, dtype, paged,
         has_mask, options.pos_encoding_mode == "ALIBI", options.logits_soft_cap > 0, variant,
-        options.pos_encoding_mode == "ROPE_LLAMA", kv, out, page_size, backend,
+        options.pos_encoding_mode == "ROPE_LLAMA", kv, out, page_size, backend, mappable,
     )  # fmt: skip
     check_problem(op, problem, on_cpu)
     return problem
