@@ -174,7 +174,7 @@ def _read_indices(op: str, name: str, indices: View, first: int, used: int) -> t
         return None, -1
     host = indices.numpy()[:used]
     highest = -1
-    if used > first:
+    if used > first and len(host) == used:  # else the table is refused for its length
         # One pass: as unsigned numbers the negative ones are the largest.
         highest = int(np.maximum.reduce(host[first:].view(f"u{host.itemsize}")))
         if highest >= 1 << 31:

@@ -365,6 +365,11 @@ def check_problem(op: str, p: Problem, on_cpu: bool = False) -> None:
         raise ArgumentError(
             f"{op}: num_qo_heads is {p.num_qo_heads}, expected a multiple of num_kv_heads = {p.num_kv_heads}"
         )
+    if min(p.num_qo_heads, p.head_dim_qk, p.head_dim_vo) < 1:
+        raise ShapeError(
+            f"{op}: {p.num_qo_heads} query heads of head_dim_qk {p.head_dim_qk}, head_dim_vo {p.head_dim_vo}, expected "
+            "at least 1 of each"
+        )
     if p.dtype not in (*HALF_TYPES, *FP8_TYPES) and not (on_cpu and p.dtype is float32):
         raise DTypeError(
             f"{op}: q has dtype {p.dtype.name}, expected float16 or bfloat16 (float8_e4m3fn, float8_e5m2) on the GPU"

@@ -53,7 +53,7 @@ def read_options(
         raise ArgumentError(
             f"{op}: pos_encoding_mode is {pos_encoding_mode!r}, expected 'NONE', 'ROPE_LLAMA' or 'ALIBI'"
         )
-    scale = 1.0 / math.sqrt(head_dim_qk) if sm_scale is None else float(sm_scale)
+    scale = 1.0 / math.sqrt(max(head_dim_qk, 1)) if sm_scale is None else float(sm_scale)
     return Options(
         bool(causal) and not has_mask, max(int(window_left), -1), max(float(logits_soft_cap or 0.0), 0.0), scale,
         pos_encoding_mode, rope_scale, rope_theta,
@@ -227,7 +227,7 @@ def launch_values(
         work.partial_o, work.partial_md, work.counters,
         x.strides[0], x.strides[1], *k_strides, *v_strides, o.strides[0], o.strides[1],
         *fast_div(g.group), *fast_div(page_size), x.shape[1], options.causal,
-        options.window_left if options.window_left >= 0 else NO_WINDOW,
+        min(options.window_left, NO_WINDOW) if options.window_left >= 0 else NO_WINDOW,
         *scale_floats(options.sm_scale * scales.logit, scales.output, options.logits_soft_cap), *scales.kernel_values(),
     )  # fmt: skip
 
