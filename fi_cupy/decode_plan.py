@@ -9,7 +9,7 @@ import numpy as np
 
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import as_sizes, check_shape
-from fi_cupy.decode_kernel import Geometry, check_pos_encoding, rope_turns
+from fi_cupy.decode_kernel import Geometry, check_pos_encoding, check_rope, rope_turns
 from fi_cupy.dtypes import DType
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, DeviceError, UnsupportedError
@@ -98,6 +98,7 @@ def prepare(
         kv_data_type = data_type if kv_data_type is None else kv_data_type
         q_data_type = data_type if q_data_type == "float16" else q_data_type
     mode = check_pos_encoding(op, pos_encoding_mode)
+    check_rope(op, rope_scale, rope_theta)
     p = Planned()
     p.q_len_per_req = q_len_per_req
     p.alibi, p.rope, p.window_left = mode == "ALIBI", mode == "ROPE_LLAMA", max(int(window_left), -1)

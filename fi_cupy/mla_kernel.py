@@ -363,8 +363,7 @@ def launch_more(
     """
     more: tuple[Any, ...] = turns
     if g.hopper:
-        # Without pages there is no memory; no box is asked for then, but a map has an address.
-        ckv, kpe = ((c.ptr or 16, c.strides[0], c.strides[1]) for c in caches)
+        ckv, kpe = ((c.ptr, c.strides[0], c.strides[1]) for c in caches)
         boxes = caches[0].dtype is x.dtype and not gathers(g.problem.page_size)
         more = hopper_maps(x.dtype.name, g.problem.page_size, caches[0].shape[0], ckv, kpe) if boxes else NO_MAPS
     return (

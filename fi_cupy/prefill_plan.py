@@ -10,7 +10,7 @@ import numpy as np
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
-from fi_cupy.decode_kernel import output_view, rope_turns
+from fi_cupy.decode_kernel import check_rope, output_view, rope_turns
 from fi_cupy.dtypes import DType, float32, uint8
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
@@ -53,6 +53,7 @@ def read_options(
         raise ArgumentError(
             f"{op}: pos_encoding_mode is {pos_encoding_mode!r}, expected 'NONE', 'ROPE_LLAMA' or 'ALIBI'"
         )
+    check_rope(op, rope_scale, rope_theta)
     scale = 1.0 / math.sqrt(max(head_dim_qk, 1)) if sm_scale is None else float(sm_scale)
     return Options(
         bool(causal) and not has_mask, max(int(window_left), -1), max(float(logits_soft_cap or 0.0), 0.0), scale,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partialmethod
 from typing import Any
+
+import numpy as np
 
 from fi_cupy import reference
 from fi_cupy.arrays import view
@@ -283,6 +286,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
             check_rows(op, name, y, shape, p.problem.kv, f"= [tokens, num_kv_heads, head_dim] in {self._layout}")
         check_device(op, x, k=kx, v=vx)
         if o_scale is not None:
+            if not isinstance(o_scale, (int, float, np.floating)) or not math.isfinite(o_scale) or not o_scale:
+                raise ArgumentError(f"{op}: o_scale is {o_scale!r}, expected a finite number that is not 0")
             scales = scales._replace(output=scales.output / o_scale)
         strides: list[Strides] = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
         return self._run(
