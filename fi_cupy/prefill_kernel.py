@@ -35,6 +35,7 @@ LOG2E = math.log2(math.e)
 NO_WINDOW = 1 << 30
 
 _MOST_SPILLED = 64
+_MOST_KV_HEADS = 65535  # the grid's second dimension
 
 
 @lru_cache(maxsize=256)
@@ -386,6 +387,8 @@ def check_problem(op: str, p: Problem, on_cpu: bool = False) -> None:
     for name, dim in (("head_dim_qk", p.head_dim_qk), ("head_dim_vo", p.head_dim_vo)):
         if dim % 8 or not 0 < dim <= 256:
             raise ShapeError(f"{op}: {name} is {dim}, expected a multiple of 8 up to 256")
+    if p.num_kv_heads > _MOST_KV_HEADS:
+        raise UnsupportedError(f"{op}: num_kv_heads is {p.num_kv_heads}, expected at most {_MOST_KV_HEADS}")
     if p.rope and p.head_dim_qk % 16:
         raise ShapeError(f"{op}: head_dim_qk is {p.head_dim_qk}, expected a multiple of 16 with ROPE_LLAMA")
 

@@ -1,4 +1,4 @@
-"""Attention of arrays with strides that a tensor map does not have or a kernel does not expect, and other odd arguments."""
+"""Attention of arrays with strides that tensor maps do not have, of sizes of other types, and of nothing."""
 
 from __future__ import annotations
 

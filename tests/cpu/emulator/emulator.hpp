@@ -207,7 +207,7 @@ struct Mail {
   uint8_t *at, *box;
   int size;
   bool adds;
-  uint8_t value[16];
+  alignas(16) uint8_t value[16];
 };
 inline std::vector<Mail> mail;
 struct Box {
