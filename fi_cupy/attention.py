@@ -40,7 +40,7 @@ from fi_cupy.prefill import (
     single_prefill_with_kv_cache_return_lse,
 )
 from fi_cupy.prefill_batch import BatchPrefill
-from fi_cupy.prefill_hopper import load_of
+from fi_cupy.prefill_hopper import load_of, mappable
 from fi_cupy.prefill_kernel import Geometry, geometry
 from fi_cupy.prefill_plan import Work, make_problem, read_options
 from fi_cupy.scales import read_scales
@@ -420,7 +420,7 @@ def _single_prefill(given: dict[str, Any], device: DeviceInfo) -> Explanation:
     )  # fmt: skip
     problem = make_problem(
         "explain", heads, kv_heads, dim, v.shape[2], q.dtype, k.dtype, given["o_dtype"], options, False, has_mask,
-        False, backend=given["backend"],
+        False, backend=given["backend"], mappable=mappable(q, k, v),
     )  # fmt: skip
     k_scale = given["scale_k"] if given["scale_k"] is not None else given["k_scale"]
     narrow, variant = None, given.get("variant")

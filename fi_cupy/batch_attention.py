@@ -9,7 +9,7 @@ import numpy as np
 
 from fi_cupy import mixed, reference
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_shape
+from fi_cupy.checks import as_sizes, check_shape
 from fi_cupy.choice_log import log_wrapper
 from fi_cupy.decode_kernel import logit_floats
 from fi_cupy.device import device_info, require_gpu
@@ -281,6 +281,7 @@ class BatchAttention:
         op = f"{_OP}.plan"
         if use_profiler:
             raise UnsupportedError(f"{op}: use_profiler is not supported; Nsight Compute shows the kernels by name")
+        (page_size,) = as_sizes(op, page_size=page_size)
         read = read_ints(op, {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, "kv_len_arr": kv_len_arr})
         qo, indptr, kv_len = read.values()
         batch = max(len(qo) - 1, 0)

@@ -8,7 +8,7 @@ from typing import Any
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
 from fi_cupy.dtypes import FLOAT_TYPES, DType, bfloat16, bool_, float16, float32, uint8
-from fi_cupy.errors import DTypeError, UnsupportedError
+from fi_cupy.errors import DTypeError, ShapeError, UnsupportedError
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
@@ -306,6 +306,8 @@ def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
     _check_lse(op, "s", sv)
     check_device(op, vv, s=sv)
     rows, states, heads, dim = vv.shape
+    if dim < 1:
+        raise ShapeError(f"{op}: v has shape {vv.shape}, expected a head_dim of at least 1")
     out, lse = vv.empty((rows, heads, dim)), vv.empty((rows, heads), float32)
     if vv.is_cpu:
         merged = reference.merge_states(vv.numpy(), sv.numpy())

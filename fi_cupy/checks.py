@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
+from typing import Any
 
 from fi_cupy.arrays import View
 from fi_cupy.dtypes import DType, float32
-from fi_cupy.errors import DeviceError, DTypeError, LayoutError, ShapeError
+from fi_cupy.errors import ArgumentError, DeviceError, DTypeError, LayoutError, ShapeError
+
+
+def as_sizes(op: str, **given: Any) -> list[int]:
+    """Numbers of heads, dimensions or tokens as Python's integers; NumPy's own overflow, and lack some methods.
+
+    Raises
+    ------
+    ArgumentError
+        One is no integer, or less than 1.
+    """
+    for name, value in given.items():
+        try:
+            wrong = index(value) < 1
+        except TypeError:
+            raise ArgumentError(f"{op}: {name} is {value!r}, expected an integer") from None
+        if wrong:
+            raise ArgumentError(f"{op}: {name} is {value}, expected at least 1")
+    return [index(value) for value in given.values()]
 
 
 def check_shape(op: str, name: str, x: View, shape: tuple[int, ...], meaning: str = "") -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_device, check_dtype, check_inner, check_shape
+from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_shape
 from fi_cupy.decode_kernel import logit_floats, output_view, shares_of, sinks_view
 from fi_cupy.decode_plan import Planned
 from fi_cupy.decode_schedule import DecodeSchedule
@@ -52,6 +52,7 @@ class DecodeCalls(DecodeSchedule):
         if x.device != self.device:
             check_device(op, self._workspace, q=x)
         check_inner(op, "q", x)
+        check_aligned(op, "q", x, 4)  # it is read in pairs
         kv = paged_kv(op, paged_kv_cache)
         kv_dtype = p.kv_dtype if kv.k.dtype is not float32 or not x.is_cpu else float32
         kv = check_paged_kv(op, kv, x, kv_dtype, p.page_size, p.num_kv_heads, p.head_dim, self._layout)

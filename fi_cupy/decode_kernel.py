@@ -348,6 +348,13 @@ def logit_floats(sm_scale: float, logits_soft_cap: float) -> tuple[float, float,
     return sm_scale * LOG2E, 0.0, LOG2E
 
 
+def check_rope(op: str, rope_scale: float | None, rope_theta: float | None) -> None:
+    """Raise for numbers that make no frequencies; None and 0 are the defaults."""
+    for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
+        if value is not None and not 0 <= value < math.inf:
+            raise ArgumentError(f"{op}: {name} is {value}, expected a positive number")
+
+
 def check_pos_encoding(op: str, mode: str) -> str:
     """`mode` if it is one of NONE, ROPE_LLAMA and ALIBI."""
     if mode not in ("NONE", "ALIBI", "ROPE_LLAMA"):

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_shape
-from fi_cupy.decode_kernel import Geometry, check_pos_encoding, rope_turns
+from fi_cupy.checks import as_sizes, check_shape
+from fi_cupy.decode_kernel import Geometry, check_pos_encoding, check_rope, rope_turns
 from fi_cupy.dtypes import DType
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, DeviceError, UnsupportedError
@@ -86,8 +86,10 @@ def prepare(
     """
     if block_tables is not None:
         raise UnsupportedError(f"{op}: block_tables is not supported; the page table is indptr and indices")
-    if q_len_per_req < 1:
-        raise ArgumentError(f"{op}: q_len_per_req is {q_len_per_req}, expected at least 1")
+    num_qo_heads, num_kv_heads, head_dim, page_size, q_len_per_req = as_sizes(
+        op, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size,
+        q_len_per_req=q_len_per_req,
+    )  # fmt: skip
     if window_right != 0:
         raise UnsupportedError(f"{op}: window_right is {window_right}, expected 0")
     if fixed_split_size is not None and fixed_split_size < 1:
@@ -96,8 +98,9 @@ def prepare(
         kv_data_type = data_type if kv_data_type is None else kv_data_type
         q_data_type = data_type if q_data_type == "float16" else q_data_type
     mode = check_pos_encoding(op, pos_encoding_mode)
+    check_rope(op, rope_scale, rope_theta)
     p = Planned()
-    p.q_len_per_req = int(q_len_per_req)
+    p.q_len_per_req = q_len_per_req
     p.alibi, p.rope, p.window_left = mode == "ALIBI", mode == "ROPE_LLAMA", max(int(window_left), -1)
     p.turns = rope_turns(head_dim, rope_scale, rope_theta) if p.rope and device >= 0 and head_dim <= 256 else ()
     p.logits_soft_cap = max(float(logits_soft_cap or 0.0), 0.0)
@@ -110,11 +113,11 @@ def prepare(
         "pos_encoding_mode": pos_encoding_mode, "window_left": p.window_left, "logits_soft_cap": p.logits_soft_cap,
         "rope_scale": rope_scale, "rope_theta": rope_theta,
     }  # fmt: skip
-    if num_kv_heads < 1 or num_qo_heads % num_kv_heads:
+    if num_qo_heads % num_kv_heads:
         raise ArgumentError(
             f"{op}: num_qo_heads is {num_qo_heads}, expected a multiple of num_kv_heads = {num_kv_heads}"
         )
-    p.split = (None if fixed_split_size is None else fixed_split_size * page_size, disable_split_kv)
+    p.split = (None if fixed_split_size is None else int(fixed_split_size) * page_size, disable_split_kv)
     return p, _read_table(op, buffers, p, indptr, indices, last_page_len, seq_lens, indptr_host)
 
 

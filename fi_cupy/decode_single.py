@@ -15,6 +15,7 @@ from fi_cupy.decode_kernel import (
     Problem,
     check_pos_encoding,
     check_problem,
+    check_rope,
     geometry,
     logit_floats,
     rope_turns,
@@ -23,7 +24,7 @@ from fi_cupy.decode_kernel import (
 )
 from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.dtypes import FLOAT_TYPES, FP8_TYPES, DType, float8_e4m3fn, float32
-from fi_cupy.errors import ArgumentError
+from fi_cupy.errors import ArgumentError, ShapeError
 from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.kv_cache import as_fp8, check_layout
@@ -130,6 +131,9 @@ def single_decode_with_kv_cache(
     if kv_heads < 1 or heads % kv_heads:
         raise ArgumentError(f"{_OP}: q has {heads} heads, expected a multiple of num_kv_heads = {kv_heads}")
     check_pos_encoding(_OP, pos_encoding_mode)
+    check_rope(_OP, rope_scale, rope_theta)
+    if heads < 1 or dim < 1:
+        raise ShapeError(f"{_OP}: q has shape {x.shape}, expected at least 1 head of 1 dimension")
     window, cap = max(int(window_left), -1), max(float(logits_soft_cap or 0.0), 0.0)
     scale = 1.0 / math.sqrt(dim) if sm_scale is None else float(sm_scale)
     g = None

@@ -14,7 +14,7 @@ LAYOUTS = ("NHD", "HND")
 
 def check_layout(op: str, kv_layout: str) -> str:
     """`kv_layout` if it is one of NHD and HND."""
-    if kv_layout not in LAYOUTS:
+    if not isinstance(kv_layout, str) or kv_layout not in LAYOUTS:
         raise ArgumentError(f"{op}: kv_layout is {kv_layout!r}, expected 'NHD' or 'HND'")
     return kv_layout
 

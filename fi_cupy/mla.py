@@ -17,6 +17,7 @@ import numpy as np
 from fi_cupy.arrays import view
 from fi_cupy.checks import check_dtype, check_ndim, check_shape
 from fi_cupy.choice_log import log_wrapper
+from fi_cupy.decode_kernel import check_rope
 from fi_cupy.dtypes import FP8_TYPES, INDEX_TYPES, int32
 from fi_cupy.errors import ArgumentError, PlanError, UnsupportedError
 from fi_cupy.mla_batch import BatchMla, MlaPlanned, check_variant, read_fp8_scales
@@ -390,6 +391,7 @@ class BatchDecodeMlaWithPagedKVCacheWrapper(BatchMla):
         rope_theta: float | None = None,
     ) -> MlaPlanned:  # fmt: skip
         rope = rope_scale is not None or rope_theta is not None
+        check_rope(op, rope_scale, rope_theta)
         options = Options(
             False, max(int(window_left), -1), max(float(logits_soft_cap or 0.0), 0.0), float(sm_scale),
             "ROPE_LLAMA" if rope else "NONE", rope_scale, rope_theta,

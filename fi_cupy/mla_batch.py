@@ -11,7 +11,15 @@ import numpy as np
 
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.checks import (
+    as_sizes,
+    check_aligned,
+    check_device,
+    check_dtype,
+    check_inner,
+    check_ndim,
+    check_shape,
+)
 from fi_cupy.decode_kernel import output_view, rope_turns
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, DType, float32
@@ -84,9 +92,10 @@ class BatchMla(BatchPrefill):
         head_dims: tuple[int, int], page_size: int, options: Options, q_data_type: Any, kv_data_type: Any,
     ) -> MlaPlanned:  # fmt: skip
         """Check the arguments of a plan. lengths: ``(name, keys of every request)``, or None: `_lengths` gives them."""
-        if num_heads < 1 or page_size < 1:
-            what, got = ("num_heads", num_heads) if num_heads < 1 else ("page_size", page_size)
-            raise ArgumentError(f"{op}: {what} is {got}, expected at least 1")
+        num_heads, page_size, *dims = as_sizes(
+            op, num_heads=num_heads, page_size=page_size, head_dim_ckv=head_dims[0], head_dim_kpe=head_dims[1]
+        )
+        head_dims = dims[0], dims[1]
         dtype = to_dtype(q_data_type)
         kv = dtype if kv_data_type is None else to_dtype(kv_data_type)
         problem = Problem(

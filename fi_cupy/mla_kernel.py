@@ -15,6 +15,7 @@ from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, CppValue, KernelSpec
 from fi_cupy.plan.mla import Costs
 from fi_cupy.plan.workspace import WorkspaceLayout
+from fi_cupy.prefill_hopper import map_step
 from fi_cupy.prefill_params import PARAMS as PREFILL_PARAMS
 
 if TYPE_CHECKING:
@@ -382,10 +383,11 @@ def hopper_maps(
     """The tensor maps of the caches, (address, page and token stride in elements) each, and the rows of a box."""
     rows = math.gcd(page_size, HOPPER_TILES.tile_kv)
     maps = []
-    for (address, page, token), panels, box in ((ckv, CKV // 64, 1), (kpe, 1, 1)):
+    for name, (address, page, token), panels in (("ckv", ckv, CKV // 64), ("kpe", kpe, 1)):
+        step = map_step(f"latent attention: {name}", page_size, token)
         extents = (64, 8, panels, page_size // 8, max(pages, 1))
-        strides = (2 * token, 128, 16 * token, 2 * page if pages > 1 else 16)
-        maps.append(encode_map(dtype, address, extents, strides, (64, 8, box, rows // 8, 1)))
+        strides = (step, 128, 8 * step, map_step(f"latent attention: {name}", pages, page))
+        maps.append(encode_map(dtype, address, extents, strides, (64, 8, 1, rows // 8, 1)))
     return (*maps, rows)
 
 

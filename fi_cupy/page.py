@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import KernelSpec
 from fi_cupy.kv_cache import PagedKV, check_layout, paged_kv, token_strides
+from fi_cupy.page_table import check_host_table, check_offsets
 from fi_cupy.reference import page as reference
 
 _APPEND = ParamsStruct("AppendParams", page_quantized.APPEND_FIELDS)
@@ -219,6 +221,7 @@ def get_batch_indices_positions(
     indptr = _index(op, "append_indptr", append_indptr)
     lens = _index(op, "seq_lens", seq_lens, indptr)
     check_shape(op, "seq_lens", lens, (max(0, indptr.shape[0] - 1),), "= len(append_indptr) - 1")
+    nnz = operator.index(nnz)
     if nnz < 0:
         raise ArgumentError(f"{op}: nnz is {nnz}, expected at least 0")
     outs = []
@@ -231,6 +234,8 @@ def get_batch_indices_positions(
         outs.append(out)
     b, p = outs
     if indptr.is_cpu:
+        if len(indptr.numpy()):
+            check_offsets(op, "append_indptr", indptr.numpy().astype(np.int64))
         for out, values in zip(
             outs, reference.get_batch_indices_positions(indptr.numpy(), lens.numpy(), nnz), strict=True
         ):
@@ -262,28 +267,6 @@ def _table(
             "= len(kv_indptr) - 1",
         )  # fmt: skip
     return b, p, indices, indptr
-
-
-def _check_host_table(op: str, table: tuple[View, View, View, View], page_size: int, num_pages: int) -> None:
-    """Refuse indices that point outside the page table or the cache."""
-    batch, position, indices, indptr = (t.numpy().astype(np.int64) for t in table)
-    keep = batch >= 0
-    batch, position = batch[keep], position[keep]
-    if batch.size == 0:
-        return
-    if batch.max() >= len(indptr) - 1:
-        raise ArgumentError(f"{op}: batch_indices has {batch.max()}, expected less than {len(indptr) - 1} requests")
-    slot = indptr[batch] + position // page_size
-    wrong = (position < 0) | (slot >= indptr[batch + 1]) | (slot >= len(indices))
-    if wrong.any():
-        i = int(np.argmax(wrong))
-        raise ArgumentError(
-            f"{op}: position {position[i]} of request {batch[i]} lies outside its "
-            f"{indptr[batch[i] + 1] - indptr[batch[i]]} pages of {page_size} tokens"
-        )
-    pages = indices[slot]
-    if pages.min() < 0 or pages.max() >= num_pages:
-        raise ArgumentError(f"{op}: kv_indices go from {pages.min()} to {pages.max()}, expected 0 to {num_pages - 1}")
 
 
 def _append(
@@ -398,7 +381,7 @@ def append_paged_kv_cache(
     ]
     table = _table(op, k.shape[0], k_cache, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
     if k_cache.is_cpu:
-        _check_host_table(op, table, page_size, k_cache.shape[0])
+        check_host_table(op, table, page_size, k_cache.shape[0])
         reference.append_paged_kv_cache_(
             casts[0].host(), casts[1].host(), table[0].numpy(), table[1].numpy(), casts[0].cache.numpy(),
             casts[1].cache.numpy(), table[2].numpy(), table[3].numpy(), kv_layout=kv_layout,
@@ -476,7 +459,7 @@ def append_paged_mla_kv_cache(
     page_size = c0.shape[1]
     table = _table(op, x0.shape[0], c0, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
     if c0.is_cpu:
-        _check_host_table(op, table, page_size, c0.shape[0])
+        check_host_table(op, table, page_size, c0.shape[0])
         for each in pairs:
             reference.append_paged_mla_kv_cache_(
                 each.host(), None, table[0].numpy(), table[1].numpy(), each.cache.numpy(), None, table[2].numpy(),

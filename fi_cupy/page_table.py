@@ -174,7 +174,7 @@ def _read_indices(op: str, name: str, indices: View, first: int, used: int) -> t
         return None, -1
     host = indices.numpy()[:used]
     highest = -1
-    if used > first:
+    if used > first and len(host) == used:  # else the table is refused for its length
         # One pass: as unsigned numbers the negative ones are the largest.
         highest = int(np.maximum.reduce(host[first:].view(f"u{host.itemsize}")))
         if highest >= 1 << 31:
@@ -188,6 +188,28 @@ def read_numbers(op: str, name: str, indices: Any, first: int, used: int) -> tup
     """(view, page numbers, the largest of entries `first` to `used`); the host's part is (None, -1) for a GPU array."""
     numbers = _index_view(op, name, indices)
     return numbers, *_read_indices(op, name, numbers, first, used)
+
+
+def check_host_table(op: str, table: tuple[View, View, View, View], page_size: int, num_pages: int) -> None:
+    """Refuse what points outside; `table`: batch_indices, positions, kv_indices and kv_indptr."""
+    batch, position, indices, indptr = (t.numpy().astype(np.int64) for t in table)
+    keep = batch >= 0
+    batch, position = batch[keep], position[keep]
+    if batch.size == 0:
+        return
+    if batch.max() >= len(indptr) - 1:
+        raise ArgumentError(f"{op}: batch_indices has {batch.max()}, expected less than {len(indptr) - 1} requests")
+    slot = indptr[batch] + position // max(page_size, 1)
+    wrong = (position < 0) | (slot < 0) | (slot >= indptr[batch + 1]) | (slot >= len(indices)) | (page_size < 1)
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise ArgumentError(
+            f"{op}: position {position[i]} of request {batch[i]} lies outside its "
+            f"{indptr[batch[i] + 1] - indptr[batch[i]]} pages of {page_size} tokens"
+        )
+    pages = indices[slot]
+    if pages.min() < 0 or pages.max() >= num_pages:
+        raise ArgumentError(f"{op}: kv_indices go from {pages.min()} to {pages.max()}, expected 0 to {num_pages - 1}")
 
 
 def check_gpu_indices(op: str, name: str, table: PageTable, like: View) -> None:

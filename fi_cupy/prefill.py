@@ -13,6 +13,7 @@ import numpy as np
 
 from fi_cupy import reference
 from fi_cupy.arrays import View
+from fi_cupy.checks import as_sizes
 from fi_cupy.choice_log import log_wrapper
 from fi_cupy.customize import single_prefill_with_kv_cache_with_jit_module
 from fi_cupy.dtypes import float32, int32, uint8
@@ -259,6 +260,10 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         fixed_split_size: int | None = None, disable_split_kv: bool = False,
     ) -> _PagedPlan:  # fmt: skip
         refuse(op, block_tables=block_tables)
+        num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size = as_sizes(
+            op, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk,
+            head_dim_vo=head_dim_qk if head_dim_vo is None else head_dim_vo, page_size=page_size,
+        )  # fmt: skip
         items = read_multi_item(
             op, prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr, custom_mask,
             packed_custom_mask,
@@ -290,7 +295,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         elif self.device < 0:
             p.host_indices = p.host_indices.copy()  # `run` reads them
         p.disable_split = disable_split_kv or not self._splittable
-        p.fixed_split = fixed_split_size * page_size if fixed_split_size and fixed_split_size > 0 else None
+        p.fixed_split = int(fixed_split_size) * page_size if fixed_split_size and fixed_split_size > 0 else None
         return p
 
     def _most_keys(self, p: _PagedPlan) -> int:

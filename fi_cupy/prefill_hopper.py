@@ -7,13 +7,14 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fi_cupy.dtypes import HALF_TYPES, DType, bfloat16, float16
-from fi_cupy.errors import UnsupportedError
+from fi_cupy.errors import LayoutError, UnsupportedError
 from fi_cupy.jit.driver import has_driver_binding, tensor_map
 from fi_cupy.jit.params import ParamsStruct
 from fi_cupy.jit.spec import CppType, KernelSpec
 from fi_cupy.prefill_params import PARAMS as PORTABLE_PARAMS
 
 if TYPE_CHECKING:
+    from fi_cupy.arrays import View
     from fi_cupy.device import DeviceInfo
     from fi_cupy.prefill_kernel import Problem
 
@@ -279,6 +280,8 @@ def refusal(p: Problem, device: DeviceInfo) -> str:
         return "custom masks are bits in global memory"
     if p.variant is not None and p.variant.portable_only:
         return f"variant {p.variant.name}: {p.variant.portable_only}"
+    if not p.mappable:
+        return "a stride is negative, and the copy engine goes forwards"
     if p.paged and p.page_size % _SWIZZLE_ROWS:
         return f"page_size {p.page_size} is not a multiple of {_SWIZZLE_ROWS}, the rows of a swizzle"
     return ""
@@ -344,7 +347,7 @@ def map_values(
     values, `kv_extent` their tokens, or the pages. Queries whose group does not divide the tile are not read through
     their map, which then has some valid box.
     """
-    n, h = 2 * q_strides[0], 2 * q_strides[1]
+    n, h = map_step("prefill: q", num_rows, q_strides[0]), map_step("prefill: q", group * num_kv_heads, q_strides[1])
     fit = group if tiles.tile_q % group == 0 else 1
     q_rows = 64 if 64 % fit == 0 else tiles.tile_q
     queries = _encode(
@@ -354,32 +357,63 @@ def map_values(
     rows = box_rows(page_size, tiles.tile_kv) if page_size else tiles.tile_kv
     # Without keys there may be no memory; no box is loaded then.
     sides = (
-        (k if kv_extent else q, tiles.head_dim_qk // 64, k_strides),
-        (v if kv_extent else q, tiles.head_dim_vo // 64, v_strides),
+        ("prefill: k", k if kv_extent else q, tiles.head_dim_qk // 64, k_strides),
+        ("prefill: v", v if kv_extent else q, tiles.head_dim_vo // 64, v_strides),
     )
-    extent = max(kv_extent, 1)
+    extent, heads = max(kv_extent, 1), num_kv_heads if kv_extent else 1
     # A cache's pages count whether this batch uses them or not, which is at worst the rule for long prompts.
     head_bytes = 2 * (tiles.head_dim_qk + tiles.head_dim_vo) * kv_extent * max(page_size, 1)
     order = num_kv_heads, heads_together(num_kv_heads, head_bytes), kv_extent, rows, q_rows
     if not page_size:
         keys = [
             _encode(
-                dtype, address, (64, extent, panels, num_kv_heads), (2 * token, 128, 2 * head), (64, rows, panels, 1)
+                dtype, address, (64, extent, panels, num_kv_heads),
+                (map_step(name, extent, token), 128, map_step(name, heads, head)), (64, rows, panels, 1),
             )
-            for address, panels, (_, token, head) in sides
-        ]
+            for name, address, panels, (_, token, head) in sides
+        ]  # fmt: skip
         return (queries, *keys), (*order, *[0] * 6)
-    paged = [_paged_map(dtype, *side, extent, num_kv_heads, page_size, rows) for side in sides]
+    paged = [_paged_map(dtype, *side, extent, heads, page_size, rows) for side in sides]
     maps = queries, paged[0][0], paged[1][0]
     return maps, (*order, *paged[0][1], *paged[1][1])
 
 
+def mappable(*arrays: View) -> bool:
+    """Whether tensor maps describe arrays of the right alignment: `map_step` would not raise."""
+    return all(
+        min(x.strides) >= 0 or all(s >= 0 or n < 2 for s, n in zip(x.strides, x.shape, strict=True)) for x in arrays
+    )
+
+
+def map_step(name: str, count: int, stride: int) -> int:
+    """Bytes from one of `count` rows, heads or pages to the next, as a tensor map can have them.
+
+    Where there is only one its stride means nothing, and need not be a multiple of 16 bytes as a map's has to.
+    `name`: the array, behind the operation; both are for the message.
+
+    Raises
+    ------
+    LayoutError
+        The stride is negative, which no map describes.
+    """
+    if count < 2:
+        return 16
+    if stride < 0:
+        raise LayoutError(
+            f"{name} has a stride of {stride} elements, expected none that is negative: the Hopper kernel's "
+            "copies go forwards; pass a copy, or backend='fa2'"
+        )
+    return 2 * stride
+
+
 def _paged_map(
-    dtype: str, address: int, panels: int, strides: tuple[int, int, int], pages: int, heads: int, page_size: int,
-    rows: int,
+    dtype: str, name: str, address: int, panels: int, strides: tuple[int, int, int], pages: int, heads: int,
+    page_size: int, rows: int,
 ) -> tuple[bytes, tuple[int, int, int]]:  # fmt: skip
     """The map of a paged cache, and units a page, a head and 8 tokens: one dimension of the five is all of them."""
-    page, token, head = (2 * stride for stride in strides)
+    page, token, head = (
+        map_step(name, count, stride) for count, stride in zip((pages, page_size, heads), strides, strict=True)
+    )
     steps = (page, pages), (head, heads), (8 * token, (page_size - rows) // 8 + 1)  # bytes and how many there are
     unit = math.gcd(*(step if count > 1 else 0 for step, count in steps)) or 16
     units = [step // unit if count > 1 else 0 for step, count in steps]

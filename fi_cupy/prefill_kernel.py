@@ -35,6 +35,7 @@ LOG2E = math.log2(math.e)
 NO_WINDOW = 1 << 30
 
 _MOST_SPILLED = 64
+_MOST_KV_HEADS = 65535  # the grid's second dimension
 
 
 @lru_cache(maxsize=256)
@@ -180,6 +181,7 @@ class Problem(NamedTuple):
     out_dtype: DType | None = None
     page_size: int = 0  # of a paged cache; 0: unknown
     backend: str = "auto"  # "fa2": the portable kernel, "fa3": the Hopper kernel or an error
+    mappable: bool = True  # no stride is known to be negative (`prefill_hopper.mappable`)
 
     @property
     def kv(self) -> DType:
@@ -364,6 +366,11 @@ def check_problem(op: str, p: Problem, on_cpu: bool = False) -> None:
         raise ArgumentError(
             f"{op}: num_qo_heads is {p.num_qo_heads}, expected a multiple of num_kv_heads = {p.num_kv_heads}"
         )
+    if min(p.num_qo_heads, p.head_dim_qk, p.head_dim_vo) < 1:
+        raise ShapeError(
+            f"{op}: {p.num_qo_heads} query heads of head_dim_qk {p.head_dim_qk}, head_dim_vo {p.head_dim_vo}, expected "
+            "at least 1 of each"
+        )
     if p.dtype not in (*HALF_TYPES, *FP8_TYPES) and not (on_cpu and p.dtype is float32):
         raise DTypeError(
             f"{op}: q has dtype {p.dtype.name}, expected float16 or bfloat16 (float8_e4m3fn, float8_e5m2) on the GPU"
@@ -380,6 +387,8 @@ def check_problem(op: str, p: Problem, on_cpu: bool = False) -> None:
     for name, dim in (("head_dim_qk", p.head_dim_qk), ("head_dim_vo", p.head_dim_vo)):
         if dim % 8 or not 0 < dim <= 256:
             raise ShapeError(f"{op}: {name} is {dim}, expected a multiple of 8 up to 256")
+    if p.num_kv_heads > _MOST_KV_HEADS:
+        raise UnsupportedError(f"{op}: num_kv_heads is {p.num_kv_heads}, expected at most {_MOST_KV_HEADS}")
     if p.rope and p.head_dim_qk % 16:
         raise ShapeError(f"{op}: head_dim_qk is {p.head_dim_qk}, expected a multiple of 16 with ROPE_LLAMA")
 

@@ -10,7 +10,7 @@ import numpy as np
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
-from fi_cupy.decode_kernel import output_view, rope_turns
+from fi_cupy.decode_kernel import check_rope, output_view, rope_turns
 from fi_cupy.dtypes import DType, float32, uint8
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
@@ -53,7 +53,8 @@ def read_options(
         raise ArgumentError(
             f"{op}: pos_encoding_mode is {pos_encoding_mode!r}, expected 'NONE', 'ROPE_LLAMA' or 'ALIBI'"
         )
-    scale = 1.0 / math.sqrt(head_dim_qk) if sm_scale is None else float(sm_scale)
+    check_rope(op, rope_scale, rope_theta)
+    scale = 1.0 / math.sqrt(max(head_dim_qk, 1)) if sm_scale is None else float(sm_scale)
     return Options(
         bool(causal) and not has_mask, max(int(window_left), -1), max(float(logits_soft_cap or 0.0), 0.0), scale,
         pos_encoding_mode, rope_scale, rope_theta,
@@ -63,7 +64,7 @@ def read_options(
 def make_problem(
     op: str, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int, head_dim_vo: int | None, q_data_type: Any,
     kv_data_type: Any, o_data_type: Any, options: Options, paged: bool, has_mask: bool, on_cpu: bool,
-    variant: Lowered | None = None, page_size: int = 0, backend: str = "auto",
+    variant: Lowered | None = None, page_size: int = 0, backend: str = "auto", mappable: bool = True,
 ) -> Problem:  # fmt: skip
     """The problem of a plan, checked."""
     dtype = to_dtype(q_data_type)
@@ -71,7 +72,7 @@ def make_problem(
     problem = Problem(
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo, dtype, paged,
         has_mask, options.pos_encoding_mode == "ALIBI", options.logits_soft_cap > 0, variant,
-        options.pos_encoding_mode == "ROPE_LLAMA", kv, out, page_size, backend,
+        options.pos_encoding_mode == "ROPE_LLAMA", kv, out, page_size, backend, mappable,
     )  # fmt: skip
     check_problem(op, problem, on_cpu)
     return problem
@@ -227,7 +228,7 @@ def launch_values(
         work.partial_o, work.partial_md, work.counters,
         x.strides[0], x.strides[1], *k_strides, *v_strides, o.strides[0], o.strides[1],
         *fast_div(g.group), *fast_div(page_size), x.shape[1], options.causal,
-        options.window_left if options.window_left >= 0 else NO_WINDOW,
+        min(options.window_left, NO_WINDOW) if options.window_left >= 0 else NO_WINDOW,
         *scale_floats(options.sm_scale * scales.logit, scales.output, options.logits_soft_cap), *scales.kernel_values(),
     )  # fmt: skip
 

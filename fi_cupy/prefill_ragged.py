@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partialmethod
 from typing import Any
 
+import numpy as np
+
 from fi_cupy import reference
 from fi_cupy.arrays import view
-from fi_cupy.checks import check_device
+from fi_cupy.checks import as_sizes, check_device
 from fi_cupy.choice_log import log_wrapper
 from fi_cupy.dtypes import int32, uint8
 from fi_cupy.errors import ArgumentError, PlanError
@@ -176,6 +179,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         v_indptr: Any = None, o_indptr: Any = None,
     ) -> _RaggedPlan:  # fmt: skip
         refuse(op, v_indptr=v_indptr, o_indptr=o_indptr)
+        num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo = as_sizes(
+            op, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk,
+            head_dim_vo=head_dim_qk if head_dim_vo is None else head_dim_vo,
+        )  # fmt: skip
         items = read_multi_item(
             op, prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr, custom_mask,
             packed_custom_mask,
@@ -200,7 +207,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         if hints or max_token_per_sequence is not None or max_sequence_kv is not None:
             check_hints(op, qo, kv_len, read, max_token_per_sequence, max_sequence_kv)
         p.kv_indptr, p.disable_split = kv, disable_split_kv or not self._splittable
-        p.fixed_split = fixed_split_size if fixed_split_size and fixed_split_size > 0 else None
+        p.fixed_split = int(fixed_split_size) if fixed_split_size and fixed_split_size > 0 else None
         return p
 
     def _most_keys(self, p: _RaggedPlan) -> int:
@@ -279,6 +286,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
             check_rows(op, name, y, shape, p.problem.kv, f"= [tokens, num_kv_heads, head_dim] in {self._layout}")
         check_device(op, x, k=kx, v=vx)
         if o_scale is not None:
+            if not isinstance(o_scale, (int, float, np.floating)) or not math.isfinite(o_scale) or not o_scale:
+                raise ArgumentError(f"{op}: o_scale is {o_scale!r}, expected a finite number that is not 0")
             scales = scales._replace(output=scales.output / o_scale)
         strides: list[Strides] = [(0, y.strides[hnd], y.strides[not hnd]) for y in (kx, vx)]
         return self._run(

@@ -20,7 +20,7 @@ from fi_cupy.errors import ArgumentError
 from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.kv_cache import as_fp8, check_layout
 from fi_cupy.plan.prefill import PrefillPlan, plan_prefill
-from fi_cupy.prefill_hopper import load_of
+from fi_cupy.prefill_hopper import load_of, mappable
 from fi_cupy.prefill_kernel import Geometry, Problem, geometry
 from fi_cupy.prefill_plan import (
     Mask,
@@ -218,7 +218,7 @@ def prepare(
         bound = variant.bind(op, *variant_args, x, sm_scale=options.sm_scale, logit_scale=scales.logit)
     problem = make_problem(
         op, heads, kv_heads, dim_qk, dim_vo, x.dtype, kx.dtype, o_dtype, options, False, has_mask, x.is_cpu,
-        None if bound is None else bound.lowered, backend=backend,
+        None if bound is None else bound.lowered, backend=backend, mappable=mappable(x, kx, vx),
     )  # fmt: skip
     if options.causal and qo_len > kv_len:
         raise ArgumentError(f"{op}: qo_len is {qo_len} with causal=True, expected at most kv_len = {kv_len}")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.checks import as_sizes, check_device, check_dtype, check_inner, check_ndim, check_shape
 from fi_cupy.dtypes import FLOAT_TYPES, INDEX_TYPES, float32
 from fi_cupy.errors import ArgumentError, ShapeError, UnsupportedError
 from fi_cupy.reference import rope as reference
@@ -110,7 +110,7 @@ def _on_cpu(
     freq = radians(frequencies)
     if indptr is None:
         return reference._apply(q.numpy(), k.numpy(), positions.numpy(), freq, interleave)
-    offsets = indptr.numpy()
+    offsets = indptr.numpy().astype(np.int64)
     if offsets[0] < 0 or offsets[-1] > q.shape[0] or (np.diff(offsets) < 0).any():
         raise ArgumentError(f"{op}: indptr is {offsets.tolist()}, expected ascending offsets up to {q.shape[0]} tokens")
     return reference._apply_segments(q.numpy(), k.numpy(), offsets, positions.numpy(), freq, interleave)
@@ -324,13 +324,14 @@ def apply_llama31_rope_pos_ids_inplace(
 def _apply_cached(
     op: str, positions: Any, query: Any, key: Any, head_size: int, cos_sin_cache: Any, is_neox: bool, inplace: bool
 ) -> Any:
+    (head_size,) = as_sizes(op, head_size=head_size)
     pos, q, k = view(positions, op, "positions"), view(query, op, "query"), view(key, op, "key")
     table = view(cos_sin_cache, op, "cos_sin_cache")
     check_ndim(op, "query", q, 2)
     check_ndim(op, "key", k, 2)
     _check_qk(op, q, k, ("query", "key"), inplace)
     for name, x in (("query", q), ("key", k)):
-        if head_size < 1 or x.shape[1] % head_size:
+        if x.shape[1] % head_size:
             raise ShapeError(
                 f"{op}: {name} has shape {x.shape}, expected a multiple of head_size = {head_size} features"
             )

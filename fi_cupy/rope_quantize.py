@@ -11,6 +11,7 @@ from fi_cupy.dtypes import FLOAT_TYPES, FP8_TYPES, HALF_TYPES, INDEX_TYPES, DTyp
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, ShapeError
 from fi_cupy.kv_cache import check_layout, token_strides
+from fi_cupy.page_table import check_host_table
 from fi_cupy.reference import rope as reference
 
 
@@ -43,7 +44,7 @@ def _inputs(
     op: str, arrays: dict[str, Any], cos_sin_cache: Any, pos_ids: Any, kinds: tuple[DType, ...] = HALF_TYPES
 ) -> tuple[dict[str, View], View, View]:
     """The arrays that there are (the first is q_rope), the cache of cosines, and the positions; checked."""
-    views = {name: view(x, op, name) for name, x in arrays.items() if x is not None}
+    views = {n: view(x, op, n) for n, x in arrays.items() if x is not None or n.endswith("rope")}
     q = views["q_rope"]
     check_ndim(op, "q_rope", q, 3)
     check_dtype(op, "q_rope", q, kinds)
@@ -459,8 +460,11 @@ def _rope_append(
     }
     if "q_nope" not in views and q_outs[1] is not None:
         raise ArgumentError(f"{op}: q_nope_out is given, expected q_nope with it")
+    if pages[3].shape[0] < 1:
+        raise ShapeError(f"{op}: kv_indptr has shape {pages[3].shape}, expected (requests + 1,)")
     if q.is_cpu:
         rows = _host_positions(op, pos, angles)
+        check_host_table(op, pages, page_size, min(c.shape[0] for c in caches))
         a, b, c, d, e = (_host(views, n) for n in (*_NAMES, "v"))
         batch, cached, indices, indptr = (p.numpy() for p in pages)
         results = reference.rope_quantize_fp8_append_paged_kv_cache_(

@@ -13,7 +13,7 @@ import numpy as np
 
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_dtype, check_ndim, check_shape
+from fi_cupy.checks import as_sizes, check_dtype, check_ndim, check_shape
 from fi_cupy.dtypes import uint8
 from fi_cupy.errors import ArgumentError, PlanError, ShapeError, UnsupportedError
 from fi_cupy.page_table import Ints, check_offsets, read_ints
@@ -216,7 +216,8 @@ class BlockSparseAttentionWrapper(BlockSparse):
                 f"{op}: block_mask is not supported; VariableBlockSparseAttentionWrapper takes one for each kv head"
             )
         check_modes(op, pos_encoding_mode, num_qo_heads, num_kv_heads)
-        if R < 1 or C < 1 or M % R or N % C:
+        R, C = as_sizes(op, R=R, C=C)
+        if M % R or N % C:
             raise ArgumentError(f"{op}: M = {M} and N = {N}, expected multiples of the block size R = {R}, C = {C}")
         ptr, columns = read_ints(op, {"indptr": indptr, "indices": indices}).values()
         check_offsets(op, "indptr", ptr)

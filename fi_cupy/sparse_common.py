@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fi_cupy.arrays import View
+from fi_cupy.checks import as_sizes
 from fi_cupy.dtypes import int32
 from fi_cupy.errors import ArgumentError, UnsupportedError
 from fi_cupy.page_table import Ints
@@ -25,7 +26,8 @@ def check_modes(op: str, pos_encoding_mode: str, num_qo_heads: int, num_kv_heads
             f"{op}: pos_encoding_mode is {pos_encoding_mode!r}, expected 'NONE': the kernel sees the listed keys "
             "without the gaps between them; rotate q and k with fi_cupy.rope first"
         )
-    if num_kv_heads < 1 or num_qo_heads % num_kv_heads:
+    as_sizes(op, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads)
+    if num_qo_heads % num_kv_heads:
         raise ArgumentError(
             f"{op}: num_qo_heads is {num_qo_heads}, expected a multiple of num_kv_heads = {num_kv_heads}"
         )

@@ -281,8 +281,8 @@ def top_k_page_table_transform(
     op = "top_k_page_table_transform"
     x = checked_rows(op, "input", input)
     k, page_size = _count(op, k), operator.index(page_size)
-    if page_size < 1:
-        raise ArgumentError(f"{op}: page_size is {page_size}, expected at least 1")
+    if not 1 <= page_size < 1 << 31:
+        raise ArgumentError(f"{op}: page_size is {page_size}, expected at least 1 in 31 bits")
     flags = _tie_flag(op, tie_break)
     table = view(src_page_table, op, "src_page_table")
     check_ndim(op, "src_page_table", table, 2)
@@ -312,8 +312,16 @@ def top_k_page_table_transform(
     result = index.copy()
     for i, row in enumerate(index):
         there = row >= 0
-        slot = row[there] // page_size + (0 if base is None else base[i])
-        pages = table.numpy()[i if line is None else line[i], slot]
+        slot = row[there] // page_size + (0 if base is None else int(base[i]))
+        own_line = i if line is None else int(line[i])
+        if not 0 <= own_line < table.shape[0]:
+            raise ArgumentError(f"{op}: row_to_batch[{i}] is {own_line}, expected 0 to {table.shape[0] - 1}")
+        if slot.size and not (0 <= slot.min() and slot.max() < table.shape[1]):
+            raise ArgumentError(
+                f"{op}: row {i} looks up slots {slot.min()} to {slot.max()} of src_page_table, expected 0 to "
+                f"{table.shape[1] - 1}"
+            )
+        pages = table.numpy()[own_line, slot]
         result[i, there] = pages * page_size + row[there] % page_size
     o.write(result)
     return o.result()

@@ -43,7 +43,7 @@ class PlanBuffer:
 
     def reserve(self, nbytes: int, counters: int = 0) -> None:
         """Make room for `nbytes` of plan and `counters` zeroed words; grows by doubling."""
-        if nbytes <= self.capacity and counters <= self.num_counters:
+        if nbytes <= self.capacity and counters <= self.num_counters and self._memory is not None:
             return
         if self.frozen:
             from fi_cupy.errors import PlanError

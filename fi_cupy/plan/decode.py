@@ -159,7 +159,7 @@ def _narrow_tiles(
     On 24 shapes of 64 dims each choice was within 10 % of the best of some 60 shapes and chunk lengths.
     """
     fp8 = kv_itemsize == 1
-    filled = groups <= num_sms and num_sms // groups * groups >= GOOD_FILL * num_sms
+    filled = 0 < groups <= num_sms and num_sms // groups * groups >= GOOD_FILL * num_sms
     if head_dim > 64:
         return (8, 2, 2, False) if groups <= num_sms and not filled and not batch_invariant else None
     few = groups <= num_sms // 4 if fp8 else filled

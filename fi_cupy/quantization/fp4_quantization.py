@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.checks import as_sizes, check_device, check_dtype, check_inner, check_ndim, check_shape
 from fi_cupy.dtypes import float32, uint8
 from fi_cupy.errors import ArgumentError, ShapeError, UnsupportedError
 from fi_cupy.quantization import kernels
@@ -110,6 +110,7 @@ def fp4_quantize(
     (119, 56)
     """
     op = "fp4_quantize"
+    (sf_vec_size,) = as_sizes(op, sf_vec_size=sf_vec_size)
     if sf_vec_size not in (16, 32):
         raise UnsupportedError(f"{op}: sf_vec_size is {sf_vec_size}, expected 16 or 32")
     if backend != "cuda":
@@ -120,6 +121,8 @@ def fp4_quantize(
     given = 1.0 if global_scale is None else kernels.one_number(op, "global_scale", global_scale, v)
     if is_global_scale_inversed and isinstance(given, View) and not given.reference_types:
         raise UnsupportedError(f"{op}: global_scale is on a GPU, expected a number with is_global_scale_inversed")
+    if is_global_scale_inversed and (given.numpy() == 0 if isinstance(given, View) else given == 0):
+        raise ArgumentError(f"{op}: global_scale is 0 with is_global_scale_inversed=True, expected another number")
     layout = SfLayout.layout_8x4 if is_sf_8x4_layout else None
     return _cast(
         op, v, given, sf_vec_size, bool(sf_use_ue8m0), sf_layout(op, layout, is_sf_swizzled_layout), enable_pdl,

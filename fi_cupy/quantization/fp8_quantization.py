@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim
+from fi_cupy.checks import as_sizes, check_device, check_dtype, check_inner, check_ndim
 from fi_cupy.dtypes import FP8_TYPES, DType, float8_e4m3fn, float32, int8, uint8
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.errors import ArgumentError, ShapeError, UnsupportedError
@@ -89,7 +89,8 @@ def per_token_group_quant_8bit(
     op = "per_token_group_quant_8bit"
     v, kind = kernels.float_input(op, x), byte_type(op, dst_dtype)
     width = v.shape[-1] // 2 if fuse_silu_and_mul else v.shape[-1]
-    if group_size < 1 or width % group_size or (fuse_silu_and_mul and v.shape[-1] % 2):
+    (group_size,) = as_sizes(op, group_size=group_size)
+    if width % group_size or (fuse_silu_and_mul and v.shape[-1] % 2):
         raise ShapeError(
             f"{op}: x has shape {v.shape}, expected a last dimension divisible by {group_size}"
             f"{' twice' if fuse_silu_and_mul else ''}"
@@ -387,8 +388,8 @@ def dequantize_fp8(
     if tile_shape is None:
         tile = tuple(_tile_extent(op, n, b) for n, b in zip(q.shape, shape, strict=True))
     else:
-        tile = tuple(tile_shape)
-        if len(tile) != q.ndim or min(tile) < 1 or [-(-n // t) for n, t in zip(q.shape, tile, strict=True)] != shape:
+        tile = tuple(as_sizes(op, **{f"tile_shape[{i}]": n for i, n in enumerate(tile_shape)}))
+        if len(tile) != q.ndim or [-(-n // t) for n, t in zip(q.shape, tile, strict=True)] != shape:
             raise ShapeError(f"{op}: x_scale has shape {s.shape}, expected a scale a tile of {tile} in x {q.shape}")
     out = q.empty(q.shape, float32)
     if q.is_cpu:

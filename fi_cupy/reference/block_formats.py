@@ -64,7 +64,7 @@ def tile_scales(scales: Array, rows: int) -> Array:
     m, n = scales.shape
     padded = np.zeros((-(-m // rows) * rows, -(-n // 4) * 4), scales.dtype)
     padded[:m, :n] = scales
-    tiles = padded.reshape(-1, rows // 32 or 1, min(rows, 32), padded.shape[1] // 4, 4)
+    tiles = padded.reshape(padded.shape[0] // rows, rows // 32 or 1, min(rows, 32), padded.shape[1] // 4, 4)
     return np.ascontiguousarray(tiles.transpose(0, 3, 2, 1, 4)).reshape(padded.shape)
 
 

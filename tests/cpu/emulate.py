@@ -61,7 +61,10 @@ FI_DEVICE void post_add(T* at, T x, uint64_t* box, uint32_t rank) { emulator::po
 }
 """
 _REPLACED = [
-    (r"extern __shared__ __align__\(\d+\) uint8_t smem\[\];", "uint8_t* const smem = emulator::shared_memory();"),
+    (
+        r"extern __shared__ __align__\(\d+\) uint8_t (smem|smem_bytes)\[\];",
+        r"uint8_t* const \1 = emulator::shared_memory();",
+    ),
     (r"__shared__ (\w+) shared;", r"\1& shared = *reinterpret_cast<\1*>(emulator::fixed_memory());"),
     (
         r"__shared__ (?:__align__\(\d+\) )?float (partial|scratch)((?:\[\w+\])+);",
@@ -70,6 +73,18 @@ _REPLACED = [
     (
         r"__shared__ typename Share::Target targets\[kThreads \* kUnroll\];",
         "auto* targets = reinterpret_cast<typename Share::Target*>(emulator::fixed_memory());",
+    ),
+    (  # of norm
+        r"__shared__ float scratch\[2\]\[32\];",
+        "auto& scratch = *reinterpret_cast<float(*)[2][32]>(emulator::fixed_memory());",
+    ),
+    (  # of lookup
+        r"__shared__ float values\[32\];",
+        "auto& values = *reinterpret_cast<float(*)[32]>(emulator::fixed_memory());",
+    ),
+    (
+        r"__shared__ uint32_t positions\[32\];",
+        "auto& positions = *reinterpret_cast<uint32_t(*)[32]>(emulator::fixed_memory() + 128);",
     ),
     (  # of rope
         r"__shared__ __align__\(16\) float cosines\[kHalf\];",
@@ -83,6 +98,23 @@ _REPLACED = [
         r"__shared__ __align__\(16\) float squares((?:\[\w+\])+);",
         r"auto& squares = *reinterpret_cast<float(*)\1>(emulator::fixed_memory() + (48 << 10));",
     ),
+    (  # of the matrix products
+        r'asm volatile\("cp\.async\.ca\.shared\.global \[%0\], \[%1\], 4.*?: "memory"\);',
+        "if (valid) memcpy(to, from, 4); else memset(to, 0, 4);",
+    ),
+    (
+        r'asm volatile\("cp\.async\.mbarrier\.arrive\.noinc.*?"r"\((.*?)\)\s*: "memory"\);',
+        r"ptx::mbarrier_arrive(\1);",
+    ),
+    (
+        r'asm volatile\("st\.shared\.v4\.u32 \[%0\], \{%1, %2, %3, %4\}.*?: "memory"\);',
+        "memcpy(ptx::smem_at(at), &held[i], 16);",
+    ),
+    (
+        r'asm volatile\("ld\.shared\.v4\.u32 \{%0.*?\[%4\];"\s*: "=r"\(v\.x\).*?: "r"\((.*?)\)\s*: "memory"\);',
+        r"memcpy(&v, ptx::smem_at(\1), 16);",
+    ),
+    (r'asm\("min\.NaN.*?\);', "y = x != x || x < bound ? x : bound;"),
     (r'asm volatile\("st\.(?:cs\.)?v[42]\.u32.*?\);', "memcpy(p, &r, sizeof(r));"),
     (r'asm volatile\("ld\.global\.(?:nc|L1|v4|u32|u64).*?\);', "memcpy(&r, p, sizeof(r));"),
     (r'asm volatile\("st\.global\.v4\.u32.*?\);', "memcpy(p, &x, sizeof(x));"),
@@ -228,8 +260,10 @@ def tensor_map(
     dtype: str, address: int, extents: Sequence[int], strides_bytes: Sequence[int], box: Sequence[int]
 ) -> bytes:
     """What `jit.driver.tensor_map` gives, for emulator/ptx/tma.cuh."""
-    assert address % 16 == 0 and all(s % 16 == 0 for s in strides_bytes) and max(box) <= 256
     size = {"uint8": 1, "float32": 4}.get(dtype, 2)
+    # What the driver of an H100 refuses.
+    assert address % 16 == 0 and all(0 <= s < 1 << 40 and s % 16 == 0 for s in strides_bytes)
+    assert all(1 <= n <= 1 << 32 for n in extents) and all(1 <= n <= 256 for n in box) and box[0] * size <= 128
     rank = len(extents)
 
     def five(values: Sequence[int], fill: int) -> list[int]:

@@ -152,6 +152,25 @@ class Batch:
         return made._planned
 
 
+@pytest.mark.parametrize("heads", [(3, 1), (3, 3)])
+def test_strides_of_one_head_and_of_0(rng, heads):
+    """The stride of a single head means nothing, and expanded heads have none."""
+    batch = Batch(rng, SHORT, heads)
+    rows = batch.rows = [np.repeat(x[:, :1], heads[1], 1) for x in batch.rows]
+
+    def place(x):
+        made = Guarded()(x)
+        if not any(x is y for y in rows):
+            return made
+        step = 0 if heads[1] > 1 else 6
+        return np.ndarray(x.shape, x.dtype, made, 0, (made.strides[0], step, made.strides[2])).view(emulate.Device)
+
+    want, want_lse, _ = batch.run(Ragged, None, CAUSAL, None, (), {})
+    out, lse, _ = batch.run(Ragged, place, CAUSAL, None, (), {})
+    assert_close(out, want, batch.dtype, "product")
+    assert (np.abs(lse - want_lse) <= 2e-5 * np.maximum(np.abs(want_lse), 10)).all()
+
+
 @pytest.mark.parametrize("kind", [Paged, Ragged])
 @pytest.mark.parametrize("at_end", [True, False])
 def test_factors_a_head(rng, kind, at_end):
@@ -167,7 +186,7 @@ def test_factors_a_head(rng, kind, at_end):
     ("kind", "heads", "plan"),
     [
         (Paged, (2, 1), {**CAUSAL, **TALL}),
-        (Ragged, (3, 1), {}),
+        (Ragged, (3, 1), {"window_left": 1 << 40}),
         (Paged, (5, 1), {**CAUSAL, **TALL}),
         pytest.param(Ragged, (7, 1), {**CAUSAL, "window_left": 40}, marks=EXTRA),
     ],

@@ -207,7 +207,7 @@ struct Mail {
   uint8_t *at, *box;
   int size;
   bool adds;
-  uint8_t value[16];
+  alignas(16) uint8_t value[16];
 };
 inline std::vector<Mail> mail;
 struct Box {
@@ -354,6 +354,9 @@ struct alignas(16) int4 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
@@ -374,6 +377,10 @@ void __stcg(T* p, T x) {
 template <class T>
 T __ldcg(const T* p) {
   return *p;
+}
+template <class T>
+void __stcg(T* p, T x) {
+  *p = x;
 }
 template <class T>
 T __ldg(const T* p) {
@@ -504,6 +511,14 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t out = 0;
   for (int i = 0; i < 4; ++i) out |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
   return out;
+}
+inline uint32_t __funnelshift_r(uint32_t lo, uint32_t hi, uint32_t shift) {
+  return uint32_t((uint64_t(hi) << 32 | lo) >> (shift & 31));
+}
+inline uint32_t __vsetne4(uint32_t a, uint32_t b) {
+  uint32_t r = 0;
+  for (int i = 0; i < 32; i += 8) r |= uint32_t((a >> i & 255) != (b >> i & 255)) << i;
+  return r;
 }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.f / x; }

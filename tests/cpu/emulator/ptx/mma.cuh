@@ -58,6 +58,13 @@ void mma_m16n8k16_first(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&
   c[0] = c[1] = c[2] = c[3] = 0.f;
   mma_m16n8k16<T>(c, a, b);
 }
+// movmatrix: lane 4 g + t has (row g, columns 2 t and 2 t + 1) of the transpose.
+inline uint32_t transpose_8x8(uint32_t x) {
+  const uint64_t* all = emulator::exchange(x, 0xffffffffu, 36);
+  const int lane = emulator::current->thread.x & 31, g = lane / 4, t = lane % 4;
+  auto at = [&](int row, int column) { return uint32_t(all[4 * row + column / 2] >> (column % 2 * 16)) & 0xffffu; };
+  return at(2 * t, g) | at(2 * t + 1, g) << 16;
+}
 template <typename T>
 uint32_t pack2(float lo, float hi) {
   T x, y;
