@@ -354,9 +354,6 @@ struct alignas(16) int4 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
@@ -377,10 +374,6 @@ void __stcg(T* p, T x) {
 template <class T>
 T __ldcg(const T* p) {
   return *p;
-}
-template <class T>
-void __stcg(T* p, T x) {
-  *p = x;
 }
 template <class T>
 T __ldg(const T* p) {

@@ -72,10 +72,4 @@ uint32_t pack2(float lo, float hi) {
   else x = __float2bfloat16_rn(lo), y = __float2bfloat16_rn(hi);
   return x.bits | uint32_t(y.bits) << 16;
 }
-inline uint32_t transpose_8x8(uint32_t x) {
-  const uint64_t* rows = emulator::exchange(x, 0xffffffffu, 30);
-  const int lane = emulator::current->thread.x & 31, g = lane / 4, t = lane % 4;
-  auto at = [&](int row, int column) { return uint32_t(rows[4 * row + column / 2]) >> column % 2 * 16 & 0xffffu; };
-  return at(2 * t, g) | at(2 * t + 1, g) << 16;
-}
 }  // namespace fi::ptx
