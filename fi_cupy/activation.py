@@ -101,7 +101,7 @@ def _launch(act: str, x: View, o: View, enable_pdl: bool | None, user: UserSourc
     unroll = 2 if vectors >= _UNROLL_FROM else 1
     kernel = load_kernel(activation_spec(act, x.dtype, vec, unroll, user), x.device)
     grid = -(-vectors // (_THREADS * unroll))
-    stream, pdl = x.stream(), bool(enable_pdl)
+    stream, pdl = x.stream(), enable_pdl
     inner, x_inner, o_inner = dims[-1] if dims else (1, 0, 0)
     _, x_outer, o_outer = dims[-2] if len(dims) > 1 else (1, 0, 0)
     for x_offset, o_offset in _offsets(dims[:-2]):
@@ -159,7 +159,8 @@ def silu_and_mul(input: Any, out: Any = None, enable_pdl: bool | None = None) ->
     out : array, [..., hidden], optional
         Written and returned instead of a new array; dtype of `input`, rows may be strided.
     enable_pdl : bool, optional
-        Launch so that this kernel may start before its predecessor has ended (sm_90 and later); None is off.
+        Launch so that this kernel may start before its predecessor has ended, which it waits for before it touches
+        memory (sm_90 and later). None: where the device and the driver binding have it.
 
     Returns
     -------

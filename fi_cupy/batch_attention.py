@@ -69,11 +69,23 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
             )  # fmt: skip
             # Decode items know no variants.
             both = None if self._variant is not None else mixed.geometry(problem, part, device_info(self.device))
-            if both is None:
+            if both is None or self._apart(p):
                 self._finish(p, p.indptr[:-1], p.host_indices, non_blocking=True)
             else:
                 self.both = self._plan_both(p, both)
         self._planned = p
+
+    def _apart(self, p: Any) -> bool:
+        """Whether the one kernel had better be the Hopper kernel, whose tiles take the decoding requests, too."""
+        if self._geometry(p).hopper is None:
+            return False
+        qo_len = np.diff(p.qo_indptr)
+        prompts, o = qo_len > 1, p.options
+        operations = mixed.prompt_operations(qo_len[prompts], p.kv_len[prompts], p.problem, o.causal, o.window_left)
+        keys = int(p.kv_len[~prompts].sum())
+        return mixed.apart_is_faster(
+            operations, 2 * keys * p.problem.num_kv_heads * p.problem.head_dim_qk * p.problem.kv.itemsize
+        )
 
     def _schedule(self, p: Any, kv_base: Ints) -> tuple[PrefillPlan, int]:
         schedule, slots = super()._schedule(p, kv_base)
@@ -154,7 +166,8 @@ class BatchAttention:
     `run` is one launch of persistent CTAs: requests of one query token are decode items, those of more are tiles of
     the prefill kernel, in two queues. Half of the CTAs begin with tiles, the others with decode items, and each goes on
     with what is left, so that reading and computing overlap. The decode items take no variant, and no ``head_dim_vo``
-    that differs from ``head_dim_qk``: then every request is tiles, in one launch of the prefill kernel;
+    that differs from ``head_dim_qk``: then every request is tiles, in one launch of the prefill kernel. So it is, on a
+    Hopper GPU, where that kernel gains more on the prompts than overlapping would (`fi_cupy.mixed.apart_is_faster`);
     `fi_cupy.attention.explain` says which. `run` can be captured in a CUDA graph, which then holds this plan: a later
     `plan` may move what it reads, so it needs a new capture. One wrapper serves one stream at a time.
 

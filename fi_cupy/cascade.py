@@ -184,7 +184,7 @@ def _launch_pair(
     load_kernel(spec, va.device).launch(
         -(-items // per_cta), va.stream(), va.ptr, vb.ptr, sa.ptr, sb.ptr, vo.ptr, so.ptr,
         0 if mask is None else mask.ptr, *strides, *sa.strides, *sb.strides, *so.strides, items,
-        *fast_div(max(heads, 1)),
+        *fast_div(max(heads, 1)), pdl=None,
     )  # fmt: skip
 
 

@@ -70,6 +70,7 @@ def decode_spec(
     rope: bool = False,
     head_scales: bool = False,
     head_pair: bool = False,
+    shared_rows: bool = False,
 ) -> KernelSpec:
     """The decode kernel for queries of `dtype` over a cache of `kv`.
 
@@ -86,11 +87,14 @@ def decode_spec(
         There are factors of q or k a head, which only the GPU knows.
     head_pair : bool
         A CTA serves two neighbouring kv heads.
+    shared_rows : bool
+        The query heads of a kv head are more than one CTA's: several read a key, and L2 should keep it.
     """
     size = smem_bytes(warps, stages, head_dim, kv.itemsize, column_tiles, rope)
     types = dtype.tag + (f"_kv{kv.tag}" if kv is not dtype else "") + (f"_o{out.tag}" if out is not dtype else "")
     options = ("" if tile_in_page else "_rows") + ("_cap" if soft_cap else "") + ("_alibi" if alibi else "")
     options += ("_rope" if rope else "") + ("_heads" if head_scales else "") + ("_pair" if head_pair else "")
+    options += "_shared" if shared_rows else ""
     return KernelSpec(
         symbol=f"batch_decode_{types}_d{head_dim}_h{8 * column_tiles}_w{warps}s{stages}b{min_blocks}{options}",
         header="attention/decode.cuh",
@@ -111,6 +115,7 @@ def decode_spec(
             ("kRope", rope),
             ("kHeadScales", head_scales),
             ("kHeadPair", head_pair),
+            ("kSharedRows", shared_rows),
         ),
         threads=32 * warps,
         min_blocks=min_blocks,
@@ -267,6 +272,7 @@ def geometry(problem: Problem, device: DeviceInfo, tiles: DecodeTiles | None = N
         spec_of(
             tiles, p.dtype, p.kv, p.out, p.head_dim, columns,
             tile_in_page=p.tile_in_page, soft_cap=p.soft_cap, alibi=p.alibi, rope=p.rope, head_scales=scaled,
+            shared_rows=blocks > 1,
         )
         for scaled in (False, True)
     )  # fmt: skip

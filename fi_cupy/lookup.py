@@ -8,6 +8,7 @@ from typing import Any
 from fi_cupy import reference
 from fi_cupy.arrays import view
 from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.device import device_info
 from fi_cupy.dtypes import FLOAT_TYPES, INDEX_TYPES, DType, bfloat16, float16, float32, int32
 from fi_cupy.errors import ArgumentError
 from fi_cupy.jit.kernel import load_kernel
@@ -46,16 +47,30 @@ def gather_spec(index: DType, vec: int) -> KernelSpec:
 
 
 @lru_cache(maxsize=64)
-def argmax_spec(dtype: DType, vec: int) -> KernelSpec:
-    """The kernel for rows read `vec` elements at a time; 1024 threads with four loads each keep 64 KB in flight."""
+def argmax_spec(dtype: DType, vec: int, cluster: int = 1) -> KernelSpec:
+    """The kernel for rows read `vec` elements at a time by a CTA, or by a cluster of them (sm_90 and later).
+
+    1024 threads with four loads each keep 64 KB in flight, 512 threads of eight CTAs twice that.
+    """
+    threads = 1024 if cluster == 1 else 512
     return KernelSpec(
-        symbol=f"argmax_rows_{dtype.tag}_v{vec}",
+        symbol=f"argmax_rows_{dtype.tag}_v{vec}{f'_c{cluster}' if cluster > 1 else ''}",
         header="lookup.cuh",
         function="argmax_rows",
         params=_ARGMAX,
-        config=(("T", dtype), ("kVec", vec), ("kUnroll", 4), ("kThreads", 1024)),
-        threads=1024,
+        config=(("T", dtype), ("kVec", vec), ("kUnroll", 4), ("kThreads", threads), ("kCluster", cluster)),
+        threads=threads,
+        min_arch=75 if cluster == 1 else 90,
+        cluster=0 if cluster == 1 else cluster,
     )
+
+
+def argmax_cluster(rows: int, columns: int, itemsize: int, clusters: bool) -> int:
+    """CTAs a row: eight for few rows that are more than one CTA has in flight.
+
+    1 x 49152 float32 takes 3.2 us against 4.5, 64 x 49152 8.7 against 6.6 (H100).
+    """
+    return 8 if clusters and rows <= 16 and columns * itemsize >= 1 << 16 else 1
 
 
 def kernel_specs() -> list[KernelSpec]:
@@ -65,6 +80,7 @@ def kernel_specs() -> list[KernelSpec]:
         gather_spec(int32, 2),
         *(argmax_spec(dtype, 16 // dtype.itemsize) for dtype in (float32, bfloat16, float16)),
         argmax_spec(float32, 1),
+        argmax_spec(float32, 4, 8),
     ]
 
 
@@ -80,7 +96,8 @@ def gather_rows(source: Any, rows: Any, out: Any = None, enable_pdl: bool | None
     out : array, optional
         ``[n, width]``, dtype of `source`; written and returned.
     enable_pdl : bool, optional
-        Launch so that this kernel may start before its predecessor has ended (sm_90 and later); None is off.
+        Launch so that this kernel may start before its predecessor has ended, which it waits for before it touches
+        memory (sm_90 and later). None: where the device and the driver binding have it.
 
     Returns
     -------
@@ -124,7 +141,7 @@ def gather_rows(source: Any, rows: Any, out: Any = None, enable_pdl: bool | None
     while (nbytes | x_stride | o_stride | x.ptr | o.ptr) % vec:
         vec //= 2
     load_kernel(gather_spec(r.dtype, vec), x.device).launch(
-        n, x.stream(), x.ptr, r.ptr, o.ptr, x_stride, o_stride, x.shape[0], nbytes // vec, pdl=bool(enable_pdl)
+        n, x.stream(), x.ptr, r.ptr, o.ptr, x_stride, o_stride, x.shape[0], nbytes // vec, pdl=enable_pdl
     )
     return o.result() if out is None else out
 
@@ -195,7 +212,8 @@ def argmax(x: Any, out: Any = None, select: Any = None, enable_pdl: bool | None 
     vec = 16 // size
     if v.ptr % 16 or stride % vec:
         vec = 1
-    load_kernel(argmax_spec(v.dtype, vec), v.device).launch(
-        n, v.stream(), v.ptr, o.ptr, 0 if chosen is None else chosen.ptr, stride, columns, pdl=bool(enable_pdl)
+    cluster = argmax_cluster(n, columns, size, device_info(v.device).code_number >= 90)
+    load_kernel(argmax_spec(v.dtype, vec, cluster), v.device).launch(
+        n * cluster, v.stream(), v.ptr, o.ptr, 0 if chosen is None else chosen.ptr, stride, columns, pdl=enable_pdl
     )
     return o.result() if out is None else out

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from fi_cupy import decode_kernel, prefill_kernel
 from fi_cupy.dtypes import DType, bfloat16, float16
 from fi_cupy.jit.kernel import Kernel, load_kernel
@@ -145,6 +147,54 @@ def geometry(prefill: prefill_kernel.Problem, decode: Decode, device: DeviceInfo
     slots = device.num_sms * tiles.ctas_per_sm
     items = decode_kernel.Geometry(part, scaled, d.num_kv_heads * blocks, blocks, heads, d.group, slots, d.head_dim)
     return Geometry(specs[0], specs[1], specs[2], g, items, rows, slots)
+
+
+#: What `apart_is_faster` reckons with, of an H100: operations a second of a long prompt in the Hopper kernel and in
+#: tiles of the mixed one, bytes a second of decode items, and the share of the tiles' rate that is left beside those.
+_HOPPER, _TILES, _READ, _BESIDE = 620e12, 320e12, 2.86e12, 0.6
+#: Seconds by which the estimate must be better: it is one of long prompts, and short ones do not reach these rates.
+_MARGIN = 25e-6
+
+
+def apart_is_faster(operations: float, nbytes: float) -> bool:
+    """Whether prompts that the Hopper kernel takes had better not share a launch with the decoding requests.
+
+    Parameters
+    ----------
+    operations : float
+        Of the prompts: two a multiplication.
+    nbytes : float
+        Keys and values of the decoding requests.
+
+    Notes
+    -----
+    The mixed kernel's tiles are the portable kernel's, at half of the Hopper kernel's rate, but they compute while the
+    decode items read. H100, 32/8 heads of 128 dims, us: 2048 tokens beside 64x4096 keys 400 in one launch and 440 in
+    two; (512, 16384) beside 64x2048 515 and 401; 4096 beside 16x4096 423 and 299. A `BatchAttention` of 8x(512, 4096)
+    768 as mixed tiles and 403 in the Hopper kernel.
+    """
+    read, tiles = nbytes / _READ, operations / _TILES
+    return operations / _HOPPER + read + _MARGIN < read + max(0.0, tiles - _BESIDE * read)
+
+
+def prompt_operations(
+    qo_len: Any, kv_len: Any, problem: prefill_kernel.Problem, causal: bool, window_left: int
+) -> float:
+    """Operations of prompts of `qo_len` queries on `kv_len` keys each (numbers or arrays)."""
+    qo_len, kv_len = np.asarray(qo_len, np.float64), np.asarray(kv_len, np.float64)
+
+    def seen(window: float) -> Any:
+        """Pairs of a causal mask and a window of so many keys."""
+
+        def first(rows: Any) -> Any:  # as many rows of a square mask
+            full = np.minimum(rows, window)
+            return full * (full + 1) / 2 + (rows - full) * full
+
+        return first(kv_len) - first(np.maximum(kv_len - qo_len, 0))
+
+    window = window_left + 1.0 if window_left >= 0 else np.inf
+    pairs = seen(window) if causal else qo_len * kv_len - seen(np.inf) + seen(window)
+    return 2 * float(np.sum(pairs)) * problem.num_qo_heads * (problem.head_dim_qk + problem.head_dim_vo)
 
 
 def launch(

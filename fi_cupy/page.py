@@ -315,7 +315,7 @@ def _launch(
     load_kernel(append_spec(row_a, row_b, vec, unroll, threads), a.device).launch(
         grid, a.stream(), a.ptr, b.ptr, a_cache.ptr, b_cache.ptr,
         batch_indices.ptr, positions.ptr, indices.ptr, indptr.ptr, sa[0], sa[1], sb[0], sb[1], *sa[2:], *sb[2:],
-        nnz, token_vectors, heads, indptr.shape[0] - 1, page_size,
+        nnz, token_vectors, heads, indptr.shape[0] - 1, page_size, pdl=None,
     )  # fmt: skip
 
 

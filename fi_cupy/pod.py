@@ -44,7 +44,9 @@ class PODWithPagedKVCacheWrapper:
 
     Parts that one kernel cannot hold take two launches, the prompt first: a prompt whose type or head dims
     (``head_dim_vo`` too) are not those of the decode part, arrays on different streams, ROPE_LLAMA, a variant, or a
-    decode part that the decode kernel does not take. After a `run`, `fi_cupy.attention.explain` says which.
+    decode part that the decode kernel does not take. So do, on a Hopper GPU, a prompt so long beside the decode part
+    that its own kernel gains more than overlapping would (`fi_cupy.mixed.apart_is_faster`). After a `run`,
+    `fi_cupy.attention.explain` says which.
 
     Parameters
     ----------
@@ -292,14 +294,30 @@ class PODWithPagedKVCacheWrapper:
                 p.page_size % TILE == 0, p.logits_soft_cap > 0, p.alibi,
             )  # fmt: skip
             both = mixed.geometry(prompt.problem, part, device)
-            if both is not None:
+            if both is None:
+                why = "the parts differ in type or head dims, or the prompt is rotated"
+            elif self._apart(p, prompt, c, device):
+                why = "the Hopper kernel gains more on so long a prompt than one launch would by overlapping the parts"
+            else:
                 self._launch_both(both, p, prompt, c, stream, self._with_pdl(device, enable_pdl))
                 return
-            why = "the parts differ in type or head dims, or the prompt is rotated"
         self._launch_prompt(prompt, why, enable_pdl)
         kernel = load_kernel(p.geometry.heads_spec, c.x.device) if c.scales.on_logits else p.kernel
         pdl = self._with_pdl(device, enable_pdl)
         kernel.launch(p.grid, stream, *self._decode._values(p, c), *p.turns, pdl=pdl)
+
+    def _apart(self, p: Planned, prompt: prefill_single.Call, c: Call, device: DeviceInfo) -> bool:
+        """Whether two launches are faster: the mixed kernel's tiles are those of the portable prefill kernel."""
+        if prefill_single.geometry_of(prompt, device).hopper is None:
+            return False
+        options = prompt.options
+        operations = mixed.prompt_operations(
+            prompt.x.shape[0], prompt.kv_len, prompt.problem, options.causal, options.window_left
+        )
+        keys = int(p.indptr[-1] - p.indptr[0]) * p.page_size
+        if p.window_left >= 0:
+            keys = min(keys, p.batch_size * (p.window_left + 1))
+        return mixed.apart_is_faster(operations, 2 * keys * p.num_kv_heads * p.head_dim * p.kv_dtype.itemsize)
 
     def _with_pdl(self, device: DeviceInfo, enable_pdl: bool | None) -> bool:
         return device.has_pdl and has_driver_binding() if enable_pdl is None else enable_pdl

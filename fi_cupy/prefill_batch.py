@@ -98,20 +98,21 @@ class BatchPrefill(PlanRun):
             packed_custom_mask = items.packed_mask(op, qo_len, p.kv_len)
         return pack_mask(op, custom_mask, packed_custom_mask, qo_len, p.kv_len, self._workspace)
 
+    def _geometry(self, p: Planned) -> Geometry:
+        """The kernels of a plan that no captured graph binds."""
+        batch, rows, keys = len(p.kv_len), p.total_rows, int(np.add.reduce(p.kv_len, dtype=np.int64))
+        group = p.problem.num_qo_heads // p.problem.num_kv_heads
+        # Who fixes the split wants bits that do not depend on the batch; so must the choice of the kernel then.
+        fixed = p.disable_split or p.fixed_split is not None
+        load = load_of(batch, group, rows, keys, p.options.causal, p.options.window_left)
+        return geometry(
+            p.problem, max(-(-rows * group // max(batch, 1)), 1), device_info(self.device), None if fixed else load
+        )
+
     def _schedule(self, p: Planned, kv_base: Ints) -> tuple[PrefillPlan, int]:
         """(schedule, slots with room for counters and sums); in graph mode padded to what any later plan can need."""
         batch, rows, keys = len(p.kv_len), p.total_rows, int(np.add.reduce(p.kv_len, dtype=np.int64))
-        if self._graph_state is not None:
-            p.geometry = self._graph_state[0]
-        else:
-            group = p.problem.num_qo_heads // p.problem.num_kv_heads
-            # Who fixes the split wants bits that do not depend on the batch; so must the choice of the kernel then.
-            fixed = p.disable_split or p.fixed_split is not None
-            load = load_of(batch, group, rows, keys, p.options.causal, p.options.window_left)
-            p.geometry = geometry(
-                p.problem, max(-(-rows * group // max(batch, 1)), 1), device_info(self.device), None if fixed else load
-            )
-        g = p.geometry
+        g = p.geometry = self._geometry(p) if self._graph_state is None else self._graph_state[0]
         schedule = plan_prefill(
             p.qo_indptr, p.kv_len, kv_base, group=g.group, num_kv_heads=g.num_kv_heads, tile_q=g.tiles.tile_q,
             tile_kv=g.tiles.tile_kv, slots=g.slots, causal=p.options.causal, window_left=p.options.window_left,

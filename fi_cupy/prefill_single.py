@@ -247,16 +247,23 @@ def run_on_cpu(c: Call, kv_layout: str) -> None:
         c.s.write(lse)
 
 
+def geometry_of(c: Call, device: DeviceInfo, rows: int = 0) -> Geometry:
+    """The kernels of a call; with `rows` the portable one's for so many packed rows."""
+    qo_len, options = c.x.shape[0], c.options
+    group = c.problem.num_qo_heads // c.problem.num_kv_heads
+    if rows:
+        return geometry(c.problem._replace(backend="fa2"), rows, device)
+    load = load_of(1, group, qo_len, c.kv_len, options.causal, options.window_left)
+    return geometry(c.problem, qo_len * group, device, load)
+
+
 def schedule(c: Call, device: DeviceInfo, rows: int = 0) -> tuple[Geometry, Work]:
     """The kernels, and the schedule on the device: from the cache, or made and uploaded.
 
     `rows`: choose the portable kernel's tile for so many packed rows, not for those of the call.
     """
     x, qo_len, options = c.x, c.x.shape[0], c.options
-    group = c.problem.num_qo_heads // c.problem.num_kv_heads
-    problem = c.problem._replace(backend="fa2") if rows else c.problem
-    load = None if rows else load_of(1, group, qo_len, c.kv_len, options.causal, options.window_left)
-    g = geometry(problem, rows or qo_len * group, device, load)
+    g = geometry_of(c, device, rows)
     stream = x.stream()
     mask_key, narrow = (None, None) if c.bound is None else c.bound.narrow()
     key = (x.device, g, qo_len, c.kv_len, options.causal, options.window_left, mask_key)

@@ -190,5 +190,5 @@ def launch(
         (q.shape[0], parts, 1), q.stream(), *turns, q.ptr, k.ptr, q_out.ptr, k_out.ptr, positions.ptr,
         0 if indptr is None else indptr.ptr, 0 if cos_sin is None else cos_sin.ptr,
         qn, qs, kn, ks, qon, qos, kon, kos, 0 if cos_sin is None else cos_sin.strides[0],
-        num_q, num_k, 0 if indptr is None else positions.shape[0],
+        num_q, num_k, 0 if indptr is None else positions.shape[0], pdl=None,
     )  # fmt: skip

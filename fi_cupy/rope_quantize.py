@@ -394,7 +394,8 @@ def rope_append_paged_kv_cache(
     enable_pdl : bool
         Programmatic dependent launch (sm_90 and later): the kernel starts before its predecessor in the stream has
         ended and reads the page table, the positions and `cos_sin_cache` at once; the rest waits. Only for tables that
-        the predecessor does not write.
+        neither the predecessor writes nor a kernel in front of it: where that one was launched dependently, too, it
+        may still be waiting for its own predecessor.
 
     Returns
     -------

@@ -6,6 +6,7 @@
 // flight. Architecture: any.
 #pragma once
 #include "attention/fast_div.cuh"
+#include "common/early.cuh"
 #include "common/math.cuh"
 #include "common/vec.cuh"
 #include "ptx/pdl.cuh"
@@ -37,7 +38,6 @@ FI_DEVICE void merge_pair(const MergePairParams& params) {
   static_assert(kItems > 0);
 
   ptx::grid_launch_dependents();
-  ptx::grid_wait();
 
   const uint32_t slot = threadIdx.x / kVecs, column = threadIdx.x % kVecs * kVec;
   const uint32_t first = blockIdx.x * (kItems * kUnroll) + slot;
@@ -50,6 +50,15 @@ FI_DEVICE void merge_pair(const MergePairParams& params) {
     if constexpr (Config::kDense) return int64_t(first + n * kItems) * dim;
     return row[n] * stride_n + head[n] * stride_h;
   };
+  // Of few dense items every address is computed in front of the wait.
+  constexpr bool kDirect = Config::kDense && kUnroll == 1;
+  const T* own_a = static_cast<const T*>(params.v_a) + column + offset(0, 0, 0, Config::kHeadDim);
+  const T* own_b = static_cast<const T*>(params.v_b) + column + offset(0, 0, 0, Config::kHeadDim);
+  const float *own_sa = params.s_a + first, *own_sb = params.s_b + first;
+  if constexpr (kDirect)
+    grid_wait_behind(own_a, own_b, own_sa, own_sb);
+  else
+    ptx::grid_wait();
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
     const uint32_t item = first + n * kItems;
@@ -58,7 +67,10 @@ FI_DEVICE void merge_pair(const MergePairParams& params) {
       row[n] = params.heads.quotient(item), head[n] = item - uint32_t(row[n]) * params.heads.divisor;
       if (active[n] && params.mask) active[n] = params.mask[row[n]] != 0;
     }
-    if (active[n]) {
+    if (kDirect && active[n]) {
+      sa[n] = load_here<float>(own_sa), sb[n] = load_here<float>(own_sb);
+      a[n] = load_here<V>(own_a), b[n] = load_here<V>(own_b);
+    } else if (active[n]) {
       sa[n] = params.s_a[offset(n, params.sa_stride_n, params.sa_stride_h, 1)];
       sb[n] = params.s_b[offset(n, params.sb_stride_n, params.sb_stride_h, 1)];
       a[n] = V::load(static_cast<const T*>(params.v_a) + column +

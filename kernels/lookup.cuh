@@ -1,11 +1,12 @@
 // Rows of a table by number (the embedding), and the position of each row's largest value (greedy decoding).
 // gather_rows: one CTA copies one row byte for byte; grid = rows. A row number outside the table gives zeros.
-// argmax_rows: one CTA reads one row once, kUnroll vectors a thread in flight; grid = rows. Among equal values the lowest
-// position wins, NaN never does, and a row without a number gives 0.
-// Shared memory: none; 8 bytes a warp. Bytes moved: twice the rows; the values once. Architecture: any.
+// argmax_rows: a cluster of kCluster CTAs reads one row once, kUnroll vectors a thread in flight; grid = rows * kCluster. Among
+// equal values the lowest position wins, NaN never does, and a row without a number gives 0.
+// Shared memory: none; 8 bytes a warp and 8 a CTA. Bytes moved: twice the rows; the values once. Architecture: any (kCluster 1).
 #pragma once
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/pdl.cuh"
 
 namespace fi {
@@ -44,19 +45,22 @@ struct ArgmaxParams {
   uint32_t columns;
 };
 
-// Config: T, kVec, kUnroll, kThreads
+// Config: T, kVec, kUnroll, kThreads, kCluster
 template <class Config>
 FI_DEVICE void argmax_rows(const ArgmaxParams& params) {
   using T = typename Config::T;
-  constexpr int kVec = Config::kVec, kUnroll = Config::kUnroll, kThreads = Config::kThreads;
+  constexpr int kVec = Config::kVec, kUnroll = Config::kUnroll, kThreads = Config::kThreads, kCluster = Config::kCluster;
   using V = Vec<T, kVec>;
   __shared__ float values[32];
   __shared__ uint32_t positions[32];
+  __shared__ float cluster_values[kCluster];
+  __shared__ uint32_t cluster_positions[kCluster];
   ptx::grid_launch_dependents();
   ptx::grid_wait();
-  if (params.select && params.select[blockIdx.x] == 0) return;
+  if (params.select && params.select[blockIdx.x / kCluster] == 0) return;
+  if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();  // this CTA has started
 
-  const T* x = static_cast<const T*>(params.x) + blockIdx.x * params.stride;
+  const T* x = static_cast<const T*>(params.x) + blockIdx.x / kCluster * params.stride;
   float best = __int_as_float(0xff800000);
   uint32_t where = 0xffffffffu;
   // A lane's positions grow, so an equal value later in its sequence loses.
@@ -67,7 +71,8 @@ FI_DEVICE void argmax_rows(const ArgmaxParams& params) {
     }
   };
   const uint32_t vectors = params.columns / kVec;
-  for (uint32_t base = threadIdx.x; base < vectors; base += kThreads * kUnroll) {
+  const uint32_t rank = blockIdx.x % kCluster;
+  for (uint32_t base = rank * kThreads * kUnroll + threadIdx.x; base < vectors; base += kCluster * kThreads * kUnroll) {
     V v[kUnroll];
 #pragma unroll
     for (int n = 0; n < kUnroll; ++n)
@@ -94,12 +99,26 @@ FI_DEVICE void argmax_rows(const ArgmaxParams& params) {
     positions[warp_id()] = where;
   }
   __syncthreads();  // every warp's best is in shared memory
-  if (warp_id() != 0) return;
-  const bool there = lane_id() < kThreads / 32;
-  best = there ? values[lane_id()] : __int_as_float(0xff800000);
-  where = there ? positions[lane_id()] : 0xffffffffu;
-  across_warp();
-  if (lane_id() == 0) params.out[blockIdx.x] = where == 0xffffffffu ? 0 : int32_t(where);
+  if (kCluster == 1 && warp_id() != 0) return;
+  auto among = [&](const float* v, const uint32_t* p, int count) {
+    const bool there = lane_id() < count;
+    best = there ? v[lane_id()] : __int_as_float(0xff800000);
+    where = there ? p[lane_id()] : 0xffffffffu;
+    across_warp();
+  };
+  among(values, positions, kThreads / 32);
+  if constexpr (kCluster > 1) {
+    ptx::cluster_wait();  // every CTA has started, and has the shared memory that is written here
+    if (threadIdx.x == 0) {
+      *ptx::cluster_map(&cluster_values[rank], 0) = best;
+      *ptx::cluster_map(&cluster_positions[rank], 0) = where;
+    }
+    ptx::cluster_arrive();
+    if (rank != 0 || warp_id() != 0) return;
+    ptx::cluster_wait();  // every CTA's best is in the first one's shared memory
+    among(cluster_values, cluster_positions, kCluster);
+  }
+  if (lane_id() == 0) params.out[blockIdx.x / kCluster] = where == 0xffffffffu ? 0 : int32_t(where);
 }
 
 }  // namespace fi

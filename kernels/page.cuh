@@ -220,8 +220,7 @@ struct PositionsParams {
 // request. One thread a token; grid = nnz / kThreads.
 template <class Config>
 FI_DEVICE void batch_positions(const PositionsParams& params) {
-  ptx::grid_launch_dependents();
-  ptx::grid_wait();
+  ptx::grid_wait();  // and no early start of what follows: it may read these tables before it waits
   const uint32_t token = blockIdx.x * Config::kThreads + threadIdx.x;
   if (token >= params.nnz) return;
   const int request = find_segment(params.append_indptr, int(params.batch), token);
@@ -241,8 +240,7 @@ struct SeqLensParams {
 // seq_lens[b] = (pages - 1) * page_size + last_page_len, 0 without pages. One thread a request; grid = batch / kThreads.
 template <class Config>
 FI_DEVICE void page_seq_lens(const SeqLensParams& params) {
-  ptx::grid_launch_dependents();
-  ptx::grid_wait();
+  ptx::grid_wait();  // and no early start of what follows: it may read these tables before it waits
   const uint32_t request = blockIdx.x * Config::kThreads + threadIdx.x;
   if (request >= params.batch) return;
   const int32_t pages = params.kv_indptr[request + 1] - params.kv_indptr[request];

@@ -4,10 +4,12 @@
 // elements of one head, half a row apart: the two halves of kVec pairs, or kVec / 2 whole pairs in each; what does not
 // rotate is cut up alike. One CTA computes kThreads * kUnroll units of the flattened (token, section, head, unit) list;
 // grid = units / those. Data are loaded before cosines, sines and the page are looked up; with kEarly the look-ups come
-// first, in front of the wait for the kernel before this one, which then wrote neither the tables nor the positions.
+// first, in front of the wait for the kernel before this one, which then wrote neither the tables nor the positions; so
+// does every address.
 // Shared memory: none. Bytes moved: the inputs once, a byte an element out. Architecture: any.
 #pragma once
 #include "attention/fast_div.cuh"
+#include "common/early.cuh"
 #include "page.cuh"
 
 namespace fi {
@@ -74,16 +76,14 @@ FI_DEVICE void rope_quantize(const RopeQuantizeParams& params) {
   // Elements from a row's start to the unit's first and second vector.
   auto first = [&](int n) { return slot[n] * (kAdjacent ? 2 : kVec); };
   auto second = [&](int n) { return first(n) + (kAdjacent ? 1 : params.section[which[n]].units.divisor * kVec); };
-  auto load = [&](int n) {
+  auto row_of = [&](int n) {
     const RopeSection& section = params.section[which[n]];
-    const T* x = static_cast<const T*>(section.x) + token[n] * section.x_stride_n + head[n] * section.x_stride_h;
-    if constexpr (kEarly) {  // written while this kernel already runs: not by way of the read-only path
-      a[n] = V::load(x + first(n));
-      b[n] = V::load(x + second(n));
-    } else {
-      a[n] = load_streaming<V>(x + first(n));
-      b[n] = load_streaming<V>(x + second(n));
-    }
+    return static_cast<const T*>(section.x) + token[n] * section.x_stride_n + head[n] * section.x_stride_h;
+  };
+  auto load = [&](int n) {
+    const T* x = row_of(n);
+    a[n] = load_streaming<V>(x + first(n));
+    b[n] = load_streaming<V>(x + second(n));
   };
   // Where the head's row goes; null: nowhere.
   auto find = [&](int n) -> uint8_t* {
@@ -112,7 +112,11 @@ FI_DEVICE void rope_quantize(const RopeQuantizeParams& params) {
     }
   };
   float c[kVec], s[kVec];
-  uint8_t* early_out = nullptr;
+  // kEarly: of the one unit.
+  uint8_t *early_out = nullptr, *out_a = nullptr, *out_b = nullptr;
+  const T *x_a = nullptr, *x_b = nullptr;
+  float early_scale = 0.f;
+  auto is_query = [&](int n) { return which[n] == 0 || which[n] == 2; };
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
     const uint32_t i = blockIdx.x * (kThreads * kUnroll) + n * kThreads + threadIdx.x;
@@ -131,18 +135,28 @@ FI_DEVICE void rope_quantize(const RopeQuantizeParams& params) {
       } else {
         early_out = find(n);
         if (which[n] < 2) angles(n, c, s);
+        const uint32_t size = is_query(n) ? sizeof(Q) : sizeof(O);
+        x_a = row_of(n) + first(n), x_b = row_of(n) + second(n);
+        early_scale = params.section[which[n]].scale;
+        out_a = early_out + first(n) * size, out_b = early_out + second(n) * size;
+        computed_early(x_a), computed_early(x_b), computed_early(out_a), computed_early(out_b), computed_early(early_scale);
       }
     }
   }
   if constexpr (kEarly) {
     ptx::grid_wait();
-    if (token[0] != kNone) load(0);
+    if (!early_out) return;
+    a[0] = load_here<V>(x_a);  // written while this kernel already runs: not by way of the read-only path
+    b[0] = load_here<V>(x_b);
   }
 #pragma unroll
   for (int n = 0; n < kUnroll; ++n) {
-    if (token[n] == kNone) continue;
-    uint8_t* out = kEarly ? early_out : find(n);
-    if (!out) continue;
+    uint8_t* out = nullptr;
+    if constexpr (!kEarly) {
+      if (token[n] == kNone) continue;
+      out = find(n);
+      if (!out) continue;
+    }
     float x[kVec], y[kVec];
     quant::to_floats(a[n], x);
     quant::to_floats(b[n], y);
@@ -166,15 +180,18 @@ FI_DEVICE void rope_quantize(const RopeQuantizeParams& params) {
         }
       }
     }
-    const float scale = params.section[which[n]].scale;
+    const float scale = kEarly ? early_scale : params.section[which[n]].scale;
 #pragma unroll
     for (int j = 0; j < kVec; ++j) x[j] *= scale, y[j] *= scale;
-    if (!is_same_v<Q, O> && (which[n] == 0 || which[n] == 2)) {
-      store_cast<Q>(x, out, first(n));
-      store_cast<Q>(y, out, second(n));
+    auto store = [&](auto type) {
+      using To = decltype(type);
+      store_cast<To>(x, kEarly ? out_a : out, kEarly ? 0 : first(n));
+      store_cast<To>(y, kEarly ? out_b : out, kEarly ? 0 : second(n));
+    };
+    if (!is_same_v<Q, O> && is_query(n)) {
+      store(Q{});
     } else {
-      store_cast<O>(x, out, first(n));
-      store_cast<O>(y, out, second(n));
+      store(O{});
     }
   }
 }

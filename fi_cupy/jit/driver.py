@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import struct
+import sys
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -37,22 +41,44 @@ def _check(result: tuple[Any, ...], what: str) -> None:
         raise RuntimeError(f"{what}: {driver.cuGetErrorName(result[0])[1]!r}")
 
 
+class _LaunchRecord(threading.local):
+    """A CUlaunchConfig of this thread and its one attribute, filled in anew for each launch.
+
+    Made through the binding's objects it takes longer than the launch. Layouts and numbers are those of cuda.h.
+    """
+
+    CONFIG = struct.Struct("=7I4xQQI4x")  # grid, block, shared memory, stream, attributes, how many
+    ATTRIBUTE = struct.Struct("=I4xI60x")  # id, value (a union of 64 bytes)
+    PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+    def __init__(self) -> None:
+        self._memory = ctypes.create_string_buffer(self.CONFIG.size + self.ATTRIBUTE.size + 8)
+        self.address = ctypes.addressof(self._memory) + 7 & -8
+        self.config = memoryview(self._memory).cast("B")[self.address - ctypes.addressof(self._memory) :]
+        self.attributes = self.address + self.CONFIG.size
+        self.ATTRIBUTE.pack_into(self.config, self.CONFIG.size, self.PROGRAMMATIC_STREAM_SERIALIZATION, 1)
+
+
+_record = _LaunchRecord()
+
+
+@lru_cache(maxsize=1)
+def _launch_kernel_ex() -> Any:
+    """cuLaunchKernelEx of the driver library itself."""
+    function = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuLaunchKernelEx
+    function.argtypes, function.restype = (ctypes.c_void_p,) * 4, ctypes.c_int
+    return function
+
+
 def launch_pdl(
     function: int, grid: tuple[int, int, int], threads: int, smem: int, stream: int, params_address: int
 ) -> None:
     """cuLaunchKernelEx with programmatic stream serialisation: this grid may start before the former one ends."""
-    driver = _driver()
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    attribute.value.programmaticStreamSerializationAllowed = 1
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = grid
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes = smem
-    config.hStream = driver.CUstream(stream)
-    config.attrs = [attribute]
-    config.numAttrs = 1
-    _check(driver.cuLaunchKernelEx(config, driver.CUfunction(function), params_address, 0), "cuLaunchKernelEx")
+    record = _record
+    record.CONFIG.pack_into(record.config, 0, *grid, threads, 1, 1, smem, stream, record.attributes, 1)
+    result = _launch_kernel_ex()(record.address, function, params_address, None)
+    if result:
+        _check((_driver().CUresult(result),), "cuLaunchKernelEx")
 
 
 def tensor_map(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fi_cupy import device as devices  # as a module: device.py imports this package
+from fi_cupy.jit import driver
 from fi_cupy.jit.build import build
 from fi_cupy.jit.cache import CachedKernel, KernelMeta
 from fi_cupy.jit.spec import KernelSpec
@@ -49,11 +50,13 @@ class Kernel:
         The GPU's index.
     """
 
-    __slots__ = ("_current_device", "_launch", "_module", "_pack", "_pdl", "device", "meta", "ptr", "raw", "spec")
+    __slots__ = (
+        "_current_device", "_dependent", "_launch", "_module", "_pack", "_pdl", "device", "meta", "ptr", "raw", "spec"
+    )  # fmt: skip
 
     def __init__(self, spec: KernelSpec, cached: CachedKernel, device: int) -> None:
         import cupy
-        from cupy_backends.cuda.api import driver
+        from cupy_backends.cuda.api import driver as cupy_driver
 
         self.spec = spec
         self.meta: KernelMeta = cached.meta
@@ -66,9 +69,10 @@ class Kernel:
                 _allow_large_clusters(self.raw.kernel.ptr)
             self.ptr: int = self.raw.kernel.ptr
         self._pack = spec.params._struct.pack_into
-        self._launch = driver.launchKernel
+        self._launch = cupy_driver.launchKernel
         self._current_device = cupy.cuda.runtime.getDevice
         self._pdl = devices.device_info(device).has_pdl
+        self._dependent = self._pdl and driver.has_driver_binding()
 
     def launch(
         self,
@@ -76,7 +80,7 @@ class Kernel:
         stream: int,
         *values: Any,
         smem: int | None = None,
-        pdl: bool = False,
+        pdl: bool | None = False,
     ) -> None:
         """Launch on `stream` with the parameter struct's fields in order; an empty grid launches nothing.
 
@@ -90,8 +94,9 @@ class Kernel:
             One value a field of ``spec.params``.
         smem : int, optional
             Dynamic shared memory in bytes, at most (and by default) ``spec.smem_bytes``.
-        pdl : bool
+        pdl : bool, optional
             Programmatic dependent launch where the device has it. The kernel then waits (griddepcontrol.wait) itself.
+            None: where the driver's binding is installed, too, for kernels that touch nothing before they have waited.
         """
         x, y, z = (grid, 1, 1) if type(grid) is int else grid  # type: ignore[misc]
         if x == 0 or y == 0 or z == 0:
@@ -105,19 +110,17 @@ class Kernel:
         self._pack(scratch.buffer, 0, *values)
         if smem is None:
             smem = self.spec.smem_bytes
-        if pdl and self._pdl:
-            from fi_cupy.jit import driver
-
+        if self._dependent if pdl is None else pdl and self._pdl:
             driver.launch_pdl(self.ptr, (x, y, z), self.spec.threads, smem, stream, scratch.address)
         else:
             self._launch(self.ptr, x, y, z, self.spec.threads, 1, 1, smem, stream, scratch.address, 0)
 
     def occupancy(self, smem: int | None = None) -> int:
         """CTAs of this kernel that one multiprocessor holds at a time."""
-        from cupy_backends.cuda.api import driver
+        from cupy_backends.cuda.api import driver as cupy_driver
 
         bytes_ = self.spec.smem_bytes if smem is None else smem
-        return int(driver.occupancyMaxActiveBlocksPerMultiprocessor(self.ptr, self.spec.threads, bytes_))
+        return int(cupy_driver.occupancyMaxActiveBlocksPerMultiprocessor(self.ptr, self.spec.threads, bytes_))
 
 
 def _load(cached: CachedKernel, symbol: str) -> tuple[Any, Any]:
@@ -151,9 +154,9 @@ def _function(module: Any, symbol: str) -> Any:
 
 def _allow_large_clusters(function: int) -> None:
     """Clusters above 8 CTAs need CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED (14)."""
-    from cupy_backends.cuda.api import driver
+    from cupy_backends.cuda.api import driver as cupy_driver
 
-    driver.funcSetAttribute(function, 14, 1)
+    cupy_driver.funcSetAttribute(function, 14, 1)
 
 
 _kernels: dict[tuple[KernelSpec, int], Kernel] = {}

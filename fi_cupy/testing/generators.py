@@ -61,12 +61,17 @@ def odd_rows(
 
 
 def on_gpu(array: np.ndarray[Any, Any]) -> Any:
-    """A CuPy copy; fp8 becomes bytes, which is how it travels through CuPy."""
+    """A CuPy copy; fp8 becomes bytes, which is how it travels through CuPy.
+
+    The copy has arrived: a non-blocking stream, which does not wait for the current one, may read it.
+    """
     import cupy
 
     if array.dtype.name.startswith("float8"):
         array = array.view(np.uint8)
-    return cupy.asarray(array)
+    copy = cupy.asarray(array)
+    cupy.cuda.get_current_stream().synchronize()
+    return copy
 
 
 def poisoned(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -76,6 +81,7 @@ def poisoned(shape: tuple[int, ...], dtype: Any) -> Any:
     kind: DType = to_dtype(dtype)
     n = int(np.prod(shape)) * kind.itemsize
     raw = cupy.full((n,), 0xFF, dtype=cupy.uint8)
+    cupy.cuda.get_current_stream().synchronize()  # before another stream writes it
     return raw.view(np.uint8 if kind.name.startswith("float8") else kind.np).reshape(shape)
 
 

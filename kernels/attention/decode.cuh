@@ -21,12 +21,12 @@
 namespace fi {
 
 // Config: T (q), KV, O, kHeadDim, kTilesN, kWarps, kStages, kSmemBytes, kTileInPage (a tile of 16 keys never crosses a
-// page), kSoftCap, kAlibi, kRope, kHeadScales (factors of q and k a head), kHeadPair (blocks_per_kv is 1)
-// Computes one item for one head block; the CTA's threads may call it again after a barrier. `alone`: CTA number b of the
+// page), kSoftCap, kAlibi, kRope, kHeadScales (factors of q and k a head), kHeadPair (blocks_per_kv is 1), kSharedRows (it
+// is more than 1)
+// Computes one item for one head block; the CTA's threads may call it again after a barrier. kAlone: CTA number b of the
 // launch computes item and head block b and nothing else.
-template <class Config>
-FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turns, int index, uint32_t head_block,
-                           bool alone = false) {
+template <class Config, bool kAlone = false>
+FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turns, int index, uint32_t head_block) {
   using namespace decode_detail;
   using Tr = DecodeTraits<Config>;
   using T = typename Config::T;
@@ -63,7 +63,9 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
     for (int i = threadIdx.x; i < Tr::kDim / 2; i += Tr::kThreads) turns[i] = rope_turns[i];
     __syncthreads();
   }
-  const TileSource<Config, Tr> source(params, item, kv_head);
+  // In a kernel of more than this the hint costs registers (mixed.cuh: 228 bytes of spills for 16).
+  using Source = TileSource<Config, Tr, Tr::kReadOnce && kAlone>;
+  const Source source(params, item, kv_head);
   const int tiles = source.num_tiles();
   uint8_t* ring = smem + warp * (kStages * 2 * Tr::kTileBytes);
 
@@ -82,11 +84,11 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
   for (int s = 0; s < kStages; ++s) pages[s] = source.page_of(walker + s * kWalkers, tiles);
   int next_page = source.page_of(walker + kStages * kWalkers, tiles);
   // Only where all CTAs start together: in later waves those of a token's heads do not, and L2 is asked in vain.
-  const bool ask = alone && gridDim.x <= params.resident;
+  const bool ask = kAlone && gridDim.x <= params.resident;
   const bool ask_ahead = Tr::kAskAhead && ask && params.shares == 1;
   int later_page = ask_ahead ? source.page_of(walker + (kStages + 1) * kWalkers, tiles) : 0;
   // Where the first tiles lie is computed in front of the wait, too.
-  constexpr bool kRegular = TileSource<Config, Tr>::kRegular;
+  constexpr bool kRegular = Source::kRegular;
   using KV = typename Tr::KV;
   const KV *from_k[kStages], *from_v[kStages];
   bool all_whole = kRegular;
@@ -126,23 +128,22 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
         }
   }
 
+  const auto first_slot = source.copies.address(ring);
   if (all_whole) {
 #pragma unroll
     for (int s = 0; s < kStages; ++s) {
-      if (walker + s * kWalkers < tiles) source.copy_whole(ring + s * 2 * Tr::kTileBytes, from_k[s], from_v[s]);
+      if (walker + s * kWalkers < tiles) source.copy_whole(first_slot + s * 2 * Tr::kTileBytes, from_k[s], from_v[s]);
       ptx::cp_async_commit();
     }
-  } else if constexpr (kRegular) {  // seldom, so not unrolled
+  } else if constexpr (kRegular) {  // one warp of a short request, or of many keys: not unrolled
 #pragma unroll 1
     for (int s = 0; s < kStages; ++s) {
       const int tile = walker + s * kWalkers;
-      int page = pages[0];
+      const KV *keys = from_k[0], *values = from_v[0];
 #pragma unroll
-      for (int i = 1; i < kStages; ++i) page = s == i ? pages[i] : page;
-      if (tile < tiles) {
-        source.issue_keys(ring + s * 2 * Tr::kTileBytes, tile, page);
-        source.issue_values(ring + s * 2 * Tr::kTileBytes, tile, page);
-      }
+      for (int i = 1; i < kStages; ++i) keys = s == i ? from_k[i] : keys, values = s == i ? from_v[i] : values;
+      if (tile < tiles)
+        source.copy_part(source.copies.address(ring + s * 2 * Tr::kTileBytes), tile, keys, values);
       ptx::cp_async_commit();
     }
   } else {
@@ -150,8 +151,8 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
     for (int s = 0; s < kStages; ++s) {
       const int tile = walker + s * kWalkers;
       if (tile < tiles) {
-        source.issue_keys(ring + s * 2 * Tr::kTileBytes, tile, pages[s]);
-        source.issue_values(ring + s * 2 * Tr::kTileBytes, tile, pages[s]);
+        source.issue_keys(first_slot + s * 2 * Tr::kTileBytes, tile, pages[s]);
+        source.issue_values(first_slot + s * 2 * Tr::kTileBytes, tile, pages[s]);
       }
       ptx::cp_async_commit();
     }
@@ -319,8 +320,9 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
     __syncwarp();  // every lane has read the slot that is filled again
     const int next_tile = tile + kStages * kWalkers;
     if (next_tile < tiles) {
-      source.issue_keys(buffer, next_tile, next_page);
-      source.issue_values(buffer, next_tile, next_page);
+      const auto to = source.copies.address(buffer);
+      source.issue_keys(to, next_tile, next_page);
+      source.issue_values(to, next_tile, next_page);
       if (ask_ahead) {
         if (next_tile + kWalkers < tiles) source.ask(next_tile + kWalkers, later_page, head_block, kv_head);
         next_page = later_page;
@@ -413,13 +415,13 @@ FI_DEVICE void decode_item(const DecodeParams& params, const uint64_t* rope_turn
 template <class Config>
 FI_DEVICE void batch_decode(const DecodeParams& params) {
   ptx::grid_launch_dependents();
-  decode_item<Config>(params, nullptr, blockIdx.x / params.num_head_blocks, blockIdx.x % params.num_head_blocks, true);
+  decode_item<Config, true>(params, nullptr, blockIdx.x / params.num_head_blocks, blockIdx.x % params.num_head_blocks);
 }
 template <class Config>
 FI_DEVICE void batch_decode_rope(const DecodeRopeParams& params) {
   ptx::grid_launch_dependents();
   const uint32_t blocks = params.base.num_head_blocks;
-  decode_item<Config>(params.base, params.turns, blockIdx.x / blocks, blockIdx.x % blocks, true);
+  decode_item<Config, true>(params.base, params.turns, blockIdx.x / blocks, blockIdx.x % blocks);
 }
 
 }  // namespace fi

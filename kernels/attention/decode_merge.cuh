@@ -43,8 +43,11 @@ FI_DEVICE void finish(const DecodeParams& params, int row, uint32_t head, int di
   O* out = static_cast<O*>(params.out) + row * params.out_stride_row + head * params.out_stride_head + dim;
   Vec<O, 4>::from_floats(values).store(out);
   if (dim == 0 && params.lse) {
-    const int64_t num_qo_heads = params.num_qo_heads(Config::kHeadPair ? 2 : 1);
-    params.lse[row * num_qo_heads + head] = empty ? -FI_INF : p.m + math::ptx_log2(p.d);
+    // A number of its own kind, or the compiler makes this division in front of the loop over units, where all wait for it.
+    uint32_t num_qo_heads = params.num_head_blocks;
+    asm volatile("" : "+r"(num_qo_heads));
+    num_qo_heads = num_qo_heads / params.blocks_per_kv * params.group_size * (Config::kHeadPair ? 2 : 1);
+    params.lse[int64_t(row) * num_qo_heads + head] = empty ? -FI_INF : p.m + math::ptx_log2(p.d);
   }
 }
 

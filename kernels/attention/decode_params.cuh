@@ -89,6 +89,11 @@ struct DecodeTraits {
   // Rows of 128 bytes are asked for one tile ahead of their copies: 64x8192 with fp8 379 -> 359 us, 16x4096 54 -> 50. Wider
   // rows lose by it (bf16 of 128 dims 16x4096 95 -> 102), and so do narrower ones.
   static constexpr bool kAskAhead = kHeadDim * int(sizeof(KV)) == 128 && Config::kTileInPage;
+  // Wider rows leave L2 first once they are copied, and what the next CTAs asked for stays: 16x4096 95.0 -> 91.8 us. Not those
+  // that are asked for a tile ahead (fp8 64x8192 362 -> 399, and as badly under an explicit evict_normal), whose last line
+  // the next head's CTA reads, too (80 dims, 16x4096 66.7 -> 68.8), or that other heads' CTAs read (64/2 heads 245 -> 264).
+  static constexpr bool kReadOnce =
+      !Config::kSharedRows && kHeadDim * int(sizeof(KV)) % 128 == 0 && kHeadDim * int(sizeof(KV)) > 128;
   static_assert(kHeadDim % 8 == 0 && kHeadDim * int(sizeof(KV)) % 16 == 0, "rows must be whole 16-byte chunks");
   static_assert(!Config::kRope || kHeadDim % (kFp8 ? 64 : 32) == 0, "a pair's dims share a lane and register");
   static_assert(kWarps % kPair == 0, "as many warps for either kv head");

@@ -4,7 +4,7 @@
 #include "attention/expand.cuh"
 #include "common/math.cuh"
 #include "common/vec.cuh"
-#include "ptx/cp_async.cuh"
+#include "ptx/cp_async_once.cuh"
 #include "ptx/l2_prefetch.cuh"
 #include "ptx/mma.cuh"
 
@@ -78,7 +78,8 @@ FI_DEVICE uint32_t query_pair(uint32_t pair) {
 }
 
 // Where a tile's rows lie, and the cp.async of one tile. Everything about addresses of the cache is here.
-template <class Config, class Tr>
+// kOnce: the lines of its rows are the first to leave L2 (ptx/cp_async_once.cuh).
+template <class Config, class Tr, bool kOnce>
 struct TileSource {
   using KV = typename Tr::KV;
   // Every lane copies the same chunk of rows that are equally far apart.
@@ -89,6 +90,9 @@ struct TileSource {
   const DecodeParams& params;
   const DecodeItem& item;
   int origin;  // key of row 0 of tile 0
+  using Copies = ptx::AsyncCopies<kOnce>;
+  using Address = typename Copies::Address;
+  Copies copies;
 
   FI_DEVICE TileSource(const DecodeParams& p, const DecodeItem& i, uint32_t kv_head)
       : k(static_cast<const KV*>(p.k) + kv_head * p.k_stride_head),
@@ -116,22 +120,26 @@ struct TileSource {
     const int first = origin + tile * Tr::kTile;
     return first >= item.kv_begin && first + Tr::kTile <= item.kv_end;
   }
-  // kRegular: where this lane's first chunk of a whole tile lies, and the copies from there.
+  // kRegular: where this lane's first chunk of a tile lies, and the copies from there.
   FI_DEVICE const KV* keys_of(int tile, int page) const {
     return source(k, params.k_stride_page, params.k_stride_token, tile, page);
   }
   FI_DEVICE const KV* values_of(int tile, int page) const {
     return source(v, params.v_stride_page, params.v_stride_token, tile, page);
   }
-  FI_DEVICE void copy_whole(uint8_t* slot, const KV* keys, const KV* values) const {
+  FI_DEVICE void copy_whole(Address slot, const KV* keys, const KV* values) const {
     copy(slot, keys, params.k_stride_token);
     copy(slot + Tr::kTileBytes, values, params.v_stride_token);
   }
+  FI_DEVICE void copy_part(Address slot, int tile, const KV* keys, const KV* values) const {
+    copy_part(slot, k, keys, params.k_stride_token, tile);
+    copy_part(slot + Tr::kTileBytes, v, values, params.v_stride_token, tile);
+  }
 
-  FI_DEVICE void issue_keys(uint8_t* slot, int tile, int page) const {
+  FI_DEVICE void issue_keys(Address slot, int tile, int page) const {
     issue(slot, k, params.k_stride_page, params.k_stride_token, tile, page);
   }
-  FI_DEVICE void issue_values(uint8_t* slot, int tile, int page) const {
+  FI_DEVICE void issue_values(Address slot, int tile, int page) const {
     issue(slot + Tr::kTileBytes, v, params.v_stride_page, params.v_stride_token, tile, page);
   }
   // Ask L2 for this CTA's share of a tile (by a warp). Where a token's kv heads lie side by side, the CTAs of the other
@@ -161,25 +169,38 @@ struct TileSource {
     return base + page * stride_page + (in_page + lane_id() / Tr::kChunks) * stride_token +
            lane_id() % Tr::kChunks * kElements;
   }
-  FI_DEVICE void copy(uint8_t* slot, const KV* from, int64_t stride_token) const {
+  FI_DEVICE void copy(Address slot, const KV* from, int64_t stride_token) const {
     constexpr int kRows = 32 / Tr::kChunks;
-    uint8_t* to = slot + lane_id() / Tr::kChunks * Tr::kPitch + lane_id() % Tr::kChunks * 16;
+    const Address to = slot + lane_id() / Tr::kChunks * Tr::kPitch + lane_id() % Tr::kChunks * 16;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i, from += kRows * stride_token)
-      ptx::cp_async_16(to + i * kRows * Tr::kPitch, from);
+      copies.copy_16(to + i * kRows * Tr::kPitch, from);
+  }
+  // The first or last tile of an item: rows outside become zeros, as below. Straight, for a short request waits for them.
+  FI_DEVICE void copy_part(Address slot, const KV* base, const KV* from, int64_t stride_token, int tile) const {
+    constexpr int kRows = 32 / Tr::kChunks;
+    const int key = origin + tile * Tr::kTile + lane_id() / Tr::kChunks;
+    const Address to = slot + lane_id() / Tr::kChunks * Tr::kPitch + lane_id() % Tr::kChunks * 16;
+    constexpr int kUnroll = 2;  // all at once would take the registers of a second CTA (1x4096 of 128 dims: 10.4 us, not 9.4)
+#pragma unroll kUnroll
+    for (int i = 0; i < kLoads; ++i, from += kRows * stride_token) {
+      const bool valid = key + i * kRows >= item.kv_begin && key + i * kRows < item.kv_end;
+      copies.copy_16_anywhere(to + i * kRows * Tr::kPitch, valid ? from : base, valid);
+    }
   }
   // The slot waits for these instructions, so all that can be left out of a whole tile's copies is.
-  FI_DEVICE void issue(uint8_t* slot, const KV* base, int64_t stride_page, int64_t stride_token, int tile,
+  FI_DEVICE void issue(Address slot, const KV* base, int64_t stride_page, int64_t stride_token, int tile,
                        int page) const {
     const int first = origin + tile * Tr::kTile;
     if constexpr (kRegular) {
-      if (whole(tile)) return copy(slot, source(base, stride_page, stride_token, tile, page), stride_token);
+      const KV* from = source(base, stride_page, stride_token, tile, page);
+      if (whole(tile)) return copy(slot, from, stride_token);
+      return copy_part(slot, base, from, stride_token, tile);
     }
     const uint32_t key = lookup_key(tile);
     const int64_t in_page = key - params.page_size.quotient(key) * params.page_size.divisor;
     const int64_t lane_offset = page * stride_page + in_page * stride_token;
-    constexpr int kUnroll = kRegular ? 1 : kLoads;  // regular: only for the first and the last tile
-#pragma unroll kUnroll
+#pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int index = lane_id() + 32 * i;
       const int row = index / Tr::kChunks, chunk = index % Tr::kChunks;
@@ -192,7 +213,7 @@ struct TileSource {
       const bool inside = first + row >= item.kv_begin && first + row < item.kv_end;
       const bool valid = inside && (Tr::kChunks == Tr::kChunksRead || chunk < Tr::kChunksRead);
       // Rows outside become zeros: 0 * NaN from a stale page would be NaN. Their addresses may leave the allocation.
-      ptx::cp_async_16(slot + row * Tr::kPitch + chunk * 16, base + (valid ? offset + chunk * kElements : 0), valid);
+      copies.copy_16(slot + row * Tr::kPitch + chunk * 16, base + (valid ? offset + chunk * kElements : 0), valid);
     }
   }
 };

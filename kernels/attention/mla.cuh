@@ -14,6 +14,7 @@
 #include "attention/prefill_softmax.cuh"
 #include "attention/prefill_tiles.cuh"
 #include "ptx/barrier.cuh"
+#include "ptx/cp_async_once.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/pdl.cuh"
 
@@ -50,6 +51,7 @@ struct MlaLoader {
   const Params& params;
   const int32_t* pages;
   int kv_end;
+  ptx::AsyncCopies<Config::kRowWarps == 1> copies = {};
 
   FI_DEVICE static int row(int pass) { return (threadIdx.x >> 3) + pass * kRows; }
 
@@ -66,6 +68,7 @@ struct MlaLoader {
   // Rows at and past kv_end become zeros: what a page holds behind its last token (NaN perhaps) is never read.
   FI_DEVICE void load(uint8_t* stage, int start, const Pages& at) const {
     const int sub = threadIdx.x & 7;
+    const auto to = copies.address(stage);
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int token = start + row(i), entry = token - params.page_size.quotient(token) * params.page_size.divisor;
@@ -73,15 +76,15 @@ struct MlaLoader {
       const KV* const ckv = static_cast<const KV*>(params.k) + at.page[i] * params.k_stride_page + entry * params.k_stride_n;
       const KV* const kpe = static_cast<const KV*>(params.v) + at.page[i] * params.v_stride_page + entry * params.v_stride_n;
       if constexpr (Shape::kBytes) {
-        uint8_t* const to = stage + row(i) * kMlaDim + sub * 16;
+        const auto own = to + row(i) * kMlaDim + sub * 16;
 #pragma unroll
-        for (int j = 0; j < kMlaCkv; j += 128) ptx::cp_async_16(to + j, ckv + j + sub * 16, valid);
-        if (sub < kMlaKpe / 16) ptx::cp_async_16(to + kMlaCkv, kpe + sub * 16, valid);
+        for (int j = 0; j < kMlaCkv; j += 128) copies.copy_16(own + j, ckv + j + sub * 16, valid);
+        if (sub < kMlaKpe / 16) copies.copy_16(own + kMlaCkv, kpe + sub * 16, valid);
       } else {
 #pragma unroll
         for (int j = 0; j < kMlaCkv / 8; j += 8)
-          ptx::cp_async_16(stage + Shape::Layout::offset(row(i), j + sub), ckv + (j + sub) * 8, valid);
-        ptx::cp_async_16(stage + Shape::Layout::offset(row(i), kMlaCkv / 8 + sub), kpe + sub * 8, valid);
+          copies.copy_16(to + Shape::Layout::offset(row(i), j + sub), ckv + (j + sub) * 8, valid);
+        copies.copy_16(to + Shape::Layout::offset(row(i), kMlaCkv / 8 + sub), kpe + sub * 8, valid);
       }
     }
   }

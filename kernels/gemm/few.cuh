@@ -45,12 +45,13 @@ struct FewShape {
   static constexpr int kPitch = kPartColumns + 2;  // the pad spreads fragment columns over banks
   using Partial = float[Config::kWarpsK][kRows][kPitch];
 
-  // Sum of all warps' partial tiles at a row and two columns.
-  FI_DEVICE static float2 total(const Partial& partial, uint32_t r, uint32_t c) {
+  // Sum of all warps' partial tiles at a row and two columns; at r * kPitch + c.
+  FI_DEVICE static float2 total(const Partial& partial, uint32_t r, uint32_t c) { return total(partial, r * kPitch + c); }
+  FI_DEVICE static float2 total(const Partial& partial, uint32_t at) {
     float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
     for (int i = 0; i < Config::kWarpsK; ++i) {
-      const float2 part = *reinterpret_cast<const float2*>(&partial[i][r][c]);
+      const float2 part = *reinterpret_cast<const float2*>(&partial[i][0][0] + at);
       sum.x += part.x;
       sum.y += part.y;
     }
@@ -229,16 +230,44 @@ FI_DEVICE void few_tile(const GemmParams& params, Scales& scales, Factor factor)
   Out* const out = static_cast<Out*>(params.out) + blockIdx.z * params.out_batch;
   constexpr bool kOnce = Config::kOnce;
   Out* const first = out + computed_here<kOnce>(row_of(threadIdx.x) * params.out_stride + column_of(threadIdx.x));
+  constexpr bool kSingle = kPairs <= Shape::kThreads;  // a thread has at most one pair
+  // What stands behind the last barrier is waited for, so where there is no bias a thread knows before it what to do with its pair.
+  constexpr bool kStraight = kSingle && kOnce;
+  uint32_t own_row = 0, own_at = 0, plain = 0, absent = 0;  // of the pair: row and place in a partial tile
   few_partials<Config>(
       operands, partial,
       [](float(&c)[4], const uint32_t(&fa)[4], const uint32_t(&fb)[2]) { ptx::mma_m16n8k16<T>(c, fa, fb); }, scales,
       [&] {
         if (Config::kResidual && inside(threadIdx.x))
           held = typename Config::Epilogue(params).residual_bits2(row_of(threadIdx.x), column_of(threadIdx.x));
+        if constexpr (kStraight) {
+          own_row = threadIdx.x / (Shape::kColumns / 2);
+          const uint32_t c = threadIdx.x % (Shape::kColumns / 2) * 2;
+          own_at = own_row * kPitch + (Config::kGated ? c / 8 * 16 + c % 8 : c);
+          plain = !params.bias && (Config::kResidual || !params.residual), absent = !inside(threadIdx.x);
+          asm volatile("" : "+r"(own_row), "+r"(own_at), "+r"(plain), "+r"(absent));
+        }
       });
 
-  const typename Config::Epilogue epilogue(params);
-  constexpr bool kSingle = kPairs <= Shape::kThreads;  // a thread has at most one pair
+  using Epilogue = typename Config::Epilogue;
+  if constexpr (kStraight) {
+    if (plain) {
+      if (absent) return;
+      const float f = factor(own_row);
+      const float2 sum = Shape::total(partial, own_at);
+      if constexpr (Config::kGated) {
+        const float2 up = Shape::total(partial, own_at + 8);
+        store2(first, Epilogue::gated(f * sum.x, f * up.x), Epilogue::gated(f * sum.y, f * up.y));
+      } else if constexpr (Config::kResidual) {
+        const float2 residual = Epilogue::residual_of(held);
+        store2(first, f * sum.x + residual.x, f * sum.y + residual.y);
+      } else {
+        store2(first, f * sum.x, f * sum.y);
+      }
+      return;
+    }
+  }
+  const Epilogue epilogue(params);
   for (uint32_t e = threadIdx.x; e < kPairs; e += kSingle ? kPairs : Shape::kThreads) {
     if (!inside(e)) continue;
     const uint32_t row = row_of(e), column = column_of(e), r = row - m_first, c = column - n_first;

@@ -43,9 +43,10 @@ FI_DEVICE int64_t computed_here(int64_t x) {
 }
 
 // 16 bytes of a weight that are not read again, past L1. Not as constants: those ptxas moves behind the wait for the predecessor.
+// Where a warp reads pieces of 64 bytes, L2 gets the whole line for the first (16 x 4096 x 4096: 14.1 us against 14.6).
 FI_DEVICE uint4 load_weight(const void* p) {
   uint4 r;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
                : "l"(p)
                : "memory");
@@ -95,7 +96,7 @@ struct BiasEpilogue {
     if constexpr (sizeof(Out) == 4) return *reinterpret_cast<const uint2*>(at);
     return make_uint2(*reinterpret_cast<const uint32_t*>(at), 0);
   }
-  FI_DEVICE float2 residual_of(uint2 bits) const {
+  FI_DEVICE static float2 residual_of(uint2 bits) {
     if constexpr (sizeof(Out) == 4)
       return make_float2(__uint_as_float(bits.x), __uint_as_float(bits.y));
     else
@@ -105,10 +106,13 @@ struct BiasEpilogue {
     if (bias) sum += to_float(bias[column]);
     return sum + residual_value;
   }
-  // silu(gate) * up of two sums, of columns `column` and `column + n`.
+  // silu(gate) * up of two sums, of columns `column` and `column + n`; of sums that nothing is added to.
+  FI_DEVICE static float gated(float gate, float up) {
+    return gate * math::ptx_rcp(1.f + math::ptx_exp2(-gate * math::log2e)) * up;
+  }
   FI_DEVICE float gated(float gate, float up, uint32_t row, uint32_t column) const {
     if (bias) gate += to_float(bias[column]), up += to_float(bias[column + n]);
-    const float y = gate * math::ptx_rcp(1.f + math::ptx_exp2(-gate * math::log2e)) * up;
+    const float y = gated(gate, up);
     return residual ? y + to_float(residual[row * residual_stride + column]) : y;
   }
 };

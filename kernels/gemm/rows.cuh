@@ -57,6 +57,7 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
            computed_here<kOnce>(blockIdx.z * params.a_batch + min(uint32_t(i), params.m - 1) * params.a_stride);
   constexpr bool kSingle = kM * kColumns <= kWarpsK * kWarpsN * kWarpSize;  // a thread has at most one element of the result
   const uint32_t own_row = threadIdx.x / kColumns, own_column = n_first + threadIdx.x % kColumns;
+  const bool own_inside = own_row < min(params.m, uint32_t(kM)) && own_column < params.n;
   Out* const out = static_cast<Out*>(params.out) + blockIdx.z * params.out_batch;
   Out* const own = out + computed_here<kOnce>(own_row * params.out_stride + own_column);
   ptx::grid_wait();  // weights are constant, a is what the kernel before this one wrote
@@ -75,7 +76,14 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
   uint32_t held = 0;
   if constexpr (Config::kResidual) {  // that of a thread's first element is on its way while the product is computed
     const typename Config::Epilogue epilogue(params);
-    if (own_row < min(params.m, uint32_t(kM)) && own_column < params.n) held = epilogue.residual_bits(own_row, own_column);
+    if (own_inside) held = epilogue.residual_bits(own_row, own_column);
+  }
+  // What stands behind the last barrier is waited for, so where there is no bias a thread knows before it what to do with its element.
+  constexpr bool kStraight = kSingle && kOnce;
+  uint32_t own_at = threadIdx.x, plain = 0, absent = 0;  // place in a warp's sums
+  if constexpr (kStraight) {
+    plain = !params.bias && (Config::kResidual || !params.residual), absent = !own_inside;
+    asm volatile("" : "+r"(own_at), "+r"(plain), "+r"(absent));
   }
 
   constexpr int kChains = kOnce ? 2 : 1;  // of dependent additions
@@ -114,7 +122,19 @@ FI_DEVICE void gemm_rows(const GemmParams& params) {
     }
   __syncthreads();  // every warp's partial sums are in shared memory
 
-  const typename Config::Epilogue epilogue(params);
+  using Epilogue = typename Config::Epilogue;
+  if constexpr (kStraight) {
+    if (plain) {
+      if (absent) return;
+      float total = 0.f;
+#pragma unroll
+      for (int i = 0; i < kWarpsK; ++i) total += (&partial[i][0][0])[own_at];
+      if constexpr (Config::kResidual) total += Epilogue::residual_of(make_uint2(held, 0)).x;
+      *own = from_float<Out>(total);
+      return;
+    }
+  }
+  const Epilogue epilogue(params);
   for (uint32_t e = threadIdx.x; e < kM * kColumns; e += kSingle ? kM * kColumns : kWarpsK * kWarpsN * kWarpSize) {
     const uint32_t row = e / kColumns, c = e % kColumns, column = n_first + c;
     if (row >= params.m || column >= params.n) continue;

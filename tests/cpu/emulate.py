@@ -67,8 +67,8 @@ _REPLACED = [
     ),
     (r"__shared__ (\w+) shared;", r"\1& shared = *reinterpret_cast<\1*>(emulator::fixed_memory());"),
     (
-        r"__shared__ (?:__align__\(\d+\) )?float partial((?:\[\w+\])+);",
-        r"auto& partial = *reinterpret_cast<float(*)\1>(emulator::fixed_memory());",
+        r"__shared__ (?:__align__\(\d+\) )?float (partial|scratch)((?:\[\w+\])+);",
+        r"auto& \1 = *reinterpret_cast<float(*)\2>(emulator::fixed_memory());",
     ),
     (
         r"__shared__ typename Share::Target targets\[kThreads \* kUnroll\];",
@@ -116,7 +116,7 @@ _REPLACED = [
     ),
     (r'asm\("min\.NaN.*?\);', "y = x != x || x < bound ? x : bound;"),
     (r'asm volatile\("st\.(?:cs\.)?v[42]\.u32.*?\);', "memcpy(p, &r, sizeof(r));"),
-    (r'asm volatile\("ld\.global\.(?:nc|L1|v4).*?\);', "memcpy(&r, p, sizeof(r));"),
+    (r'asm volatile\("ld\.global\.(?:nc|L1|v4|u32|u64).*?\);', "memcpy(&r, p, sizeof(r));"),
     (r'asm volatile\("st\.global\.v4\.u32.*?\);', "memcpy(p, &x, sizeof(x));"),
     (
         r'asm volatile\("st\.shared\.v4\.u32 \[%0\], \{%1, %1, %1, %1\};" ::"r"\((.*?)\), "r"\(0\)\s*: "memory"\);',

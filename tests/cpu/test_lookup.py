@@ -38,3 +38,9 @@ def test_errors(rng):
         lookup.argmax(x[:, :0])
     with pytest.raises(errors.ArgumentError, match="argmax: out is None"):
         lookup.argmax(x, select=np.int32([1, 1, 1]))
+
+
+def test_argmax_takes_clusters_for_few_long_rows():
+    assert lookup.argmax_cluster(1, 49152, 4, True) == lookup.argmax_cluster(16, 128256, 2, True) == 8
+    assert lookup.argmax_cluster(17, 49152, 4, True) == lookup.argmax_cluster(1, 16000, 4, True) == 1
+    assert lookup.argmax_cluster(1, 49152, 4, False) == 1

@@ -158,3 +158,42 @@ def test_the_source_names_both_parts():
     assert "FI_OFFSETOF(fi::MixedParams, decode.q)" in text
     header = (Path(__file__).parents[2] / "kernels" / "attention" / "mixed.cuh").read_text()
     assert "kSectionHeads = 8;" in header  # as above
+
+
+@pytest.mark.parametrize(
+    ("prompts", "decoding", "apart"),
+    [  # (requests, queries, keys) and (requests, keys) of 32/8 heads of 128 dims, as measured on an H100
+        ((1, 2048, 2048), (64, 4096), False),  # 400 us in one launch, 440 in two
+        ((1, 512, 16384), (64, 2048), True),  # 515, 401
+        ((1, 4096, 4096), (16, 4096), True),  # 423, 299
+        ((8, 512, 4096), (0, 0), True),  # 768, 403
+        ((2, 1024, 1024), (64, 4096), False),  # 404, 390
+        ((0, 0, 0), (64, 4096), False),  # 368, 460
+        ((1, 300, 300), (4, 1000), False),
+    ],
+)
+def test_long_prompts_leave_the_mixed_kernel(prompts, decoding, apart):
+    problem = prefill_kernel.Problem(32, 8, 128, 128, bfloat16, True, False, False, False)
+    count, qo_len, kv_len = prompts
+    operations = mixed.prompt_operations(np.full(count, qo_len), np.full(count, kv_len), problem, True, -1)
+    assert mixed.apart_is_faster(operations, decoding[0] * decoding[1] * 8 * 128 * 4) is apart
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lens=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)), max_size=3), causal=st.booleans(),
+    window=st.integers(-1, 50),
+)  # fmt: skip
+def test_operations_are_those_of_the_visible_pairs(lens, causal, window):
+    pairs = 0
+    for qo_len, kv_len in lens:
+        row, key = np.arange(kv_len - qo_len, kv_len)[:, None], np.arange(kv_len)
+        seen = np.ones((qo_len, kv_len), bool)
+        if causal:
+            seen &= key <= row
+        if window >= 0:
+            seen &= key >= row - window
+        pairs += seen.sum()
+    problem = prefill_kernel.Problem(8, 2, 128, 64, bfloat16, True, False, False, False)
+    qo, kv = (np.array([x[i] for x in lens], np.int64) for i in (0, 1))
+    assert mixed.prompt_operations(qo, kv, problem, causal, window) == 2 * pairs * 8 * (128 + 64)

@@ -1,13 +1,15 @@
-"""Merging, paged append and rope of few rows: the kernels run on the CPU, against the reference."""
+"""Merging, decode, paged append, norms and rope of few rows: the kernels run on the CPU, against the reference."""
 
 from __future__ import annotations
+
+from unittest import mock
 
 import numpy as np
 import pytest
 from emulate import HOPPER, available, device, emulated
 from test_fused_quantization_emulated import pages_of
 
-from fi_cupy import cascade, page, page_quantized, rope, rope_kernel
+from fi_cupy import cascade, decode_kernel, decode_single, norm, page, page_quantized, rope, rope_kernel
 from fi_cupy.reference import cascade as reference_cascade
 from fi_cupy.reference import page as reference_page
 from fi_cupy.testing.generators import normal
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++ 
 
 @pytest.fixture(autouse=True)
 def _on_the_emulator():
-    with emulated(HOPPER, cascade, page, page_quantized, rope_kernel):
+    with emulated(HOPPER, cascade, decode_kernel, decode_single, norm, page, page_quantized, rope_kernel):
         yield
 
 
@@ -74,3 +76,30 @@ def test_rope_of_few_tokens(rng):
     rope.apply_rope_pos_ids_inplace(q := device(q), k := device(k), device(positions))
     for got, w in zip((q, k), want, strict=True):
         assert np.abs(wide(got) - w).max() < 0.02
+
+
+# Rows that share a warp; of several warps; of several vectors a thread, the weight held or not.
+@pytest.mark.parametrize("hidden", [40, 576, 2568])
+def test_norms(rng, hidden):
+    x, residual = (normal(rng, (3, hidden), "bfloat16") for _ in range(2))
+    weight = normal(rng, (hidden,), "bfloat16")
+    want = norm.gemma_rmsnorm(wide(x).astype(np.float32), wide(weight).astype(np.float32))
+    np.testing.assert_allclose(wide(norm.gemma_rmsnorm(device(x), device(weight))), want, rtol=0.01, atol=1e-3)
+    added = wide(x).astype(np.float32), wide(residual).astype(np.float32)
+    norm.fused_add_rmsnorm(*added, wide(weight).astype(np.float32))
+    norm.fused_add_rmsnorm(x := device(x), residual := device(residual), device(weight))
+    for got, w in zip((x, residual), added, strict=True):
+        np.testing.assert_allclose(wide(got), w, rtol=0.01, atol=1e-3)
+
+
+# The last tile is a warp's first, or a later one; a window begins inside a tile. What lies behind the last key is NaN.
+@pytest.mark.parametrize(("dim", "keys", "window"), [(64, 37, -1), (64, 133, -1), (64, 131, 50)])
+def test_decode_of_parts_of_tiles(rng, dim, keys, window):
+    q = normal(rng, (9, dim), "bfloat16")
+    k, v = (normal(rng, (keys + 16, 3, dim), "bfloat16") for _ in range(2))
+    k[keys:], v[keys:] = np.nan, np.nan
+    call = decode_single.single_decode_with_kv_cache
+    want = call(*(wide(x).astype(np.float32) for x in (q, k[:keys], v[:keys])), window_left=window)
+    with mock.patch.object(decode_single, "single_chunks", lambda *_: (keys // 16 * 16 + 16, 1)):
+        got = call(device(q), device(k)[:keys], device(v)[:keys], window_left=window)
+    assert np.abs(wide(got) - want).max() < 0.01

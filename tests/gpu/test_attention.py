@@ -7,6 +7,7 @@ import pytest
 from paged_cases import Pages, bits, check, indptr_of
 
 from fi_cupy import attention, errors
+from fi_cupy.device import device_info
 from fi_cupy.reference.attention import attention as reference
 from fi_cupy.reference.masks import multi_item_mask
 from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned
@@ -123,6 +124,19 @@ def test_a_negative_scale(rng):
     wrapper = batch.plan(attention.BatchAttention(), causal=True, sm_scale=-0.1)
     check(*batch.run(wrapper), *batch.expect(causal=True, sm_scale=-0.1))
     assert attention.explain(wrapper).launches[0].kernel.split("_decode")[0].endswith("_neg")
+
+
+def test_long_prompts_take_the_hopper_kernel(rng):
+    """Which has all requests then, in one launch, and is twice as fast on them as the mixed kernel's tiles."""
+    batch = Batch(rng, [(2500, 3000), (1, 700), (300, 300), (1, 1)])
+    wrapper = batch.plan(attention.BatchAttention(), causal=True)
+    check(*batch.run(wrapper), *batch.expect(causal=True))
+    (use,) = attention.explain(wrapper).launches
+    assert use.kernel.startswith("prefill_hopper" if device_info(0).arch == "90a" else "mixed_")
+    batch = Batch(rng, [(1, 900), (5, 40)])  # a plan after it is free to mix again
+    batch.plan(wrapper, causal=True)
+    check(*batch.run(wrapper), *batch.expect(causal=True))
+    assert attention.explain(wrapper).launches[0].kernel.startswith("mixed_")
 
 
 def test_values_narrower_than_keys_take_tiles_alone(rng):

@@ -7,6 +7,7 @@ import pytest
 from paged_cases import Pages, bits, check
 
 from fi_cupy import attention, pod
+from fi_cupy.device import device_info
 from fi_cupy.reference.attention import attention as reference
 from fi_cupy.testing.generators import new_stream, normal, on_gpu, poisoned
 
@@ -130,6 +131,40 @@ def test_parts_that_one_kernel_cannot_hold(rng):
     (o_p, s_p), _ = wrapper.run(*case.gpu_p, *case.gpu_d, causal_p=True, return_lse_p=True)
     check(o_p, s_p, *case.expect_p(causal=True))
     assert "ROPE_LLAMA" in attention.explain(wrapper).launches[0].why
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_long_prompt_takes_its_own_kernel(rng, captured):
+    """On Hopper, whose own kernel is twice as fast as the mixed one's tiles."""
+    case = Case(rng, 3000, 4000)
+    wrapper = case.plan(pod.PODWithPagedKVCacheWrapper(workspace()))
+    out_d, lse_d = poisoned(case.q_d.shape, "bfloat16"), poisoned(case.q_d.shape[:2], "float32")
+
+    def run():
+        return wrapper.run(*case.gpu_p, *case.gpu_d, causal_p=True, return_lse_p=True, out_d=out_d, lse_d=lse_d)
+
+    (o_p, s_p), _ = run()
+    if captured:
+        stream = cupy.cuda.Stream(non_blocking=True)
+        cupy.cuda.Device().synchronize()
+        with stream:
+            run()
+            stream.synchronize()
+            stream.begin_capture()
+            (o_p, s_p), _ = run()
+            graph = stream.end_capture()
+            for x in (o_p, out_d):
+                x.view("u2")[...] = 0xFFFF
+            graph.launch(stream)
+            stream.synchronize()
+    check(o_p, s_p, *case.expect_p(causal=True))
+    check(out_d, lse_d, *case.expect_d())
+    launches = attention.explain(wrapper).launches
+    if device_info(0).arch == "90a":
+        assert [x.kernel.startswith("prefill_hopper") for x in launches] == [True, False]
+        assert "the Hopper kernel gains more" in launches[0].why
+    else:
+        assert len(launches) == 1
 
 
 def test_two_wrappers_on_two_streams_and_on_one_workspace(rng):

@@ -348,11 +348,11 @@ using std::max;
 using std::min;
 #define __INTADDR__(x) reinterpret_cast<uint64_t>(x)
 
-struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
-};
 struct alignas(16) int4 {
   int x, y, z, w;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
 };
 struct alignas(8) uint2 {
   uint32_t x, y;
@@ -367,13 +367,13 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+template <typename T>
+void __stcg(T* p, T x) {
+  *p = x;
+}
 template <class T>
 T __ldcg(const T* p) {
   return *p;
-}
-template <class T>
-void __stcg(T* p, T x) {
-  *p = x;
 }
 template <class T>
 T __ldg(const T* p) {
