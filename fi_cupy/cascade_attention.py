@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fi_cupy.arrays import View, view
+from fi_cupy.checks import as_sizes
 from fi_cupy.decode import BatchDecodeWithPagedKVCacheWrapper
 from fi_cupy.dtypes import DType, float32
 from fi_cupy.dtypes import dtype as to_dtype
@@ -238,6 +239,7 @@ class MultiLevelCascadeAttentionWrapper:
         ArgumentError, ShapeError, DTypeError, WorkspaceError, UnsupportedError, PlanError
         """
         op = f"{_OP}.plan"
+        num_qo_heads, head_dim = as_sizes(op, num_qo_heads=num_qo_heads, head_dim=head_dim)
         qo, arguments = self._arguments(
             op, qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len, num_qo_heads,
             num_kv_heads, head_dim, page_size, causal, pos_encoding_mode, use_fp16_qk_reduction, sm_scale, window_left,

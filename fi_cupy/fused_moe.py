@@ -9,7 +9,7 @@ from typing import Any
 
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.checks import as_sizes, check_aligned, check_device, check_dtype, check_inner, check_ndim, check_shape
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import (
     FLOAT_TYPES,
@@ -175,6 +175,7 @@ def fused_topk_deepseek(
     check_dtype(op, "scores", s, FLOAT_TYPES)
     check_inner(op, "scores", s)
     tokens, experts = s.shape
+    n_group, topk_group, topk = as_sizes(op, n_group=n_group, topk_group=topk_group, topk=topk)
     _check_groups(op, experts, n_group, topk_group, topk)
     check_shape(op, "bias", b, (experts,), "= scores.shape[1:]")
     check_dtype(op, "bias", b, FLOAT_TYPES)

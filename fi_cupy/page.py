@@ -10,7 +10,7 @@ import numpy as np
 
 from fi_cupy import page_quantized
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_device, check_dtype, check_inner, check_ndim, check_shape
+from fi_cupy.checks import as_sizes, check_device, check_dtype, check_inner, check_ndim, check_shape
 from fi_cupy.dtypes import int32
 from fi_cupy.errors import ArgumentError, ShapeError
 from fi_cupy.jit.kernel import load_kernel
@@ -166,8 +166,9 @@ def get_seq_lens(kv_indptr: Any, kv_last_page_len: Any, page_size: int) -> Any:
     indptr = _index(op, "kv_indptr", kv_indptr)
     last = _index(op, "kv_last_page_len", kv_last_page_len, indptr)
     check_shape(op, "kv_last_page_len", last, (max(0, indptr.shape[0] - 1),), "= len(kv_indptr) - 1")
-    if page_size < 1:
-        raise ArgumentError(f"{op}: page_size is {page_size}, expected at least 1")
+    (page_size,) = as_sizes(op, page_size=page_size)
+    if page_size >= 1 << 31:
+        raise ArgumentError(f"{op}: page_size is {page_size}, expected a number of 31 bits")
     out = indptr.empty(last.shape, int32)
     if indptr.is_cpu:
         out.write(reference.get_seq_lens(indptr.numpy(), last.numpy(), page_size))

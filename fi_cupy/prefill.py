@@ -353,7 +353,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         paged_kv_cache : array, or (keys, values)
             ``[pages, 2, page_size, num_kv_heads, head_dim]`` (NHD) or ``[pages, 2, num_kv_heads, page_size, head_dim]``
             (HND), or a pair without dimension 1; any strides that are multiples of 16 bytes (8 for fp8 rows that 16
-            does not divide), inner stride 1. fp8 may come as uint8.
+            does not divide), none of them negative in the Hopper kernel, inner stride 1. fp8 may come as uint8.
         q_scale, k_scale, v_scale : float, or float32 array [heads], optional
             Dequantisation factors: the first two multiply `sm_scale`, the last the output. An array (of query heads, kv
             heads, kv heads) holds one a head.

@@ -253,7 +253,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         ----------
         q : array, [qo_indptr[-1], num_qo_heads, head_dim_qk]
         k : array, [kv_indptr[-1], num_kv_heads, head_dim_qk]; v : array, [kv_indptr[-1], num_kv_heads, head_dim_vo]
-            HND: ``[num_kv_heads, tokens, dim]``. More tokens than planned are allowed and not read.
+            HND: ``[num_kv_heads, tokens, dim]``. More tokens than planned are allowed and not read. The Hopper kernel
+            takes no negative strides.
         q_scale, k_scale, v_scale : float, or float32 array [heads], optional
             Dequantisation factors: the first two multiply `sm_scale`, the last the output.
         o_scale : float, optional

@@ -283,7 +283,7 @@ def _checked_caches(
         else:
             heads = k.shape[1] if len(k.shape) == 3 else 1
             inner = (page_size, heads, dim) if layout == "NHD" else (heads, page_size, dim)
-        if v is not None or dim:
+        if v is not None or dim or "k_nope" in views:
             check_shape(op, name, c, (c.shape[0], *inner), "= [pages, ...]")
         found.append(c.typed(float8_e4m3fn if kind is None else kind) if c.dtype is uint8 else c)
     if found[0].dtype is not found[1].dtype:

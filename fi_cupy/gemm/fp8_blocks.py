@@ -6,7 +6,7 @@ from typing import Any
 
 from fi_cupy import reference
 from fi_cupy.arrays import View, view
-from fi_cupy.checks import check_device, check_dtype, check_ndim, check_shape
+from fi_cupy.checks import as_sizes, check_device, check_dtype, check_ndim, check_shape
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import FP8_TYPES, HALF_TYPES, float8_e4m3fn, uint8
 from fi_cupy.errors import ArgumentError, ShapeError
@@ -37,8 +37,8 @@ def _up(a: int, b: int) -> int:
 
 def _granularity(op: str, value: Any) -> Granularity:
     """(rows of a, rows of b, elements of k) under one scale."""
-    sizes = tuple(int(x) for x in value)
-    if len(sizes) != 3 or min(sizes) < 1 or sizes[2] % SCALE_STEP:
+    sizes = tuple(as_sizes(op, **{f"scale_granularity_mnk[{i}]": x for i, x in enumerate(value)}))
+    if len(sizes) != 3 or max(sizes) >= 1 << 31 or sizes[2] % SCALE_STEP:
         raise ArgumentError(
             f"{op}: scale_granularity_mnk is {value!r}, expected three positive sizes, the last "
             f"a multiple of {SCALE_STEP}"

@@ -78,8 +78,8 @@ _BESIDE = {_ALONE: 14 << 10, _SHARING: 4 << 10}
 
 def widths(gated: bool, row_major_b: bool, sums: str) -> tuple[int, ...]:
     """Columns of w that a tile may have."""
-    if gated or row_major_b:
-        return 64, 128  # 32 columns of out, and whole panels of an n-contiguous w
+    if gated or row_major_b:  # 32 columns of out, and whole panels of an n-contiguous w, in each half if it is both
+        return (128,) if gated and row_major_b else (64, 128)
     return (32, 64, 128) if sums == BLOCKS else (32, 64, 96, 128)
 
 

@@ -86,6 +86,14 @@ _REPLACED = [
         r"__shared__ uint32_t positions\[32\];",
         "auto& positions = *reinterpret_cast<uint32_t(*)[32]>(emulator::fixed_memory() + 128);",
     ),
+    (
+        r"__shared__ float cluster_values\[kCluster\];",
+        "auto& cluster_values = *reinterpret_cast<float(*)[kCluster]>(emulator::fixed_memory() + 256);",
+    ),
+    (
+        r"__shared__ uint32_t cluster_positions\[kCluster\];",
+        "auto& cluster_positions = *reinterpret_cast<uint32_t(*)[kCluster]>(emulator::fixed_memory() + 512);",
+    ),
     (  # of rope
         r"__shared__ __align__\(16\) float cosines\[kHalf\];",
         "auto& cosines = *reinterpret_cast<float(*)[kHalf]>(emulator::fixed_memory());",

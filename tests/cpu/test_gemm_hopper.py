@@ -280,6 +280,8 @@ def test_few_rows_share_k_without_idle_ranks(m, n, k, batch):
 
 
 def test_the_measured_few_row_configurations():
+    # Both halves of a gated n-contiguous weight are whole panels of 64 columns.
+    assert hopper_rows.rows_tile(64, 64, 4096, 132, gated=True, row_major_b=True).block_n == 128
     assert hopper_rows.rows_tile(64, 4096, 4096, 132)[:3] == (64, 32, 1)
     assert hopper_rows.rows_tile(64, 14336, 8192, 132)[:3] == (64, 128, 1)
     assert hopper_rows.rows_tile(64, 4096, 28672, 132)[:3] == (64, 64, 2)

@@ -196,6 +196,8 @@ inline void cluster_wait() {
 }
 template <class T>
 T* cluster_map(T* p, uint32_t rank) {
+  const size_t fixed = reinterpret_cast<uint8_t*>(p) - current->cta->fixed;
+  if (fixed < 1 << 16 && rank < cluster->ctas.size()) return reinterpret_cast<T*>(cluster->ctas[rank].fixed + fixed);
   const size_t offset = reinterpret_cast<uint8_t*>(p) - current->cta->memory;
   if (offset >= current->cta->bytes || rank >= cluster->ctas.size()) fail("cluster_map");
   return reinterpret_cast<T*>(cluster->ctas[rank].memory + offset);
