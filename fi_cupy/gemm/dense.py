@@ -206,8 +206,9 @@ def mm_bf16(
     bias : array, [n], dtype of `a`, optional
     pdl : bool
         Programmatic dependent launch (sm_90 and later): the kernel starts before its predecessor in the stream has
-        ended and reads `b` at once; `a`, `bias` and `out` wait. Only for a `b` that the predecessor does not write:
-        a constant weight.
+        ended and reads `b` at once; `a`, `bias` and `out` wait. Only for a constant weight: not for a `b` that the
+        predecessor writes, nor one written by a kernel before it, which may still run where the predecessor was
+        launched so, too (as norms, rope and others are by default).
     out : array, [m, n], optional
         Written and returned instead of a new array; rows may be strided, by multiples of 16 bytes.
     out_dtype : dtype, optional
