@@ -65,7 +65,7 @@ def argmax_spec(dtype: DType, vec: int, cluster: int = 1) -> KernelSpec:
     )
 
 
-def argmax_cluster(rows: int, columns: int, itemsize: int, clusters: bool) -> int:
+def _argmax_cluster(rows: int, columns: int, itemsize: int, clusters: bool) -> int:
     """CTAs a row: eight for few rows that are more than one CTA has in flight.
 
     1 x 49152 float32 takes 3.2 us against 4.5, 64 x 49152 8.7 against 6.6 (H100).
@@ -212,7 +212,7 @@ def argmax(x: Any, out: Any = None, select: Any = None, enable_pdl: bool | None 
     vec = 16 // size
     if v.ptr % 16 or stride % vec:
         vec = 1
-    cluster = argmax_cluster(n, columns, size, device_info(v.device).code_number >= 90)
+    cluster = _argmax_cluster(n, columns, size, device_info(v.device).code_number >= 90)
     load_kernel(argmax_spec(v.dtype, vec, cluster), v.device).launch(
         n * cluster, v.stream(), v.ptr, o.ptr, 0 if chosen is None else chosen.ptr, stride, columns, pdl=enable_pdl
     )

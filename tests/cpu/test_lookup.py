@@ -41,6 +41,6 @@ def test_errors(rng):
 
 
 def test_argmax_takes_clusters_for_few_long_rows():
-    assert lookup.argmax_cluster(1, 49152, 4, True) == lookup.argmax_cluster(16, 128256, 2, True) == 8
-    assert lookup.argmax_cluster(17, 49152, 4, True) == lookup.argmax_cluster(1, 16000, 4, True) == 1
-    assert lookup.argmax_cluster(1, 49152, 4, False) == 1
+    assert lookup._argmax_cluster(1, 49152, 4, True) == lookup._argmax_cluster(16, 128256, 2, True) == 8
+    assert lookup._argmax_cluster(17, 49152, 4, True) == lookup._argmax_cluster(1, 16000, 4, True) == 1
+    assert lookup._argmax_cluster(1, 49152, 4, False) == 1
