@@ -160,7 +160,7 @@ def silu_and_mul(input: Any, out: Any = None, enable_pdl: bool | None = None) ->
         Written and returned instead of a new array; dtype of `input`, rows may be strided.
     enable_pdl : bool, optional
         Launch so that this kernel may start before its predecessor has ended, which it waits for before it touches
-        memory (sm_90 and later). None: where the device and the driver binding have it.
+        memory (sm_90 and later). None: where the device has it.
 
     Returns
     -------

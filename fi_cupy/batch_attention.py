@@ -130,7 +130,15 @@ class _Batch(BatchPrefillWithPagedKVCacheWrapper):
         )  # fmt: skip
 
     def launch_batch(
-        self, x: View, k: View, v: View, o: View, s: View, scales: Scales, pdl: bool, bound: BoundVariant | None
+        self,
+        x: View,
+        k: View,
+        v: View,
+        o: View,
+        s: View,
+        scales: Scales,
+        pdl: bool | None,
+        bound: BoundVariant | None,
     ) -> None:
         """Queue the one kernel."""
         p, both = self._planned, self.both
@@ -380,8 +388,7 @@ class BatchAttention:
             o.write(values)
             s.write(log)
         else:
-            pdl = batch._pdl if enable_pdl is None else bool(enable_pdl)
-            batch.launch_batch(x, k, v, o, s, scales, pdl, bound)
+            batch.launch_batch(x, k, v, o, s, scales, enable_pdl, bound)
         return (o.result() if out is None else out), (s.result() if lse is None else lse)
 
     forward = run

@@ -19,14 +19,16 @@ def as_sizes(op: str, **given: Any) -> list[int]:
     ArgumentError
         One is no integer, or less than 1.
     """
+    sizes = []
     for name, value in given.items():
         try:
-            wrong = index(value) < 1
+            size = index(value)
         except TypeError:
             raise ArgumentError(f"{op}: {name} is {value!r}, expected an integer") from None
-        if wrong:
+        if size < 1:
             raise ArgumentError(f"{op}: {name} is {value}, expected at least 1")
-    return [index(value) for value in given.values()]
+        sizes.append(size)
+    return sizes
 
 
 def check_shape(op: str, name: str, x: View, shape: tuple[int, ...], meaning: str = "") -> None:

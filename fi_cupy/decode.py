@@ -331,7 +331,7 @@ class BatchDecodeWithPagedKVCacheWrapper(DecodeCalls):
         else:
             kernel = load_kernel(p.geometry.heads_spec, self.device) if c.scales.on_logits else p.kernel
             kernel.launch(
-                p.grid, c.x.stream(), *self._values(p, c), *p.turns, pdl=self._pdl if enable_pdl is None else enable_pdl
+                p.grid, c.x.stream(), *self._values(p, c), *p.turns, pdl=enable_pdl
             )  # fmt: skip
         return c.result(out, lse, return_lse)
 

@@ -25,7 +25,6 @@ from fi_cupy.decode_kernel import (
 from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.dtypes import FLOAT_TYPES, FP8_TYPES, DType, float8_e4m3fn, float32
 from fi_cupy.errors import ArgumentError, ShapeError
-from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.kv_cache import as_fp8, check_layout
 from fi_cupy.plan.decode import TILE, single_chunks
@@ -163,7 +162,7 @@ def single_decode_with_kv_cache(
             check_inner(_OP, name, y)
             check_aligned(_OP, name, y, 4 if y is x else 16)
         turns = rope_turns(dim, rope_scale, rope_theta) if pos_encoding_mode == "ROPE_LLAMA" else ()
-        _launch(g, x, kx, vx, o, s, kv_len, kv_layout, window, cap, scale, scales, turns, device.has_pdl)
+        _launch(g, x, kx, vx, o, s, kv_len, kv_layout, window, cap, scale, scales, turns)
     if given is not None:
         log_call(single_decode_with_kv_cache, given)
     return o.result() if s is None else (o.result(), s.result())
@@ -183,7 +182,7 @@ def _by_prefill(
 
 def _launch(
     g: Geometry, x: View, k: View, v: View, o: View, s: View | None, kv_len: int, kv_layout: str, window: int,
-    cap: float, scale: float, scales: Scales, turns: tuple[bytes, ...], pdl: bool,
+    cap: float, scale: float, scales: Scales, turns: tuple[bytes, ...],
 ) -> None:  # fmt: skip
     first = max(kv_len - 1 - window, 0) if window >= 0 else 0
     chunk, num_chunks = single_chunks(kv_len - first // TILE * TILE, g.num_head_blocks, g.slots)
@@ -205,5 +204,5 @@ def _launch(
         shares_of(strides(k), strides(v), g.num_head_blocks, g.head_dim, g.blocks_per_kv), kv_len, first, chunk,
         num_chunks, *logit_floats(scale * scales.logit, cap), scales.output,
         *scales.kernel_values(), *turns,
-        pdl=pdl and has_driver_binding(),
+        pdl=None,
     )  # fmt: skip

@@ -97,7 +97,7 @@ def gather_rows(source: Any, rows: Any, out: Any = None, enable_pdl: bool | None
         ``[n, width]``, dtype of `source`; written and returned.
     enable_pdl : bool, optional
         Launch so that this kernel may start before its predecessor has ended, which it waits for before it touches
-        memory (sm_90 and later). None: where the device and the driver binding have it.
+        memory (sm_90 and later). None: where the device has it.
 
     Returns
     -------

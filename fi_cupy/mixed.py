@@ -173,8 +173,8 @@ def apart_is_faster(operations: float, nbytes: float) -> bool:
     two; (512, 16384) beside 64x2048 515 and 401; 4096 beside 16x4096 423 and 299. A `BatchAttention` of 8x(512, 4096)
     768 as mixed tiles and 403 in the Hopper kernel.
     """
-    read, tiles = nbytes / _READ, operations / _TILES
-    return operations / _HOPPER + read + _MARGIN < read + max(0.0, tiles - _BESIDE * read)
+    # Either takes the time of the reads and, apart, the prompts' own; together, what of theirs the reads do not hide.
+    return operations / _HOPPER + _MARGIN < operations / _TILES - _BESIDE * nbytes / _READ
 
 
 def prompt_operations(
@@ -200,7 +200,7 @@ def prompt_operations(
 def launch(
     g: Geometry, device: int, stream: int, scale: float, head_scales: bool, tiles: tuple[Any, ...],
     items: tuple[Any, ...], queues: int, num_tiles: int, num_kv_heads: int, num_items: int, num_head_blocks: int,
-    pdl: bool,
+    pdl: bool | None,
 ) -> None:  # fmt: skip
     """Queue the kernel: `tiles` and `items` are the fields of the two parts' own parameter structs."""
     ctas, tile_ctas = grid(g.slots, num_tiles * num_kv_heads, num_items * num_head_blocks)

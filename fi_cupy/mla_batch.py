@@ -307,7 +307,7 @@ class BatchMla(BatchPrefill):
             call = Call(scale > 0, None if o.dtype is x.dtype else o.dtype, token_scales is not None)
             g.load(call, self.device).launch(
                 p.work.num_items, x.stream(), *fields, *more, *(() if bound is None else bound.kernel_values()),
-                pdl=self._pdl if enable_pdl is None else bool(enable_pdl),
+                pdl=enable_pdl,
             )  # fmt: skip
 
 

@@ -215,7 +215,7 @@ def rmsnorm(input: Any, weight: Any, eps: float = 1e-6, out: Any = None, enable_
         Written and returned instead of a new array; shape and dtype of `input`.
     enable_pdl : bool, optional
         Launch so that this kernel may start before its predecessor has ended, which it waits for before it touches
-        memory (sm_90 and later). None: where the device and the driver binding have it.
+        memory (sm_90 and later). None: where the device has it.
 
     Returns
     -------

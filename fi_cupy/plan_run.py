@@ -6,10 +6,8 @@ from typing import Any
 
 from fi_cupy.arrays import View, view
 from fi_cupy.checks import check_aligned, check_device, check_dtype, check_inner, check_ndim
-from fi_cupy.device import device_info
 from fi_cupy.dtypes import DType
 from fi_cupy.errors import ArgumentError, PlanError
-from fi_cupy.jit.driver import has_driver_binding
 
 
 class PlanRun:
@@ -36,7 +34,6 @@ class PlanRun:
         self._workspace = w.writable(self._op, "float_workspace_buffer")
         self._workspace_bytes = w.size * w.dtype.itemsize
         self.device = w.device
-        self._pdl = w.device >= 0 and device_info(w.device).has_pdl and has_driver_binding()
 
     def _graph_buffer(self, name: str, buffer: Any, dtype: DType) -> View:
         """An array of the caller's that CUDA-graph mode writes to, after checks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from fi_cupy import decode, mixed, prefill_kernel, prefill_single
@@ -13,7 +14,6 @@ from fi_cupy.decode_kernel import geometry as decode_geometry
 from fi_cupy.decode_plan import Planned
 from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.errors import PlanError, UnsupportedError
-from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.jit.kernel import load_kernel
 from fi_cupy.plan.decode import TILE
 from fi_cupy.prefill_plan import Work, check_planned, launch, launch_values
@@ -21,6 +21,14 @@ from fi_cupy.variants import AttentionVariant, variant_of
 from fi_cupy.workspace import PlanBuffer
 
 _OP = "PODWithPagedKVCacheWrapper"
+
+
+@lru_cache(maxsize=512)
+def _apart_is_faster(
+    problem: prefill_kernel.Problem, qo_len: int, kv_len: int, causal: bool, window_left: int, nbytes: int
+) -> bool:
+    """`mixed.apart_is_faster` of one prompt, which each `run` asks."""
+    return mixed.apart_is_faster(mixed.prompt_operations(qo_len, kv_len, problem, causal, window_left), nbytes)
 
 
 class Launched(NamedTuple):
@@ -299,28 +307,23 @@ class PODWithPagedKVCacheWrapper:
             elif self._apart(p, prompt, c, device):
                 why = "the Hopper kernel gains more on so long a prompt than one launch would by overlapping the parts"
             else:
-                self._launch_both(both, p, prompt, c, stream, self._with_pdl(device, enable_pdl))
+                self._launch_both(both, p, prompt, c, stream, enable_pdl)
                 return
         self._launch_prompt(prompt, why, enable_pdl)
         kernel = load_kernel(p.geometry.heads_spec, c.x.device) if c.scales.on_logits else p.kernel
-        pdl = self._with_pdl(device, enable_pdl)
-        kernel.launch(p.grid, stream, *self._decode._values(p, c), *p.turns, pdl=pdl)
+        kernel.launch(p.grid, stream, *self._decode._values(p, c), *p.turns, pdl=enable_pdl)
 
     def _apart(self, p: Planned, prompt: prefill_single.Call, c: Call, device: DeviceInfo) -> bool:
         """Whether two launches are faster: the mixed kernel's tiles are those of the portable prefill kernel."""
         if prefill_single.geometry_of(prompt, device).hopper is None:
             return False
-        options = prompt.options
-        operations = mixed.prompt_operations(
-            prompt.x.shape[0], prompt.kv_len, prompt.problem, options.causal, options.window_left
-        )
         keys = int(p.indptr[-1] - p.indptr[0]) * p.page_size
         if p.window_left >= 0:
             keys = min(keys, p.batch_size * (p.window_left + 1))
-        return mixed.apart_is_faster(operations, 2 * keys * p.num_kv_heads * p.head_dim * p.kv_dtype.itemsize)
-
-    def _with_pdl(self, device: DeviceInfo, enable_pdl: bool | None) -> bool:
-        return device.has_pdl and has_driver_binding() if enable_pdl is None else enable_pdl
+        return _apart_is_faster(
+            prompt.problem, prompt.x.shape[0], prompt.kv_len, prompt.options.causal, prompt.options.window_left,
+            2 * keys * p.num_kv_heads * p.head_dim * p.kv_dtype.itemsize,
+        )  # fmt: skip
 
     def _launch_prompt(self, prompt: prefill_single.Call, why: str, enable_pdl: bool | None) -> None:
         """A launch of its own for the prompt."""
@@ -330,12 +333,18 @@ class PODWithPagedKVCacheWrapper:
         self._launched = Launched(None, g, work, prompt.options.sm_scale * scales.logit, scales.on_logits, why)
         launch(
             g, work, prompt.x, prompt.k, prompt.v, *prompt.strides, prompt.o, prompt.s, prompt.options, scales,
-            mask=0 if prompt.mask is None else prompt.mask.packed.ptr, pdl=self._with_pdl(device, enable_pdl),
+            mask=0 if prompt.mask is None else prompt.mask.packed.ptr, pdl=enable_pdl,
             kv_extent=prompt.kv_len,
         )  # fmt: skip
 
     def _launch_both(
-        self, both: mixed.Geometry, p: Planned, prompt: prefill_single.Call, c: Call, stream: int, pdl: bool
+        self,
+        both: mixed.Geometry,
+        p: Planned,
+        prompt: prefill_single.Call,
+        c: Call,
+        stream: int,
+        pdl: bool | None,
     ) -> None:
         """The mixed kernel."""
         device = prompt.x.device

@@ -312,7 +312,7 @@ class BatchPrefill(PlanRun):
             launch(
                 p.geometry, p.work, x, k, v, k_strides, v_strides, o, s, p.options, scales,
                 kv_indices=kv_indices, page_size=page_size, mask=0 if p.mask is None else p.mask.packed.ptr,
-                sinks=0 if sink is None else sink.ptr, pdl=self._pdl if enable_pdl is None else bool(enable_pdl),
+                sinks=0 if sink is None else sink.ptr, pdl=enable_pdl,
                 variant_values=() if bound is None else bound.kernel_values(), kv_extent=kv_extent,
             )  # fmt: skip
         result = o.result() if out is None else out

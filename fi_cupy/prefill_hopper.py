@@ -401,7 +401,7 @@ def map_step(name: str, count: int, stride: int) -> int:
     if stride < 0:
         raise LayoutError(
             f"{name} has a stride of {stride} elements, expected none that is negative: the Hopper kernel's "
-            "copies go forwards; pass a copy, or backend='fa2'"
+            "copies go forwards; pass a copy, or backend='fa2' where there is that choice"
         )
     return 2 * stride
 

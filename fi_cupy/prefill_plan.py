@@ -192,7 +192,7 @@ Strides = tuple[int, int, int]
 def launch(
     g: Geometry, work: Work, x: View, k: View, v: View, k_strides: Strides, v_strides: Strides, o: View,
     s: View | None, options: Options, scales: Scales, *, kv_indices: int = 0, page_size: int = 1,
-    mask: int = 0, sinks: int = 0, variant_values: tuple[Any, ...] = (), pdl: bool = False, kv_extent: int = 0,
+    mask: int = 0, sinks: int = 0, variant_values: tuple[Any, ...] = (), pdl: bool | None = False, kv_extent: int = 0,
 ) -> None:  # fmt: skip
     """Queue the kernel.
 

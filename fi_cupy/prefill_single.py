@@ -17,7 +17,6 @@ from fi_cupy.choice_log import log_call, logging_choices
 from fi_cupy.device import DeviceInfo, device_info
 from fi_cupy.dtypes import FLOAT_TYPES, FP8_TYPES, float8_e4m3fn, float32, int32
 from fi_cupy.errors import ArgumentError
-from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.kv_cache import as_fp8, check_layout
 from fi_cupy.plan.prefill import PrefillPlan, plan_prefill
 from fi_cupy.prefill_hopper import load_of, mappable
@@ -158,7 +157,7 @@ def single_prefill_with_kv_cache(
         g, work = schedule(c, device)
         launch(
             g, work, c.x, c.k, c.v, *c.strides, c.o, c.s, c.options, c.scales,
-            mask=0 if c.mask is None else c.mask.packed.ptr, pdl=device.has_pdl and has_driver_binding(),
+            mask=0 if c.mask is None else c.mask.packed.ptr, pdl=None,
             variant_values=() if c.bound is None else c.bound.kernel_values(), kv_extent=c.kv_len,
         )  # fmt: skip
     if given is not None:

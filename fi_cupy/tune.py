@@ -13,7 +13,6 @@ from fi_cupy.device import DeviceInfo, device_info, require_gpu
 from fi_cupy.dtypes import DType, bfloat16, float32
 from fi_cupy.errors import ArgumentError
 from fi_cupy.gemm.tuning import MmProblem, choose_mm_kernel
-from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.profiles import MODELS, ModelShape
 from fi_cupy.tuning.file import Entry
 
@@ -110,7 +109,7 @@ def tune_profile(
         tuner.load_configs(target)
     with autotuner.autotune():
         for name in names:
-            for p in model_problems(MODELS[name], device, rows, has_driver_binding() and device.has_pdl):
+            for p in model_problems(MODELS[name], device, rows, device.has_pdl):
                 progress(f"{name}: product n {p.n}, k {p.k}, up to {p.m} rows{', dependent launch' * p.pdl}")
                 choose_mm_kernel("mm_bf16", tuple(p))
             shape, batch = MODELS[name], min(rows, MAX_BATCH)

@@ -1,4 +1,4 @@
-"""The two things that need NVIDIA's driver binding (``cuda-bindings``): launch attributes and tensor maps."""
+"""What CuPy has no call for: launches with an attribute, and tensor maps, which need the package ``cuda-bindings``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ def _driver() -> Any:
         from cuda.bindings import driver
     except ImportError:
         raise CudaUnavailableError(
-            "launch: programmatic dependent launch and tensor maps need the package cuda-bindings; "
-            "it comes with fi_cupy[cuda12] and fi_cupy[cuda13]"
+            "launch: tensor maps need the package cuda-bindings; it comes with fi_cupy[cuda12] and fi_cupy[cuda13]"
         ) from None
     return driver
 
@@ -78,7 +77,9 @@ def launch_pdl(
     record.CONFIG.pack_into(record.config, 0, *grid, threads, 1, 1, smem, stream, record.attributes, 1)
     result = _launch_kernel_ex()(record.address, function, params_address, None)
     if result:
-        _check((_driver().CUresult(result),), "cuLaunchKernelEx")
+        from cupy_backends.cuda.api.driver import CUDADriverError
+
+        raise CUDADriverError(result)  # as of a plain launch
 
 
 def tensor_map(

@@ -50,9 +50,7 @@ class Kernel:
         The GPU's index.
     """
 
-    __slots__ = (
-        "_current_device", "_dependent", "_launch", "_module", "_pack", "_pdl", "device", "meta", "ptr", "raw", "spec"
-    )  # fmt: skip
+    __slots__ = ("_current_device", "_launch", "_module", "_pack", "_pdl", "device", "meta", "ptr", "raw", "spec")
 
     def __init__(self, spec: KernelSpec, cached: CachedKernel, device: int) -> None:
         import cupy
@@ -72,7 +70,6 @@ class Kernel:
         self._launch = cupy_driver.launchKernel
         self._current_device = cupy.cuda.runtime.getDevice
         self._pdl = devices.device_info(device).has_pdl
-        self._dependent = self._pdl and driver.has_driver_binding()
 
     def launch(
         self,
@@ -96,7 +93,7 @@ class Kernel:
             Dynamic shared memory in bytes, at most (and by default) ``spec.smem_bytes``.
         pdl : bool, optional
             Programmatic dependent launch where the device has it. The kernel then waits (griddepcontrol.wait) itself.
-            None: where the driver's binding is installed, too, for kernels that touch nothing before they have waited.
+            None: the same, for the default of an operator whose kernel reads nothing early that others may still write.
         """
         x, y, z = (grid, 1, 1) if type(grid) is int else grid  # type: ignore[misc]
         if x == 0 or y == 0 or z == 0:
@@ -110,7 +107,7 @@ class Kernel:
         self._pack(scratch.buffer, 0, *values)
         if smem is None:
             smem = self.spec.smem_bytes
-        if self._dependent if pdl is None else pdl and self._pdl:
+        if self._pdl and (pdl is None or pdl):
             driver.launch_pdl(self.ptr, (x, y, z), self.spec.threads, smem, stream, scratch.address)
         else:
             self._launch(self.ptr, x, y, z, self.spec.threads, 1, 1, smem, stream, scratch.address, 0)

@@ -18,7 +18,6 @@ from fi_cupy.arrays import cupy_dtype
 from fi_cupy.device import device_info
 from fi_cupy.dtypes import DType
 from fi_cupy.errors import CudaUnavailableError
-from fi_cupy.jit.driver import has_driver_binding
 from fi_cupy.models import ModelError
 
 Array = Any
@@ -117,7 +116,7 @@ class CupyBackend(NumpyBackend):
         super().__init__(ml_dtypes.bfloat16)
         self.xp = cupy
         self._device = cupy.cuda.Device()
-        self.pdl = has_driver_binding() and device_info(self._device.id).has_pdl
+        self.pdl = device_info(self._device.id).has_pdl
         self._stream = cupy.cuda.Stream(non_blocking=True)
         # What a captured step allocates belongs to its graph for good, so it must come from a pool that nothing else
         # draws from. Graphs of one backend run one after the other and may share it.

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fi_cupy import decode, mla, mla_batch, mla_kernel, plan_run, prefill_batch
+from fi_cupy import decode, mla, mla_batch, mla_kernel, prefill_batch
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.dtypes import float32
 from fi_cupy.errors import PlanError
@@ -261,8 +261,7 @@ class HostBuffer:
 def gpu(maps, monkeypatch):
     """The wrappers on an emulated H100."""
     monkeypatch.setattr(prefill_batch, "PlanBuffer", HostBuffer)
-    for module in (plan_run, mla_batch):
-        monkeypatch.setattr(module, "device_info", lambda index: emulate.HOPPER)
+    monkeypatch.setattr(mla_batch, "device_info", lambda index: emulate.HOPPER)
     move = lambda to, x, *_: ctypes.memmove(to, x.ctypes.data, x.nbytes)  # noqa: E731
     monkeypatch.setattr(prefill_batch, "copy_to_device", move)
     with emulate.emulated(emulate.HOPPER, mla_kernel):

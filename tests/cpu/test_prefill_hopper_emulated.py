@@ -15,7 +15,7 @@ import emulate
 import numpy as np
 import pytest
 
-from fi_cupy import plan_run, prefill_batch, prefill_hopper, prefill_kernel
+from fi_cupy import prefill_batch, prefill_hopper, prefill_kernel
 from fi_cupy.dtypes import dtype as to_dtype
 from fi_cupy.jit import define_variant, ops
 from fi_cupy.prefill import BatchPrefillWithPagedKVCacheWrapper as Paged
@@ -76,8 +76,7 @@ class PlanBuffer:
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
     """The wrappers on an emulated H100."""
-    for module in (plan_run, prefill_batch):
-        monkeypatch.setattr(module, "device_info", lambda index: emulate.HOPPER)
+    monkeypatch.setattr(prefill_batch, "device_info", lambda index: emulate.HOPPER)
     monkeypatch.setattr(prefill_batch, "PlanBuffer", PlanBuffer)
     monkeypatch.setattr(prefill_hopper, "has_driver_binding", lambda: True)
     monkeypatch.setattr(prefill_hopper, "_encode", emulate.tensor_map)

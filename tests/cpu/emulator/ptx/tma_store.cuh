@@ -4,22 +4,10 @@
 namespace fi::ptx {
 inline void tma_store_4d(const TensorMap& map, uint32_t smem, int x, int y, int z, int w) {
   const int at[] = {x, y, z, w};
-  uint32_t count = 1;
-  for (int d = 0; d < 4; ++d) count *= map.box[d];
-  for (uint32_t i = 0; i < count; ++i) {
-    uint32_t rest = i;
-    uint64_t to = map.address;
-    bool inside = true;
-    for (int d = 0; d < 4; ++d) {
-      const int64_t c = at[d] + int64_t(rest % map.box[d]);
-      rest /= map.box[d];
-      inside = inside && c >= 0 && c < map.extent[d];
-      to += c * (d == 0 ? map.size : map.stride[d - 1]);
-    }
-    uint32_t from = smem + i * map.size;
-    from ^= (from >> 7 & 7) << 4;
-    if (inside) memcpy(reinterpret_cast<void*>(to), smem_at(from), map.size);
-  }
+  if (map.rank != 4) emulator::fail("a store of four coordinates to another map");
+  for_box(map, smem, at, [&](const uint8_t* here, uint64_t there, bool inside) {
+    if (inside) memcpy(reinterpret_cast<void*>(there), here, map.size);
+  });
 }
 inline void tma_store_commit() {}
 template <int pending>
