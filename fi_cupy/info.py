@@ -49,7 +49,7 @@ def collect() -> dict[str, Any]:
     report["driver"], report["gpus"] = _devices(problem, report["nvrtc"]) if report["cupy"] else (None, [])
     if report["gpus"] and "cuda-bindings" not in report["packages"]:
         problem(
-            "cuda-bindings is not installed: no programmatic dependent launch, no tensor maps",
+            "cuda-bindings is not installed: no tensor maps, and so none of the Hopper kernels that need them",
             f"pip install cuda-bindings~={(report['nvrtc'] or '13.0').split('.')[0]}.0",
         )
     report["cache"] = _cache(problem)
